@@ -1,0 +1,191 @@
+// Matrix products around the recurrence: packed weights and one register-blocked micro-kernel.
+//
+// A weight matrix with `cols` output columns and depth k is packed in panels of kPanel columns: panel[k][kPanel], so
+// that the micro-kernel streams it. The last panel is only as many vectors wide as it needs to be. Panel p starts at
+// p * kPanel * k.
+namespace llm_ext {
+namespace LLM_EXT_LEVEL {
+
+// Accumulators are kRows x kPanelVectors registers; with the panel's vectors and one broadcast they fill the
+// register file: 32 registers of AVX-512, 16 of the others.
+constexpr int kPanelVectors = LLM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kRows = 6;
+
+template <typename T>
+constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+static inline int64_t panels_of(int64_t cols) {
+  return divide_up(cols, kPanel<T>);
+}
+
+// Vectors in panel p of a matrix with `cols` columns.
+template <typename T>
+static inline int panel_vectors(int64_t cols, int64_t p) {
+  const int64_t left = cols - p * kPanel<T>;
+  return left >= kPanel<T> ? kPanelVectors : static_cast<int>(divide_up(left, kLanes<T>));
+}
+
+template <typename T>
+static inline int64_t packed_size(int64_t cols, int64_t k) {
+  return divide_up(cols, kLanes<T>) * kLanes<T> * k;
+}
+
+// Packs panels [begin, end) of w^T, w being [cols, k]: panel[i][j] = w[p * kPanel + j][i].
+template <typename T>
+static void pack_transposed(const T* w, int64_t cols, int64_t k, Range panels, T* packed) {
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const int64_t width = panel_vectors<T>(cols, p) * kLanes<T>;
+    T* panel = packed + p * kPanel<T> * k;
+    // Down the columns in short runs: the lines written stay in the first-level cache while all columns pass.
+    constexpr int64_t kRun = 16;
+    for (int64_t i0 = 0; i0 < k; i0 += kRun) {
+      const int64_t run = k - i0 < kRun ? k - i0 : kRun;
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t col = p * kPanel<T> + j;
+        if (col < cols) {
+          for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = w[col * k + i0 + i];
+        } else {
+          for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = T(0);
+        }
+      }
+    }
+  }
+}
+
+// Packs panels [begin, end) of k rows of `cols` columns: panel[i][j] = row(i)[p * kPanel + j]. row(i) may be null: zeros.
+template <typename T, typename Row>
+static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, T* packed) {
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const int vectors = panel_vectors<T>(cols, p);
+    const int64_t first = p * kPanel<T>;
+    const int64_t width = cols - first < vectors * kLanes<T> ? cols - first : vectors * kLanes<T>;
+    T* panel = packed + first * k;
+    for (int64_t i = 0; i < k; ++i) {
+      const T* source = row(i);
+      T* target = panel + i * vectors * kLanes<T>;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t left = width - v * kLanes<T>;
+        const int lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
+        const Vec<T> value = source == nullptr ? Vec<T>{} : load_part(source + first + v * kLanes<T>, lanes);
+        store(target + v * kLanes<T>, value);
+      }
+    }
+  }
+}
+
+// The left factor: element (m, i) at data[m * row_stride + i * k_stride].
+template <typename T>
+struct Left {
+  const T* data;
+  int64_t row_stride;
+  int64_t k_stride;
+};
+
+// sums[m][column] = sum over i of a(m, i) * panel[i][column]: the micro-kernel. With few rows the sum is split over several
+// sets of accumulators: a multiply-add takes four cycles and two can start in each.
+//
+// It leaves its sums in memory, where the caller finishes them (bias, activation, derivative): so there is one
+// micro-kernel a shape, not one for each way to finish, and the detour is a few vectors after hundreds of multiply-adds.
+template <typename T, int M, int NV, bool kUnitStride>
+__attribute__((noinline)) static void multiply(Left<T> a, int64_t k, const T* panel, T* sums) {
+  constexpr int kSets = M * NV >= 8 ? 1 : (M * NV >= 4 ? 2 : 4);
+  constexpr int kWidth = NV * kLanes<T>;
+  const int64_t k_stride = kUnitStride ? 1 : a.k_stride;
+  Vec<T> acc[kSets][M][NV] = {};
+  const auto accumulate = [&](Vec<T>(&set)[M][NV], int64_t i) {
+    Vec<T> b[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) b[v] = load(panel + i * kWidth + v * kLanes<T>);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> left = broadcast(a.data[m * a.row_stride + i * k_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) set[m][v] += left * b[v];
+    }
+  };
+  int64_t i = 0;
+  for (; i + kSets <= k; i += kSets) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s) accumulate(acc[s], i + s);
+  }
+  for (; i < k; ++i) accumulate(acc[0], i);
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 4
+      for (int s = 1; s < kSets; ++s) acc[0][m][v] += acc[s][m][v];
+      store(sums + m * kWidth + v * kLanes<T>, acc[0][m][v]);
+    }
+  }
+}
+
+template <typename T>
+using Multiply = void (*)(Left<T>, int64_t, const T*, T*);
+
+// The micro-kernel for m rows and nv vectors.
+template <typename T, bool kUnitStride>
+static inline Multiply<T> multiply_for(int m, int nv) {
+#define LLM_EXT_ROWS(NV)                                                                             \
+  {                                                                                                  \
+    multiply<T, 1, NV, kUnitStride>, multiply<T, 2, NV, kUnitStride>, multiply<T, 3, NV, kUnitStride>, \
+        multiply<T, 4, NV, kUnitStride>, multiply<T, 5, NV, kUnitStride>, multiply<T, 6, NV, kUnitStride> \
+  }
+  static constexpr Multiply<T> kTable[kPanelVectors][kRows] = {
+      LLM_EXT_ROWS(1),
+      LLM_EXT_ROWS(2),
+#if LLM_EXT_VECTOR_BYTES == 64
+      LLM_EXT_ROWS(3),
+      LLM_EXT_ROWS(4),
+#endif
+  };
+#undef LLM_EXT_ROWS
+  return kTable[nv - 1][m - 1];
+}
+
+// a [rows, k] times panels [begin, end) of a packed matrix with `cols` columns; finish(row, column, value, lanes) takes
+// the results, a vector at a time. Rows go in blocks as even as can be; a panel stays in the cache for all of them.
+template <typename T, bool kUnitStride = true, typename Finish>
+static inline void product(Left<T> a, int64_t rows, int64_t k, const T* packed, int64_t cols, Range panels,
+                           Finish finish) {
+  alignas(64) T sums[kRows * kPanel<T>];
+  const int64_t blocks = divide_up(rows, kRows);
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const int64_t first = p * kPanel<T>;
+    const int vectors = panel_vectors<T>(cols, p);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t begin = rows * i / blocks;
+      const int count = static_cast<int>(rows * (i + 1) / blocks - begin);
+      const Left<T> part = {a.data + begin * a.row_stride, a.row_stride, a.k_stride};
+      multiply_for<T, kUnitStride>(count, vectors)(part, k, packed + first * k, sums);
+      for (int m = 0; m < count; ++m) {
+        const T* row = sums + m * vectors * kLanes<T>;
+        const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
+        for_each_vector<T>(width, [&](int64_t j, int lanes) { finish(begin + m, first + j, load(row + j), lanes); });
+      }
+    }
+  }
+}
+
+// Sum over i of a[i] * w[j][i] for the kDots rows of w at w, into sums: products too small to pay for packing.
+template <typename T, int kDots>
+static inline void dots(const T* a, const T* w, int64_t k, Vec<T> (&sums)[kDots]) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= k; i += kLanes<T>) {
+    const Vec<T> left = load(a + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < kDots; ++j) sums[j] += left * load(w + j * k + i);
+  }
+  if (i < k) {
+    const int lanes = static_cast<int>(k - i);
+    const Vec<T> left = load_part(a + i, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kDots; ++j) sums[j] += left * load_part(w + j * k + i, lanes);
+  }
+}
+
+}  // namespace LLM_EXT_LEVEL
+}  // namespace llm_ext

@@ -1,0 +1,36 @@
+// llm_ext._C: what is not a tensor. Ops go through torch.ops, which loading this module registers.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled half of llm_ext; importing it registers the ops of torch.ops.llm_ext.";
+  m.def("simd_level", [] { return std::string(llm_ext::kernels().level); },
+        "The instruction level in use: baseline, avx2 or avx512.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+#if defined(__clang__)
+        info["compiler"] = std::string("clang ") + __clang_version__;
+#elif defined(__GNUC__)
+        info["compiler"] = std::string("gcc ") + __VERSION__;
+#else
+        info["compiler"] = "unknown";
+#endif
+        info["torch"] = LLM_EXT_TORCH_VERSION;
+        info["cuda"] = py::none();
+#ifdef _OPENMP
+        info["openmp"] = true;
+#else
+        info["openmp"] = false;
+#endif
+        info["simd"] = std::string(llm_ext::kernels().level);
+        return info;
+      },
+      "What the module was built with, and the instruction level in use.");
+}

@@ -1,0 +1,147 @@
+// What stands between a tensor and a kernel: checks of everything that could corrupt memory, allocation, and the team.
+// What arguments mean is checked in llm_ext/checks.py, with better messages.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "torch/stable.h"
+
+namespace llm_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename T>
+constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t i = 0;
+  for (int64_t size : sizes) {
+    if (t.size(i++) != size) return false;
+  }
+  return true;
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+// Shape, dtype and device of one argument.
+inline void check_tensor(const Tensor& t, const char* op, const char* name, ScalarType dtype,
+                         std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on cpu");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype of the others");
+  if (!has_sizes(t, sizes)) {
+    std::string expected;
+    for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, op, ": ", name, " must be [", expected, "], got ", shape_text(t));
+  }
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// An optional input, checked and made dense; keeps the dense copy alive for the call.
+template <typename T>
+class Input {
+ public:
+  Input(const OptionalTensor& t, const char* op, const char* name, std::initializer_list<int64_t> sizes,
+        ScalarType dtype = kScalarType<T>) {
+    if (!t.has_value()) return;
+    check_tensor(*t, op, name, dtype, sizes);
+    tensor_ = dense(*t);
+  }
+  const T* get() const { return tensor_.has_value() ? data<T>(*tensor_) : nullptr; }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  const int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[4] = {};
+  int64_t stride = 1;
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    const int64_t size = sizes.begin()[i];
+    stride *= size > 0 ? size : 1;
+  }
+  return empty_strided(sizes, strides, dtype);
+}
+
+// An output that the caller may not want: then it is empty and the kernel gets null.
+template <typename T>
+class Output {
+ public:
+  Output(bool wanted, std::initializer_list<int64_t> sizes)
+      : wanted_(wanted), tensor_(wanted ? empty(sizes, kScalarType<T>) : empty({0}, kScalarType<T>)) {}
+  T* get() const { return wanted_ ? mutable_data<T>(tensor_) : nullptr; }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  bool wanted_;
+  Tensor tensor_;
+};
+
+inline int max_threads() {
+#ifdef _OPENMP
+  return static_cast<int>(torch::stable::get_num_threads());
+#else
+  return 1;
+#endif
+}
+
+// Runs kernel(team) on at most `threads` threads of torch's own pool, and returns when all have finished. A barrier
+// needs threads that are known to run, so the team has the size that came, not the size that was asked for.
+template <typename Kernel>
+void run_team(int threads, const Kernel& kernel) {
+  Barrier barrier;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    kernel(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+    return;
+  }
+#endif
+  (void)threads;
+  kernel(Team{0, 1, &barrier});
+}
+
+// Calls run(T{}) with the floating type of a tensor.
+template <typename Run>
+auto with_type(const Tensor& t, const char* op, const char* name, const Run& run) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", name,
+                  " must be float32 or float64");
+  if (dtype == ScalarType::Double) return run(double{});
+  return run(float{});
+}
+
+}  // namespace llm_ext

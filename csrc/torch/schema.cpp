@@ -1,0 +1,26 @@
+// Every op's schema. Fake kernels and autograd are in llm_ext/ops.py.
+#include "torch/stable.h"
+
+STABLE_TORCH_LIBRARY(llm_ext, m) {
+  m.def(
+      "rnn_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, "
+      "str nonlinearity, bool reverse) -> (Tensor y, Tensor h_n)");
+  m.def(
+      "rnn_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor y, "
+      "Tensor? batch_sizes, str nonlinearity, bool reverse, bool need_dx, bool need_dh0, bool need_dw_ih, "
+      "bool need_dw_hh, bool need_db) -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
+  m.def(
+      "attention_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask) -> "
+      "(Tensor c, Tensor lse)");
+  m.def(
+      "attention_pool_backward(Tensor? grad_c, Tensor? grad_lse, Tensor e, Tensor? u, Tensor? scores, "
+      "Tensor? lengths, Tensor? mask, Tensor c, Tensor lse, bool need_de, bool need_du, bool need_dscores) -> "
+      "(Tensor de, Tensor du, Tensor dscores)");
+  m.def(
+      "prefix_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask, Tensor? l0, "
+      "Tensor? c0) -> (Tensor c, Tensor lse, Tensor l_n, Tensor c_n)");
+  m.def(
+      "prefix_pool_backward(Tensor? grad_c, Tensor? grad_l_n, Tensor? grad_c_n, Tensor e, Tensor? u, Tensor? scores, "
+      "Tensor? lengths, Tensor? mask, Tensor? l0, Tensor? c0, Tensor c, Tensor lse, bool need_de, bool need_du, "
+      "bool need_dscores, bool need_dstate) -> (Tensor de, Tensor du, Tensor dscores, Tensor dl0, Tensor dc0)");
+}

@@ -1,0 +1,12 @@
+// The only includer of torch's headers: its stable ABI, so that one binary serves every torch from 2.11 on.
+#pragma once
+
+// Before any header of torch, and not by -D: torch's own build flags must not see it.
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>

@@ -1,0 +1,136 @@
+"""Attention pooling as a module: parameters, and the choice between the ops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_ext import checks, ops
+
+State = tuple[Tensor, Tensor]
+
+
+class AttentionPool(nn.Module):
+    """Pool vectors by attention, `α = softmax(s)`, `c = Σ α_i e_i`, over a sequence or each of its prefixes.
+
+    Args:
+        embed_dim: D, size of the pooled vectors.
+        attn_dim: A, size of the attention space.
+        score: "linear" for `s_i = vᵀ W e_i`, "tanh" for `s_i = vᵀ tanh(W e_i + b)`.
+        causal: pool at each position over it and those before it.
+        device: of the parameters.
+        dtype: of the parameters, float32 or float64.
+
+    Source: the tanh score is that of "Neural machine translation by jointly learning to align and translate",
+    arXiv 1409.0473; the causal form is in "Attention as an RNN", arXiv 2405.13956.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        attn_dim: int,
+        score: str = "linear",
+        causal: bool = False,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if score not in ("linear", "tanh"):
+            raise ValueError(f"AttentionPool: score must be one of linear, tanh, got {score!r}")
+        for name, size in (("embed_dim", embed_dim), ("attn_dim", attn_dim)):
+            if size <= 0:
+                raise ValueError(f"AttentionPool: {name} must be at least 1, got {size}")
+        self.embed_dim = embed_dim
+        self.attn_dim = attn_dim
+        self.score = score
+        self.causal = causal
+        self.bias: nn.Parameter | None
+        self.weight = nn.Parameter(torch.empty(attn_dim, embed_dim, device=device, dtype=dtype))
+        self.v = nn.Parameter(torch.empty(attn_dim, device=device, dtype=dtype))
+        bias = nn.Parameter(torch.empty(attn_dim, device=device, dtype=dtype)) if score == "tanh" else None
+        self.register_parameter("bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W by Xavier's rule and v from U(-1/√A, 1/√A); the bias is zero."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.uniform_(self.v, -1 / math.sqrt(self.attn_dim), 1 / math.sqrt(self.attn_dim))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, {self.attn_dim}, score={self.score!r}, causal={self.causal}"
+
+    def forward(
+        self,
+        e: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_weights: bool = False,
+        state: State | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
+        """Pool e.
+
+        Args:
+            e: [B, T, D].
+            lengths: [B] int64: position i of row b takes part if i < lengths[b].
+            mask: [B, T] bool: True takes part; with `lengths`, a position needs both.
+            return_weights: return α as well (which costs the memory of a T × T matrix a row when causal).
+            state: when causal, (L [B], c [B, D]) as returned for what came before e; None at the start.
+
+        Returns:
+            c [B, D], or (c, α [B, T]); when causal (c [B, T, D], state), or (c, state, α [B, T, T]).
+            Where nothing takes part both are 0. Given a state, α sums to less than 1: the rest is the past's.
+
+        Raises:
+            ValueError: a shape or device that does not fit, or a state for a pool that is not causal.
+            TypeError: a dtype that does not fit.
+        """
+        if e.dim() != 3 or e.shape[2] != self.embed_dim:
+            checks.fail_shape("AttentionPool", "e", "B, T, D", ("*", "*", self.embed_dim), e)
+        if self.bias is None:
+            # vᵀ W e = u·e: W e is never formed.
+            u, scores = (self.v @ self.weight).to(e.dtype), None
+        else:
+            u, scores = None, (torch.tanh(F.linear(e, self.weight, self.bias)) @ self.v).to(e.dtype)
+
+        if self.causal:
+            c, new_state = ops.prefix_pool(e, u, scores=scores, lengths=lengths, mask=mask, state=state)
+            if return_weights:
+                return c, new_state, self._weights(e, u, scores, lengths, mask, state)
+            return c, new_state
+        if state is not None:
+            raise ValueError("AttentionPool: state must be None unless causal=True, got a state")
+        c, _ = ops.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
+        return (c, self._weights(e, u, scores, lengths, mask, None)) if return_weights else c
+
+    def _weights(
+        self,
+        e: Tensor,
+        u: Tensor | None,
+        scores: Tensor | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        state: State | None,
+    ) -> Tensor:
+        """The softmax that the ops never store: α [B, T], or [B, T, T] when causal."""
+        T = e.shape[1]
+        s = e @ u if u is not None else scores
+        assert s is not None
+        position = torch.arange(T, device=e.device)
+        if lengths is not None:
+            s = s.masked_fill(position >= lengths[:, None], -math.inf)
+        if mask is not None:
+            s = s.masked_fill(~mask, -math.inf)
+        if self.causal:
+            s = s[:, None].masked_fill(position > position[:, None], -math.inf)
+            # The past competes as one more position, which is then dropped.
+            past = s.new_full((s.shape[0],), -math.inf) if state is None else state[0]
+            s = torch.cat((past[:, None, None].expand(-1, T, 1), s), -1)
+        empty = (s == -math.inf).all(-1, keepdim=True)
+        alpha = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+        return alpha[..., 1:] if self.causal else alpha

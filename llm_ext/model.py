@@ -1,0 +1,267 @@
+"""The language model: layers put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llm_ext.attention import AttentionPool
+from llm_ext.layers import RNN, AffineEmbedding
+
+
+class LLMState(NamedTuple):
+    """What the model remembers of the text so far.
+
+    hidden: last hidden state of each layer, [L, B, H].
+    attention: (L [B], c [B, D]) of the causal pool, or None without attention.
+    """
+
+    hidden: Tensor
+    attention: tuple[Tensor, Tensor] | None
+
+    def detach(self) -> LLMState:
+        """Return the same state, cut off from the graph that computed it (truncated backpropagation)."""
+        if self.attention is None:
+            return LLMState(self.hidden.detach(), None)
+        L, c = self.attention
+        return LLMState(self.hidden.detach(), (L.detach(), c.detach()))
+
+
+class LLM(nn.Module):
+    """Recurrent language model: embedding, Elman layers, causal attention, head `y = V [h ; c] + c₀`.
+
+    Args:
+        vocab_size: V, how many token ids there are.
+        embedding_dim: E, size of a token's embedding.
+        hidden_dim: H, size of the hidden state.
+        output_dim: size of the output; V for next-token scores.
+        n_layers: recurrent layers.
+        dropout: probability, between the recurrent layers and before the head, in training only.
+        nonlinearity: "tanh", "relu" or "sigmoid".
+        attention: pool over the "hidden" states, over the "embedding"s, or not at all ("none").
+        attn_dim: A, size of the attention space; by default the size of what is pooled, at most 128.
+        score: "linear" or "tanh", see `AttentionPool`.
+        device: of the parameters.
+        dtype: of the parameters, float32 or float64.
+
+    Raises:
+        ValueError: a size, probability or name out of range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        n_layers: int,
+        dropout: float,
+        *,
+        nonlinearity: str = "tanh",
+        attention: str = "hidden",
+        attn_dim: int | None = None,
+        score: str = "linear",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("vocab_size", vocab_size),
+            ("embedding_dim", embedding_dim),
+            ("hidden_dim", hidden_dim),
+            ("output_dim", output_dim),
+            ("n_layers", n_layers),
+        ):
+            if size < 1:
+                raise ValueError(f"LLM: {name} must be at least 1, got {size}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"LLM: dropout must be a probability from 0 to 1, got {dropout}")
+        if attention not in ("hidden", "embedding", "none"):
+            raise ValueError(f"LLM: attention must be one of hidden, embedding, none, got {attention!r}")
+        pooled_dim = {"hidden": hidden_dim, "embedding": embedding_dim, "none": 0}[attention]
+        if attn_dim is None:
+            attn_dim = min(pooled_dim, 128)
+        self._config: dict[str, int | float | str] = {
+            "vocab_size": vocab_size,
+            "embedding_dim": embedding_dim,
+            "hidden_dim": hidden_dim,
+            "output_dim": output_dim,
+            "n_layers": n_layers,
+            "dropout": dropout,
+            "nonlinearity": nonlinearity,
+            "attention": attention,
+            "attn_dim": attn_dim,
+            "score": score,
+        }
+        self.vocab_size = vocab_size
+        self.attention = attention
+        self.embedding = AffineEmbedding(vocab_size, embedding_dim, device=device, dtype=dtype)
+        self.rnn = RNN(
+            embedding_dim,
+            hidden_dim,
+            n_layers,
+            nonlinearity,
+            dropout=dropout if n_layers > 1 else 0.0,
+            device=device,
+            dtype=dtype,
+        )
+        self.pool = (
+            None
+            if attention == "none"
+            else AttentionPool(pooled_dim, attn_dim, score, causal=True, device=device, dtype=dtype)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_dim + pooled_dim, output_dim, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise so that an Elman network trains: U orthogonal, which keeps h in size, biases zero."""
+        for module in (self.embedding, self.rnn, self.pool, self.head):
+            if module is not None:
+                module.reset_parameters()
+        for name, parameter in self.rnn.named_parameters():
+            if name.startswith("weight_hh"):
+                nn.init.orthogonal_(parameter)
+            elif name.startswith("bias"):
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(self.head.bias)
+
+    def config(self) -> dict[str, int | float | str]:
+        """Return the constructor's arguments, all of JSON types: `LLM(**config)` is the same model again."""
+        return dict(self._config)
+
+    def forward(self, x: Tensor, state: LLMState | None = None) -> tuple[Tensor, LLMState]:
+        """Score the tokens that follow each prefix of x.
+
+        Args:
+            x: token ids, [B, T] int64.
+            state: returned by the call on the text before x; None at its start.
+
+        Returns:
+            Output [B, T, output_dim] and the state after x; a text fed in pieces gives what the whole gives.
+
+        Raises:
+            ValueError: a shape that does not fit.
+            TypeError: x is not of an integer dtype.
+            IndexError: a token id outside 0 .. V - 1.
+        """
+        features, state = self._features(x, state)
+        return self.head(self.dropout(features)), state
+
+    def _features(self, x: Tensor, state: LLMState | None) -> tuple[Tensor, LLMState]:
+        """What the head reads, [B, T, H + D], and the state after x."""
+        if x.dim() != 2:
+            raise ValueError(f"LLM: x must be [B, T], got {list(x.shape)}")
+        if x.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"LLM: x must be int64, got {x.dtype}".replace("torch.", ""))
+        hidden, attention = (None, None) if state is None else state
+        embedded = self.embedding(x.t())  # [T, B, E]
+        h, hidden = self.rnn(embedded, hidden)
+        if self.pool is None:
+            return h.transpose(0, 1), LLMState(hidden, None)
+        pooled = h if self.attention == "hidden" else embedded
+        c, attention = self.pool(pooled.transpose(0, 1), state=attention)
+        return torch.cat((h.transpose(0, 1), c), -1), LLMState(hidden, attention)
+
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue a prompt by sampling; arguments and errors are those of `stream`.
+
+        Returns:
+            The prompt and the new ids, [P + max_new_tokens] or [B, P + max_new_tokens].
+        """
+        new = list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator))
+        if not new:
+            return prompt_ids.clone()
+        tail = torch.stack(new, 1).to(prompt_ids.dtype)  # [B, max_new_tokens]
+        return torch.cat((prompt_ids, tail if prompt_ids.dim() == 2 else tail[0]), -1)
+
+    def stream(
+        self,
+        prompt_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield sampled ids [B] one by one, each for the cost of one step, however long the text before it.
+
+        Call `eval()` first, so that dropout is off.
+
+        Args:
+            prompt_ids: [P] or [B, P] int64, at least one token.
+            max_new_tokens: how many ids to sample.
+            temperature: divides the scores; 0 takes the best token always.
+            top_k: sample among the k best tokens only.
+            top_p: sample among the fewest best tokens whose probabilities reach p.
+            generator: source of randomness; None for torch's own.
+
+        Raises:
+            ValueError: an empty prompt, or a number out of range.
+        """
+        if prompt_ids.dim() not in (1, 2) or prompt_ids.shape[-1] == 0:
+            raise ValueError(
+                f"generate: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}"
+            )
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"generate: temperature must be at least 0 and finite, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}")
+        return self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator)
+
+    @torch.inference_mode()
+    def _stream(
+        self,
+        prompt_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        ids = prompt_ids if prompt_ids.dim() == 2 else prompt_ids[None]
+        state = None
+        for _ in range(max_new_tokens):
+            features, state = self._features(ids, state)
+            sampled = sample(self.head(self.dropout(features[:, -1])), temperature, top_k, top_p, generator)
+            yield sampled
+            ids = sampled[:, None]
+
+
+def sample(
+    scores: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id [B] from each row of next-token scores [B, V]; the options are those of `LLM.stream`."""
+    if temperature == 0:
+        return scores.argmax(-1)
+    scores = scores / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        best = scores.topk(top_k)
+        scores = torch.full_like(scores, -math.inf).scatter(-1, best.indices, best.values)
+    probabilities = torch.softmax(scores, -1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        # A token stays if those better than it do not reach p yet: the best one always does.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

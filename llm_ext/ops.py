@@ -1,0 +1,379 @@
+"""The only door to torch.ops.llm_ext: the public functions, and below each op its fake kernel and its autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from llm_ext import (
+    _C,  # noqa: F401  (importing it registers the ops)
+    checks,
+)
+
+_ops = torch.ops.llm_ext
+_rnn_forward = _ops.rnn_forward.default
+_rnn_backward = _ops.rnn_backward.default
+_attention_pool_forward = _ops.attention_pool_forward.default
+_attention_pool_backward = _ops.attention_pool_backward.default
+_prefix_pool_forward = _ops.prefix_pool_forward.default
+_prefix_pool_backward = _ops.prefix_pool_backward.default
+
+
+def _once_differentiable(op: str) -> None:
+    """Make differentiating through a backward op an error instead of a silently missing gradient."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise RuntimeError(f"llm_ext: {op} has no derivative; second derivatives are not implemented")
+
+    torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup_context)
+
+
+# ---- the Elman recurrence
+
+
+def rnn(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Elman recurrence over a whole sequence, h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh), one direction of one layer.
+
+    Args:
+        x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I].
+        h0: state before the first step [B, H], or None for zeros; must be given with `batch_sizes`.
+        w_ih: [H, I].
+        w_hh: [H, H].
+        b_ih: [H] or None.
+        b_hh: [H] or None.
+        batch_sizes: rows of each step, int64 [T] on the CPU, positive and never rising, as in a PackedSequence.
+        nonlinearity: f, "tanh", "relu" or "sigmoid".
+        reverse: run from the last step to the first; y[t] still belongs to x[t].
+
+    Returns:
+        Every state y [T, B, H] (packed: [N, H]), and the state h_n [B, H] after each row's last step.
+
+    Raises:
+        ValueError: a shape, device or nonlinearity that does not fit.
+        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        RuntimeError: batch_sizes that do not describe x.
+
+    Source: J. Elman, "Finding structure in time", 1990; gradients in docs/recurrence.md.
+    """
+    checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
+    y, h_n = _rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse)
+    return y, h_n
+
+
+@torch.library.register_fake("llm_ext::rnn_forward")
+def _(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    H = w_hh.shape[0]
+    batch = x.shape[1] if h0 is None else h0.shape[0]
+    return x.new_empty((*x.shape[:-1], H)), x.new_empty((batch, H))
+
+
+@torch.library.register_fake("llm_ext::rnn_backward")
+def _(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    y: Tensor,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+    need_dx: bool,
+    need_dh0: bool,
+    need_dw_ih: bool,
+    need_dw_hh: bool,
+    need_db: bool,
+) -> tuple[Tensor, ...]:
+    H, I = w_ih.shape  # noqa: E741
+    batch = x.shape[1] if h0 is None else h0.shape[0]
+    return (
+        x.new_empty(x.shape if need_dx else 0),
+        x.new_empty((batch, H) if need_dh0 else 0),
+        x.new_empty((H, I) if need_dw_ih else 0),
+        x.new_empty((H, H) if need_dw_hh else 0),
+        x.new_empty(H if need_db else 0),
+    )
+
+
+def _rnn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, nonlinearity, reverse = inputs
+    y, _h_n = output
+    ctx.save_for_backward(x, h0, w_ih, w_hh, y, batch_sizes)
+    ctx.nonlinearity = nonlinearity
+    ctx.reverse = reverse
+    ctx.set_materialize_grads(False)
+
+
+def _rnn_autograd(ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, h0, w_ih, w_hh, y, batch_sizes = ctx.saved_tensors
+    need_x, need_h0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = ctx.needs_input_grad[:6]
+    dx, dh0, dw_ih, dw_hh, db = _rnn_backward(
+        grad_y,
+        grad_h_n,
+        x,
+        h0,
+        w_ih,
+        w_hh,
+        y,
+        batch_sizes,
+        ctx.nonlinearity,
+        ctx.reverse,
+        need_x,
+        need_h0,
+        need_w_ih,
+        need_w_hh,
+        need_b_ih or need_b_hh,
+    )
+    return (
+        dx if need_x else None,
+        dh0 if need_h0 else None,
+        dw_ih if need_w_ih else None,
+        dw_hh if need_w_hh else None,
+        db if need_b_ih else None,
+        # Two parameters must not share one gradient: whoever scales it in place would scale it twice.
+        (db.clone() if need_b_ih else db) if need_b_hh else None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("llm_ext::rnn_forward", _rnn_autograd, setup_context=_rnn_setup_context)
+_once_differentiable("rnn_backward")
+
+
+# ---- attention pooling
+
+
+def attention_pool(
+    e: Tensor,
+    u: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention pooling, c = sum_t softmax_t(s_t) e_t.
+
+    Args:
+        e: vectors to pool [B, T, D]; a transposed view of a dense [T, B, D] is read as it lies.
+        u: [D], the scores are s = e u; or
+        scores: s [B, T]. Exactly one of the two.
+        lengths: int64 [B], positions t >= lengths[b] take no part; None: all do.
+        mask: bool [B, T], True where a position takes part; None: all do. Both may be given, both must then admit it.
+
+    Returns:
+        c [B, D], and the log-sum-exp of the scores that take part, [B]. A row without any gives 0 and -inf, and its
+        gradients are 0.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        RuntimeError: lengths outside 0 .. T.
+
+    Source: docs/attention.md; the score folded into one vector, softmax in one pass (arXiv 1805.02867).
+    """
+    checks.pool("attention_pool", e, u, scores, lengths, mask)
+    c, lse = _attention_pool_forward(e, u, scores, lengths, mask)
+    return c, lse
+
+
+def _empty_rows(e: Tensor) -> Tensor:
+    """Result laid out as the kernels do: time-major where e is, else dense [B, T, D]."""
+    B, T, D = e.shape
+    if e.stride() == (D, B * D, 1):
+        return e.new_empty((T, B, D)).transpose(0, 1)
+    return e.new_empty((B, T, D))
+
+
+@torch.library.register_fake("llm_ext::attention_pool_forward")
+def _(
+    e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, _T, D = e.shape
+    return e.new_empty((B, D)), e.new_empty(B)
+
+
+@torch.library.register_fake("llm_ext::attention_pool_backward")
+def _(
+    grad_c: Tensor | None,
+    grad_lse: Tensor | None,
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    c: Tensor,
+    lse: Tensor,
+    need_de: bool,
+    need_du: bool,
+    need_dscores: bool,
+) -> tuple[Tensor, ...]:
+    B, T, D = e.shape
+    return (
+        _empty_rows(e) if need_de else e.new_empty(0),
+        e.new_empty(D if need_du and u is not None else 0),
+        e.new_empty((B, T) if need_dscores and scores is not None else 0),
+    )
+
+
+def _attention_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_pool_autograd(
+    ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    need_e, need_u, need_scores = ctx.needs_input_grad[:3]
+    de, du, dscores = _attention_pool_backward(
+        grad_c, grad_lse, *ctx.saved_tensors, need_e, need_u, need_scores
+    )
+    return de if need_e else None, du if need_u else None, dscores if need_scores else None, None, None
+
+
+torch.library.register_autograd(
+    "llm_ext::attention_pool_forward", _attention_pool_autograd, setup_context=_attention_pool_setup_context
+)
+_once_differentiable("attention_pool_backward")
+
+
+# ---- causal prefix pooling
+
+
+def prefix_pool(
+    e: Tensor,
+    u: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Causal prefix pooling: c_t pools over the positions i <= t, and over what an initial state has seen.
+
+    a_t = sigmoid(s_t - L_{t-1}), L_t = logaddexp(L_{t-1}, s_t), c_t = c_{t-1} + a_t (e_t - c_{t-1}).
+
+    Args:
+        e: vectors to pool [B, T, D]; a transposed view of a dense [T, B, D] is read as it lies.
+        u: [D], the scores are s = e u; or
+        scores: s [B, T]. Exactly one of the two.
+        lengths: int64 [B], positions t >= lengths[b] take no part and leave the state as it is; None: all do.
+        mask: bool [B, T], True where a position takes part; None: all do.
+        state: (L [B], c [B, D]) as returned for what came before; None: nothing came before (L = -inf, c = 0).
+
+    Returns:
+        c [B, T, D], laid out in memory as e, and the state (L [B], c [B, D]) after the last position.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        RuntimeError: lengths outside 0 .. T.
+
+    Source: "Attention as an RNN", arXiv 2405.13956; gradients in docs/attention.md.
+    """
+    checks.pool("prefix_pool", e, u, scores, lengths, mask, state)
+    l0, c0 = (None, None) if state is None else state
+    c, _lse, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
+    return c, (l_n, c_n)
+
+
+@torch.library.register_fake("llm_ext::prefix_pool_forward")
+def _(
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    l0: Tensor | None,
+    c0: Tensor | None,
+) -> tuple[Tensor, ...]:
+    B, T, D = e.shape
+    return _empty_rows(e), e.new_empty((B, T)), e.new_empty(B), e.new_empty((B, D))
+
+
+@torch.library.register_fake("llm_ext::prefix_pool_backward")
+def _(
+    grad_c: Tensor | None,
+    grad_l_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    l0: Tensor | None,
+    c0: Tensor | None,
+    c: Tensor,
+    lse: Tensor,
+    need_de: bool,
+    need_du: bool,
+    need_dscores: bool,
+    need_dstate: bool,
+) -> tuple[Tensor, ...]:
+    B, T, D = e.shape
+    return (
+        _empty_rows(e) if need_de else e.new_empty(0),
+        e.new_empty(D if need_du and u is not None else 0),
+        e.new_empty((B, T) if need_dscores and scores is not None else 0),
+        e.new_empty(B if need_dstate else 0),
+        e.new_empty((B, D) if need_dstate else 0),
+    )
+
+
+def _prefix_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    c, lse, _l_n, _c_n = output
+    ctx.save_for_backward(*inputs, c, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _prefix_pool_autograd(
+    ctx: Any, grad_c: Tensor | None, _grad_lse: None, grad_l_n: Tensor | None, grad_c_n: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    need_e, need_u, need_scores, _, _, need_l0, need_c0 = ctx.needs_input_grad
+    de, du, dscores, dl0, dc0 = _prefix_pool_backward(
+        grad_c, grad_l_n, grad_c_n, *ctx.saved_tensors, need_e, need_u, need_scores, need_l0 or need_c0
+    )
+    return (
+        de if need_e else None,
+        du if need_u else None,
+        dscores if need_scores else None,
+        None,
+        None,
+        dl0 if need_l0 else None,
+        dc0 if need_c0 else None,
+    )
+
+
+torch.library.register_autograd(
+    "llm_ext::prefix_pool_forward", _prefix_pool_autograd, setup_context=_prefix_pool_setup_context
+)
+_once_differentiable("prefix_pool_backward")

@@ -1,0 +1,152 @@
+"""What the tests share: the table of tolerances, odd sizes, inputs, and gradients by name."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64)
+NONLINEARITIES = ("tanh", "relu", "sigmoid")
+# Nothing, one, odd, and one above the width of a vector of 16 or 32 numbers.
+SIZES = (0, 1, 3, 17, 33)
+
+# Greatest error against the float64 reference, in units of max(1, largest expected number): a sum of many
+# terms is as exact as its largest terms, however small the sum. Never raised inside a test.
+TOLERANCE = {
+    # Up to 1024 steps, each rounding a dot product of I + H terms; the cell contracts and forgets old errors.
+    ("rnn", torch.float32): 5e-5,
+    # The same errors, through weights that sum over T·B rows.
+    ("rnn_backward", torch.float32): 1e-4,
+    # One softmax and one weighted mean: no error grows with T.
+    ("attention_pool", torch.float32): 1e-5,
+    ("attention_pool_backward", torch.float32): 5e-5,
+    # L and c pass through T steps that each round once.
+    ("prefix_pool", torch.float32): 5e-5,
+    ("prefix_pool_backward", torch.float32): 1e-4,
+    # A stack of the above.
+    ("model", torch.float32): 1e-4,
+    # float64 differs from the reference in the order of sums only.
+    ("rnn", torch.float64): 1e-12,
+    ("rnn_backward", torch.float64): 1e-11,
+    ("attention_pool", torch.float64): 1e-13,
+    ("attention_pool_backward", torch.float64): 1e-12,
+    ("prefix_pool", torch.float64): 1e-12,
+    ("prefix_pool_backward", torch.float64): 1e-11,
+    ("model", torch.float64): 1e-11,
+}
+
+
+def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Shapes agree and errors stay within the table's row for `op` and the dtype of `actual`."""
+    assert actual.shape == expected.shape, f"{op}: {what} is {list(actual.shape)}, not {list(expected.shape)}"
+    if actual.numel() == 0:
+        return
+    a, b = actual.detach().double(), expected.detach().double()
+    infinite = b.isinf()
+    assert torch.equal(a[infinite], b[infinite]), f"{op}: {what} differs where {b[infinite]} is expected"
+    a, b = a[~infinite], b[~infinite]
+    assert a.isfinite().all(), f"{op}: {what} holds NaN or infinity"
+    if a.numel() == 0:
+        return
+    error = (a - b).abs().max().item()
+    allowed = TOLERANCE[op, actual.dtype] * max(1.0, b.abs().max().item())
+    assert error <= allowed, f"{op}: {what} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values in memory with holes (filled with NaN) and swapped strides: nothing is contiguous."""
+    roomy = tensor.new_full([2 * size + 1 for size in reversed(tensor.shape)], float("nan"))
+    view = roomy[tuple(slice(1, 2 * size + 1, 2) for size in reversed(tensor.shape))].permute(
+        *reversed(range(tensor.dim()))
+    )
+    return view.copy_(tensor)
+
+
+def rnn_arguments(
+    T: int,
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    h0: bool = True,
+) -> dict[str, Tensor | None]:
+    """Tensors for `rnn` by name, weights drawn as the layer draws them."""
+    bound = H**-0.5 if H else 0.0
+
+    def weight(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype).uniform_(-bound, bound)
+
+    return {
+        "x": torch.randn(T, B, I, dtype=dtype),
+        "h0": torch.randn(B, H, dtype=dtype) if h0 else None,
+        "w_ih": weight(H, I),
+        "w_hh": weight(H, H),
+        "b_ih": weight(H) if bias else None,
+        "b_hh": weight(H) if bias else None,
+    }
+
+
+def batch_sizes_of(lengths: list[int]) -> Tensor:
+    """How many of the sequences are longer than t, for each t."""
+    return torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths))], dtype=torch.int64)
+
+
+def pack(x: Tensor, batch_sizes: Tensor) -> Tensor:
+    """The first batch_sizes[t] rows of each step of x [T, B, ...], one step after the other."""
+    return torch.cat([step[:size] for step, size in zip(x, batch_sizes.tolist(), strict=True)])
+
+
+def flatten(results: object) -> list[Tensor]:
+    """The tensors in nested tuples, in order."""
+    if isinstance(results, Tensor):
+        return [results]
+    return [tensor for part in results for tensor in flatten(part)]  # type: ignore[attr-defined]
+
+
+def outputs_and_gradients(
+    function: Callable[..., object],
+    arguments: Mapping[str, Tensor | None],
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs, and gradients by name, of function(**arguments), under the same random weights in every call.
+
+    With `dtype`, floating arguments are converted first. A gradient that does not exist counts as zero.
+    """
+
+    def prepare(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        # detach, not clone: the strides of the argument are part of the case.
+        tensor = tensor.detach()
+        return (tensor if dtype is None else tensor.to(dtype)).requires_grad_()
+
+    prepared = {name: prepare(tensor) for name, tensor in arguments.items()}
+    outputs = flatten(function(**prepared))
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for output in outputs:
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+        # The log-sum-exp of nothing is -inf, and has no part in a loss.
+        loss = loss + (output * weights).masked_fill(output.isinf(), 0).sum()
+    wanted = {name: t for name, t in prepared.items() if t is not None and t.requires_grad}
+    if not loss.requires_grad:  # results of nothing need not depend on anything
+        return outputs, {name: torch.zeros_like(t) for name, t in wanted.items()}
+    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return outputs, dict(zip(wanted, gradients, strict=True))
+
+
+def assert_same(
+    op: str,
+    function: Callable[..., object],
+    truth: Callable[..., object],
+    arguments: Mapping[str, Tensor | None],
+) -> None:
+    """Outputs and gradients of `function` agree with those of `truth` computed in float64."""
+    outputs, gradients = outputs_and_gradients(function, arguments)
+    true_outputs, true_gradients = outputs_and_gradients(truth, arguments, torch.float64)
+    assert len(outputs) == len(true_outputs)
+    for i, (output, true_output) in enumerate(zip(outputs, true_outputs, strict=True)):
+        assert_close(op, output, true_output, f"output {i}")
+    for name, gradient in gradients.items():
+        assert_close(f"{op}_backward", gradient, true_gradients[name], f"gradient of {name}")

@@ -1,0 +1,308 @@
+"""llm_ext.LLM: the parts put together, the state between pieces of a text, and sampling."""
+
+import copy
+import inspect
+import json
+import math
+import pickle
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llm_ext
+from llm_ext.model import sample
+
+V = 11
+ATTENTION = ("hidden", "embedding", "none")
+
+
+def model(attention: str = "hidden", **options: object) -> llm_ext.LLM:
+    options = {"n_layers": 2, "dropout": 0.0, "attention": attention, "dtype": torch.float64} | options
+    return llm_ext.LLM(V, 5, 17, V, **options)
+
+
+def flat(state: llm_ext.LLMState) -> list[Tensor]:
+    return [state.hidden, *(state.attention or ())]
+
+
+def by_hand(m: llm_ext.LLM, x: Tensor) -> Tensor:
+    """The same model from torch.nn alone: one-hot vectors, torch.nn.RNN, a softmax under a T × T mask."""
+    config = m.config()
+    embedded = nn.functional.one_hot(x, V).double() @ m.embedding.weight + m.embedding.bias
+    rnn = nn.RNN(5, 17, config["n_layers"], config["nonlinearity"], batch_first=True, dtype=torch.float64)
+    rnn.load_state_dict(m.rnn.state_dict())
+    features = h = rnn(embedded)[0]
+    if m.pool is not None:
+        e = h if config["attention"] == "hidden" else embedded
+        inner = e @ m.pool.weight.T
+        scores = (inner if config["score"] == "linear" else torch.tanh(inner + m.pool.bias)) @ m.pool.v
+        T = x.shape[1]
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        alpha = torch.softmax(scores[:, None].expand(-1, T, T).masked_fill(future, -math.inf), -1)
+        features = torch.cat((h, alpha @ e), -1)
+    return features @ m.head.weight.T + m.head.bias
+
+
+@pytest.mark.parametrize("score", ["linear", "tanh"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_is_its_parts(attention: str, score: str) -> None:
+    m = model(attention, score=score, nonlinearity="relu")
+    for parameter in m.parameters():  # biases too
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randint(V, (3, 9))
+    output, state = m(x)
+    cases.assert_close("model", output, by_hand(m, x))
+    assert output.is_contiguous()  # so that output.view(-1, V) works
+    assert state.hidden.shape == (2, 3, 17)
+    assert (state.attention is None) == (attention == "none")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_pieces_are_the_whole(dtype: torch.dtype, attention: str) -> None:
+    m = model(attention, dtype=dtype)
+    x = torch.randint(V, (3, 33))
+    whole, last = m(x)
+    outputs, state = [], None
+    for piece in x.split([1, 0, 17, 3, 12], 1):
+        output, state = m(piece, state)
+        outputs.append(output)
+    cases.assert_close("model", torch.cat(outputs, 1), whole)
+    for part, expected in zip(flat(state), flat(last), strict=True):
+        cases.assert_close("model", part, expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_gradients_flow_through_the_state(attention: str) -> None:
+    """Backpropagation through two pieces is that through the whole; a detached state stops it."""
+    m = model(attention)
+    x = torch.randint(V, (2, 8))
+    parameters = list(m.parameters())
+    expected = torch.autograd.grad(m(x)[0][:, 5:].square().sum(), parameters)
+    _, state = m(x[:, :5])
+    actual = torch.autograd.grad(m(x[:, 5:], state)[0].square().sum(), parameters)
+    for a, b in zip(actual, expected, strict=True):
+        cases.assert_close("model", a, b, "gradient")
+    _, state = m(x[:, :5])
+    detached = state.detach()
+    assert isinstance(detached, llm_ext.LLMState)
+    assert not any(t.requires_grad for t in flat(detached))
+    assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(detached), strict=True))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_no_position_sees_the_future(attention: str) -> None:
+    m = model(attention)
+    x = torch.randint(V, (2, 9))
+    changed = x.clone()
+    changed[:, 6] = (x[:, 6] + 1) % V
+    before, after = m(x)[0], m(changed)[0]
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.isclose(before[:, 6:], after[:, 6:]).all(-1).any()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing(B: int, T: int, attention: str) -> None:
+    output, state = model(attention)(torch.zeros(B, T, dtype=torch.int64))
+    assert output.shape == (B, T, V)
+    assert not state.hidden.any()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_the_usual_training_loop(attention: str) -> None:
+    m = model(attention, dropout=0.1, dtype=torch.float32)
+    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(m.parameters(), lr=0.01)
+    x = torch.arange(33).remainder(V).expand(4, -1)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        output, _ = m(x[:, :-1])
+        loss = criterion(output.view(-1, V), x[:, 1:].reshape(-1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 2
+    assert losses[-1] < 0.3
+    assert all(p.grad is not None for p in m.parameters())
+    m.eval()
+    assert torch.equal(m.generate(x[0, :5], 28, temperature=0), x[0])
+
+
+def test_dropout_in_training_only() -> None:
+    m = model(dropout=0.5)
+    x = torch.randint(V, (2, 5))
+    assert not torch.equal(m(x)[0], m(x)[0])
+    m.eval()
+    assert torch.equal(m(x)[0], m(x)[0])
+    # One layer has nothing between layers, and that is no reason to warn.
+    assert model(n_layers=1, dropout=0.5).rnn.dropout == 0
+
+
+def test_initialisation() -> None:
+    m = model(n_layers=3)
+    for name, parameter in m.named_parameters():
+        if "weight_hh" in name:
+            torch.testing.assert_close(parameter @ parameter.T, torch.eye(17, dtype=torch.float64))
+        if "bias" in name:
+            assert not parameter.any()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_config_and_copies(attention: str) -> None:
+    m = model(attention, nonlinearity="sigmoid", dropout=0.25, score="tanh").eval()
+    x = torch.randint(V, (2, 5))
+    config = json.loads(json.dumps(m.config()))
+    constructor = inspect.signature(llm_ext.LLM.__init__).parameters
+    assert set(config) == set(constructor) - {"self", "device", "dtype"}
+    rebuilt = llm_ext.LLM(**config, dtype=torch.float64).eval()
+    assert rebuilt.config() == m.config()
+    assert repr(rebuilt) == repr(m)
+    rebuilt.load_state_dict(m.state_dict())
+    for other in (rebuilt, copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert torch.equal(other(x)[0], m(x)[0])
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_greedy_generation_is_the_best_token_of_the_whole_text(attention: str) -> None:
+    m = model(attention).eval()
+    prompt = torch.randint(V, (3, 4))
+    ids = m.generate(prompt, 12, temperature=0)
+    assert ids.shape == (3, 16)
+    assert torch.equal(ids[:, :4], prompt)
+    for t in range(4, 16):
+        assert torch.equal(m(ids[:, :t])[0][:, -1].argmax(-1), ids[:, t])
+    for row, expected in zip(prompt, ids, strict=True):
+        assert torch.equal(m.generate(row, 12, temperature=0), expected)
+    assert torch.equal(m.generate(prompt, 12, top_k=1), ids)
+    assert torch.equal(m.generate(prompt, 12, top_p=1e-9), ids)
+    assert not ids.is_inference()
+
+
+def test_one_step_a_token() -> None:
+    m = model().eval()
+    steps = []
+    m.rnn.register_forward_hook(lambda _, arguments, __: steps.append(arguments[0].shape[0]))
+    assert len(list(m.stream(torch.randint(V, (2, 7)), 5))) == 5
+    assert steps == [7, 1, 1, 1, 1]
+
+
+def test_stream_is_generate() -> None:
+    m = model().eval()
+    prompt = torch.randint(V, (2, 3))
+    options = {"temperature": 1.3, "top_k": 7, "top_p": 0.9}
+    ids = m.generate(prompt, 8, **options, generator=torch.Generator().manual_seed(5))
+    stream = m.stream(prompt, 8, **options, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.stack(list(stream), 1), ids[:, 3:])
+    other = m.generate(prompt, 8, **options, generator=torch.Generator().manual_seed(6))
+    assert not torch.equal(other, ids)
+    with torch.inference_mode():
+        same = m.generate(prompt, 8, **options, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(same, ids)
+    # Between two tokens the caller's own work records gradients as ever.
+    for _ in m.stream(prompt, 2):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+    assert torch.equal(m.generate(prompt, 0), prompt)
+    assert m.generate(prompt[:0], 4).shape == (0, 7)
+
+
+def counts(scores: Tensor, **options: object) -> Tensor:
+    """How often each id was drawn, as a share."""
+    drawn = sample(scores.expand(20000, -1), generator=torch.Generator().manual_seed(0), **options)
+    return torch.bincount(drawn, minlength=scores.shape[-1]) / 20000
+
+
+def test_sampling() -> None:
+    shares = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    scores = shares.log()[None]
+    torch.testing.assert_close(counts(scores), shares, atol=0.02, rtol=0)
+    sharper = shares.square() / shares.square().sum()
+    torch.testing.assert_close(counts(scores, temperature=0.5), sharper, atol=0.02, rtol=0)
+    best_two = torch.tensor([0, 4 / 7, 0, 3 / 7])
+    torch.testing.assert_close(counts(scores, top_k=2), best_two, atol=0.02, rtol=0)
+    # 0.4 does not reach 0.6, 0.4 + 0.3 does.
+    torch.testing.assert_close(counts(scores, top_p=0.6), best_two, atol=0.02, rtol=0)
+    torch.testing.assert_close(counts(scores, top_p=1.0), shares, atol=0.02, rtol=0)
+    torch.testing.assert_close(counts(scores, top_k=9), shares, atol=0.02, rtol=0)
+    only_best = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert torch.equal(counts(scores, temperature=0), only_best)
+    assert torch.equal(counts(scores, top_p=0.3), only_best)
+    # Equal scores at the border of top_k: still no more than k.
+    assert (counts(torch.zeros(1, 4), top_k=2) > 0).sum() == 2
+
+
+BAD_CALLS = [
+    (torch.zeros(3, dtype=torch.int64), ValueError, r"LLM: x must be \[B, T\], got \[3\]"),
+    (torch.zeros(3, 2), TypeError, "LLM: x must be int64, got float32"),
+    (torch.tensor([[0, V]]), IndexError, f"ids must be from 0 to {V - 1}, got values from 0 to {V}"),
+    (torch.tensor([[-1]]), IndexError, "got values from -1 to -1"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "message"), BAD_CALLS)
+def test_bad_call(x: Tensor, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        model()(x)
+
+
+def test_state_of_another_batch() -> None:
+    m = model()
+    _, state = m(torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"hx must be \[L, B, H\] = \[2, 2, 17\], got \[2, 3, 17\]"):
+        m(torch.zeros(2, 2, dtype=torch.int64), state)
+
+
+BAD_SAMPLING = [
+    ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, "prompt_ids must be .* got .0."),
+    ({"prompt_ids": torch.zeros(2, 0, dtype=torch.int64)}, "prompt_ids must be .* got .2, 0."),
+    ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+    ({"temperature": -0.5}, "temperature must be at least 0 and finite, got -0.5"),
+    ({"temperature": math.nan}, "temperature must be at least 0 and finite, got nan"),
+    ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+    ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_SAMPLING)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_bad_sampling(method: str, options: dict[str, object], message: str) -> None:
+    arguments = {"prompt_ids": torch.zeros(3, dtype=torch.int64), "max_new_tokens": 2} | options
+    with pytest.raises(ValueError, match=message):  # at the call, before the first token is asked for
+        getattr(model(), method)(**arguments)
+
+
+BAD_CONSTRUCTORS = [
+    ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
+    ({"dropout": 1.5}, "dropout must be a probability from 0 to 1, got 1.5"),
+    ({"attention": "all"}, "attention must be one of hidden, embedding, none, got 'all'"),
+    ({"nonlinearity": "gelu"}, "nonlinearity must be one of"),
+    ({"score": "dot"}, "score must be one of linear, tanh, got 'dot'"),
+    ({"attn_dim": -1}, "attn_dim must be at least 1, got -1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CONSTRUCTORS)
+def test_bad_constructor(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(**options)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_compiles_whole(attention: str) -> None:
+    """torch.compile finds no reason to break the graph, neither from the start of a text nor from a state."""
+    m = model(attention, dtype=torch.float32)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    x = torch.randint(V, (2, 6))
+    expected, state = m(x)
+    cases.assert_close("model", compiled(x)[0], expected)
+    cases.assert_close("model", compiled(x, state.detach())[0], m(x, state.detach())[0])
+    compiled(x)[0].sum().backward()
+    gradients = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad()
+    m(x)[0].sum().backward()
+    for gradient, p in zip(gradients, m.parameters(), strict=True):
+        cases.assert_close("model", gradient, p.grad, "gradient")
