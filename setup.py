@@ -1,6 +1,8 @@
 """Builds the one compiled module, `llm_ext._C`; everything else about the package is in pyproject.toml."""
 
 import os
+import sys
+import sysconfig
 from pathlib import Path
 
 import pybind11
@@ -11,6 +13,9 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 # setuptools wants paths relative to this file, whatever the working directory.
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+
+if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    sys.exit("llm_ext: Python.h is missing, which its C++ module needs; on Debian and Ubuntu: apt install python3-dev")
 
 FLAGS = [
     "-O3",

@@ -1,9 +1,37 @@
 """Fused recurrent layers and attention pooling for PyTorch."""
 
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TypedDict
+
+import torch  # noqa: F401  (its libraries must be loaded before the module that calls them)
+
+from llm_ext import _C
 from llm_ext.attention import AttentionPool
 from llm_ext.layers import RNN
 from llm_ext.model import LLM, LLMState
 
-__version__ = "0.1.0"
+__version__ = version("llm_ext")
 
-__all__ = ["LLM", "RNN", "AttentionPool", "LLMState"]
+__all__ = ["LLM", "RNN", "AttentionPool", "LLMState", "build_info"]
+
+
+class BuildInfo(TypedDict):
+    """What the compiled module was built with, and what it uses here."""
+
+    compiler: str
+    torch: str
+    cuda: str | None
+    openmp: bool
+    simd: str
+
+
+def build_info() -> BuildInfo:
+    """Say what the compiled module was built with: compiler, torch, CUDA (None: without), OpenMP, and the SIMD level in use.
+
+    Raises:
+        RuntimeError: LLM_EXT_SIMD names a level that does not exist or that this machine lacks.
+    """
+    info: BuildInfo = _C.build_info()
+    return info

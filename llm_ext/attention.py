@@ -91,7 +91,7 @@ class AttentionPool(nn.Module):
             TypeError: a dtype that does not fit.
         """
         if e.dim() != 3 or e.shape[2] != self.embed_dim:
-            checks.fail_shape("AttentionPool", "e", "B, T, D", ("*", "*", self.embed_dim), e)
+            checks.fail_shape("AttentionPool", "e", "B, T, D", (None, None, self.embed_dim), e)
         if self.bias is None:
             # vᵀ W e = u·e: W e is never formed.
             u, scores = (self.v @ self.weight).to(e.dtype), None

@@ -1,7 +1,7 @@
 """Checks of what arguments mean, with messages a person understands.
 
-`csrc/torch` checks what could corrupt memory, including values inside tensors (lengths, batch sizes): under
-torch.compile those do not exist here yet.
+`csrc/torch` refuses whatever it cannot run; these say why. Values inside tensors (lengths, batch sizes) are
+looked at where there are any: not under torch.compile.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
 DTYPES = (torch.float32, torch.float64)
 
+# Sizes of a tensor; None for any.
+Sizes = tuple[int | None, ...]
+
 
 class ArgumentError(ValueError, RuntimeError):
     """Arguments that do not fit together: a ValueError; a RuntimeError too, as torch.nn raises here."""
@@ -23,29 +26,38 @@ class DtypeError(ArgumentError, TypeError):
     """A wrong dtype: a TypeError too."""
 
 
-def fail_shape(op: str, name: str, letters: str, expected: tuple[int | str, ...], got: Tensor) -> NoReturn:
-    """Raise for a shape; `letters` names the sizes, `expected` holds them, with "*" for any."""
-    sizes = ", ".join(map(str, expected))
-    raise ArgumentError(f"{op}: {name} must be [{letters}] = [{sizes}], got {list(got.shape)}")
+def fail_shape(op: str, name: str, letters: str, sizes: Sizes, got: Tensor) -> NoReturn:
+    """Raise for a shape that is not `sizes`, which `letters` names."""
+    expected = ", ".join("*" if size is None else str(size) for size in sizes)
+    raise ArgumentError(f"{op}: {name} must be [{letters}] = [{expected}], got {list(got.shape)}")
 
 
-def _fail_dtype(op: str, name: str, got: torch.dtype) -> NoReturn:
-    raise DtypeError(f"{op}: {name} must be float32 or float64, got {got}".replace("torch.", ""))
-
-
-def _check_tensor(op: str, name: str, got: object) -> None:
+def _check(
+    op: str,
+    name: str,
+    got: Tensor,
+    letters: str,
+    sizes: Sizes,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """Raise unless `got` is a tensor of these sizes and of one of these dtypes, on the device of `like`."""
     if not isinstance(got, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(got).__name__}")
+    if got.dim() != len(sizes) or any(
+        n is not None and n != m for n, m in zip(sizes, got.shape, strict=True)
+    ):
+        fail_shape(op, name, letters, sizes, got)
+    if got.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise DtypeError(f"{op}: {name} must be {expected}, got {got.dtype}".replace("torch.", ""))
+    if like is not None and got.device != like[1].device:
+        raise ArgumentError(f"{op}: {name} must be on {like[1].device} like {like[0]}, got {got.device}")
 
 
-def _check_like(op: str, name: str, got: Tensor, other_name: str, other: Tensor) -> None:
-    """`got` must have the dtype and the device of `other`."""
-    if got.dtype is not other.dtype:
-        raise DtypeError(
-            f"{op}: {name} must be {other.dtype} like {other_name}, got {got.dtype}".replace("torch.", "")
-        )
-    if got.device != other.device:
-        raise ArgumentError(f"{op}: {name} must be on {other.device} like {other_name}, got {got.device}")
+def _has_values(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor on the CPU: the fake ones of torch.compile are of another type."""
+    return type(tensor) is Tensor and tensor.is_cpu
 
 
 def rnn(
@@ -61,46 +73,34 @@ def rnn(
     """Raise if the arguments of `ops.rnn` do not fit together."""
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"rnn: nonlinearity must be one of {NONLINEARITIES}, got {nonlinearity!r}")
-    _check_tensor("rnn", "x", x)
-    if w_ih.dtype not in DTYPES:
-        _fail_dtype("rnn", "w_ih", w_ih.dtype)
-    shape = w_ih.shape
-    if len(shape) != 2:
-        fail_shape("rnn", "w_ih", "H, I", ("*", "*"), w_ih)
-    H, I = shape  # noqa: E741
-    if w_hh.shape != (H, H):
-        fail_shape("rnn", "w_hh", "H, H", (H, H), w_hh)
-    _check_like("rnn", "w_hh", w_hh, "w_ih", w_ih)
-    if b_ih is not None:
-        if b_ih.shape != (H,):
-            fail_shape("rnn", "b_ih", "H", (H,), b_ih)
-        _check_like("rnn", "b_ih", b_ih, "w_ih", w_ih)
-    if b_hh is not None:
-        if b_hh.shape != (H,):
-            fail_shape("rnn", "b_hh", "H", (H,), b_hh)
-        _check_like("rnn", "b_hh", b_hh, "w_ih", w_ih)
-
-    shape = x.shape
+    _check("rnn", "w_ih", w_ih, "H, I", (None, None))
+    H, I = w_ih.shape  # noqa: E741
+    same, like = (w_ih.dtype,), ("w_ih", w_ih)
+    batch = None
     if batch_sizes is None:
-        if len(shape) != 3 or shape[2] != I:
-            fail_shape("rnn", "x", "T, B, I", ("*", "*", I), x)
-        if h0 is not None and h0.shape != (shape[1], H):
-            fail_shape("rnn", "h0", "B, H", (shape[1], H), h0)
+        _check("rnn", "x", x, "T, B, I", (None, None, I), same, like)
+        batch = x.shape[1]
     else:
-        if len(shape) != 2 or shape[1] != I:
-            fail_shape("rnn", "x", "N, I", ("*", I), x)
-        if batch_sizes.dtype is not torch.int64 or not batch_sizes.is_cpu or batch_sizes.dim() != 1:
-            raise ArgumentError(
-                "rnn: batch_sizes must be int64 [T] on cpu, "
-                f"got {batch_sizes.dtype} {list(batch_sizes.shape)} on {batch_sizes.device}"
-            )
+        _check("rnn", "x", x, "N, I", (None, I), same, like)
+        _check("rnn", "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
+        if not batch_sizes.is_cpu:
+            raise ArgumentError(f"rnn: batch_sizes must be on cpu, got {batch_sizes.device}")
         if h0 is None:
             raise ArgumentError("rnn: h0 must be given with batch_sizes, got None")
-        if h0.dim() != 2 or h0.shape[1] != H:
-            fail_shape("rnn", "h0", "B, H", ("*", H), h0)
-    _check_like("rnn", "x", x, "w_ih", w_ih)
+        if _has_values(batch_sizes):
+            sizes = batch_sizes.tolist()
+            if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
+                raise ArgumentError(f"rnn: batch_sizes must be positive and never rise, got {sizes}")
+            if sum(sizes) != len(x):
+                raise ArgumentError(f"rnn: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
+            batch = sizes[0] if sizes else None
     if h0 is not None:
-        _check_like("rnn", "h0", h0, "w_ih", w_ih)
+        _check("rnn", "h0", h0, "B, H", (batch, H), same, like)
+    _check("rnn", "w_hh", w_hh, "H, H", (H, H), same, like)
+    if b_ih is not None:
+        _check("rnn", "b_ih", b_ih, "H", (H,), same, like)
+    if b_hh is not None:
+        _check("rnn", "b_hh", b_hh, "H", (H,), same, like)
 
 
 def pool(
@@ -113,48 +113,23 @@ def pool(
     state: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Raise if the arguments of `ops.attention_pool` or `ops.prefix_pool` do not fit together."""
-    _check_tensor(op, "e", e)
-    if e.dtype not in DTYPES:
-        _fail_dtype(op, "e", e.dtype)
-    shape = e.shape
-    if len(shape) != 3:
-        fail_shape(op, "e", "B, T, D", ("*", "*", "*"), e)
-    B, T, D = shape
-
+    _check(op, "e", e, "B, T, D", (None, None, None))
+    B, T, D = e.shape
+    same, like = (e.dtype,), ("e", e)
+    if (u is None) == (scores is None):
+        got = "neither" if u is None else "both"
+        raise ArgumentError(f"{op}: exactly one of u and scores must be given, got {got}")
     if u is not None:
-        if scores is not None:
-            raise ArgumentError(f"{op}: exactly one of u and scores must be given, got both")
-        if u.shape != (D,):
-            fail_shape(op, "u", "D", (D,), u)
-        _check_like(op, "u", u, "e", e)
-    elif scores is not None:
-        if scores.shape != (B, T):
-            fail_shape(op, "scores", "B, T", (B, T), scores)
-        _check_like(op, "scores", scores, "e", e)
-    else:
-        raise ArgumentError(f"{op}: exactly one of u and scores must be given, got neither")
-
+        _check(op, "u", u, "D", (D,), same, like)
+    if scores is not None:
+        _check(op, "scores", scores, "B, T", (B, T), same, like)
     if lengths is not None:
-        _check_tensor(op, "lengths", lengths)
-        if lengths.shape != (B,):
-            fail_shape(op, "lengths", "B", (B,), lengths)
-        if lengths.dtype is not torch.int64:
-            raise DtypeError(f"{op}: lengths must be int64, got {lengths.dtype}".replace("torch.", ""))
-        if lengths.device != e.device:
-            raise ArgumentError(f"{op}: lengths must be on {e.device} like e, got {lengths.device}")
+        _check(op, "lengths", lengths, "B", (B,), (torch.int64,), like)
+        if _has_values(lengths) and any(not 0 <= length <= T for length in lengths.tolist()):
+            raise ArgumentError(f"{op}: lengths must be from 0 to T = {T}, got {lengths.tolist()}")
     if mask is not None:
-        _check_tensor(op, "mask", mask)
-        if mask.shape != (B, T):
-            fail_shape(op, "mask", "B, T", (B, T), mask)
-        if mask.dtype is not torch.bool:
-            raise DtypeError(f"{op}: mask must be bool, got {mask.dtype}".replace("torch.", ""))
-        if mask.device != e.device:
-            raise ArgumentError(f"{op}: mask must be on {e.device} like e, got {mask.device}")
+        _check(op, "mask", mask, "B, T", (B, T), (torch.bool,), like)
     if state is not None:
         L, c = state
-        if L.shape != (B,):
-            fail_shape(op, "state L", "B", (B,), L)
-        if c.shape != (B, D):
-            fail_shape(op, "state c", "B, D", (B, D), c)
-        _check_like(op, "state L", L, "e", e)
-        _check_like(op, "state c", c, "e", e)
+        _check(op, "state L", L, "B", (B,), same, like)
+        _check(op, "state c", c, "B, D", (B, D), same, like)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -112,9 +111,17 @@ class RNN(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
+    def all_weights(self) -> list[list[Tensor]]:
         """The parameters of each layer and direction, in the order of the rows of h_n."""
-        return [[getattr(self, name) for name in names] for names in self._names]
+        return [self._weights(names) for names in self._names]
+
+    def _weights(self, names: list[str]) -> list[Tensor]:
+        """Look the parameters up, in every call anew: functional_call puts other tensors in their place."""
+        try:
+            return [self._parameters[name] for name in names]  # type: ignore[misc]  # none is None
+        except KeyError:
+            # A parametrization or weight_norm has made an attribute of one. Five times the cost: only then.
+            return [getattr(self, name) for name in names]
 
     def flatten_parameters(self) -> None:
         """Do nothing: in torch.nn.RNN this arranges memory for cuDNN."""
@@ -162,7 +169,7 @@ class RNN(nn.Module):
         shape = input.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             letters = "B, T, I" if self.batch_first else "T, B, I"
-            checks.fail_shape("RNN", "input", letters, ("*", "*", self.input_size), input)
+            checks.fail_shape("RNN", "input", letters, (None, None, self.input_size), input)
         if len(shape) == 2:
             if hx is not None:
                 if hx.dim() != 2:
@@ -179,38 +186,38 @@ class RNN(nn.Module):
         self, x: Tensor, hx: Tensor | None, batch: int, batch_sizes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """All layers over x [T, B, I], or over packed rows [N, I]."""
-        h0: Sequence[Tensor | None]
-        if hx is None:
-            h0 = [None] * len(self._names)
-        else:
-            expected = (len(self._names), batch, self.hidden_size)
-            if hx.shape != expected:
-                checks.fail_shape("RNN", "hx", "L, B, H", expected, hx)
-            h0 = hx.unbind(0)
-        directions = 2 if self.bidirectional else 1
+        rows = len(self._names)
+        if hx is not None and hx.shape != (rows, batch, self.hidden_size):
+            checks.fail_shape("RNN", "hx", "L, B, H", (rows, batch, self.hidden_size), hx)
+        if rows == 1:
+            # The one step of a generation is mostly Python: neither lists nor loops for it.
+            y, h = self._direction(0, x, None if hx is None else hx[0], batch_sizes)
+            return y, h.unsqueeze(0)
+        h0 = [None] * rows if hx is None else hx.unbind(0)
         h_n: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
-            for reverse in range(directions):
-                row = len(h_n)
-                # Looked up anew in every call: parametrizations and functional_call put other tensors there.
-                weights = [getattr(self, name) for name in self._names[row]]
-                if x.dtype is not weights[0].dtype and torch.is_autocast_enabled(x.device.type):
-                    x = x.to(weights[0].dtype)
-                y, h = ops.rnn(
-                    x,
-                    h0[row],
-                    *weights,
-                    batch_sizes=batch_sizes,
-                    nonlinearity=self.nonlinearity,
-                    reverse=reverse == 1,
-                )
+            for _ in range(rows // self.num_layers):
+                y, h = self._direction(len(h_n), x, h0[len(h_n)], batch_sizes)
                 outputs.append(y)
                 h_n.append(h)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        return x, h_n[0].unsqueeze(0) if len(h_n) == 1 else torch.stack(h_n)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return x, torch.stack(h_n)
+
+    def _direction(
+        self, row: int, x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer in one direction: that of the given row of h_n."""
+        weights = self._weights(self._names[row])
+        dtype = weights[0].dtype
+        if x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
+            x, h0 = x.to(dtype), None if h0 is None else h0.to(dtype)
+        reverse = self.bidirectional and row % 2 == 1
+        return ops.rnn(
+            x, h0, *weights, batch_sizes=batch_sizes, nonlinearity=self.nonlinearity, reverse=reverse
+        )
 
 
 class AffineEmbedding(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,22 @@ _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
 _prefix_pool_forward = _ops.prefix_pool_forward.default
 _prefix_pool_backward = _ops.prefix_pool_backward.default
+
+
+# What an op raises when it refuses its arguments.
+_FAILURES = (RuntimeError, TypeError)
+
+
+def _explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoReturn:
+    """Raise what `check` has to say about the arguments an op refused, or the op's own error if it finds no fault.
+
+    The ops refuse whatever they cannot run, so a call that succeeds need not pay for the better messages.
+    """
+    try:
+        check(*args)
+    except Exception as explanation:
+        raise explanation from None
+    raise failure
 
 
 def _once_differentiable(op: str) -> None:
@@ -71,8 +88,10 @@ def rnn(
 
     Source: J. Elman, "Finding structure in time", 1990; gradients in docs/recurrence.md.
     """
-    checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
-    y, h_n = _rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse)
+    try:
+        y, h_n = _rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse)
+    except _FAILURES as failure:
+        _explain(failure, checks.rnn, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
     return y, h_n
 
 
@@ -88,6 +107,7 @@ def _(
     nonlinearity: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
     H = w_hh.shape[0]
     batch = x.shape[1] if h0 is None else h0.shape[0]
     return x.new_empty((*x.shape[:-1], H)), x.new_empty((batch, H))
@@ -200,8 +220,10 @@ def attention_pool(
 
     Source: docs/attention.md; the score folded into one vector, softmax in one pass (arXiv 1805.02867).
     """
-    checks.pool("attention_pool", e, u, scores, lengths, mask)
-    c, lse = _attention_pool_forward(e, u, scores, lengths, mask)
+    try:
+        c, lse = _attention_pool_forward(e, u, scores, lengths, mask)
+    except _FAILURES as failure:
+        _explain(failure, checks.pool, "attention_pool", e, u, scores, lengths, mask)
     return c, lse
 
 
@@ -217,6 +239,7 @@ def _empty_rows(e: Tensor) -> Tensor:
 def _(
     e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    checks.pool("attention_pool", e, u, scores, lengths, mask)
     B, _T, D = e.shape
     return e.new_empty((B, D)), e.new_empty(B)
 
@@ -299,9 +322,11 @@ def prefix_pool(
 
     Source: "Attention as an RNN", arXiv 2405.13956; gradients in docs/attention.md.
     """
-    checks.pool("prefix_pool", e, u, scores, lengths, mask, state)
     l0, c0 = (None, None) if state is None else state
-    c, _lse, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
+    try:
+        c, _lse, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
+    except _FAILURES as failure:
+        _explain(failure, checks.pool, "prefix_pool", e, u, scores, lengths, mask, state)
     return c, (l_n, c_n)
 
 
@@ -315,6 +340,7 @@ def _(
     l0: Tensor | None,
     c0: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    checks.pool("prefix_pool", e, u, scores, lengths, mask, None if l0 is None or c0 is None else (l0, c0))
     B, T, D = e.shape
     return _empty_rows(e), e.new_empty((B, T)), e.new_empty(B), e.new_empty((B, D))
 

@@ -342,9 +342,11 @@ def test_without_gradients() -> None:
 
 def test_autocast_keeps_the_dtype_of_the_weights() -> None:
     layer = llm_ext.RNN(3, 5)
+    x = torch.randn(4, 2, 3, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        output, _ = layer(torch.randn(4, 2, 3, dtype=torch.bfloat16))
-    assert output.dtype == torch.float32
+        for given in (x, pack_padded_sequence(x, torch.tensor([4, 1]))):
+            output, h_n = layer(given)
+            assert output.data.dtype == h_n.dtype == torch.float32
 
 
 BAD_ARGUMENTS = [
@@ -388,9 +390,9 @@ BAD_CALLS = [
     (torch.zeros(4, 2, 3), torch.zeros(1, 2, 5), True, r"RNN: hx must be .* = \[1, 4, 5\], got \[1, 2, 5\]"),
     (torch.zeros(4, 3), torch.zeros(1, 1, 5), False, r"RNN: hx must be \[L, H\] = \[1, 5\], got \[1, 1, 5\]"),
     (torch.zeros(4, 3), torch.zeros(1, 6), False, r"RNN: hx must be .* got \[1, 1, 6\]"),
-    (torch.zeros(4, 2, 3).double(), None, False, r"rnn: x must be float32 like w_ih, got float64"),
-    (torch.zeros(4, 2, 3, dtype=torch.int64), None, False, r"rnn: x must be float32 like w_ih, got int64"),
-    (torch.zeros(4, 2, 3), torch.zeros(1, 2, 5).double(), False, r"rnn: h0 must be float32 like w_ih, got f"),
+    (torch.zeros(4, 2, 3).double(), None, False, r"rnn: x must be float32, got float64"),
+    (torch.zeros(4, 2, 3, dtype=torch.int64), None, False, r"rnn: x must be float32, got int64"),
+    (torch.zeros(4, 2, 3), torch.zeros(1, 2, 5).double(), False, r"rnn: h0 must be float32, got f"),
     (
         pack_padded_sequence(torch.zeros(4, 2, 3), torch.tensor([4, 1])),
         torch.zeros(1, 3, 5),
@@ -414,6 +416,13 @@ def test_bad_call(x: object, hx: Tensor | None, batch_first: bool, message: str)
     with pytest.raises(torch_error.type, match=message) as error:
         llm_ext.RNN(3, 5, batch_first=batch_first)(x, hx)
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [3, 0], [2, 2]])
+def test_a_packed_sequence_made_by_hand(sizes: list[int]) -> None:
+    wrong = PackedSequence(torch.zeros(3, 3), torch.tensor(sizes))
+    with pytest.raises(ValueError, match="rnn: batch_sizes must"):
+        llm_ext.RNN(3, 5)(wrong)
 
 
 def test_arguments_of_another_type() -> None:

@@ -99,7 +99,7 @@ def test_no_position_sees_the_future(attention: str) -> None:
     changed = x.clone()
     changed[:, 6] = (x[:, 6] + 1) % V
     before, after = m(x)[0], m(changed)[0]
-    assert torch.equal(before[:, :6], after[:, :6])
+    cases.assert_close("model", after[:, :6], before[:, :6])
     assert not torch.isclose(before[:, 6:], after[:, 6:]).all(-1).any()
 
 
@@ -131,14 +131,31 @@ def test_the_usual_training_loop(attention: str) -> None:
     assert torch.equal(m.generate(x[0, :5], 28, temperature=0), x[0])
 
 
-def test_dropout_in_training_only() -> None:
-    m = model(dropout=0.5)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_dropout_in_training_only(n_layers: int) -> None:
+    """Between layers and before the head; one layer has only the latter, and that is no reason to warn."""
+    m = model(n_layers=n_layers, dropout=0.5)
     x = torch.randint(V, (2, 5))
+    states = [m(x)[1].hidden[-1] for _ in range(2)]
+    assert torch.equal(*states) == (n_layers == 1)
     assert not torch.equal(m(x)[0], m(x)[0])
     m.eval()
     assert torch.equal(m(x)[0], m(x)[0])
-    # One layer has nothing between layers, and that is no reason to warn.
-    assert model(n_layers=1, dropout=0.5).rnn.dropout == 0
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("score", ["linear", "tanh"])
+def test_mixed_precision(score: str, attention: str) -> None:
+    """Under autocast the head runs in bfloat16, the recurrence and the pool in the dtype of their weights."""
+    m = model(attention, score=score, dtype=torch.float32)
+    x = torch.randint(V, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = m(x)
+        output.float().logsumexp(-1).sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for t in flat(state))
+    torch.testing.assert_close(output.float(), m(x)[0], atol=0.1, rtol=0.1)
 
 
 def test_initialisation() -> None:

@@ -13,6 +13,19 @@ constexpr double kPoolWorkPerThread = 3.0e4;
 // Elements of e in one thread's part of a block of the chunked scan: read twice, so that it must stay in the cache.
 constexpr int64_t kChunkElements = 32768;  // best of 16384, 32768, 65536 at B1 T8192 D512
 
+// Results from this size on are written past the cache.
+constexpr int64_t kStreamBytes = 12 << 20;
+
+template <typename T>
+static inline void zero(T* p, int64_t n) {
+  __builtin_memset(p, 0, n * sizeof(T));
+}
+
+template <typename T>
+static inline void copy(T* to, const T* from, int64_t n) {
+  __builtin_memcpy(to, from, n * sizeof(T));
+}
+
 template <typename T>
 static inline T infinity() {
   return T(__builtin_inf());
@@ -37,6 +50,16 @@ static inline T scalar_log1p(T x) {
 template <typename T>
 static inline bool takes_part(const PoolInput<T>& in, int64_t b, int64_t t) {
   return (in.lengths == nullptr || t < in.lengths[b]) && (in.mask == nullptr || in.mask[b * in.steps + t]);
+}
+
+// Whether [begin, end) lies before `limit` and every position of it takes part.
+template <typename T>
+static inline bool all_take_part(const PoolInput<T>& in, int64_t b, int64_t begin, int64_t end, int64_t limit) {
+  if (end > limit || (in.lengths != nullptr && end > in.lengths[b])) return false;
+  for (int64_t t = begin; in.mask != nullptr && t < end; ++t) {
+    if (!in.mask[b * in.steps + t]) return false;
+  }
+  return true;
 }
 
 template <typename T>
@@ -201,11 +224,6 @@ static inline void reduce_du(int64_t dim, const T* partial, int64_t stride, T* d
 }
 
 template <typename T>
-static inline void zero(T* p, int64_t n) {
-  __builtin_memset(p, 0, n * sizeof(T));
-}
-
-template <typename T>
 static void pool_backward_range(const PoolBackwardParams<T>& p, int64_t b, Range range, T* du) {
   const PoolInput<T>& in = p.in;
   const T lse = p.lse[b];
@@ -269,63 +287,118 @@ static void pool_backward(const PoolBackwardParams<T>& p, const Team& team) {
 
 // ---- the causal prefix form: a_t = sigmoid(s_t - l), l <- logaddexp(l, s_t), c <- c + a_t (e_t - c)
 
+// A score that exceeds all before it by more than this could make their share of the state underflow.
+constexpr double kSafeRise = 60.0;
+
+// From N scores and the state's l, which is updated: lse, the share of each position (a) and of the state before it (1 - a).
+template <typename T, int N>
+static inline void prefix_shares(const T* scores, T* l, T* lse, T* keep, T* share) {
+  T max = *l;
+  for (int j = 0; j < N; ++j) max = scores[j] > max ? scores[j] : max;
+  const T base = *l > scores[0] ? *l : scores[0];
+  if (N > 1 && max - base < T(kSafeRise)) {
+    // The whole tile relative to its largest score: the exponentials all at once.
+    constexpr int kPadded = N > kLanes<T> ? N : kLanes<T>;
+    T weights[kPadded] = {};
+    for (int j = 0; j < N; ++j) weights[j] = scores[j];
+    for (int j = 0; j < kPadded; j += kLanes<T>) store(weights + j, vec_exp<T>(load(weights + j) - max));
+    T sum = scalar_exp(*l - max);
+    for (int j = 0; j < N; ++j) {
+      const T before = sum;
+      sum += weights[j];
+      const T inverse = T(1) / sum;
+      keep[j] = before * inverse;
+      share[j] = weights[j] * inverse;
+      lse[j] = max + scalar_log(sum);
+    }
+    *l = lse[N - 1];
+    return;
+  }
+  for (int j = 0; j < N; ++j) {
+    const T s = scores[j];
+    keep[j] = T(1);
+    share[j] = T(0);
+    if (s != -infinity<T>()) {
+      const bool falls = *l > s;
+      const T high = falls ? *l : s;
+      const T ratio = scalar_exp((falls ? s : *l) - high);  // 0 from an empty state
+      const T larger = T(1) / (T(1) + ratio);
+      keep[j] = falls ? larger : ratio * larger;
+      share[j] = falls ? ratio * larger : larger;
+      *l = high + scalar_log1p(ratio);
+    }
+    lse[j] = *l;
+  }
+}
+
+// N positions from t on, all of which take part.
+template <typename T, int N, bool kStream>
+static inline void prefix_tile(const PrefixPoolForwardParams<T>& p, int64_t b, int64_t t, T* l, T* c) {
+  const PoolInput<T>& in = p.in;
+  const int64_t stride = in.e_step_stride;
+  const int64_t dim = in.dim;
+  const T* e = in.e + offset_of(in, b, t);
+  T* out = p.c + offset_of(in, b, t);
+  T scores[N], keep[N], share[N];
+  if (in.u == nullptr) {
+    for (int j = 0; j < N; ++j) scores[j] = in.scores[b * in.steps + t + j];
+  } else {
+    const T* u = in.u;
+    Vec<T> sums[N] = {};
+    for_each_vector<T>(dim, [&](int64_t d, int lanes) {
+      const Vec<T> value = load_part(u + d, lanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sums[j] += value * load_part(e + j * stride + d, lanes);
+    });
+    for (int j = 0; j < N; ++j) scores[j] = sum_lanes<T>(sums[j]);
+  }
+  prefix_shares<T, N>(scores, l, p.lse + b * in.steps + t, keep, share);
+  Vec<T> keeps[N], shares[N];
+  for (int j = 0; j < N; ++j) {
+    keeps[j] = broadcast(keep[j]);
+    shares[j] = broadcast(share[j]);
+  }
+  for_each_vector<T>(dim, [&](int64_t d, int lanes) {
+    Vec<T> state = load_part(c + d, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      // In this order the chain from row to row is one multiply-add.
+      state = keeps[j] * state + shares[j] * load_part(e + j * stride + d, lanes);
+      if constexpr (kStream) {
+        store_streaming(out + j * stride + d, state);
+      } else {
+        store_part(out + j * stride + d, state, lanes);
+      }
+    }
+    store_part(c + d, state, lanes);
+  });
+}
+
 // Positions [range) of batch row b, from the state (l, c), which is updated; writes p.c and p.lse.
-template <typename T>
+template <typename T, bool kStream>
 static void prefix_range(const PrefixPoolForwardParams<T>& p, int64_t b, Range range, T* l, T* c) {
   const PoolInput<T>& in = p.in;
-  for (int64_t t = range.begin; t < range.end; t += kPoolTile) {
-    const int count = range.end - t < kPoolTile ? static_cast<int>(range.end - t) : kPoolTile;
-    int64_t steps[kPoolTile];
-    const T* rows[kPoolTile];
-    T scores[kPoolTile];
-    T share[kPoolTile];
-    int taking = 0;
-    for (int j = 0; j < count; ++j) {
-      if (!takes_part(in, b, t + j)) continue;
-      steps[taking] = t + j;
-      rows[taking++] = in.e + offset_of(in, b, t + j);
+  for (int64_t t = range.begin; t < range.end;) {
+    if (all_take_part(in, b, t, t + kPoolTile, range.end)) {
+      prefix_tile<T, kPoolTile, kStream>(p, b, t, l, c);
+      t += kPoolTile;
+      continue;
     }
-    tile_scores(in, b, steps, rows, taking, scores);
-    for (int j = count - 1, k = taking - 1; j >= 0; --j) {  // back to one entry a position
-      const bool takes = k >= 0 && steps[k] == t + j;
-      scores[j] = takes ? scores[k] : -infinity<T>();
-      rows[j] = takes ? rows[k] : c;  // c is finite, and its share is 0
-      if (takes) --k;
-    }
-    for (int j = 0; j < count; ++j) {
-      const T s = scores[j];
-      if (s == -infinity<T>()) {
-        share[j] = T(0);
-      } else if (*l == -infinity<T>()) {
-        share[j] = T(1);
-        *l = s;
-      } else {
-        const T high = *l > s ? *l : s;
-        const T ratio = scalar_exp((*l > s ? s : *l) - high);
-        share[j] = (*l > s ? ratio : T(1)) / (T(1) + ratio);
-        *l = high + scalar_log1p(ratio);
-        if (s != s) *l = s;
-      }
-      p.lse[b * in.steps + t + j] = *l;
-    }
-    T* out = p.c + offset_of(in, b, t);
-    const auto update = [&](int n, int64_t d, int lanes) {
-      Vec<T> state = load_part(c + d, lanes);
-#pragma GCC unroll 8
-      for (int j = 0; j < n; ++j) {
-        // From a share of 1 (the first position) c is e itself: what c held before must not matter.
-        const Vec<T> e = load_part(rows[j] + d, lanes);
-        state = share[j] == T(1) ? e : state + share[j] * (e - state);
-        store_part(out + j * in.e_step_stride + d, state, lanes);
-      }
-      store_part(c + d, state, lanes);
-    };
-    if (count == kPoolTile) {
-      for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { update(kPoolTile, d, lanes); });
+    if (takes_part(in, b, t)) {
+      prefix_tile<T, 1, kStream>(p, b, t, l, c);
     } else {
-      for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { update(count, d, lanes); });
+      copy(p.c + offset_of(in, b, t), c, in.dim);
+      p.lse[b * in.steps + t] = *l;
     }
+    ++t;
   }
+}
+
+// Whether a result laid out as e should be written past the cache: it would not stay there, and its rows are whole lines.
+template <typename T>
+static inline bool streams(const PoolInput<T>& in, const T* result) {
+  return in.batch * in.steps * in.dim * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
+         in.dim % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(result) % LLM_EXT_VECTOR_BYTES == 0;
 }
 
 static inline int64_t chunk_steps(int64_t dim) {
@@ -333,18 +406,13 @@ static inline int64_t chunk_steps(int64_t dim) {
   return steps > kPoolTile ? steps : kPoolTile;
 }
 
-// Rows of D + 2 elements: a thread's own ones (state of the batch row, gradient of u, zeros, state of its chunk), then
-// two sets of one summary a thread.
-constexpr int kOwnRows = 4;
+// Rows of D + 2 elements: a thread's own ones (state of the batch row, gradient of u, zeros, state of its chunk, those of
+// a tile), then two sets of one summary a thread.
+constexpr int kOwnRows = 4 + kPrefixGradTile;
 
 template <typename T>
 static int64_t prefix_pool_workspace(const PoolInput<T>& in, int threads) {
   return threads * (kOwnRows + 2) * aligned(in.dim + 2);
-}
-
-template <typename T>
-static inline void copy(T* to, const T* from, int64_t n) {
-  __builtin_memcpy(to, from, n * sizeof(T));
 }
 
 template <typename T>
@@ -353,6 +421,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
   const int64_t size = aligned(in.dim + 2);
   const bool share_batch = in.batch >= team.size;
   const Range batch = share_batch ? team.share(in.batch) : Range{0, in.batch};
+  const auto scan = streams(in, p.c) ? prefix_range<T, true> : prefix_range<T, false>;
   T* c = p.workspace + team.rank * kOwnRows * size;
   T* summaries = p.workspace + team.size * kOwnRows * size;
   int turn = 0;
@@ -364,7 +433,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
       copy(c, p.c0 + b * in.dim, in.dim);
     }
     if (share_batch || team.size == 1) {
-      prefix_range(p, b, {0, in.steps}, &l, c);
+      scan(p, b, {0, in.steps}, &l, c);
     } else {
       // Block by block: each thread pools its chunk alone, all learn what came before theirs, then each scans its chunk
       // from there. Summaries alternate between two sets, so that one barrier a block is enough.
@@ -386,7 +455,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
           }
           merge(in.dim, &l, c, set[rank * size + in.dim], set + rank * size);
         }
-        prefix_range(p, b, range, &l_before, before);
+        scan(p, b, range, &l_before, before);
         turn ^= 1;
       }
     }
@@ -395,6 +464,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
       copy(p.c_n + b * in.dim, c, in.dim);
     }
   }
+  fence_streaming();
 }
 
 // What the positions after a range hand back to it: gradient of the state, and its product with the state.
@@ -413,77 +483,128 @@ static inline T kept(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t)
   return before == lse[t] ? T(1) : scalar_exp(before - lse[t]);
 }
 
+// Those of the N positions t, t - 1, ..., into keep, which is padded to whole vectors.
+template <typename T, int N>
+static inline void kept_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, T* keep) {
+  if (N == 1 || t < N) {
+    for (int j = 0; j < N; ++j) keep[j] = kept(p, b, t - j);
+    return;
+  }
+  const T* lse = p.lse + b * p.in.steps + t;
+  for (int j = 0; j < N; ++j) keep[j] = lse[-j - 1] == lse[-j] ? T(0) : lse[-j - 1] - lse[-j];
+  for (int j = 0; j < N; j += kLanes<T>) store(keep + j, vec_exp<T>(load(keep + j)));
+}
+
 template <typename T>
 static inline const T* grad_row(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, const T* zeros) {
   return p.grad_c == nullptr ? zeros : p.grad_c + offset_of(p.in, b, t);
 }
 
-// Positions [range) of batch row b, last first. `carried` comes in from the positions after the range, already times
-// their share of the state, and goes out to those before it in the same form.
-template <typename T>
-static void prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, Carried<T>* carried,
-                                  T* du, const T* zeros) {
+// N positions, the last of them t, all of which take part. `carried` comes in from the positions after them, already times
+// their share of the state, and goes out to those before in the same form.
+template <typename T, int N, bool kStream>
+static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, Carried<T>* carried,
+                                        T* du, const T* zeros, T* states, int64_t size) {
   const PoolInput<T>& in = p.in;
-  for (int64_t end = range.end; end > range.begin; end -= kPrefixGradTile) {
-    const int count = end - range.begin < kPrefixGradTile ? static_cast<int>(end - range.begin) : kPrefixGradTile;
-    // Entry j is position end - 1 - j.
-    const T *e[kPrefixGradTile], *c[kPrefixGradTile], *g[kPrefixGradTile];
-    T *de[kPrefixGradTile], keep[kPrefixGradTile];
-    bool takes[kPrefixGradTile];
-    for (int j = 0; j < kPrefixGradTile; ++j) {
-      const int64_t t = end - 1 - (j < count ? j : count - 1);
-      takes[j] = takes_part(in, b, t);
-      e[j] = takes[j] ? in.e + offset_of(in, b, t) : zeros;
-      c[j] = p.c + offset_of(in, b, t);
-      g[j] = grad_row(p, b, t, zeros);
-      de[j] = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
-      keep[j] = kept(p, b, t);
-    }
-    Vec<T> ge[kPrefixGradTile] = {}, gc[kPrefixGradTile] = {}, eu[kPrefixGradTile] = {};
-    // Entry j multiplies what comes from j - 1 by that one's share; the incoming sum already is.
-    const auto sweep = [&](int n, int64_t d, int lanes) {
-      Vec<T> state = load_part(carried->g + d, lanes);
-      const Vec<T> u = in.u == nullptr ? Vec<T>{} : load_part(in.u + d, lanes);
+  // Entry j is position t - j. grad_c may be missing: then every row of it is the row of zeros.
+  const int64_t stride = in.e_step_stride;
+  const int64_t g_stride = p.grad_c == nullptr ? 0 : stride;
+  const T* e = in.e + offset_of(in, b, t);
+  const T* c = p.c + offset_of(in, b, t);
+  const T* g = grad_row(p, b, t, zeros);
+  const T* u = in.u == nullptr ? zeros : in.u;
+  const T* lse = p.lse + b * in.steps + t;
+  T* total = carried->g;
+  constexpr int kPadded = N > kLanes<T> ? N : kLanes<T>;
+  T keep[kPadded] = {}, alpha[kPadded] = {}, ds[N];
+  kept_tile<T, N>(p, b, t, keep);
+
+  Vec<T> ge[N] = {}, gc[N] = {}, eu[N] = {};
+  for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+    Vec<T> state = load_part(total + d, lanes);
+    const Vec<T> score_vector = load_part(u + d, lanes);
 #pragma GCC unroll 4
-      for (int j = 0; j < n; ++j) {
-        const Vec<T> grad = load_part(g[j] + d, lanes);
-        const Vec<T> value = load_part(e[j] + d, lanes);
-        state = grad + state;
-        ge[j] += state * value;
-        gc[j] += grad * load_part(c[j] + d, lanes);
-        eu[j] += u * value;
-        if (de[j] != nullptr) store_part(de[j] + d, state, lanes);  // G of this position; finished below
-        state = keep[j] * state;
-      }
-      store_part(carried->g + d, state, lanes);
-    };
-    if (count == kPrefixGradTile) {
-      for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { sweep(kPrefixGradTile, d, lanes); });
-    } else {
-      for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { sweep(count, d, lanes); });
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> grad = load_part(g - j * g_stride + d, lanes);
+      const Vec<T> value = load_part(e - j * stride + d, lanes);
+      state += grad;
+      ge[j] += state * value;
+      gc[j] += grad * load_part(c - j * stride + d, lanes);
+      eu[j] += score_vector * value;
+      store_part(states + j * size + d, state, lanes);
+      state *= keep[j];
     }
-    T alpha[kPrefixGradTile], ds[kPrefixGradTile];
-    for (int j = 0; j < count; ++j) {
-      const int64_t at = b * in.steps + end - 1 - j;
-      const T k = sum_lanes<T>(gc[j]) + carried->k;
-      const T score = in.u == nullptr ? in.scores[at] : sum_lanes<T>(eu[j]);
-      alpha[j] = takes[j] && p.lse[at] != -infinity<T>() ? scalar_exp(score - p.lse[at]) : T(0);
-      ds[j] = alpha[j] == T(0) ? T(0) : alpha[j] * (sum_lanes<T>(ge[j]) - k);
-      if (p.dscores != nullptr) p.dscores[at] = ds[j];
-      carried->k = keep[j] * k;
-    }
+    store_part(total + d, state, lanes);
+  });
+
+  for (int j = 0; j < N; ++j) {
+    alpha[j] = (in.u == nullptr ? in.scores[b * in.steps + t - j] : sum_lanes<T>(eu[j])) - lse[-j];
+  }
+  for (int j = 0; j < kPadded; j += kLanes<T>) store(alpha + j, vec_exp<T>(load(alpha + j)));
+  for (int j = 0; j < N; ++j) {
+    const T k = sum_lanes<T>(gc[j]) + carried->k;
+    if (lse[-j] == -infinity<T>()) alpha[j] = T(0);
+    ds[j] = alpha[j] == T(0) ? T(0) : alpha[j] * (sum_lanes<T>(ge[j]) - k);
+    if (p.dscores != nullptr) p.dscores[b * in.steps + t - j] = ds[j];
+    carried->k = keep[j] * k;
+  }
+
+  T* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
+  if (du != nullptr) {
     for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      const Vec<T> u = in.u == nullptr ? Vec<T>{} : load_part(in.u + d, lanes);
-      Vec<T> sum = du == nullptr ? Vec<T>{} : load_part(du + d, lanes);
-      for (int j = 0; j < count; ++j) {
-        sum += ds[j] * load_part(e[j] + d, lanes);
-        if (de[j] != nullptr) {
-          const Vec<T> state = load_part(de[j] + d, lanes);
-          store_part(de[j] + d, takes[j] ? alpha[j] * state + ds[j] * u : Vec<T>{}, lanes);
+      Vec<T> sum = load_part(du + d, lanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum += ds[j] * load_part(e - j * stride + d, lanes);
+      store_part(du + d, sum, lanes);
+    });
+  }
+  if (de != nullptr) {
+    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+      const Vec<T> score_vector = load_part(u + d, lanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const Vec<T> value = alpha[j] * load_part(states + j * size + d, lanes) + ds[j] * score_vector;
+        if constexpr (kStream) {
+          store_streaming(de - j * stride + d, value);
+        } else {
+          store_part(de - j * stride + d, value, lanes);
         }
       }
-      if (du != nullptr) store_part(du + d, sum, lanes);
     });
+  }
+}
+
+// A position that takes no part: only what passes through it.
+template <typename T>
+static inline void prefix_backward_skip(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, Carried<T>* carried,
+                                        const T* zeros) {
+  const PoolInput<T>& in = p.in;
+  const T* g = grad_row(p, b, t, zeros);
+  carried->k += dot(g, p.c + offset_of(in, b, t), in.dim);
+  for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+    store_part(carried->g + d, load_part(carried->g + d, lanes) + load_part(g + d, lanes), lanes);
+  });
+  if (p.de != nullptr) zero(p.de + offset_of(in, b, t), in.dim);
+  if (p.dscores != nullptr) p.dscores[b * in.steps + t] = T(0);
+}
+
+// Positions [range) of batch row b, last first.
+template <typename T, bool kStream>
+static void prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, Carried<T>* carried,
+                                  T* du, const T* zeros, T* states, int64_t size) {
+  const PoolInput<T>& in = p.in;
+  for (int64_t t = range.end - 1; t >= range.begin;) {
+    if (t - kPrefixGradTile + 1 >= range.begin && all_take_part(in, b, t - kPrefixGradTile + 1, t + 1, range.end)) {
+      prefix_backward_tile<T, kPrefixGradTile, kStream>(p, b, t, carried, du, zeros, states, size);
+      t -= kPrefixGradTile;
+      continue;
+    }
+    if (takes_part(in, b, t)) {
+      prefix_backward_tile<T, 1, kStream>(p, b, t, carried, du, zeros, states, size);
+    } else {
+      prefix_backward_skip(p, b, t, carried, zeros);
+    }
+    --t;
   }
 }
 
@@ -523,6 +644,9 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
   T* own = p.workspace + team.rank * kOwnRows * size;
   T* du = p.du == nullptr ? nullptr : own + size;
   T* zeros = own + 2 * size;
+  T* states = own + 4 * size;
+  const auto scan =
+      p.de != nullptr && streams(in, p.de) ? prefix_backward_range<T, true> : prefix_backward_range<T, false>;
   T* summaries = p.workspace + team.size * kOwnRows * size;
   if (du != nullptr) zero(du, in.dim);
   zero(zeros, in.dim);
@@ -538,7 +662,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
       carried.k += dot(own, in.steps > 0 ? p.c + offset_of(in, b, in.steps - 1) : c0, in.dim);
     }
     if (share_batch || team.size == 1) {
-      prefix_backward_range(p, b, {0, in.steps}, &carried, du, zeros);
+      scan(p, b, {0, in.steps}, &carried, du, zeros, states, size);
     } else {
       // The forward's chunked scan, from the end.
       for (int64_t end = in.steps; end > 0; end -= chunk_steps(in.dim) * team.size) {
@@ -563,7 +687,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
         Carried<T> incoming = {own + 3 * size, carried.k};
         copy(incoming.g, own, in.dim);
         for (int rank = team.rank; rank >= 0; --rank) pass(rank);
-        prefix_backward_range(p, b, range, &incoming, du, zeros);
+        scan(p, b, range, &incoming, du, zeros, states, size);
         turn ^= 1;
       }
     }
@@ -572,6 +696,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
       if (p.dc0 != nullptr) copy(p.dc0 + b * in.dim, own, in.dim);
     }
   }
+  fence_streaming();
   if (p.du != nullptr) reduce_du(in.dim, p.workspace + size, kOwnRows * size, p.du, team);
 }
 

@@ -18,8 +18,9 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LLM_EXT_X86_LEVELS 1
 #include <immintrin.h>
-// GCC's own intrinsics start from undefined vectors and draw this warning wherever they are inlined.
+// GCC's own intrinsics start from undefined vectors and draw these warnings wherever they are inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #else
 #define LLM_EXT_X86_LEVELS 0
 #endif

@@ -71,6 +71,28 @@ static inline void store_part(T* p, Vec<T> v, int n) {
 #endif
 }
 
+// Past the cache, where the level can write a whole line at once; p must then be aligned to a vector. For results too
+// large to stay in the cache: an ordinary store would first read the line.
+template <typename T>
+static inline void store_streaming(T* p, Vec<T> v) {
+#if LLM_EXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(p, (__m512)v);
+  } else {
+    _mm512_stream_pd(p, (__m512d)v);
+  }
+#else
+  store(p, v);
+#endif
+}
+
+// Makes streaming stores of this thread visible to whoever it meets next.
+static inline void fence_streaming() {
+#if LLM_EXT_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 // Sum of the lanes, always in the same order: halves upon each other.
 template <typename T>
 static inline T sum_lanes(Vec<T> v) {

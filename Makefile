@@ -1,0 +1,59 @@
+# make demo    set everything up and train a language model on the plays of Shakespeare
+# make test    set everything up and run the tests
+# make bench   set everything up, with the peers that are measured against, and run all benchmarks
+# make lint    ruff, mypy --strict, clang-format
+#
+# All work in .venv, made at the first call. TORCH=2.14.1 and the like choose another torch, PYTHON another interpreter.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# Named after the torch: another one is another installation and another build.
+INSTALLED := $(VENV)/.installed-torch-$(TORCH)
+BUILT := $(VENV)/.built-torch-$(TORCH)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: build test demo bench lint format clean
+.DELETE_ON_ERROR:
+
+build: $(BUILT)
+
+$(INSTALLED): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-* $(VENV)/.built-*
+	$(PIP) install --quiet torch==$(TORCH)
+	$(PIP) install --quiet --constraint constraints.txt setuptools wheel ninja pybind11 lightning-fabric matplotlib numpy \
+	    safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
+	touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -c "import llm_ext; print('llm_ext is built:', llm_ext.build_info())"
+	touch $@
+
+test: $(BUILT)
+	$(BIN)/python -m pytest $(PYTEST)
+
+demo: $(BUILT)
+	$(BIN)/python examples/shakespeare/demo.py $(DEMO)
+
+bench: $(BUILT)
+	$(PIP) install --quiet --constraint constraints.txt jax onnx onnxruntime openvino
+	$(BIN)/python -m bench $(if $(BENCH),$(BENCH),all)
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(BUILT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info llm_ext/*.so

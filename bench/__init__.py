@@ -1,0 +1,1 @@
+"""Benchmarks of llm_ext against its peers: `python -m bench`."""

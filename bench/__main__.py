@@ -1,0 +1,145 @@
+"""The command line: `python -m bench` lists the cases, `python -m bench PATTERN…` runs them."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import contest, peers, report
+from bench.contest import Case
+
+HELP = (
+    "Run: `python -m bench PATTERN…`, each of them all, a group or part of a name; --help shows the options."
+)
+
+
+def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """Return the cases that patterns select, in the order of `cases`.
+
+    Raises:
+        ValueError: a pattern selects nothing.
+    """
+    names: set[str] = set()
+    for pattern in patterns:
+        found = [
+            case.name
+            for case in cases
+            if pattern in ("all", case.group) or fnmatch.fnmatchcase(case.name, f"*{pattern}*")
+        ]
+        if not found:
+            raise ValueError(f"no case matches {pattern!r}; `python -m bench` lists them")
+        names.update(found)
+    return [case for case in cases if case.name in names]
+
+
+def listing(cases: Sequence[Case]) -> str:
+    """Return the names of all cases, by group, with their bars."""
+    lines = []
+    for group in dict.fromkeys(case.group for case in cases):
+        lines.append(group)
+        for case in cases:
+            if case.group == group:
+                bars = ", ".join(f"{bar:g} × {name}" for name, bar in case.bars.items())
+                lines.append(f"  {case.name:<48} {f'bar {bars}' if bars else ''}".rstrip())
+    return "\n".join((*lines, HELP))
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures llm_ext against its peers; without a pattern it lists the cases.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = result.add_argument
+    add("patterns", nargs="*", metavar="PATTERN", help="all, a group, or part of a name (* and ? match)")
+    threads = min(2, len(os.sched_getaffinity(0)))
+    add("--threads", type=_positive(int), default=threads, help="of every contestant")
+    add("--seconds", type=_positive(float), default=8.0, help="about how long to measure a case")
+    add("--rounds", type=_positive(int), default=11, help="turns of each contestant at most")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of all numbers")
+    add("--peers", default=",".join(peers.LIBRARIES), metavar="A,B", help="libraries to compare with")
+    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
+    """Run the command line; `cases` instead of those of bench/cases.py.
+
+    Returns:
+        0, or 1 if a result of ours was wrong or failed, or 130 after Ctrl-C. A missed bar is no error.
+    """
+    command = parser()
+    options = command.parse_args(arguments)
+    libraries = [word for word in options.peers.split(",") if word]
+    if unknown := sorted({*libraries} - {*peers.LIBRARIES}):
+        command.error(f"--peers must be some of {','.join(peers.LIBRARIES)}, got {','.join(unknown)}")
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            command.error(f"{path}: its folder does not exist")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        command.error("--plot needs matplotlib (pip install .[bench])")
+    peers.prepare(options.threads)
+    if cases is None:
+        # Only now: what a library reads from the environment has been set.
+        from bench.cases import CASES
+
+        cases = CASES
+    if not options.patterns:
+        print(listing(cases))
+        return 0
+    try:
+        selected = chosen(cases, options.patterns)
+    except ValueError as error:
+        command.error(str(error))
+
+    settings = contest.Settings(
+        threads=options.threads,
+        dtype=getattr(torch, options.dtype),
+        seconds=options.seconds,
+        rounds=options.rounds,
+        libraries=libraries,
+        absent=peers.absent(),
+    )
+    run = report.start(vars(settings) | {"dtype": options.dtype})
+    print(report.header(run))
+    code = 0
+    try:
+        for case in selected:
+            result = contest.run(case, settings)
+            run["cases"].append(result)
+            print(f"\n{report.table(result)}", flush=True)
+            if result["ours"]["status"] != "measured":
+                code = 1
+    except KeyboardInterrupt:
+        print("\nInterrupted: what follows holds the cases that were finished.", file=sys.stderr)
+        code = 130
+    print(f"\n{report.summary(run['cases'])}")
+    if options.json is not None:
+        report.write_json(run, options.json)
+    if options.plot is not None:
+        report.write_plot(run, options.plot)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

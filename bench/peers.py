@@ -1,0 +1,189 @@
+"""The libraries llm_ext is compared with, each imported only when it takes part."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.timing import Call
+
+# Word of --peers: the modules it needs.
+LIBRARIES = {
+    "torch": ("torch",),
+    "compile": ("torch",),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "onnx"),
+    "jax": ("jax", "jaxlib"),
+}
+
+
+def absent() -> list[str]:
+    """Return the words of `LIBRARIES` that are not installed."""
+    return [word for word, names in LIBRARIES.items() if not all(map(importlib.util.find_spec, names))]
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of each module of `LIBRARIES`, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in sorted({name for modules in LIBRARIES.values() for name in modules}):
+        found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    return found
+
+
+def prepare(threads: int) -> None:
+    """Set what has to stand in the environment before a library is first imported."""
+    # The only thing XLA asks for the size of its CPU pool; it holds for the whole process.
+    os.environ["NPROC"] = str(threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def rnn_onnx(layer: torch.nn.RNN, T: int, B: int, lengths: Sequence[int] | None = None) -> bytes:
+    """Return an ONNX model of a torch.nn.RNN of one layer with bias.
+
+    It takes x [T, B, I] and h0 [1, B, H], and returns y [T, B, H] and h_n [1, B, H].
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    w_ih, w_hh, b_ih, b_hh = (parameter.detach() for parameter in layer.parameters())
+    weights = {"W": w_ih, "R": w_hh, "B": torch.cat((b_ih, b_hh))}
+    constants = [numpy_helper.from_array(value[None].numpy(), name) for name, value in weights.items()]
+    constants.append(numpy_helper.from_array(np.array([1]), "direction"))
+    if lengths is not None:
+        constants.append(numpy_helper.from_array(np.array(lengths, dtype=np.int32), "lengths"))
+    kind = TensorProto.DOUBLE if w_ih.dtype == torch.float64 else TensorProto.FLOAT
+    I, H = layer.input_size, layer.hidden_size  # noqa: E741
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "RNN",
+                ["x", "W", "R", "B", "" if lengths is None else "lengths", "h0"],
+                ["directed", "h_n"],
+                hidden_size=H,
+                activations=["Tanh"],
+            ),
+            helper.make_node("Squeeze", ["directed", "direction"], ["y"]),
+        ],
+        "rnn",
+        [
+            helper.make_tensor_value_info("x", kind, [T, B, I]),
+            helper.make_tensor_value_info("h0", kind, [1, B, H]),
+        ],
+        [
+            helper.make_tensor_value_info("y", kind, [T, B, H]),
+            helper.make_tensor_value_info("h_n", kind, [1, B, H]),
+        ],
+        constants,
+    )
+    # Versions that every release of the last years reads.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def onnxruntime_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
+    """Return the call of an ONNX model on ONNX Runtime; feed holds its inputs in order."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    named = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), feed, strict=True)}
+    return lambda: session.run(None, named)
+
+
+def openvino_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
+    """Return the call of an ONNX model on OpenVINO; feed holds its inputs in order."""
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(model, b""),
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            # It would take bf16 where the machine has it.
+            "INFERENCE_PRECISION_HINT": "f32",
+        },
+    )
+    request = compiled.create_infer_request()
+    numbered = {i: value.numpy() for i, value in enumerate(feed)}
+    outputs = compiled.outputs
+
+    def call() -> list[Any]:
+        result = request.infer(numbered, share_inputs=True, share_outputs=True)
+        return [result[output] for output in outputs]
+
+    return call
+
+
+def _jax(dtype: torch.dtype) -> Any:
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", dtype == torch.float64)
+    return jax
+
+
+def jax_rnn(layer: torch.nn.RNN, x: Tensor, g: Tensor | None) -> Call:
+    """Return `lax.scan` over a torch layer (tanh, with bias), jitted; with g, the gradient of y, training."""
+    jax = _jax(x.dtype)
+    weights = [jax.numpy.asarray(parameter.detach().numpy()) for parameter in layer.parameters()]
+    start = jax.numpy.zeros((x.shape[1], layer.hidden_size), weights[0].dtype)
+
+    def forward(x: Any, *weights: Any) -> tuple[Any, Any]:
+        last = []
+        for i in range(0, len(weights), 4):
+            w_ih, w_hh, b_ih, b_hh = weights[i : i + 4]
+
+            def step(h: Any, z: Any, w_hh: Any = w_hh) -> tuple[Any, Any]:
+                h = jax.numpy.tanh(z + h @ w_hh.T)
+                return h, h
+
+            h, x = jax.lax.scan(step, start, x @ w_ih.T + (b_ih + b_hh))
+            last.append(h)
+        return x, jax.numpy.stack(last)
+
+    return _jax_call(jax, forward, x, weights, g)
+
+
+def jax_pool(causal: bool, e: Tensor, weight: Tensor, v: Tensor, g: Tensor | None) -> Call:
+    """Return folded pooling or, if causal, prefix pooling by cumulative sums, jitted; with g, training."""
+    jax = _jax(e.dtype)
+    jnp = jax.numpy
+
+    def folded(e: Any, weight: Any, v: Any) -> tuple[Any]:
+        return (jnp.einsum("bt,btd->bd", jax.nn.softmax(e @ (v @ weight), 1), e),)
+
+    def cumsum(e: Any, weight: Any, v: Any) -> tuple[Any]:
+        s = e @ (v @ weight)
+        p = jnp.exp(s - s.max(1, keepdims=True))[..., None]
+        return ((p * e).cumsum(1) / p.cumsum(1),)
+
+    weights = [jnp.asarray(parameter.detach().numpy()) for parameter in (weight, v)]
+    return _jax_call(jax, cumsum if causal else folded, e, weights, g)
+
+
+def _jax_call(
+    jax: Any, forward: Callable[..., tuple[Any, ...]], x: Tensor, weights: list[Any], g: Tensor | None
+) -> Call:
+    """Compile forward(x, *weights); with g, its first result and the gradients of all it takes."""
+    inputs = [jax.numpy.asarray(x.detach().numpy()), *weights]
+    if g is None:
+        run = jax.jit(forward)
+    else:
+        upstream = jax.numpy.asarray(g.numpy())
+
+        def train(*inputs: Any) -> tuple[Any, ...]:
+            y, pull = jax.vjp(lambda *inputs: forward(*inputs)[0], *inputs)
+            return y, *pull(upstream)
+
+        run = jax.jit(train)
+    return lambda: jax.block_until_ready(run(*inputs))

@@ -1,0 +1,52 @@
+"""The same model in plain torch: torch.nn.RNN for the recurrence, cumulative sums for the attention."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from llm_ext import LLM, RNN, AttentionPool
+
+State = tuple[Tensor, Tensor]
+
+
+class TorchPrefixPool(nn.Module):
+    """Causal attention pooling by cumulative sums, with the parameters of an `AttentionPool`."""
+
+    def __init__(self, pool: AttentionPool) -> None:
+        super().__init__()
+        self.weight, self.v, self.bias = pool.weight, pool.v, pool.bias
+
+    def forward(self, e: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Pool each prefix of e [B, T, D]; returns c [B, T, D] and the state (L [B], c [B, D])."""
+        if self.bias is None:
+            scores = e @ (self.v @ self.weight)
+        else:
+            scores = torch.tanh(nn.functional.linear(e, self.weight, self.bias)) @ self.v
+        # One shift for all exponentials, so that the largest is 1: sums of them neither overflow nor vanish.
+        shift = scores.amax(1, keepdim=True)  # [B, 1]
+        if state is not None:
+            shift = torch.maximum(shift, state[0][:, None])
+        weights = torch.exp(scores - shift)  # [B, T]
+        above, below = torch.cumsum(weights[..., None] * e, 1), torch.cumsum(weights, 1)
+        if state is not None:
+            past = torch.exp(state[0][:, None] - shift)  # [B, 1]
+            above, below = above + past[..., None] * state[1][:, None], below + past
+        c = above / below[..., None]
+        return c, (below[:, -1].log() + shift[:, 0], c[:, -1])
+
+
+def torch_peer(model: LLM) -> LLM:
+    """Copy a model, with its weights, and put torch's own modules in the places of ours."""
+    peer = copy.deepcopy(model)
+    ours: RNN = peer.rnn
+    theirs = nn.RNN(
+        ours.input_size, ours.hidden_size, ours.num_layers, ours.nonlinearity, dropout=ours.dropout
+    )
+    theirs.load_state_dict(ours.state_dict())
+    peer.rnn = theirs  # type: ignore[assignment]
+    if peer.pool is not None:
+        peer.pool = TorchPrefixPool(peer.pool)  # type: ignore[assignment]
+    return peer

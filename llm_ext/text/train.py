@@ -1,0 +1,443 @@
+"""Training: parallel streams with the state carried along, on devices and processes of Lightning Fabric."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import Tensor
+
+from llm_ext.model import LLM, LLMState
+from llm_ext.text import corpus as corpora
+from llm_ext.text import tokens as vocabulary
+from llm_ext.text.carry import Carrier
+from llm_ext.text.checkpoint import STATE, Checkpoint, Run
+from llm_ext.text.config import TrainConfig
+from llm_ext.text.corpus import Corpus, Streams
+from llm_ext.text.device import default_device
+from llm_ext.text.errors import TextError
+from llm_ext.text.evaluate import EvaluationStoppedError, evaluate
+from llm_ext.text.plot import plot_loss
+from llm_ext.text.report import Report, read_log
+from llm_ext.text.signals import Stop
+from llm_ext.text.tokens import Tokens
+
+LOG, PLOT, CACHE = "log.jsonl", "loss.svg", "cache"
+
+
+@dataclass
+class Progress:
+    """Where a training stands; with the tensors of a checkpoint, all that is needed to continue.
+
+    step: steps done; `seconds`: spent on them, validation included.
+    validated: the last step that was validated.
+    best_step, best_loss: of the best validation, in nats a token.
+    misses: validations since the best one.
+    losses: of the training, summed since the last record of the log; `recent`: their mean in that record.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    validated: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    misses: int = 0
+    losses: float = 0.0
+    recent: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended.
+
+    progress: where it stands.
+    signal: number of the signal that stopped it before its end, or 0.
+    first: whether this is the first of its processes, the one to speak.
+    """
+
+    progress: Progress
+    signal: int
+    first: bool
+
+
+def train(
+    config: TrainConfig,
+    files: Sequence[Path],
+    out: Path,
+    *,
+    val: Sequence[Path] = (),
+    cache: Path | None = None,
+) -> Outcome:
+    """Train a model on a text.
+
+    Args:
+        config: the settings.
+        files: the text.
+        out: run directory for vocabulary, checkpoints, log and plot; it must hold no run yet.
+        val: text for validation; if none, the last part of `files`.
+        cache: directory for the encoded text; by default inside `out`.
+
+    Raises:
+        TextError: a file is missing or cannot be used, the loss is no number, a checkpoint cannot be saved.
+    """
+    run = Run(out)
+    if run.exists():
+        raise TextError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
+    corpora.check_files([*files, *val])
+    fabric = _launch(config)
+    with fabric.rank_zero_first():
+        if fabric.is_global_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            # Characters that only the validation has would be impossible to encode.
+            sources = [*files, *val] if config.tokens == "chars" else files
+            vocabulary.train(config.tokens, sources, config.vocab_size).save(run.vocabulary)
+        tokens = vocabulary.load(run.vocabulary)
+        texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
+
+    torch.manual_seed(config.seed)
+    model = LLM(
+        tokens.size,
+        config.embedding,
+        config.hidden,
+        tokens.size,
+        config.layers,
+        config.dropout,
+        nonlinearity=config.nonlinearity,
+        attention=config.attention,
+        attn_dim=config.attn_dim,
+        score=config.score,
+    )
+    names = {"files": [str(path.resolve()) for path in files], "val": [str(path.resolve()) for path in val]}
+    return _Trainer(fabric, config, run, tokens, texts, names, model, Progress()).run_loop()
+
+
+def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> Outcome:
+    """Continue a training from its last checkpoint, with the results it would have had without a stop.
+
+    Args:
+        out: the run directory.
+        changes: settings to change, such as more steps.
+        cache: directory for the encoded text; by default inside `out`.
+
+    Raises:
+        TextError: the checkpoint or the text is missing, damaged or another one; and as `train`.
+    """
+    run = Run(out)
+    checkpoint = run.checkpoint("last")
+    saved = checkpoint.config["training"]
+    try:
+        config = TrainConfig(**saved["config"])
+        progress = Progress(**saved["progress"])
+        names = saved["names"]
+        files, val = ([Path(path) for path in names[part]] for part in ("files", "val"))
+        fingerprints = saved["fingerprints"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TextError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
+    config = dataclasses.replace(config, **changes)
+    corpora.check_files([*files, *val])
+    model = checkpoint.model()
+    tokens = vocabulary.load(run.vocabulary, model.vocab_size)
+    fabric = _launch(config)
+    with fabric.rank_zero_first():
+        texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
+    if [text.fingerprint() for text in texts] != fingerprints:
+        raise TextError(f"{out}: cannot resume: the text has changed since the run was started")
+    trainer = _Trainer(fabric, config, run, tokens, texts, names, model, progress)
+    trainer.restore(checkpoint)
+    return trainer.run_loop()
+
+
+def _launch(config: TrainConfig) -> Fabric:
+    """Start the processes; under torchrun they run already, and it says how many."""
+    devices = config.devices
+    if TorchElasticEnvironment.detect():
+        devices = TorchElasticEnvironment().world_size() // config.nodes
+    try:
+        fabric = Fabric(
+            accelerator=default_device() if config.accelerator == "auto" else config.accelerator,
+            devices=devices,
+            num_nodes=config.nodes,
+            precision=config.precision,  # type: ignore[arg-type]
+        )
+    except (ValueError, RuntimeError) as error:
+        raise TextError(f"accelerator {config.accelerator!r} cannot be used: {error}") from None
+    fabric.launch()
+    return fabric
+
+
+class _Trainer:
+    """The loop, and what it works on."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: TrainConfig,
+        run: Run,
+        tokens: Tokens,
+        texts: Sequence[Corpus],
+        names: dict[str, list[str]],
+        model: LLM,
+        progress: Progress,
+    ) -> None:
+        self.fabric, self.config, self.run, self.tokens = fabric, config, run, tokens
+        self.names, self.progress, self.model = names, progress, model
+        self.fingerprints = [text.fingerprint() for text in texts]
+
+        training, validation = texts[0], texts[-1]
+        split = len(training) if len(texts) == 2 else training.split(config.val_fraction)
+        self.validation, self.val_begin = validation, 0 if len(texts) == 2 else split
+        self.val_size = len(validation) - self.val_begin
+        if self.val_size < 2:
+            raise TextError(
+                f"the text for validation must have at least 2 tokens, got {self.val_size}; "
+                "give more text, a larger --val-fraction, or --val"
+            )
+        self.batch = config.batch * fabric.world_size
+        first = config.batch * fabric.global_rank
+        self.mine = slice(first, first + config.batch)
+        self.streams = Streams(training, 0, split, self.batch, config.chunk, self.mine)
+
+        # One fused kernel a step in place of several for each parameter.
+        self.adam = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+        self.carrier = Carrier(model)
+        self.wrapped, self.optimizer = fabric.setup(self.carrier, self.adam)
+        self.saved: int | None = None  # step of the last checkpoint
+        self.stop = Stop()
+        # Tokens read and seconds spent on them since the last validation.
+        self.read, self.busy = 0, 0.0
+
+    def run_loop(self) -> Outcome:
+        """Train to the end, or until a signal."""
+        config, progress = self.config, self.progress
+        self.started = time.perf_counter() - progress.seconds
+        part = config.progress(progress.step, progress.seconds)
+        log, first = self.run.path / LOG, self.fabric.is_global_zero
+        with self.stop, Report(log, progress.step, part, silent=not first) as self.report:
+            self._introduce()
+            while not (stopped := self._stopped()):
+                part = config.progress(progress.step, progress.seconds)
+                due = part >= 1 or progress.step % config.validate_every == 0
+                if due and progress.step > progress.validated:
+                    # A signal ends the evaluation, which a resumed training then begins anew.
+                    with contextlib.suppress(EvaluationStoppedError):
+                        self._validate()
+                elif part >= 1 or (config.patience and progress.misses >= config.patience):
+                    break
+                else:
+                    self._step(part)
+            if self.saved != progress.step:
+                self._save(best=False)
+        if first:
+            plot_loss(read_log(log), self.run.path / PLOT)
+        return Outcome(progress, (self.stop.number or signal.SIGTERM) if stopped else 0, first)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over what a checkpoint holds besides the weights.
+
+        Raises:
+            TextError: it is damaged, or was saved with another number of streams.
+        """
+        self.saved = checkpoint.step
+        tensors = checkpoint.tensors(STATE)
+        if not tensors:
+            return  # nothing was trained before it
+        try:
+            names = enumerate(name for name, _ in self.model.named_parameters())
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments = {number: {key: tensors[f"{key}.{name}"] for key in keys} for number, name in names}
+            hidden, attention = tensors["hidden"], None
+            if "attention.L" in tensors:
+                attention = (tensors["attention.L"][self.mine], tensors["attention.c"][self.mine])
+        except KeyError as error:
+            raise TextError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
+        if hidden.shape[1] != self.batch:
+            raise TextError(
+                f"cannot resume: batch × processes must be {hidden.shape[1]} as before, got {self.batch}"
+            )
+        self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.carrier.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention)))
+
+    def _introduce(self) -> None:
+        """Say what is about to be trained."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        self.report.say(
+            f"{size:,} parameters, {self.tokens.size:,} tokens in the vocabulary ({self.tokens.kind}), "
+            f"{self.streams.end:,} tokens to train on, {self.val_size:,} to validate; "
+            f"{self.fabric.device}, {self.fabric.world_size} process(es), {self.batch} streams"
+        )
+
+    def _stopped(self) -> bool:
+        """Whether any process was asked to stop; also reads the clock, which is that of the first process."""
+        seconds, signals = time.perf_counter() - self.started, float(self.stop.number)
+        if self.fabric.world_size > 1:
+            values = [seconds if self.fabric.is_global_zero else 0.0, signals]
+            total = self._total(torch.tensor(values, dtype=torch.float64, device=self.fabric.device))
+            seconds, signals = total.tolist()
+        self.progress.seconds = seconds
+        return signals > 0
+
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return cast(Tensor, self.fabric.all_reduce(values, reduce_op="sum"))
+
+    def _step(self, part: float) -> None:
+        """Read one chunk of each stream and learn from it; `part` of the training is done."""
+        config, progress = self.config, self.progress
+        started = time.perf_counter()
+        x, y = self.fabric.to_device(self.streams.read(progress.step))
+        if progress.step % self.streams.steps_per_pass == 0:
+            self.carrier.state = None
+        # Dropout is a function of the step, so that a resumed training draws the same.
+        torch.manual_seed(zlib.crc32(f"{config.seed} {progress.step} {self.fabric.global_rank}".encode()))
+        loss = F.cross_entropy(self.wrapped(x).flatten(0, 1), y.flatten())
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self.wrapped, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
+        )
+        assert norm is not None
+        mean = self._total(torch.stack((loss.detach(), norm)) / self.fabric.world_size)
+        loss_now, norm_now = mean.tolist()
+        # Before the update, so that the weights stay good.
+        self._check_finite(progress.step + 1, "loss", loss_now)
+        self._check_finite(progress.step + 1, "norm of the gradients", norm_now)
+        rate = config.rate(part)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+        progress.step += 1
+        progress.losses += loss_now
+        self.read += self.batch * config.chunk
+        self.busy += time.perf_counter() - started
+        speed = self.read / self.busy
+        self.report.advance(part, f"step {progress.step}, loss {loss_now:.3f}, {speed:,.0f} tokens/s")
+        if progress.step % config.log_every == 0:
+            progress.recent = progress.losses / config.log_every
+            progress.losses = 0.0
+            self.report.record(
+                "training",
+                progress.step,
+                loss=progress.recent,
+                norm=norm_now,
+                rate=rate,
+                tokens_per_second=round(speed),
+                seconds=round(progress.seconds, 3),
+            )
+
+    def _validate(self) -> None:
+        """Measure the loss on the text for validation, and save."""
+        progress = self.progress
+        self.wrapped.eval()
+        with self.carrier.afresh():
+            score = evaluate(
+                self.wrapped,
+                self.validation,
+                self.val_begin,
+                len(self.validation),
+                self.tokens,
+                self.fabric.device,
+                rank=self.fabric.global_rank,
+                world=self.fabric.world_size,
+                total=self._total,
+                stop=self._stopped,
+            )
+        self.wrapped.train()
+        self._check_finite(progress.step, "loss on the text for validation", score.loss)
+        self._stopped()
+        progress.validated = progress.step
+        best = progress.best_loss is None or score.loss < progress.best_loss
+        if best:
+            progress.best_step, progress.best_loss, progress.misses = progress.step, score.loss, 0
+        else:
+            progress.misses += 1
+        speed = self.read / self.busy if self.busy else 0.0
+        self.read, self.busy = 0, 0.0
+        # The log before the checkpoint: resuming drops what it says of later steps than the checkpoint's.
+        self.report.record(
+            "validation",
+            progress.step,
+            loss=score.loss,
+            bits_per_character=score.bits(score.characters),
+            best=best,
+            tokens_per_second=round(speed),
+            seconds=round(progress.seconds, 3),
+        )
+        self._save(best)
+        recent = "" if progress.recent is None else f"training {progress.recent:.4f}, "
+        self.report.say(
+            f"step {progress.step}: {recent}validation {score.loss:.4f} nats "
+            f"({score.bits(score.tokens):.4f} bits) a token, {speed:,.0f} tokens/s{', best' if best else ''}"
+        )
+
+    def _check_finite(self, step: int, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TextError(
+                f"step {step}: the {name} is {value}; training stopped, {self._kept()}; try a smaller --lr"
+            )
+
+    def _kept(self) -> str:
+        """What is there to go back to."""
+        if not self.run.exists():
+            return "nothing was saved yet"
+        return f"the checkpoint of step {self.run.checkpoint('last').step} is kept"
+
+    def _save(self, best: bool) -> None:
+        """Save a checkpoint; every process takes part.
+
+        Raises:
+            TextError: it could not be written.
+        """
+        config, progress = self.config, self.progress
+        state = self._carried()
+        for (name, _), moments in zip(self.model.named_parameters(), self.adam.state.values(), strict=False):
+            state |= {f"{key}.{name}": tensor for key, tensor in moments.items()}
+        training = {
+            "config": dataclasses.asdict(config),
+            "progress": dataclasses.asdict(progress),
+            "names": self.names,
+            "fingerprints": self.fingerprints,
+        }
+        failure = ""
+        if self.fabric.is_global_zero:
+            try:
+                self.run.save(
+                    progress.step, self.model.config(), self.model.state_dict(), training, state, best=best
+                )
+            except OSError as error:
+                failure = f"step {progress.step} cannot be saved in {self.run.path}: {error.strerror}; {self._kept()}"
+        failure = self.fabric.broadcast(failure)
+        if failure:
+            raise TextError(failure)
+        self.saved = progress.step
+
+    def _carried(self) -> dict[str, Tensor]:
+        """The state of all streams, those of other processes included."""
+        state = self.carrier.state
+        if state is None:
+            return {}
+
+        def gather(mine: Tensor, dim: int) -> Tensor:
+            shape = list(mine.shape)
+            shape[dim] = self.batch
+            whole = mine.new_zeros(shape)
+            whole.movedim(dim, 0)[self.mine] = mine.movedim(dim, 0)
+            return self._total(whole)
+
+        tensors = {"hidden": gather(state.hidden, 1)}
+        if state.attention is not None:
+            L, c = state.attention
+            tensors |= {"attention.L": gather(L, 0), "attention.c": gather(c, 0)}
+        return tensors

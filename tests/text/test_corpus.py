@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_ext.text import corpus as corpora
+from llm_ext.text.corpus import Streams, encode
+from llm_ext.text.errors import TextError
+from llm_ext.text.tokens import ByteTokens, CharTokens
+
+
+class ManyTokens(ByteTokens):
+    """Bytes in a vocabulary of any size."""
+
+    def __init__(self, size: int) -> None:
+        self.pieces = [b"x"] * size  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("size", "itemsize"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
+def test_ids_take_as_few_bytes_as_the_vocabulary_allows(
+    text: Path, tmp_path: Path, size: int, itemsize: int
+) -> None:
+    corpus = encode([text], ManyTokens(size), tmp_path)
+    assert corpus.path.stat().st_size == itemsize * len(corpus)
+    ids = corpus.rows(np.array([0]), len(corpus), 0, len(corpus))[0]
+    assert bytes(ids.tolist()) == text.read_bytes()
+
+
+def test_several_files_follow_each_other(text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("more")
+    corpus = encode([text, other], ByteTokens(), tmp_path / "cache")
+    assert corpus.rows(np.array([len(corpus) - 4]), 4, 0, len(corpus))[0].tolist() == list(b"more")
+
+
+def test_a_text_is_encoded_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = encode([text], ByteTokens(), tmp_path / "cache")
+    with monkeypatch.context() as context:
+        context.setattr(ByteTokens, "encode_file", lambda *_: pytest.fail("encoded again"))
+        assert encode([text], ByteTokens(), tmp_path / "cache").fingerprint() == first.fingerprint()
+    characters = CharTokens.train([text])
+    assert encode([text], characters, tmp_path / "cache").path != first.path
+    text.write_text(text.read_text() + "!")
+    assert encode([text], ByteTokens(), tmp_path / "cache").fingerprint() != first.fingerprint()
+
+
+def test_the_disk_filling_up_leaves_nothing_unfinished(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        encode([text], ByteTokens(), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "expected a text file"),
+        (lambda path: path.write_bytes(b""), "an empty file"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, make: object, message: str) -> None:
+    path = tmp_path / "input.txt"
+    make(path)  # type: ignore[operator]
+    with pytest.raises(TextError, match=f"input.txt: .*{message}"):
+        encode([path], ByteTokens(), tmp_path / "cache")
+
+
+def test_streams_read_every_token_in_order_and_go_round(text: Path, tmp_path: Path) -> None:
+    corpus = encode([text], ByteTokens(), tmp_path)
+    raw = text.read_bytes()[10:1001]
+    streams = Streams(corpus, 10, 1001, 3, 16, slice(None))
+    rows: list[list[int]] = [[], [], []]
+    for step in range(200):
+        x, y = streams.read(step)
+        assert x[:, 1:].tolist() == y[:, :-1].tolist()
+        for row, ids in zip(rows, x.tolist(), strict=True):
+            row += ids
+    for start, row in zip((0, 330, 660), rows, strict=True):
+        assert bytes(row) == ((raw * 5)[start:])[: len(row)]
+    assert streams.steps_per_pass == 330 // 16
+
+
+def test_processes_share_the_streams_of_one(text: Path, tmp_path: Path) -> None:
+    corpus = encode([text], ByteTokens(), tmp_path)
+    whole = Streams(corpus, 0, 2000, 4, 8, slice(None)).read(7)[0]
+    parts = [Streams(corpus, 0, 2000, 4, 8, slice(at, at + 2)).read(7)[0] for at in (0, 2)]
+    assert [*parts[0].tolist(), *parts[1].tolist()] == whole.tolist()
+
+
+def test_a_text_shorter_than_a_chunk(text: Path, tmp_path: Path) -> None:
+    corpus = encode([text], ByteTokens(), tmp_path)
+    with pytest.raises(TextError, match=r"more than batch × chunk = 4 × 25 = 100 tokens, got 100"):
+        Streams(corpus, 0, 100, 4, 25, slice(None))
+    Streams(corpus, 0, 101, 4, 25, slice(None))
+
+
+def test_pages_are_handed_back(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "READS", 3)
+    corpus = encode([text], ByteTokens(), tmp_path)
+    rows = [corpus.rows(np.array([at]), 90, 0, len(corpus))[0].tolist() for at in range(0, 900, 90)]
+    assert b"".join(map(bytes, rows)) == text.read_bytes()[:900]
