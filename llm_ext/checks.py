@@ -94,7 +94,9 @@ def rnn(
             if sum(sizes) != len(x):
                 raise ArgumentError(f"rnn: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
             batch = sizes[0] if sizes else None
-    if h0 is not None:
+    if h0 is not None and h0.dim() == 3:  # one layer's state as torch.nn lays it out
+        _check("rnn", "h0", h0, "1, B, H", (1, batch, H), same, like)
+    elif h0 is not None:
         _check("rnn", "h0", h0, "B, H", (batch, H), same, like)
     _check("rnn", "w_hh", w_hh, "H, H", (H, H), same, like)
     if b_ih is not None:

@@ -191,8 +191,8 @@ class RNN(nn.Module):
             checks.fail_shape("RNN", "hx", "L, B, H", (rows, batch, self.hidden_size), hx)
         if rows == 1:
             # The one step of a generation is mostly Python: neither lists nor loops for it.
-            y, h = self._direction(0, x, None if hx is None else hx[0], batch_sizes)
-            return y, h.unsqueeze(0)
+            y, h = self._direction(0, x, hx, batch_sizes)
+            return y, h.unsqueeze(0) if hx is None else h
         h0 = [None] * rows if hx is None else hx.unbind(0)
         h_n: list[Tensor] = []
         for layer in range(self.num_layers):

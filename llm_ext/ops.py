@@ -69,7 +69,8 @@ def rnn(
 
     Args:
         x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I].
-        h0: state before the first step [B, H], or None for zeros; must be given with `batch_sizes`.
+        h0: state before the first step, [B, H] or, as torch.nn lays out the state of one layer, [1, B, H]; None for
+            zeros; must be given with `batch_sizes`.
         w_ih: [H, I].
         w_hh: [H, H].
         b_ih: [H] or None.
@@ -79,7 +80,7 @@ def rnn(
         reverse: run from the last step to the first; y[t] still belongs to x[t].
 
     Returns:
-        Every state y [T, B, H] (packed: [N, H]), and the state h_n [B, H] after each row's last step.
+        Every state y [T, B, H] (packed: [N, H]), and the state h_n after each row's last step, in the shape of h0 ([B, H] for None).
 
     Raises:
         ValueError: a shape, device or nonlinearity that does not fit.
@@ -109,8 +110,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
     H = w_hh.shape[0]
-    batch = x.shape[1] if h0 is None else h0.shape[0]
-    return x.new_empty((*x.shape[:-1], H)), x.new_empty((batch, H))
+    return x.new_empty((*x.shape[:-1], H)), x.new_empty((x.shape[1], H) if h0 is None else h0.shape)
 
 
 @torch.library.register_fake("llm_ext::rnn_backward")
@@ -132,10 +132,9 @@ def _(
     need_db: bool,
 ) -> tuple[Tensor, ...]:
     H, I = w_ih.shape  # noqa: E741
-    batch = x.shape[1] if h0 is None else h0.shape[0]
     return (
         x.new_empty(x.shape if need_dx else 0),
-        x.new_empty((batch, H) if need_dh0 else 0),
+        x.new_empty(h0.shape if need_dh0 and h0 is not None else 0),
         x.new_empty((H, I) if need_dw_ih else 0),
         x.new_empty((H, H) if need_dw_hh else 0),
         x.new_empty(H if need_db else 0),

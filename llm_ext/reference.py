@@ -27,7 +27,7 @@ def rnn(
 
     Args:
         x: [T, B, I]; with `batch_sizes` the packed rows [N, I] of all steps, one step after the other.
-        h0: [B, H], or None for zeros; required with `batch_sizes`.
+        h0: [B, H] or [1, B, H], or None for zeros; required with `batch_sizes`.
         w_ih: W, [H, I].
         w_hh: U, [H, H].
         b_ih: [H] or None.
@@ -37,7 +37,7 @@ def rnn(
         reverse: run t from T-1 down to 0; y[t] still belongs to x[t].
 
     Returns:
-        y, shaped like x with H in place of I, and h_n [B, H], each row after its own last step.
+        y, shaped like x with H in place of I, and h_n in the shape of h0, each row after its own last step.
 
     Source: J. Elman, "Finding structure in time", 1990.
     """
@@ -45,15 +45,14 @@ def rnn(
     H = w_hh.shape[0]
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     steps = torch.split(F.linear(x.reshape(sum(sizes), x.shape[-1]), w_ih, b_ih), sizes)
-    h = x.new_zeros(x.shape[1], H) if h0 is None else h0.clone()
+    h = x.new_zeros(x.shape[1], H) if h0 is None else h0.reshape(h0.shape[-2:])
     y = [x.new_empty(0, H)] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         y[t] = activation(steps[t] + F.linear(h[: sizes[t]], w_hh, b_hh))
         # Rows beyond this step's size wait: forward they have ended and hold h_n, in reverse they hold h0.
         h = torch.cat((y[t], h[sizes[t] :]))
-    if batch_sizes is not None:
-        return torch.cat((x.new_empty(0, H), *y)), h
-    return torch.cat((x.new_empty(0, H), *y)).view(*x.shape[:2], H), h
+    h_n = (h if h0 is None else h.reshape(h0.shape)).clone()
+    return torch.cat((x.new_empty(0, H), *y)).view(*x.shape[:-1], H), h_n
 
 
 def _admitted(e: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -127,7 +126,7 @@ def prefix_pool(
 
     Source: "Attention as an RNN", arXiv 2405.13956.
     """
-    B, T, D = e.shape
+    B, _, D = e.shape
     admitted = _admitted(e, lengths, mask)
     e = e.masked_fill(~admitted[..., None], 0)
     s = _scores(e, u, scores)
@@ -139,9 +138,9 @@ def prefix_pool(
     else:
         L, c = state[0].clone(), state[1].clone()
     outputs = [e.new_empty(B, 0, D)]
-    for t in range(T):
-        a = torch.sigmoid(s[:, t] - L)[:, None]
-        c = torch.where(admitted[:, t, None], c + a * (e[:, t] - c), c)
-        L = torch.where(admitted[:, t], torch.logaddexp(L, s[:, t]), L)
+    for e_t, s_t, admitted_t in zip(e.unbind(1), s.unbind(1), admitted.unbind(1), strict=True):
+        a = torch.sigmoid(s_t - L)[:, None]
+        c = torch.where(admitted_t[:, None], c + a * (e_t - c), c)
+        L = torch.where(admitted_t, torch.logaddexp(L, s_t), L)
         outputs.append(c[:, None])
     return torch.cat(outputs, 1), (L, c)

@@ -52,13 +52,16 @@ inline void check_tensor(const Tensor& t, const char* op, const char* name, Scal
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-template <typename T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
+// Never null, not even for a tensor without elements: to a kernel null means that the tensor is not there.
 template <typename T>
 T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
+  alignas(64) static T none[1];
+  T* p = static_cast<T*>(t.data_ptr());
+  return p != nullptr ? p : none;
+}
+template <typename T>
+const T* data(const Tensor& t) {
+  return mutable_data<T>(t);
 }
 
 // An optional input, checked and made dense; keeps the dense copy alive for the call.

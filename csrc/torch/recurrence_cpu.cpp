@@ -51,8 +51,8 @@ RecurrenceSizes<T> fill_sizes(const char* op, const std::vector<int64_t>& offset
   RecurrenceSizes<T> s;
   s.steps = static_cast<int64_t>(offsets.size()) - 1;
   if (batch_sizes.has_value()) {
-    STD_TORCH_CHECK(h0.has_value(), op, ": h0 must be given with batch_sizes");
-    s.batch = s.steps > 0 ? offsets[1] : h0->size(0);
+    STD_TORCH_CHECK(h0.has_value() && h0->dim() >= 2, op, ": h0 must be [B, H] with batch_sizes");
+    s.batch = s.steps > 0 ? offsets[1] : h0->size(h0->dim() - 2);
   } else {
     s.batch = x.size(1);
   }
@@ -81,6 +81,19 @@ Tensor empty_rows(const RecurrenceSizes<T>& s, bool packed, int64_t width) {
   return empty({s.steps, s.batch, width}, kScalarType<T>);
 }
 
+// A state is [B, H], or [1, B, H] as torch.nn lays out the state of one layer; results take the shape of h0.
+template <typename T>
+Input<T> state_input(const OptionalTensor& t, const char* op, const char* name, const RecurrenceSizes<T>& s) {
+  if (t.has_value() && t->dim() == 3) return Input<T>(t, op, name, {1, s.batch, s.hidden});
+  return Input<T>(t, op, name, {s.batch, s.hidden});
+}
+
+template <typename T>
+Output<T> state_output(bool wanted, const OptionalTensor& h0, const RecurrenceSizes<T>& s) {
+  if (h0.has_value() && h0->dim() == 3) return Output<T>(wanted, {1, s.batch, s.hidden});
+  return Output<T>(wanted, {s.batch, s.hidden});
+}
+
 // The state of a sequence of no steps is what it started from; likewise its gradient.
 template <typename T>
 void pass_state(const RecurrenceSizes<T>& s, const T* from, T* to) {
@@ -103,13 +116,13 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& x, const OptionalTensor& h0
     const auto s = fill_sizes<T>(kOp, offsets, x, w_ih, h0, batch_sizes, nonlinearity, reverse);
     check_rows(kOp, "x", x, s, packed, s.input);
     const Tensor x_dense = dense(x);
-    const Input<T> h0_in(h0, kOp, "h0", {s.batch, s.hidden});
+    const Input<T> h0_in = state_input(h0, kOp, "h0", s);
     const Input<T> w_ih_in(w_ih, kOp, "w_ih", {s.hidden, s.input});
     const Input<T> w_hh_in(w_hh, kOp, "w_hh", {s.hidden, s.hidden});
     const Input<T> b_ih_in(b_ih, kOp, "b_ih", {s.hidden});
     const Input<T> b_hh_in(b_hh, kOp, "b_hh", {s.hidden});
     const Tensor y = empty_rows(s, packed, s.hidden);
-    const Tensor h_n = empty({s.batch, s.hidden}, kScalarType<T>);
+    const Output<T> h_n = state_output(true, h0, s);
 
     const KernelsOf<T>& kernel = kernels().of<T>();
     const int threads = kernel.rnn_threads(s, max_threads());
@@ -124,14 +137,14 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& x, const OptionalTensor& h0
                                    b_ih_in.get(),
                                    b_hh_in.get(),
                                    mutable_data<T>(y),
-                                   mutable_data<T>(h_n),
+                                   h_n.get(),
                                    workspace ? mutable_data<T>(*workspace) : nullptr};
     if (s.steps == 0) {
       pass_state(s, p.h0, p.h_n);
     } else {
       run_team(threads, [&](const Team& team) { kernel.rnn_forward(p, team); });
     }
-    return std::make_tuple(y, h_n);
+    return std::make_tuple(y, h_n.tensor());
   });
 }
 
@@ -152,14 +165,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const Tensor x_dense = dense(x);
     const Tensor y_dense = dense(y);
     const OptionalTensor grad_y_dense = grad_y.has_value() ? OptionalTensor(dense(*grad_y)) : std::nullopt;
-    const Input<T> grad_h_n_in(grad_h_n, kOp, "grad_h_n", {s.batch, s.hidden});
-    const Input<T> h0_in(h0, kOp, "h0", {s.batch, s.hidden});
+    const Input<T> grad_h_n_in = state_input(grad_h_n, kOp, "grad_h_n", s);
+    const Input<T> h0_in = state_input(h0, kOp, "h0", s);
     const Input<T> w_ih_in(w_ih, kOp, "w_ih", {s.hidden, s.input});
     const Input<T> w_hh_in(w_hh, kOp, "w_hh", {s.hidden, s.hidden});
 
     const Output<T> dx(false, {});
     const Tensor dx_tensor = need_dx ? empty_rows(s, packed, s.input) : dx.tensor();
-    const Output<T> dh0(need_dh0, {s.batch, s.hidden});
+    const Output<T> dh0 = state_output(need_dh0, h0, s);
     const Output<T> dw_ih(need_dw_ih, {s.hidden, s.input});
     const Output<T> dw_hh(need_dw_hh, {s.hidden, s.hidden});
     const Output<T> db(need_db, {s.hidden});

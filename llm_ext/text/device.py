@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+import llm_ext
 from llm_ext.text.errors import TextError
 
 
 def default_device() -> str:
-    """Return "cuda" if torch finds such a device and llm_ext has kernels for it, else "cpu"."""
-    return "cpu"
+    """Return "cuda" if torch finds such a device and llm_ext was built for it, else "cpu"."""
+    return "cuda" if llm_ext.build_info()["cuda"] and torch.cuda.is_available() else "cpu"
 
 
 def find_device(name: str) -> torch.device:

@@ -417,7 +417,8 @@ class _Trainer:
                     progress.step, self.model.config(), self.model.state_dict(), training, state, best=best
                 )
             except OSError as error:
-                failure = f"step {progress.step} cannot be saved in {self.run.path}: {error.strerror}; {self._kept()}"
+                reason = f"{error.strerror}; {self._kept()}"
+                failure = f"step {progress.step} cannot be saved in {self.run.path}: {reason}"
         failure = self.fabric.broadcast(failure)
         if failure:
             raise TextError(failure)

@@ -104,8 +104,11 @@ def test_a_text_shorter_than_a_chunk(text: Path, tmp_path: Path) -> None:
     Streams(corpus, 0, 101, 4, 25, slice(None))
 
 
-def test_pages_are_handed_back(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "READS", 3)
+def test_a_large_file_is_handed_back_while_it_is_read(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "SMALL", 100)
+    monkeypatch.setattr(corpora, "ROWS", 3)
     corpus = encode([text], ByteTokens(), tmp_path)
-    rows = [corpus.rows(np.array([at]), 90, 0, len(corpus))[0].tolist() for at in range(0, 900, 90)]
-    assert b"".join(map(bytes, rows)) == text.read_bytes()[:900]
+    rows = corpus.rows(np.arange(0, 900, 90), 90, 0, len(corpus))
+    assert b"".join(map(bytes, rows.tolist())) == text.read_bytes()[:900]

@@ -1,0 +1,577 @@
+"""The ops against the reference: every level, dtype, option and odd size; torch.library's own checks; threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import llm_ext
+from llm_ext import ops, reference
+
+from cases import DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
+
+# One above a block of rows (6), a vector (16), a panel (64), and where the last panel is 1, 2 or 3 vectors wide.
+RNN_SIZES = [  # T, B, I, H
+    (0, 2, 3, 4),
+    (3, 0, 3, 4),
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (1, 5, 9, 20),
+    (5, 3, 17, 33),
+    (7, 9, 4, 65),
+    (4, 13, 64, 128),
+    (9, 40, 33, 130),
+    (3, 1, 300, 520),
+    (150, 2, 31, 47),
+]
+POOL_SIZES = [  # B, T, D
+    (0, 4, 5),
+    (2, 0, 5),
+    (3, 4, 0),
+    (1, 1, 1),
+    (3, 5, 7),
+    (2, 9, 64),
+    (4, 17, 130),
+    (1, 100, 33),
+    (3, 40, 1000),
+    (1, 300, 520),
+    (1, 1100, 65),
+]
+
+
+def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+
+def compare(
+    op: str, function: Callable[..., tuple[Tensor, ...]], truth: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor]
+) -> None:
+    """Results and gradients of `function` against `truth` in float64 on the same numbers."""
+    doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    actual, expected = function(**inputs), truth(**doubles)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(op, a, b, f"result {i}")
+    weights = [torch.randn_like(b) for b in expected]
+    used = [i for i, b in enumerate(expected) if b.requires_grad]
+    if not used:
+        return
+    grads = torch.autograd.grad(
+        [actual[i] for i in used], list(inputs.values()), [weights[i].to(actual[i].dtype) for i in used], allow_unused=True
+    )
+    truths = torch.autograd.grad(
+        [expected[i] for i in used], list(doubles.values()), [weights[i] for i in used], allow_unused=True
+    )
+    for name, a, b in zip(inputs, grads, truths, strict=True):
+        a = torch.zeros_like(inputs[name]) if a is None else a
+        b = torch.zeros_like(doubles[name]) if b is None else b
+        assert_close(f"{op}_backward", a, b, f"gradient of {name}")
+
+
+def rnn_inputs(x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, h0: bool, bias: bool) -> dict[str, Tensor]:
+    I = x_shape[-1]  # noqa: E741
+    inputs = {"x": leaf(*x_shape, dtype=dtype), "w_ih": leaf(H, I, dtype=dtype, scale=I**-0.5)}
+    inputs["w_hh"] = leaf(H, H, dtype=dtype, scale=H**-0.5)
+    if h0:
+        inputs["h0"] = leaf(B, H, dtype=dtype)
+    if bias:
+        inputs |= {"b_ih": leaf(H, dtype=dtype), "b_hh": leaf(H, dtype=dtype)}
+    return inputs
+
+
+def rnn_functions(**options: object) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]]]:
+    def bind(f: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda x, w_ih, w_hh, h0=None, b_ih=None, b_hh=None: f(x, h0, w_ih, w_hh, b_ih, b_hh, **options)
+
+    return bind(ops.rnn), bind(reference.rnn)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "B", "I", "H"), RNN_SIZES)
+def test_rnn(T: int, B: int, I: int, H: int, dtype: torch.dtype, nonlinearity: str) -> None:  # noqa: E741
+    for reverse, h0, bias in itertools.product((False, True), (False, True), (False, True)):
+        inputs = rnn_inputs((T, B, I), B, H, dtype, h0=h0, bias=bias)
+        compare("rnn", *rnn_functions(nonlinearity=nonlinearity, reverse=reverse), inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [[1], [3, 3, 2, 1], [9, 5, 5, 2, 1, 1], [20, 20, 20], [30, 11, 7, 7, 7, 1], [2] * 40 + [1] * 60])
+def test_rnn_packed(sizes: list[int], dtype: torch.dtype, reverse: bool) -> None:
+    for I, H in ((6, 33), (20, 140)):  # noqa: E741
+        inputs = rnn_inputs((sum(sizes), I), sizes[0], H, dtype, h0=True, bias=True)
+        compare("rnn", *rnn_functions(batch_sizes=torch.tensor(sizes), reverse=reverse), inputs)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
+    I=st.integers(1, 70),
+    H=st.integers(1, 140),
+    reverse=st.booleans(),
+    nonlinearity=st.sampled_from(NONLINEARITIES),
+)
+def test_rnn_any_packed(lengths: list[int], I: int, H: int, reverse: bool, nonlinearity: str) -> None:  # noqa: E741
+    sizes = batch_sizes_of(sorted(lengths, reverse=True))
+    inputs = rnn_inputs((sum(lengths), I), len(lengths), H, torch.float64, h0=True, bias=True)
+    compare("rnn", *rnn_functions(batch_sizes=sizes, reverse=reverse, nonlinearity=nonlinearity), inputs)
+
+
+def test_rnn_state_of_a_layer() -> None:
+    """[1, B, H] as torch.nn lays it out gives the same numbers in that shape."""
+    inputs = rnn_inputs((4, 3, 5), 3, 7, torch.float32, h0=True, bias=True)
+    function, truth = rnn_functions()
+    flat = [t.detach() for t in function(**inputs)]
+    inputs["h0"] = inputs["h0"].detach()[None].requires_grad_()
+    compare("rnn", function, truth, inputs)
+    y, h_n = function(**inputs)
+    assert torch.equal(y, flat[0])
+    assert torch.equal(h_n, flat[1][None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rnn_long(dtype: torch.dtype) -> None:
+    """Errors do not pile up over 1,024 steps."""
+    inputs = rnn_inputs((1024, 2, 16), 2, 64, dtype, h0=True, bias=True)
+    compare("rnn", *rnn_functions(), inputs)
+
+
+def test_rnn_not_contiguous() -> None:
+    tight = rnn_inputs((5, 4, 6), 4, 19, torch.float32, h0=True, bias=True)
+    function, _ = rnn_functions()
+    loose = {name: spread(t.detach()) for name, t in tight.items()}
+    for a, b in zip(function(**tight), function(**loose), strict=True):
+        assert torch.equal(a, b)
+    # Gradients that come in expanded or transposed.
+    y, _ = function(**tight)
+    from_sum = torch.autograd.grad(y.sum(), tight["w_hh"], retain_graph=True)[0]
+    from_transposed = torch.autograd.grad(y, tight["w_hh"], torch.ones(19, 4, 5).permute(2, 1, 0))[0]
+    assert torch.equal(from_sum, from_transposed)
+
+
+def test_only_wanted_gradients() -> None:
+    inputs = rnn_inputs((3, 2, 4), 2, 5, torch.float64, h0=True, bias=True)
+    function, _ = rnn_functions()
+    whole = torch.autograd.grad(function(**inputs)[0].sum(), list(inputs.values()))
+    for (name, wanted), expected in zip(inputs.items(), whole, strict=True):
+        alone = {n: t if n == name else t.detach() for n, t in inputs.items()}
+        assert torch.equal(torch.autograd.grad(function(**alone)[0].sum(), wanted)[0], expected)
+
+
+def test_bias_gradients_are_two_tensors() -> None:
+    inputs = rnn_inputs((3, 2, 4), 2, 5, torch.float32, h0=False, bias=True)
+    rnn_functions()[0](**inputs)[0].sum().backward()
+    a, b = inputs["b_ih"].grad, inputs["b_hh"].grad
+    assert a is not None
+    assert b is not None
+    assert torch.equal(a, b)
+    assert a.data_ptr() != b.data_ptr()
+
+
+def test_nan_comes_through() -> None:
+    for nonlinearity in NONLINEARITIES:
+        x = torch.zeros(3, 2, 4)
+        x[1, 0, 2] = float("nan")
+        y, h_n = ops.rnn(x, None, torch.ones(5, 4), torch.eye(5), nonlinearity=nonlinearity)
+        assert y[0].isfinite().all()
+        assert y[1:, 0].isnan().all()
+        assert y[:, 1].isfinite().all()
+        assert h_n[0].isnan().all()
+
+
+def test_activations_at_the_ends() -> None:
+    """Large inputs saturate, and never beyond the bound."""
+    z = torch.tensor([0.0, 1e-8, -1e-8, 1.0, 9.0, -9.0, 20.0, -20.0, 90.0, -90.0, 800.0, -800.0, 1e30, -1e30])
+    for dtype, name in itertools.product(DTYPES, ("tanh", "sigmoid")):
+        x = z.to(dtype)[None, :, None]
+        y = ops.rnn(x, None, torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype), nonlinearity=name)[0]
+        assert_close("rnn", y, reference.ACTIVATIONS[name](x.double()))
+        assert y.abs().max() <= 1
+
+
+# ---- pooling
+
+
+def pool_inputs(B: int, T: int, D: int, dtype: torch.dtype, *, folded: bool, state: bool) -> dict[str, Tensor]:
+    inputs = {"e": leaf(B, T, D, dtype=dtype)}
+    if folded:
+        inputs["u"] = leaf(D, dtype=dtype, scale=2 * max(D, 1) ** -0.5)
+    else:
+        inputs["scores"] = leaf(B, T, dtype=dtype, scale=3)
+    if state:
+        inputs |= {"l": leaf(B, dtype=dtype), "c": leaf(B, D, dtype=dtype)}
+    return inputs
+
+
+def pool_functions(prefix: bool, **options: object) -> list[Callable[..., tuple[Tensor, ...]]]:
+    def bind(module: object) -> Callable[..., tuple[Tensor, ...]]:
+        def pool(e: Tensor, u: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return module.attention_pool(e, u, scores=scores, **options)  # type: ignore[attr-defined]
+
+        def prefix_pool(
+            e: Tensor,
+            u: Tensor | None = None,
+            scores: Tensor | None = None,
+            l: Tensor | None = None,  # noqa: E741
+            c: Tensor | None = None,
+        ) -> tuple[Tensor, ...]:
+            state = None if l is None else (l, c)
+            out, last = module.prefix_pool(e, u, scores=scores, state=state, **options)  # type: ignore[attr-defined]
+            return out, *last
+
+        return prefix_pool if prefix else pool
+
+    return [bind(ops), bind(reference)]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "D"), POOL_SIZES)
+def test_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool) -> None:
+    op = "prefix_pool" if prefix else "attention_pool"
+    lengths, mask = torch.randint(0, T + 1, (B,)), torch.rand(B, T) < 0.5
+    # The reference is a loop over time: at long T one combination of options is enough.
+    selections = [{"lengths": lengths, "mask": mask}]
+    if T < 1000:
+        selections += [{}, {"lengths": lengths}, {"mask": mask}]
+    for folded, state, selection in itertools.product((True, False), (False, True) if prefix else (False,), selections):
+        inputs = pool_inputs(B, T, D, dtype, folded=folded, state=state)
+        compare(op, *pool_functions(prefix, **selection), inputs)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_pool_time_major(prefix: bool) -> None:
+    """[T, B, D] in memory is read as it lies, and results lie as it does."""
+    inputs = pool_inputs(3, 21, 40, torch.float32, folded=True, state=False)
+    inputs["e"] = leaf(21, 3, 40, dtype=torch.float32)
+    functions = [lambda e, u, f=f: f(e.transpose(0, 1), u) for f in pool_functions(prefix)]
+    compare("prefix_pool" if prefix else "attention_pool", *functions, inputs)
+    if prefix:
+        assert functions[0](**inputs)[0].stride() == (40, 120, 1)
+
+
+def test_prefix_pool_streams_past_the_cache() -> None:
+    """A result too large for the cache takes another way into memory; the numbers are the same."""
+    B, T, D = 3, 2100, 512
+    e, u = torch.randn(B, T, D), torch.randn(D) / 20
+    c, _ = ops.prefix_pool(e, u)
+    for b in range(B):
+        alone, _ = ops.prefix_pool(e[b : b + 1, :64], u)
+        assert_close("prefix_pool", c[b : b + 1, :64], alone)
+    weights = torch.softmax(e @ u, 1)
+    assert_close("prefix_pool", c[:, -1], (weights[..., None] * e).sum(1))
+    e.requires_grad_()
+    c, _ = ops.prefix_pool(e, u)
+    (grad,) = torch.autograd.grad(c[:, -1].sum(), e)
+    expected = weights[..., None] * (1 + u * ((e - c[:, -1:]).sum(-1, keepdim=True)))
+    assert_close("prefix_pool_backward", grad, expected)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_padding_holds_anything(prefix: bool) -> None:
+    """What does not take part may be NaN or infinite: neither results nor gradients see it."""
+    e, u = torch.randn(2, 30, 9), torch.randn(9)
+    mask = torch.rand(2, 30) < 0.5
+    dirty = e.masked_fill(~mask[..., None], float("nan"))
+    function = pool_functions(prefix, mask=mask)[0]
+    for a, b in zip(function(e, u), function(dirty, u), strict=True):
+        assert torch.equal(a, b)
+    dirty.requires_grad_()
+    (grad,) = torch.autograd.grad(function(dirty, u)[0].sum(), dirty)
+    assert grad.isfinite().all()
+    assert (grad[~mask] == 0).all()
+
+
+def test_nothing_takes_part() -> None:
+    e = torch.randn(3, 5, 7, requires_grad=True)
+    u = torch.randn(7, requires_grad=True)
+    lengths = torch.tensor([0, 5, 0])
+    c, lse = ops.attention_pool(e, u, lengths=lengths)
+    assert (c[[0, 2]] == 0).all()
+    assert lse.tolist()[::2] == [-float("inf")] * 2
+    prefix, (level, last) = ops.prefix_pool(e, u, lengths=lengths)
+    assert (prefix[[0, 2]] == 0).all()
+    assert (last[[0, 2]] == 0).all()
+    assert level.tolist()[::2] == [-float("inf")] * 2
+    grads = torch.autograd.grad(c.sum() + prefix.sum(), (e, u))
+    assert (grads[0][[0, 2]] == 0).all()
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("rise", [50.0, 70.0, 500.0])
+def test_scores_of_any_size(rise: float) -> None:
+    """Scores that rise or fall by more than exp can hold, within a tile of rows and across."""
+    for signs in ((1, 1), (1, -1), (-1, 1)):
+        e = torch.randn(2, 40, 5, dtype=torch.float64)
+        scores = torch.randn(2, 40, dtype=torch.float64)
+        scores[:, 13:] += signs[0] * rise
+        scores[:, 29:] += signs[1] * rise
+        for prefix in (False, True):
+            function, truth = pool_functions(prefix)
+            op = "prefix_pool" if prefix else "attention_pool"
+            for a, b in zip(function(e, None, scores), truth(e, None, scores), strict=True):
+                assert_close(op, a, b)
+            for a, b in zip(function(e.float(), None, scores.float()), truth(e, None, scores.float().double()), strict=True):
+                assert_close(op, a, b)
+
+
+# ---- as torch ops
+
+
+def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
+    def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [leaf(*shape, dtype=torch.float64, scale=0.5) for shape in shapes]
+
+    x, h0, w_ih, w_hh, b_ih, b_hh = tensors((3, 2, 4), (2, 5), (5, 4), (5, 5), (5,), (5,))
+    packed, y, e, u, l0, c0 = tensors((4, 4), (3, 2, 5), (2, 6, 3), (3,), (2,), (2, 3))
+    (scores,) = tensors((2, 6))
+    sizes, lengths, mask = torch.tensor([2, 1, 1]), torch.tensor([4, 0]), torch.rand(2, 6) < 0.7
+    g = [t.detach() for t in (y, h0, x, w_ih, w_hh, c0, l0, e, u)]
+    gy, gh, dx, dw_ih, dw_hh, gc, gl, de, du = g
+    time_major = leaf(6, 2, 3, dtype=torch.float64).transpose(0, 1)
+    return [
+        ("rnn_forward", (x, h0, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)),
+        ("rnn_forward", (x, None, w_ih, w_hh, None, None, None, "relu", True)),
+        ("rnn_forward", (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, "sigmoid", False)),
+        ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, "tanh", False)),
+        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, True, True, True, True, True)),
+        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, False, False, True, False, True)),
+        ("attention_pool_forward", (e, u, None, None, None)),
+        ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
+        ("attention_pool_backward", (gc, gl, de, du, None, lengths, mask, gc, gl, True, True, False)),
+        ("prefix_pool_forward", (e, u, None, None, None, None, None)),
+        ("prefix_pool_forward", (time_major, None, scores, lengths, mask, l0, c0)),
+        (
+            "prefix_pool_backward",
+            (de, gl, gc, de, du, None, None, None, gl, gc, de, scores.detach(), True, True, False, True),
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("op", "arguments"), opcheck_arguments(), ids=lambda a: a if isinstance(a, str) else "")
+def test_opcheck(op: str, arguments: tuple[object, ...]) -> None:
+    torch.library.opcheck(getattr(torch.ops.llm_ext, op).default, arguments)
+
+
+def test_gradcheck() -> None:
+    inputs = rnn_inputs((4, 3, 2), 3, 5, torch.float64, h0=True, bias=True)
+    names = list(inputs)
+    for nonlinearity, reverse in (("tanh", False), ("sigmoid", True)):
+        function, _ = rnn_functions(nonlinearity=nonlinearity, reverse=reverse)
+        assert torch.autograd.gradcheck(lambda *t, f=function: f(**dict(zip(names, t, strict=True))), tuple(inputs.values()))
+    mask = torch.rand(2, 5) < 0.7
+    for prefix, folded in itertools.product((False, True), (False, True)):
+        inputs = pool_inputs(2, 5, 3, torch.float64, folded=folded, state=prefix)
+        keys = list(inputs)
+        function = pool_functions(prefix, mask=mask)[0]
+        assert torch.autograd.gradcheck(
+            lambda *t, f=function, k=keys: f(**dict(zip(k, t, strict=True))), tuple(inputs.values())
+        )
+
+
+def test_compile_keeps_one_node() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    inputs = rnn_inputs((4, 3, 2), 3, 5, torch.float32, h0=True, bias=True)
+    e, u = torch.randn(2, 6, 3), torch.randn(3)
+    rnn, _ = rnn_functions()
+    for function, arguments in (
+        (rnn, inputs),
+        (lambda e, u: ops.attention_pool(e, u), {"e": e, "u": u}),
+        (lambda e, u: ops.prefix_pool(e, u)[0], {"e": e, "u": u}),
+    ):
+        graphs.clear()
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend=backend)(**arguments)
+        for a, b in zip(compiled, function(**arguments), strict=True):
+            assert torch.equal(a, b)
+        (graph,) = graphs
+        calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        assert sum("llm_ext" in call for call in calls) == 1
+        assert all("llm_ext" in call or "getitem" in call for call in calls), calls
+
+
+def test_compile_trains() -> None:
+    """Through AOT autograd the gradients are the same."""
+    inputs = rnn_inputs((4, 3, 2), 3, 5, torch.float32, h0=True, bias=True)
+    function, _ = rnn_functions()
+    expected = torch.autograd.grad(function(**inputs)[0].square().sum(), list(inputs.values()))
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(**inputs)[0].square().sum(), list(inputs.values()))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_derivatives_are_refused() -> None:
+    inputs = rnn_inputs((3, 2, 4), 2, 5, torch.float64, h0=False, bias=False)
+    y, _ = rnn_functions()[0](**inputs)
+    (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grad.sum().backward()
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 2)}, ValueError, r"rnn: x must be \[T, B, I\]"),
+        ({"x": torch.zeros(3, 2, 5)}, ValueError, r"rnn: x must be \[T, B, I\] = \[\*, \*, 4\], got \[3, 2, 5\]"),
+        ({"h0": torch.zeros(2, 6)}, ValueError, r"rnn: h0 must be \[B, H\] = \[2, 5\], got \[2, 6\]"),
+        ({"w_hh": torch.zeros(5, 4)}, ValueError, "rnn: w_hh must be"),
+        ({"b_ih": torch.zeros(4)}, ValueError, "rnn: b_ih must be"),
+        ({"x": torch.zeros(3, 2, 4, dtype=torch.int64)}, TypeError, "rnn: x must be float32"),
+        ({"x": torch.zeros(3, 2, 4, dtype=torch.float64)}, TypeError, "rnn: x must be float32"),
+        ({"x": torch.zeros(3, 2, 4, device="meta")}, ValueError, "rnn: .* must be on"),
+        ({"x": None}, TypeError, "rnn: x must be a Tensor"),
+        ({"nonlinearity": "gelu"}, ValueError, "rnn: nonlinearity must be one of .* got 'gelu'"),
+    ],
+)
+def test_rnn_refuses(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {
+        "x": torch.zeros(3, 2, 4),
+        "h0": torch.zeros(2, 5),
+        "w_ih": torch.zeros(5, 4),
+        "w_hh": torch.zeros(5, 5),
+        "b_ih": torch.zeros(5),
+        "b_hh": torch.zeros(5),
+    } | changes
+    with pytest.raises(error, match=message):
+        ops.rnn(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [[2, 3], [2, 0], [3, -1, 3], [2, 1], [5, 1]])
+def test_batch_sizes_are_checked(sizes: list[int]) -> None:
+    weights = torch.zeros(5, 4), torch.zeros(5, 5)
+    with pytest.raises(ValueError, match="rnn: (batch_sizes|h0) must"):
+        ops.rnn(torch.zeros(5, 4), torch.zeros(2, 5), *weights, batch_sizes=torch.tensor(sizes))
+
+
+@pytest.mark.parametrize("op", [ops.attention_pool, ops.prefix_pool])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"e": torch.zeros(2, 6)}, ValueError, r"e must be \[B, T, D\]"),
+        ({"u": torch.zeros(4)}, ValueError, r"u must be \[D\] = \[3\], got \[4\]"),
+        ({"scores": torch.zeros(2, 6)}, ValueError, "exactly one of u and scores"),
+        ({"u": None}, ValueError, "exactly one of u and scores"),
+        ({"lengths": torch.tensor([1, 7])}, ValueError, "lengths must be"),
+        ({"lengths": torch.tensor([-1, 6])}, ValueError, "lengths must be"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths must be int64"),
+        ({"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, "mask must be"),
+        ({"mask": torch.ones(2, 6)}, TypeError, "mask must be bool"),
+        ({"e": torch.zeros(2, 6, 3, dtype=torch.float16)}, TypeError, "e must be float32"),
+    ],
+)
+def test_pools_refuse(op: Callable[..., object], changes: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {"e": torch.zeros(2, 6, 3), "u": torch.zeros(3)} | changes
+    with pytest.raises(error, match=message):
+        op(**arguments)
+
+
+# ---- the machine
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def supported_levels() -> list[str]:
+    levels = ["baseline", "avx2", "avx512"]
+    return levels[: levels.index(llm_ext.build_info()["simd"]) + 1]
+
+
+@pytest.mark.skipif("LLM_EXT_SIMD" in os.environ, reason="this is the run of one level")
+@pytest.mark.parametrize("level", supported_levels()[:-1])
+def test_lower_levels(level: str) -> None:
+    """All tests of this file again at every level below the one in use; the level is chosen once in a process."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "rnn or pool or scores or padding or activations or nan"],
+        env=os.environ | {"LLM_EXT_SIMD": level},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_level_is_forced_and_reported() -> None:
+    code = "import llm_ext; print(llm_ext.build_info()['simd'])"
+    for level in supported_levels():
+        assert run_python(code, LLM_EXT_SIMD=level).stdout.strip() == level
+    refused = run_python(code, LLM_EXT_SIMD="mmx")
+    assert refused.returncode != 0
+    assert "LLM_EXT_SIMD must be one of" in refused.stderr
+
+
+def test_one_openmp_runtime() -> None:
+    """A second OpenMP runtime beside torch's would fight it for the cores, and not obey torch.set_num_threads."""
+    code = """
+import torch, llm_ext
+llm_ext.RNN(8, 8)(torch.randn(4, 2, 8))
+maps = open("/proc/self/maps").read()
+print(len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line or "libomp" in line}))
+"""
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs /proc")
+    assert run_python(code).stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads(threads: int) -> None:
+    """More threads than cores, rows or columns: the same results (in rounding), and no deadlock."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for T, B, I, H in ((40, 1, 64, 192), (20, 7, 64, 192), (6, 40, 33, 130), (1, 1, 700, 520)):  # noqa: E741
+            inputs = rnn_inputs((T, B, I), B, H, torch.float64, h0=True, bias=True)
+            compare("rnn", *rnn_functions(), inputs)
+            first, second = (rnn_functions()[0](**inputs)[0] for _ in range(2))
+            assert torch.equal(first, second)
+        for B, T, D in ((1, 300, 520), (3, 100, 520), (40, 10, 200)):
+            for prefix in (False, True):
+                inputs = pool_inputs(B, T, D, torch.float64, folded=True, state=prefix)
+                function, truth = pool_functions(prefix)
+                compare("prefix_pool" if prefix else "attention_pool", function, truth, inputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_same_bits() -> None:
+    """Two runs give bitwise equal results and gradients."""
+    inputs = rnn_inputs((30, 9, 40), 9, 150, torch.float32, h0=True, bias=True)
+    pools = pool_inputs(1, 500, 130, torch.float32, folded=True, state=True)
+    for function, arguments in ((rnn_functions()[0], inputs), (pool_functions(True)[0], pools)):
+        runs = []
+        for _ in range(2):
+            outputs = function(**arguments)
+            runs.append((*outputs, *torch.autograd.grad([o.sum() for o in outputs], list(arguments.values()))))
+        for a, b in zip(*runs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nothing_else_is_saved() -> None:
+    """Between forward and backward only inputs and outputs are kept."""
+    kept: list[Tensor] = []
+    inputs = rnn_inputs((6, 3, 4), 3, 5, torch.float32, h0=True, bias=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y, _ = rnn_functions()[0](**inputs)
+    known = {t.data_ptr() for t in (*inputs.values(), y)}
+    assert {t.data_ptr() for t in kept} <= known
