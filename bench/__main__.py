@@ -15,9 +15,7 @@ import torch
 from bench import contest, peers, report
 from bench.contest import Case
 
-HELP = (
-    "Run: `python -m bench PATTERN…`, each of them all, a group or part of a name; --help shows the options."
-)
+HELP = "Run: `python -m bench PATTERN…`, each of them all, a group or part of a name; --help shows the options."
 
 
 def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:

@@ -112,9 +112,7 @@ def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 Entry = dict[str, Any]  # of the report
 
 
-def _enter(
-    contestant: Contestant, truth: Sequence[Tensor], tolerance: float
-) -> tuple[timing.Call | None, Entry]:
+def _enter(contestant: Contestant, truth: Sequence[Tensor], tolerance: float) -> tuple[timing.Call | None, Entry]:
     """Build and check a contestant; the call, or None if it may not be timed, and its entry."""
     entry: Entry = {"name": contestant.name, "library": contestant.library}
     try:
@@ -173,9 +171,7 @@ def run(case: Case, settings: Settings) -> Entry:
                     calls[contestant.name] = peer
                 peers.append(entry | {"bar": case.bars.get(contestant.name) if barred else None})
             if call is not None:
-                turns = timing.take_turns(
-                    {contest.ours.name: call, **calls}, settings.seconds, settings.rounds
-                )
+                turns = timing.take_turns({contest.ours.name: call, **calls}, settings.seconds, settings.rounds)
     finally:
         torch.set_num_threads(before)
 

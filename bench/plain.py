@@ -46,9 +46,7 @@ class CausalPool(nn.Module):
         super().__init__()
         self.weight, self.v = pool.weight, pool.v
 
-    def forward(
-        self, e: Tensor, *, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, e: Tensor, *, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Pool e [B, T, D]; the state is that of `llm_ext.ops.prefix_pool`."""
         if state is None:
             c = prefix_mask(e, self.weight, self.v)

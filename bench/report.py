@@ -65,8 +65,7 @@ def header(run: dict[str, Any]) -> str:
     others = [f"{name} {version or '(not installed)'}" for name, version in found["peers"].items()]
     copy, product = run["limits"]["copy_gb_per_s"], run["limits"]["product_gflop_per_s"]
     lines = [
-        f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']}, "
-        f"load {here['load']:.1f}",
+        f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']}, load {here['load']:.1f}",
         f"Copy {copy:.0f} GB/s (read and write), matrix product {product:.0f} GFLOP/s, at best",
         f"llm_ext {found['llm_ext']} ({build}), Python {found['python']}",
         f"Peers: {', '.join(others)}",
@@ -136,9 +135,7 @@ def summary(cases: Sequence[dict[str, Any]]) -> str:
     for case in cases:
         for entry in (case["ours"], *case["peers"]):
             if entry["status"] in ("wrong", "failed"):
-                lines.append(
-                    f"Not timed: {case['case']}, {entry['name']}, {entry['status']}: {entry['reason']}"
-                )
+                lines.append(f"Not timed: {case['case']}, {entry['name']}, {entry['status']}: {entry['reason']}")
     return "\n".join(lines)
 
 
@@ -224,9 +221,7 @@ def write_plot(run: dict[str, Any], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel(
-        "time of the peer / time of llm_ext (black line: quartiles; black mark: the bar of the project)"
-    )
+    axes.set_xlabel("time of the peer / time of llm_ext (black line: quartiles; black mark: the bar of the project)")
     settings = run["settings"]
     title = f"{run['machine']['cpu']}, {settings['threads']} threads, {settings['dtype']}"
     axes.set_title(title, fontsize=9, loc="left")

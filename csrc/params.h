@@ -26,15 +26,15 @@ struct RecurrenceSizes {
 template <typename T>
 struct RnnForwardParams {
   RecurrenceSizes<T> sizes;
-  const T* x;       // [N, I]
-  const T* h0;      // [B, H] initial state; null: zeros
-  const T* w_ih;    // [H, I]
-  const T* w_hh;    // [H, H]
-  const T* b_ih;    // [H]; null: zeros
-  const T* b_hh;    // [H]; null: zeros
-  T* y;             // [N, H] out: every hidden state
-  T* h_n;           // [B, H] out: the state after each row's last step
-  T* workspace;     // rnn_forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  const T* x;     // [N, I]
+  const T* h0;    // [B, H] initial state; null: zeros
+  const T* w_ih;  // [H, I]
+  const T* w_hh;  // [H, H]
+  const T* b_ih;  // [H]; null: zeros
+  const T* b_hh;  // [H]; null: zeros
+  T* y;           // [N, H] out: every hidden state
+  T* h_n;         // [B, H] out: the state after each row's last step
+  T* workspace;   // rnn_forward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 template <typename T>
@@ -108,19 +108,19 @@ struct PrefixPoolForwardParams {
 template <typename T>
 struct PrefixPoolBackwardParams {
   PoolInput<T> in;
-  const T* l0;          // [B]; null: -inf
-  const T* c0;          // [B, D]; null exactly where l0 is: 0
-  const T* c;           // laid out as e: what the forward returned
-  const T* lse;         // [B, T] what the forward returned
-  const T* grad_c;      // laid out as e; null: zeros
-  const T* grad_l_n;    // [B]; null: zeros
-  const T* grad_c_n;    // [B, D]; null: zeros
-  T* de;                // out, laid out as e; null: not wanted
-  T* du;                // [D] out; null: not wanted, or `scores` given
-  T* dscores;           // [B, T] out; null: not wanted, or `u` given
-  T* dl0;               // [B] out; null: not wanted
-  T* dc0;               // [B, D] out; null: not wanted
-  T* workspace;         // prefix_pool_workspace() elements; contents do not matter
+  const T* l0;        // [B]; null: -inf
+  const T* c0;        // [B, D]; null exactly where l0 is: 0
+  const T* c;         // laid out as e: what the forward returned
+  const T* lse;       // [B, T] what the forward returned
+  const T* grad_c;    // laid out as e; null: zeros
+  const T* grad_l_n;  // [B]; null: zeros
+  const T* grad_c_n;  // [B, D]; null: zeros
+  T* de;              // out, laid out as e; null: not wanted
+  T* du;              // [D] out; null: not wanted, or `scores` given
+  T* dscores;         // [B, T] out; null: not wanted, or `u` given
+  T* dl0;             // [B] out; null: not wanted
+  T* dc0;             // [B, D] out; null: not wanted
+  T* workspace;       // prefix_pool_workspace() elements; contents do not matter
 };
 
 }  // namespace llm_ext

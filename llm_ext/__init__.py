@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch  # noqa: F401  (its libraries must be loaded before the module that calls them)
 
-from llm_ext import _C
+from llm_ext._C import build_info as _build_info
 from llm_ext.attention import AttentionPool
 from llm_ext.layers import RNN
 from llm_ext.model import LLM, LLMState
@@ -28,10 +28,9 @@ class BuildInfo(TypedDict):
 
 
 def build_info() -> BuildInfo:
-    """Say what the compiled module was built with: compiler, torch, CUDA (None: without), OpenMP, and the SIMD level in use.
+    """Say what the compiled module was built with: compiler, torch, CUDA (None: without), OpenMP, SIMD level in use.
 
     Raises:
         RuntimeError: LLM_EXT_SIMD names a level that does not exist or that this machine lacks.
     """
-    info: BuildInfo = _C.build_info()
-    return info
+    return cast(BuildInfo, _build_info())

@@ -44,9 +44,7 @@ def _check(
     """Raise unless `got` is a tensor of these sizes and of one of these dtypes, on the device of `like`."""
     if not isinstance(got, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(got).__name__}")
-    if got.dim() != len(sizes) or any(
-        n is not None and n != m for n, m in zip(sizes, got.shape, strict=True)
-    ):
+    if got.dim() != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, got.shape, strict=True)):
         fail_shape(op, name, letters, sizes, got)
     if got.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))

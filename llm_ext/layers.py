@@ -61,9 +61,7 @@ class RNN(nn.Module):
     ) -> None:
         super().__init__()
         if nonlinearity not in checks.NONLINEARITIES:
-            raise ValueError(
-                f"RNN: nonlinearity must be one of {checks.NONLINEARITIES}, got {nonlinearity!r}"
-            )
+            raise ValueError(f"RNN: nonlinearity must be one of {checks.NONLINEARITIES}, got {nonlinearity!r}")
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
         for name, size in sizes.items():
             if not isinstance(size, int):
@@ -206,18 +204,14 @@ class RNN(nn.Module):
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return x, torch.stack(h_n)
 
-    def _direction(
-        self, row: int, x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _direction(self, row: int, x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer in one direction: that of the given row of h_n."""
         weights = self._weights(self._names[row])
         dtype = weights[0].dtype
         if x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
             x, h0 = x.to(dtype), None if h0 is None else h0.to(dtype)
         reverse = self.bidirectional and row % 2 == 1
-        return ops.rnn(
-            x, h0, *weights, batch_sizes=batch_sizes, nonlinearity=self.nonlinearity, reverse=reverse
-        )
+        return ops.rnn(x, h0, *weights, batch_sizes=batch_sizes, nonlinearity=self.nonlinearity, reverse=reverse)
 
 
 class AffineEmbedding(nn.Module):

@@ -212,9 +212,7 @@ class LLM(nn.Module):
             ValueError: an empty prompt, or a number out of range.
         """
         if prompt_ids.dim() not in (1, 2) or prompt_ids.shape[-1] == 0:
-            raise ValueError(
-                f"generate: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}"
-            )
+            raise ValueError(f"generate: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}")
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
         if not 0 <= temperature < math.inf:

@@ -8,10 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from llm_ext import (
-    _C,  # noqa: F401  (importing it registers the ops)
-    checks,
-)
+import llm_ext._C  # noqa: F401  (importing it registers the ops)
+from llm_ext import checks
 
 _ops = torch.ops.llm_ext
 _rnn_forward = _ops.rnn_forward.default
@@ -65,7 +63,9 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Elman recurrence over a whole sequence, h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh), one direction of one layer.
+    """Elman recurrence over a whole sequence, one direction of one layer.
+
+    h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh).
 
     Args:
         x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I].
@@ -80,7 +80,8 @@ def rnn(
         reverse: run from the last step to the first; y[t] still belongs to x[t].
 
     Returns:
-        Every state y [T, B, H] (packed: [N, H]), and the state h_n after each row's last step, in the shape of h0 ([B, H] for None).
+        Every state y [T, B, H] (packed: [N, H]), and the state h_n after each row's last step, in the shape of h0
+        ([B, H] for None).
 
     Raises:
         ValueError: a shape, device or nonlinearity that does not fit.
@@ -96,8 +97,7 @@ def rnn(
     return y, h_n
 
 
-@torch.library.register_fake("llm_ext::rnn_forward")
-def _(
+def _rnn_forward_fake(
     x: Tensor,
     h0: Tensor | None,
     w_ih: Tensor,
@@ -113,8 +113,10 @@ def _(
     return x.new_empty((*x.shape[:-1], H)), x.new_empty((x.shape[1], H) if h0 is None else h0.shape)
 
 
-@torch.library.register_fake("llm_ext::rnn_backward")
-def _(
+torch.library.register_fake("llm_ext::rnn_forward", _rnn_forward_fake)
+
+
+def _rnn_backward_fake(
     grad_y: Tensor | None,
     grad_h_n: Tensor | None,
     x: Tensor,
@@ -139,6 +141,9 @@ def _(
         x.new_empty((H, H) if need_dw_hh else 0),
         x.new_empty(H if need_db else 0),
     )
+
+
+torch.library.register_fake("llm_ext::rnn_backward", _rnn_backward_fake)
 
 
 def _rnn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -234,8 +239,7 @@ def _empty_rows(e: Tensor) -> Tensor:
     return e.new_empty((B, T, D))
 
 
-@torch.library.register_fake("llm_ext::attention_pool_forward")
-def _(
+def _attention_pool_forward_fake(
     e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     checks.pool("attention_pool", e, u, scores, lengths, mask)
@@ -243,8 +247,10 @@ def _(
     return e.new_empty((B, D)), e.new_empty(B)
 
 
-@torch.library.register_fake("llm_ext::attention_pool_backward")
-def _(
+torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
+
+
+def _attention_pool_backward_fake(
     grad_c: Tensor | None,
     grad_lse: Tensor | None,
     e: Tensor,
@@ -266,18 +272,17 @@ def _(
     )
 
 
+torch.library.register_fake("llm_ext::attention_pool_backward", _attention_pool_backward_fake)
+
+
 def _attention_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.set_materialize_grads(False)
 
 
-def _attention_pool_autograd(
-    ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _attention_pool_autograd(ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     need_e, need_u, need_scores = ctx.needs_input_grad[:3]
-    de, du, dscores = _attention_pool_backward(
-        grad_c, grad_lse, *ctx.saved_tensors, need_e, need_u, need_scores
-    )
+    de, du, dscores = _attention_pool_backward(grad_c, grad_lse, *ctx.saved_tensors, need_e, need_u, need_scores)
     return de if need_e else None, du if need_u else None, dscores if need_scores else None, None, None
 
 
@@ -329,8 +334,7 @@ def prefix_pool(
     return c, (l_n, c_n)
 
 
-@torch.library.register_fake("llm_ext::prefix_pool_forward")
-def _(
+def _prefix_pool_forward_fake(
     e: Tensor,
     u: Tensor | None,
     scores: Tensor | None,
@@ -344,8 +348,10 @@ def _(
     return _empty_rows(e), e.new_empty((B, T)), e.new_empty(B), e.new_empty((B, D))
 
 
-@torch.library.register_fake("llm_ext::prefix_pool_backward")
-def _(
+torch.library.register_fake("llm_ext::prefix_pool_forward", _prefix_pool_forward_fake)
+
+
+def _prefix_pool_backward_fake(
     grad_c: Tensor | None,
     grad_l_n: Tensor | None,
     grad_c_n: Tensor | None,
@@ -371,6 +377,9 @@ def _(
         e.new_empty(B if need_dstate else 0),
         e.new_empty((B, D) if need_dstate else 0),
     )
+
+
+torch.library.register_fake("llm_ext::prefix_pool_backward", _prefix_pool_backward_fake)
 
 
 def _prefix_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,9 +11,7 @@ from torch import Tensor
 import llm_ext
 
 
-def weights_by_hand(
-    pool: llm_ext.AttentionPool, e: Tensor, lengths: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def weights_by_hand(pool: llm_ext.AttentionPool, e: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
     """α [B, T], or [B, T, T] when causal, from scores that form W e_i and the mask as a matrix."""
     B, T, _ = e.shape
     inner = e @ pool.weight.T
@@ -32,9 +30,7 @@ def positions(B: int, T: int, kind: str) -> dict[str, Tensor]:
     lengths = torch.randint(0, T + 1, (B,))
     mask = torch.rand(B, T) < 0.5
     lengths[-1], mask[-1] = 0, False
-    return {"none": {}, "lengths": {"lengths": lengths}, "both": {"lengths": lengths, "mask": mask.flip(0)}}[
-        kind
-    ]
+    return {"none": {}, "lengths": {"lengths": lengths}, "both": {"lengths": lengths, "mask": mask.flip(0)}}[kind]
 
 
 @pytest.mark.parametrize("score", ["linear", "tanh"])
@@ -127,9 +123,7 @@ def test_padding_does_not_matter(garbage: float, causal: bool, score: str) -> No
     clean_results = cases.flatten(pool(e, lengths))
     results = cases.flatten(pool(dirty, lengths))
     assert all(torch.equal(a, b) for a, b in zip(results, clean_results, strict=True))
-    assert torch.equal(
-        pool(dirty, lengths, return_weights=True)[-1], pool(e, lengths, return_weights=True)[-1]
-    )
+    assert torch.equal(pool(dirty, lengths, return_weights=True)[-1], pool(e, lengths, return_weights=True)[-1])
     if score == "tanh" and math.isnan(garbage):
         return  # torch's own tanh of W e passes the NaN back
     sum(t.masked_fill(t.isinf(), 0).sum() for t in results).backward()

@@ -162,9 +162,7 @@ def test_threads_are_set_for_the_case_and_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_report_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "limits", lambda threads: {"copy_gb_per_s": 1.0, "product_gflop_per_s": 1.0})
     monkeypatch.setattr(peers, "absent", lambda: ["jax"])
@@ -194,9 +192,7 @@ def test_report_is_written(
         "met",
         "error",
     } <= right.keys()
-    assert right["ratio"] == pytest.approx(
-        timing.ratio(right["rounds_s"], case["ours"]["rounds_s"]).median, rel=1e-4
-    )
+    assert right["ratio"] == pytest.approx(timing.ratio(right["rounds_s"], case["ours"]["rounds_s"]).median, rel=1e-4)
 
     drawn = files[1].read_text(encoding="utf-8")
     assert drawn.startswith("<?xml")

@@ -53,9 +53,7 @@ def assert_same_layer(layer: llm_ext.RNN, torch_layer: torch.nn.RNN, x: object, 
         output, h_n = layer(given, leaves["hx"]) if hx is not None else layer(given)
         tensors = [output.data if isinstance(output, PackedSequence) else output, h_n]
         generator = torch.Generator().manual_seed(1)
-        weights = [
-            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors
-        ]
+        weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
         leaves |= dict(layer.named_parameters())
         gradients = torch.autograd.grad(tensors, list(leaves.values()), weights)
         return output, tensors, dict(zip(leaves, gradients, strict=True))
@@ -82,9 +80,7 @@ def assert_same_layer(layer: llm_ext.RNN, torch_layer: torch.nn.RNN, x: object, 
     with_hx=st.booleans(),
     contiguous=st.booleans(),
 )
-def test_every_option(
-    options: dict[str, object], T: int, B: int | None, with_hx: bool, contiguous: bool
-) -> None:
+def test_every_option(options: dict[str, object], T: int, B: int | None, with_hx: bool, contiguous: bool) -> None:
     torch.manual_seed(0)
     layer, torch_layer = pair(options)
     batch = () if B is None else (B,)
@@ -105,9 +101,7 @@ def test_every_option(
     with_hx=st.booleans(),
     ordered=st.booleans(),
 )
-def test_every_option_packed(
-    options: dict[str, object], lengths: list[int], with_hx: bool, ordered: bool
-) -> None:
+def test_every_option_packed(options: dict[str, object], lengths: list[int], with_hx: bool, ordered: bool) -> None:
     torch.manual_seed(0)
     layer, torch_layer = pair(options)
     if ordered:

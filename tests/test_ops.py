@@ -10,14 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import llm_ext
 from llm_ext import ops, reference
-
-from cases import DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
 
 # One above a block of rows (6), a vector (16), a panel (64), and where the last panel is 1, 2 or 3 vectors wide.
 RNN_SIZES = [  # T, B, I, H
@@ -53,7 +52,10 @@ def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def compare(
-    op: str, function: Callable[..., tuple[Tensor, ...]], truth: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor]
+    op: str,
+    function: Callable[..., tuple[Tensor, ...]],
+    truth: Callable[..., tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
 ) -> None:
     """Results and gradients of `function` against `truth` in float64 on the same numbers."""
     doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
@@ -65,7 +67,10 @@ def compare(
     if not used:
         return
     grads = torch.autograd.grad(
-        [actual[i] for i in used], list(inputs.values()), [weights[i].to(actual[i].dtype) for i in used], allow_unused=True
+        [actual[i] for i in used],
+        list(inputs.values()),
+        [weights[i].to(actual[i].dtype) for i in used],
+        allow_unused=True,
     )
     truths = torch.autograd.grad(
         [expected[i] for i in used], list(doubles.values()), [weights[i] for i in used], allow_unused=True
@@ -76,7 +81,9 @@ def compare(
         assert_close(f"{op}_backward", a, b, f"gradient of {name}")
 
 
-def rnn_inputs(x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, h0: bool, bias: bool) -> dict[str, Tensor]:
+def rnn_inputs(
+    x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, h0: bool, bias: bool
+) -> dict[str, Tensor]:
     I = x_shape[-1]  # noqa: E741
     inputs = {"x": leaf(*x_shape, dtype=dtype), "w_ih": leaf(H, I, dtype=dtype, scale=I**-0.5)}
     inputs["w_hh"] = leaf(H, H, dtype=dtype, scale=H**-0.5)
@@ -87,7 +94,9 @@ def rnn_inputs(x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, 
     return inputs
 
 
-def rnn_functions(**options: object) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]]]:
+def rnn_functions(
+    **options: object,
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]]]:
     def bind(f: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
         return lambda x, w_ih, w_hh, h0=None, b_ih=None, b_hh=None: f(x, h0, w_ih, w_hh, b_ih, b_hh, **options)
 
@@ -105,7 +114,9 @@ def test_rnn(T: int, B: int, I: int, H: int, dtype: torch.dtype, nonlinearity: s
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [[1], [3, 3, 2, 1], [9, 5, 5, 2, 1, 1], [20, 20, 20], [30, 11, 7, 7, 7, 1], [2] * 40 + [1] * 60])
+@pytest.mark.parametrize(
+    "sizes", [[1], [3, 3, 2, 1], [9, 5, 5, 2, 1, 1], [20, 20, 20], [30, 11, 7, 7, 7, 1], [2] * 40 + [1] * 60]
+)
 def test_rnn_packed(sizes: list[int], dtype: torch.dtype, reverse: bool) -> None:
     for I, H in ((6, 33), (20, 140)):  # noqa: E741
         inputs = rnn_inputs((sum(sizes), I), sizes[0], H, dtype, h0=True, bias=True)
@@ -319,7 +330,11 @@ def test_scores_of_any_size(rise: float) -> None:
             op = "prefix_pool" if prefix else "attention_pool"
             for a, b in zip(function(e, None, scores), truth(e, None, scores), strict=True):
                 assert_close(op, a, b)
-            for a, b in zip(function(e.float(), None, scores.float()), truth(e, None, scores.float().double()), strict=True):
+            for a, b in zip(
+                function(e.float(), None, scores.float()),
+                truth(e, None, scores.float().double()),
+                strict=True,
+            ):
                 assert_close(op, a, b)
 
 
@@ -340,10 +355,19 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
     return [
         ("rnn_forward", (x, h0, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)),
         ("rnn_forward", (x, None, w_ih, w_hh, None, None, None, "relu", True)),
-        ("rnn_forward", (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, "sigmoid", False)),
+        (
+            "rnn_forward",
+            (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, "sigmoid", False),
+        ),
         ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, "tanh", False)),
-        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, True, True, True, True, True)),
-        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, False, False, True, False, True)),
+        (
+            "rnn_backward",
+            (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, True, True, True, True, True),
+        ),
+        (
+            "rnn_backward",
+            (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, False, False, True, False, True),
+        ),
         ("attention_pool_forward", (e, u, None, None, None)),
         ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
         ("attention_pool_backward", (gc, gl, de, du, None, lengths, mask, gc, gl, True, True, False)),
@@ -366,7 +390,9 @@ def test_gradcheck() -> None:
     names = list(inputs)
     for nonlinearity, reverse in (("tanh", False), ("sigmoid", True)):
         function, _ = rnn_functions(nonlinearity=nonlinearity, reverse=reverse)
-        assert torch.autograd.gradcheck(lambda *t, f=function: f(**dict(zip(names, t, strict=True))), tuple(inputs.values()))
+        assert torch.autograd.gradcheck(
+            lambda *t, f=function: f(**dict(zip(names, t, strict=True))), tuple(inputs.values())
+        )
     mask = torch.rand(2, 5) < 0.7
     for prefix, folded in itertools.product((False, True), (False, True)):
         inputs = pool_inputs(2, 5, 3, torch.float64, folded=folded, state=prefix)
@@ -430,7 +456,11 @@ def test_second_derivatives_are_refused() -> None:
     ("changes", "error", "message"),
     [
         ({"x": torch.zeros(3, 2)}, ValueError, r"rnn: x must be \[T, B, I\]"),
-        ({"x": torch.zeros(3, 2, 5)}, ValueError, r"rnn: x must be \[T, B, I\] = \[\*, \*, 4\], got \[3, 2, 5\]"),
+        (
+            {"x": torch.zeros(3, 2, 5)},
+            ValueError,
+            r"rnn: x must be \[T, B, I\] = \[\*, \*, 4\], got \[3, 2, 5\]",
+        ),
         ({"h0": torch.zeros(2, 6)}, ValueError, r"rnn: h0 must be \[B, H\] = \[2, 5\], got \[2, 6\]"),
         ({"w_hh": torch.zeros(5, 4)}, ValueError, "rnn: w_hh must be"),
         ({"b_ih": torch.zeros(4)}, ValueError, "rnn: b_ih must be"),
@@ -457,7 +487,7 @@ def test_rnn_refuses(changes: dict[str, object], error: type[Exception], message
 @pytest.mark.parametrize("sizes", [[2, 3], [2, 0], [3, -1, 3], [2, 1], [5, 1]])
 def test_batch_sizes_are_checked(sizes: list[int]) -> None:
     weights = torch.zeros(5, 4), torch.zeros(5, 5)
-    with pytest.raises(ValueError, match="rnn: (batch_sizes|h0) must"):
+    with pytest.raises(ValueError, match=r"rnn: (batch_sizes|h0) must"):
         ops.rnn(torch.zeros(5, 4), torch.zeros(2, 5), *weights, batch_sizes=torch.tensor(sizes))
 
 
@@ -477,7 +507,9 @@ def test_batch_sizes_are_checked(sizes: list[int]) -> None:
         ({"e": torch.zeros(2, 6, 3, dtype=torch.float16)}, TypeError, "e must be float32"),
     ],
 )
-def test_pools_refuse(op: Callable[..., object], changes: dict[str, object], error: type[Exception], message: str) -> None:
+def test_pools_refuse(
+    op: Callable[..., object], changes: dict[str, object], error: type[Exception], message: str
+) -> None:
     arguments: dict[str, object] = {"e": torch.zeros(2, 6, 3), "u": torch.zeros(3)} | changes
     with pytest.raises(error, match=message):
         op(**arguments)
@@ -488,7 +520,12 @@ def test_pools_refuse(op: Callable[..., object], changes: dict[str, object], err
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -502,7 +539,16 @@ def supported_levels() -> list[str]:
 def test_lower_levels(level: str) -> None:
     """All tests of this file again at every level below the one in use; the level is chosen once in a process."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "rnn or pool or scores or padding or activations or nan"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            __file__,
+            "-k",
+            "rnn or pool or scores or padding or activations or nan",
+        ],
         env=os.environ | {"LLM_EXT_SIMD": level},
         capture_output=True,
         text=True,
@@ -522,12 +568,13 @@ def test_level_is_forced_and_reported() -> None:
 
 
 def test_one_openmp_runtime() -> None:
-    """A second OpenMP runtime beside torch's would fight it for the cores, and not obey torch.set_num_threads."""
+    """A second OpenMP runtime beside torch's would fight it for the cores and not obey set_num_threads."""
     code = """
 import torch, llm_ext
 llm_ext.RNN(8, 8)(torch.randn(4, 2, 8))
 maps = open("/proc/self/maps").read()
-print(len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line or "libomp" in line}))
+names = ("libgomp", "libiomp", "libomp")
+print(len({line.split()[-1] for line in maps.splitlines() if any(name in line for name in names)}))
 """
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("needs /proc")

@@ -201,9 +201,7 @@ def test_what_stands_in_padding_does_not_matter(by: str, pool: object) -> None:
     dirty_e = e.masked_fill(padding[..., None], math.nan)
     dirty_s = s if by == "u" else s.masked_fill(padding, math.nan)
     clean = cases.outputs_and_gradients(lambda e, s: pool(e, **{by: s}, lengths=lengths), {"e": e, "s": s})
-    dirty = cases.outputs_and_gradients(
-        lambda e, s: pool(e, **{by: s}, lengths=lengths), {"e": dirty_e, "s": dirty_s}
-    )
+    dirty = cases.outputs_and_gradients(lambda e, s: pool(e, **{by: s}, lengths=lengths), {"e": dirty_e, "s": dirty_s})
     assert all(torch.equal(a, b) for a, b in zip(clean[0], dirty[0], strict=True))
     for name, gradient in dirty[1].items():
         assert torch.equal(gradient, clean[1][name])

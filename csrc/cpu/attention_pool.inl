@@ -1,5 +1,5 @@
-// Attention pooling c = sum_t softmax_t(s) e_t and its causal prefix form. The limit is memory: each kernel goes through
-// e once, a tile of rows at a time that stays in the first-level cache. docs/attention.md derives the formulas.
+// Attention pooling c = sum_t softmax_t(s) e_t and its causal prefix form. The limit is memory: each kernel goes
+// through e once, a tile of rows at a time that stays in the first-level cache. docs/attention.md derives the formulas.
 //
 // A team shares the batch where it can; where the batch is smaller than the team, it shares time.
 namespace llm_ext {
@@ -87,8 +87,8 @@ static inline void tile_scores(const PoolInput<T>& in, int64_t b, const int64_t*
   }
   for (int j = 0; j < count; ++j) {
     Vec<T> sum{};
-    for_each_vector<T>(in.dim,
-                       [&](int64_t d, int lanes) { sum += load_part(in.u + d, lanes) * load_part(rows[j] + d, lanes); });
+    for_each_vector<T>(
+        in.dim, [&](int64_t d, int lanes) { sum += load_part(in.u + d, lanes) * load_part(rows[j] + d, lanes); });
     scores[j] = sum_lanes<T>(sum);
   }
 }
@@ -121,7 +121,8 @@ static T pool_range(const PoolInput<T>& in, int64_t b, Range range, T* c) {
     T weights[kPadded] = {};
     tile_scores(in, b, steps, rows, count, weights);
     T tile_max = max;
-    for (int j = 0; j < count; ++j) tile_max = weights[j] > tile_max || weights[j] != weights[j] ? weights[j] : tile_max;
+    for (int j = 0; j < count; ++j)
+      tile_max = weights[j] > tile_max || weights[j] != weights[j] ? weights[j] : tile_max;
     if (tile_max == -infinity<T>()) continue;
     const T rescale = max == -infinity<T>() ? T(0) : scalar_exp(max - tile_max);
     max = tile_max;
@@ -290,7 +291,8 @@ static void pool_backward(const PoolBackwardParams<T>& p, const Team& team) {
 // A score that exceeds all before it by more than this could make their share of the state underflow.
 constexpr double kSafeRise = 60.0;
 
-// From N scores and the state's l, which is updated: lse, the share of each position (a) and of the state before it (1 - a).
+// From N scores and the state's l, which is updated: lse, the share of each position (a) and of the state before it (1
+// - a).
 template <typename T, int N>
 static inline void prefix_shares(const T* scores, T* l, T* lse, T* keep, T* share) {
   T max = *l;
@@ -394,11 +396,12 @@ static void prefix_range(const PrefixPoolForwardParams<T>& p, int64_t b, Range r
   }
 }
 
-// Whether a result laid out as e should be written past the cache: it would not stay there, and its rows are whole lines.
+// Whether a result laid out as e should be written past the cache: it would not stay there, and its rows are whole
+// lines.
 template <typename T>
 static inline bool streams(const PoolInput<T>& in, const T* result) {
-  return in.batch * in.steps * in.dim * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
-         in.dim % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(result) % LLM_EXT_VECTOR_BYTES == 0;
+  return in.batch * in.steps * in.dim * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && in.dim % kLanes<T> == 0 &&
+         reinterpret_cast<uintptr_t>(result) % LLM_EXT_VECTOR_BYTES == 0;
 }
 
 static inline int64_t chunk_steps(int64_t dim) {
@@ -406,8 +409,8 @@ static inline int64_t chunk_steps(int64_t dim) {
   return steps > kPoolTile ? steps : kPoolTile;
 }
 
-// Rows of D + 2 elements: a thread's own ones (state of the batch row, gradient of u, zeros, state of its chunk, those of
-// a tile), then two sets of one summary a thread.
+// Rows of D + 2 elements: a thread's own ones (state of the batch row, gradient of u, zeros, state of its chunk, those
+// of a tile), then two sets of one summary a thread.
 constexpr int kOwnRows = 4 + kPrefixGradTile;
 
 template <typename T>
@@ -500,8 +503,8 @@ static inline const T* grad_row(const PrefixPoolBackwardParams<T>& p, int64_t b,
   return p.grad_c == nullptr ? zeros : p.grad_c + offset_of(p.in, b, t);
 }
 
-// N positions, the last of them t, all of which take part. `carried` comes in from the positions after them, already times
-// their share of the state, and goes out to those before in the same form.
+// N positions, the last of them t, all of which take part. `carried` comes in from the positions after them, already
+// times their share of the state, and goes out to those before in the same form.
 template <typename T, int N, bool kStream>
 static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, Carried<T>* carried,
                                         T* du, const T* zeros, T* states, int64_t size) {

@@ -55,7 +55,8 @@ static void pack_transposed(const T* w, int64_t cols, int64_t k, Range panels, T
   }
 }
 
-// Packs panels [begin, end) of k rows of `cols` columns: panel[i][j] = row(i)[p * kPanel + j]. row(i) may be null: zeros.
+// Packs panels [begin, end) of k rows of `cols` columns: panel[i][j] = row(i)[p * kPanel + j]. row(i) may be null:
+// zeros.
 template <typename T, typename Row>
 static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, T* packed) {
   for (int64_t p = panels.begin; p < panels.end; ++p) {
@@ -84,11 +85,12 @@ struct Left {
   int64_t k_stride;
 };
 
-// sums[m][column] = sum over i of a(m, i) * panel[i][column]: the micro-kernel. With few rows the sum is split over several
-// sets of accumulators: a multiply-add takes four cycles and two can start in each.
+// sums[m][column] = sum over i of a(m, i) * panel[i][column]: the micro-kernel. With few rows the sum is split over
+// several sets of accumulators: a multiply-add takes four cycles and two can start in each.
 //
 // It leaves its sums in memory, where the caller finishes them (bias, activation, derivative): so there is one
-// micro-kernel a shape, not one for each way to finish, and the detour is a few vectors after hundreds of multiply-adds.
+// micro-kernel a shape, not one for each way to finish, and the detour is a few vectors after hundreds of
+// multiply-adds.
 template <typename T, int M, int NV, bool kUnitStride>
 __attribute__((noinline)) static void multiply(Left<T> a, int64_t k, const T* panel, T* sums) {
   constexpr int kSets = M * NV >= 8 ? 1 : (M * NV >= 4 ? 2 : 4);
@@ -129,9 +131,9 @@ using Multiply = void (*)(Left<T>, int64_t, const T*, T*);
 // The micro-kernel for m rows and nv vectors.
 template <typename T, bool kUnitStride>
 static inline Multiply<T> multiply_for(int m, int nv) {
-#define LLM_EXT_ROWS(NV)                                                                             \
-  {                                                                                                  \
-    multiply<T, 1, NV, kUnitStride>, multiply<T, 2, NV, kUnitStride>, multiply<T, 3, NV, kUnitStride>, \
+#define LLM_EXT_ROWS(NV)                                                                                  \
+  {                                                                                                       \
+    multiply<T, 1, NV, kUnitStride>, multiply<T, 2, NV, kUnitStride>, multiply<T, 3, NV, kUnitStride>,    \
         multiply<T, 4, NV, kUnitStride>, multiply<T, 5, NV, kUnitStride>, multiply<T, 6, NV, kUnitStride> \
   }
   static constexpr Multiply<T> kTable[kPanelVectors][kRows] = {

@@ -62,7 +62,8 @@ struct Level {
 };
 
 #if LLM_EXT_X86_LEVELS
-// The parts of x86-64-v3 and -v4 that the compiler may use in the regions above; older compilers cannot ask for the level.
+// The parts of x86-64-v3 and -v4 that the compiler may use in the regions above; older compilers cannot ask for the
+// level.
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2");
@@ -75,7 +76,7 @@ bool has_avx512() {
 
 const Kernels& choose() {
   static const Level levels[] = {
-      // From the highest down: the first supported one is the default.
+  // From the highest down: the first supported one is the default.
 #if LLM_EXT_X86_LEVELS
       {avx512::make_kernels("avx512"), has_avx512()},
       {avx2::make_kernels("avx2"), has_avx2()},

@@ -81,8 +81,8 @@ static inline Range intersect(Range a, Range b) {
   return {begin, end > begin ? end : begin};
 }
 
-// The first batch row r such that the rows before it hold `share` of all N rows of the sequence. Sequences are sorted by
-// falling length, so equal counts of batch rows would be unequal work.
+// The first batch row r such that the rows before it hold `share` of all N rows of the sequence. Sequences are sorted
+// by falling length, so equal counts of batch rows would be unequal work.
 template <typename T>
 static int64_t balanced_row(const RecurrenceSizes<T>& s, int rank, int size) {
   if (rank == 0) return 0;
@@ -278,7 +278,8 @@ class PreviousState {
   int64_t t_ = 0;
 };
 
-// dw [H, cols] = sum over rows i of dz[i]^T row(i), for this thread's part of dw. rows_from(first) gives row(first + i).
+// dw [H, cols] = sum over rows i of dz[i]^T row(i), for this thread's part of dw. rows_from(first) gives row(first +
+// i).
 template <typename T, typename RowsFrom>
 static void weight_gradient(const RnnBackwardParams<T>& p, int64_t cols, T* dw, RowsFrom rows_from, T* block,
                             const Team& team) {
@@ -304,10 +305,12 @@ static void weight_gradient(const RnnBackwardParams<T>& p, int64_t cols, T* dw, 
       const int64_t first = panel * kPanel<T>;
       const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
       auto row = rows_from(i);
-      pack_rows<T>([&](int64_t j) -> const T* {
-        const T* source = row(j);
-        return source == nullptr ? nullptr : source + first;
-      }, width, depth, {0, 1}, block);
+      pack_rows<T>(
+          [&](int64_t j) -> const T* {
+            const T* source = row(j);
+            return source == nullptr ? nullptr : source + first;
+          },
+          width, depth, {0, 1}, block);
       T* target = dw + rows.begin * cols + first;
       product<T, false>({p.dz + i * H + rows.begin, 1, H}, rows.size(), depth, block, width, {0, 1},
                         [&](int64_t r, int64_t col, Vec<T> value, int lanes) {
@@ -376,15 +379,14 @@ static void backward(const RnnBackwardParams<T>& p, const Team& team) {
   if (p.dx != nullptr) {
     const Range rows = team.share(n, kRows);
     T* dx = p.dx + rows.begin * s.input;
-    product<T>({p.dz + rows.begin * H, H, 1}, rows.size(), H, packed_ih, s.input, {0, panels_of<T>(s.input)},
-               [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                 store_part(dx + row * s.input + col, value, lanes);
-               });
+    product<T>(
+        {p.dz + rows.begin * H, H, 1}, rows.size(), H, packed_ih, s.input, {0, panels_of<T>(s.input)},
+        [&](int64_t row, int64_t col, Vec<T> value, int lanes) { store_part(dx + row * s.input + col, value, lanes); });
   }
   if (p.dw_ih != nullptr) {
-    weight_gradient(p, s.input, p.dw_ih, [&](int64_t first) {
-      return [&p, &s, first](int64_t i) { return p.x + (first + i) * s.input; };
-    }, block, team);
+    weight_gradient(
+        p, s.input, p.dw_ih,
+        [&](int64_t first) { return [&p, &s, first](int64_t i) { return p.x + (first + i) * s.input; }; }, block, team);
   }
   if (p.dw_hh != nullptr) {
     weight_gradient(p, H, p.dw_hh, [&](int64_t first) { return PreviousState<T>(p, first); }, block, team);
@@ -395,9 +397,8 @@ static void backward(const RnnBackwardParams<T>& p, const Team& team) {
       const int64_t width = columns.end - c < kPanel<T> ? columns.end - c : kPanel<T>;
       Vec<T> sums[kPanelVectors] = {};
       for (int64_t i = 0; i < n; ++i) {
-        for_each_vector<T>(width, [&](int64_t j, int lanes) {
-          sums[j / kLanes<T>] += load_part(p.dz + i * H + c + j, lanes);
-        });
+        for_each_vector<T>(
+            width, [&](int64_t j, int lanes) { sums[j / kLanes<T>] += load_part(p.dz + i * H + c + j, lanes); });
       }
       for_each_vector<T>(width, [&](int64_t j, int lanes) { store_part(p.db + c + j, sums[j / kLanes<T>], lanes); });
     }

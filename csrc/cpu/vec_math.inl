@@ -10,8 +10,8 @@ struct ExpConstants<float> {
   static constexpr float kLn2Hi = 0.693359375f;  // few bits, so that n * kLn2Hi is exact
   static constexpr float kLn2Lo = -2.12194440054690583e-4f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  static constexpr float kMax = 88.3f;           // exp overflows to inf just above
-  static constexpr float kMin = -87.3f;          // smallest normal result
+  static constexpr float kMax = 88.3f;          // exp overflows to inf just above
+  static constexpr float kMin = -87.3f;         // smallest normal result
   static constexpr int kMantissaBits = 23;
   static constexpr int kDegree = 7;  // Taylor: remainder 6e-9 at ln2 / 2
 };

@@ -78,9 +78,7 @@ def losses(models: list[LLM], run: Run, corpus: Corpus, begin: int) -> list[floa
     """Validation loss of each model, nats a character."""
     _, tokens = run.load("best")
     device = torch.device("cpu")
-    return [
-        evaluate(Carrier(model.eval()), corpus, begin, len(corpus), tokens, device).loss for model in models
-    ]
+    return [evaluate(Carrier(model.eval()), corpus, begin, len(corpus), tokens, device).loss for model in models]
 
 
 def main() -> int:
@@ -115,9 +113,7 @@ def main() -> int:
     prompt = torch.from_numpy(tokens.encode("ROMEO:\n").astype("int64"))
     print(f"\nMeasuring speed, both in turns, {options.seconds:g} seconds each ...\n")
     write = speeds(generation(model, prompt), generation(peer, prompt), options.seconds)
-    read = speeds(
-        training_step(model, streams, config), training_step(peer, streams, config), options.seconds
-    )
+    read = speeds(training_step(model, streams, config), training_step(peer, streams, config), options.seconds)
 
     print(f"{'The same model, with the same weights':40}{'llm_ext':>12}{'torch.nn.RNN':>14}{'':>12}")
     for name, (fast, slow) in (

@@ -42,9 +42,7 @@ def torch_peer(model: LLM) -> LLM:
     """Copy a model, with its weights, and put torch's own modules in the places of ours."""
     peer = copy.deepcopy(model)
     ours: RNN = peer.rnn
-    theirs = nn.RNN(
-        ours.input_size, ours.hidden_size, ours.num_layers, ours.nonlinearity, dropout=ours.dropout
-    )
+    theirs = nn.RNN(ours.input_size, ours.hidden_size, ours.num_layers, ours.nonlinearity, dropout=ours.dropout)
     theirs.load_state_dict(ours.state_dict())
     peer.rnn = theirs  # type: ignore[assignment]
     if peer.pool is not None:

@@ -65,20 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     # Imported here, so that main can tell which package is missing.
     from llm_ext.text.config import TrainConfig
 
-    parser = argparse.ArgumentParser(
-        prog="llm-ext", description="Recurrent language models, from text to text."
-    )
+    parser = argparse.ArgumentParser(prog="llm-ext", description="Recurrent language models, from text to text.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     train = commands.add_parser("train", help="train a model on text files", description="Train a model.")
     train.set_defaults(run=_train, fail=train.error)
     train.add_argument("files", nargs="*", type=Path, metavar="FILE", help="text to train on")
-    train.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="run directory, made if need be"
-    )
-    train.add_argument(
-        "--resume", action="store_true", help="continue the run in DIR, on its own files and settings"
-    )
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory, made if need be")
+    train.add_argument("--resume", action="store_true", help="continue the run in DIR, on its own files and settings")
     train.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="text for validation")
     groups = {}
     for field in dataclasses.fields(TrainConfig):
@@ -96,9 +90,7 @@ def _parser() -> argparse.ArgumentParser:
             help=meta["help"].replace("%", "%%") + default,
         )
 
-    evaluate = commands.add_parser(
-        "eval", help="measure the loss on text files", description="Measure the loss."
-    )
+    evaluate = commands.add_parser("eval", help="measure the loss on text files", description="Measure the loss.")
     evaluate.set_defaults(run=_evaluate, fail=evaluate.error)
     evaluate.add_argument("dir", type=Path, metavar="DIR", help="run directory")
     evaluate.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text")
@@ -108,12 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate, fail=generate.error)
     generate.add_argument("dir", type=Path, metavar="DIR", help="run directory")
-    generate.add_argument(
-        "--prompt", default="\n", metavar="TEXT", help="text to continue (default: a new line)"
-    )
-    generate.add_argument(
-        "--length", type=int, default=400, metavar="N", help="tokens to sample (default: 400)"
-    )
+    generate.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (default: a new line)")
+    generate.add_argument("--length", type=int, default=400, metavar="N", help="tokens to sample (default: 400)")
     generate.add_argument(
         "--temperature",
         type=float,
@@ -133,9 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", default="auto", help="as torch names it: cpu, cuda (default: auto)")
     for command in (train, evaluate):
-        command.add_argument(
-            "--cache", type=Path, metavar="DIR", help="for the encoded text (default: in DIR)"
-        )
+        command.add_argument("--cache", type=Path, metavar="DIR", help="for the encoded text (default: in DIR)")
     for command in (train, evaluate, generate):
         command.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     return parser

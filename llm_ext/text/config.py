@@ -48,12 +48,8 @@ class TrainConfig:
     embedding: int = _option(128, "size of a token's embedding", group="model", least=1)
     hidden: int = _option(512, "size of the hidden state", group="model", least=1)
     layers: int = _option(1, "recurrent layers", group="model", least=1)
-    dropout: float = _option(
-        0.0, "probability of dropping a unit, in training", group="model", least=0, most=0.99
-    )
-    nonlinearity: str = _option(
-        "tanh", "of the recurrence", group="model", choices=("tanh", "relu", "sigmoid")
-    )
+    dropout: float = _option(0.0, "probability of dropping a unit, in training", group="model", least=0, most=0.99)
+    nonlinearity: str = _option("tanh", "of the recurrence", group="model", choices=("tanh", "relu", "sigmoid"))
     attention: str = _option(
         "hidden", "what attention pools over", group="model", choices=("hidden", "embedding", "none")
     )
@@ -66,9 +62,7 @@ class TrainConfig:
     # Batch, chunk, rate, schedule and clip: with them an Elman network of 512 units reached 1.527 nats a
     # character on the plays of Shakespeare in 3000 steps; at settings usual for an LSTM it fails to train.
     batch: int = _option(32, "streams read side by side, in each process", group="training", least=1)
-    chunk: int = _option(
-        64, "tokens a step and stream; gradients reach back no further", group="training", least=1
-    )
+    chunk: int = _option(64, "tokens a step and stream; gradients reach back no further", group="training", least=1)
     steps: int | None = _option(
         None, "steps to train (default: 3000 if --minutes is not given)", group="training", type=int, least=1,
         resume=True,
@@ -82,9 +76,7 @@ class TrainConfig:
     warmup: float = _option(
         0.3, "part of the training in which the learning rate rises", group="training", least=0, most=1
     )
-    clip: float = _option(
-        1.0, "largest norm of all gradients together; 0 does not limit it", group="training", least=0
-    )
+    clip: float = _option(1.0, "largest norm of all gradients together; 0 does not limit it", group="training", least=0)
     validate_every: int = _option(
         250, "steps between validations, each of which saves", group="training", least=1, resume=True
     )
@@ -93,9 +85,7 @@ class TrainConfig:
         type=int, least=1, resume=True,
     )  # fmt: skip
     log_every: int = _option(25, "steps between lines of the log", group="training", least=1)
-    seed: int = _option(
-        1, "of the first weights and of dropout", group="training", least=0, most=(1 << 63) - 1
-    )
+    seed: int = _option(1, "of the first weights and of dropout", group="training", least=0, most=(1 << 63) - 1)
 
     accelerator: str = _option(
         "auto", "device, as Lightning Fabric names it: cpu, cuda, auto", group="machine", resume=True

@@ -263,9 +263,7 @@ class _Trainer:
         except KeyError as error:
             raise TextError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
         if hidden.shape[1] != self.batch:
-            raise TextError(
-                f"cannot resume: batch × processes must be {hidden.shape[1]} as before, got {self.batch}"
-            )
+            raise TextError(f"cannot resume: batch × processes must be {hidden.shape[1]} as before, got {self.batch}")
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
         self.carrier.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention)))
 
@@ -384,9 +382,7 @@ class _Trainer:
 
     def _check_finite(self, step: int, name: str, value: float) -> None:
         if not math.isfinite(value):
-            raise TextError(
-                f"step {step}: the {name} is {value}; training stopped, {self._kept()}; try a smaller --lr"
-            )
+            raise TextError(f"step {step}: the {name} is {value}; training stopped, {self._kept()}; try a smaller --lr")
 
     def _kept(self) -> str:
         """What is there to go back to."""
@@ -413,9 +409,7 @@ class _Trainer:
         failure = ""
         if self.fabric.is_global_zero:
             try:
-                self.run.save(
-                    progress.step, self.model.config(), self.model.state_dict(), training, state, best=best
-                )
+                self.run.save(progress.step, self.model.config(), self.model.state_dict(), training, state, best=best)
             except OSError as error:
                 reason = f"{error.strerror}; {self._kept()}"
                 failure = f"step {progress.step} cannot be saved in {self.run.path}: {reason}"

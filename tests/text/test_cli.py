@@ -26,9 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with a text beside it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("the cat sat on the mat. " * 100)
-    assert (
-        cli.main(["train", str(folder / "text.txt"), "--out", str(folder / "run"), *options(steps=20)]) == 0
-    )
+    assert cli.main(["train", str(folder / "text.txt"), "--out", str(folder / "run"), *options(steps=20)]) == 0
     return folder / "run"
 
 
@@ -51,9 +49,7 @@ def test_from_text_to_text(text: Path, tmp_path: Path, command: Command) -> None
         assert len(said) > 20
 
 
-def test_eval_gives_the_loss_of_the_log(
-    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_eval_gives_the_loss_of_the_log(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (trained.parent / "text.txt").read_text()
     (tmp_path / "val.txt").write_text(text[int(len(text) * 0.9) :])
     assert cli.main(["eval", str(trained), str(tmp_path / "val.txt"), "--cache", str(tmp_path)]) == 0
@@ -101,9 +97,7 @@ def test_a_wrong_command_line_exits_with_2(
     assert message in capsys.readouterr().err
 
 
-def test_failures_exit_with_1_and_a_message(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_exit_with_1_and_a_message(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latin, empty, good = tmp_path / "latin.txt", tmp_path / "empty.txt", tmp_path / "good.txt"
     latin.write_bytes(b"caf\xe9 " * 500)
     empty.touch()
@@ -152,9 +146,7 @@ def test_a_failure_of_ours_is_no_traceback_either(
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['tokenizers'] = None; from llm_ext.text.cli import main; sys.exit(main([]))"
-    )
+    code = "import sys; sys.modules['tokenizers'] = None; from llm_ext.text.cli import main; sys.exit(main([]))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "llm-ext: tokenizers is not installed: pip install 'llm_ext[text]'\n"
@@ -236,9 +228,7 @@ def test_kills_at_random_moments_lose_nothing(text: Path, tmp_path: Path, comman
     }
 
 
-def test_two_processes_train_like_one_with_the_doubled_batch(
-    text: Path, tmp_path: Path, command: Command
-) -> None:
+def test_two_processes_train_like_one_with_the_doubled_batch(text: Path, tmp_path: Path, command: Command) -> None:
     def torchrun(*arguments: object) -> None:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         process = subprocess.run(

@@ -21,9 +21,7 @@ class ManyTokens(ByteTokens):
 
 
 @pytest.mark.parametrize(("size", "itemsize"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
-def test_ids_take_as_few_bytes_as_the_vocabulary_allows(
-    text: Path, tmp_path: Path, size: int, itemsize: int
-) -> None:
+def test_ids_take_as_few_bytes_as_the_vocabulary_allows(text: Path, tmp_path: Path, size: int, itemsize: int) -> None:
     corpus = encode([text], ManyTokens(size), tmp_path)
     assert corpus.path.stat().st_size == itemsize * len(corpus)
     ids = corpus.rows(np.array([0]), len(corpus), 0, len(corpus))[0]

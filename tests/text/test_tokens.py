@@ -11,9 +11,7 @@ from llm_ext.text import tokens as vocabulary
 from llm_ext.text.errors import TextError
 from llm_ext.text.tokens import BpeTokens, ByteTokens, CharTokens, Tokens
 
-SAMPLE = (
-    "Ein Gruß,  naïve Welt!\n\tzwei\r\n 漢字かな \u2003 x\u00a0y 🎉🎉 don't  stop\n\n\n1234 5 --- end \x1c z "
-)
+SAMPLE = "Ein Gruß,  naïve Welt!\n\tzwei\r\n 漢字かな \u2003 x\u00a0y 🎉🎉 don't  stop\n\n\n1234 5 --- end \x1c z "
 
 
 def noise(seed: int, length: int) -> str:

@@ -33,9 +33,7 @@ def log(out: Path) -> list[dict[str, Any]]:
     return records
 
 
-def signal_at(
-    monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT, during: str = "_step"
-) -> None:
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT, during: str = "_step") -> None:
     """Send this process a signal in the course of a step, or of the validation after it."""
     original: Callable[..., None] = getattr(training._Trainer, during)
 
@@ -98,9 +96,7 @@ def test_a_signal_at_the_very_start(text: Path, tmp_path: Path, monkeypatch: pyt
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_crash_after_the_checkpoint_is_forgotten(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_after_the_checkpoint_is_forgotten(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the log says of steps that were lost goes, as does a line cut short."""
     train(small(), [text], tmp_path / "whole")
     out = tmp_path / "parts"
@@ -183,9 +179,7 @@ def test_a_text_for_validation_of_its_own(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_nan_stops_and_names_the_step(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str
-) -> None:
+def test_nan_stops_and_names_the_step(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str) -> None:
     original = training._Trainer._step
 
     def poisoned(self: Any, part: float) -> None:
@@ -199,9 +193,7 @@ def test_nan_stops_and_names_the_step(
 
     monkeypatch.setattr(training._Trainer, "_step", poisoned)
     name = {"loss": "loss", "gradient": "norm of the gradients"}[poison]
-    with pytest.raises(
-        TextError, match=rf"step 14: the {name} is (nan|inf); .* the checkpoint of step 10 is kept"
-    ):
+    with pytest.raises(TextError, match=rf"step 14: the {name} is (nan|inf); .* the checkpoint of step 10 is kept"):
         train(small(), [text], tmp_path / "run")
     assert Run(tmp_path / "run").checkpoint("last").step == 10
     weights = Run(tmp_path / "run").checkpoint("last").tensors(WEIGHTS)
