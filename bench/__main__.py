@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         if path is not None and not path.absolute().parent.is_dir():
             command.error(f"{path}: its folder does not exist")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        command.error("--plot needs matplotlib (pip install .[bench])")
+        command.error("--plot needs matplotlib (pip install --no-build-isolation '.[bench]')")
     peers.prepare(options.threads)
     if cases is None:
         # Only now: what a library reads from the environment has been set.

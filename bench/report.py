@@ -71,7 +71,7 @@ def header(run: dict[str, Any]) -> str:
         f"Peers: {', '.join(others)}",
     ]
     if absent := [word for word in settings["libraries"] if word in settings["absent"]]:
-        lines.append(f"Left out, because not installed (pip install .[bench]): {', '.join(absent)}")
+        lines.append(f"Left out, not installed (pip install --no-build-isolation '.[bench]'): {', '.join(absent)}")
     lines += [
         f"{settings['threads']} threads, {settings['dtype']}. Times: median of the turns [quartiles].",
         "Ratio: the same of the ratios within each round. On a shared machine times drift and ratios hold.",

@@ -157,7 +157,7 @@ class RNN(nn.Module):
             batch = int(batch_sizes[0])
             if hx is None:
                 hx = data.new_zeros(len(self._names), batch, self.hidden_size)
-            elif sorted_indices is not None:
+            elif sorted_indices is not None and hx.dim() == 3 and hx.shape[1] == batch:  # else refused below
                 hx = hx.index_select(1, sorted_indices)
             output, h_n = self._run(data, hx, batch, batch_sizes)
             if unsorted_indices is not None:

@@ -84,9 +84,8 @@ def rnn(
         ([B, H] for None).
 
     Raises:
-        ValueError: a shape, device or nonlinearity that does not fit.
+        ValueError: a shape, device or nonlinearity that does not fit, or batch_sizes that do not describe x.
         TypeError: a dtype other than float32 and float64, or mixed dtypes.
-        RuntimeError: batch_sizes that do not describe x.
 
     Source: J. Elman, "Finding structure in time", 1990; gradients in docs/recurrence.md.
     """
@@ -218,9 +217,8 @@ def attention_pool(
         gradients are 0.
 
     Raises:
-        ValueError: a shape or device that does not fit.
+        ValueError: a shape or device that does not fit, or lengths outside 0 .. T.
         TypeError: a dtype other than float32 and float64, or mixed dtypes.
-        RuntimeError: lengths outside 0 .. T.
 
     Source: docs/attention.md; the score folded into one vector, softmax in one pass (arXiv 1805.02867).
     """
@@ -320,9 +318,8 @@ def prefix_pool(
         c [B, T, D], laid out in memory as e, and the state (L [B], c [B, D]) after the last position.
 
     Raises:
-        ValueError: a shape or device that does not fit.
+        ValueError: a shape or device that does not fit, or lengths outside 0 .. T.
         TypeError: a dtype other than float32 and float64, or mixed dtypes.
-        RuntimeError: lengths outside 0 .. T.
 
     Source: "Attention as an RNN", arXiv 2405.13956; gradients in docs/attention.md.
     """

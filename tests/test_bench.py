@@ -170,7 +170,7 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     files = tmp_path / "a.json", tmp_path / "a.svg"
     arguments = ["small", "--threads", "2", "--seconds", "0.01", "--rounds", "3"]
     assert main([*arguments, "--json", str(files[0]), "--plot", str(files[1])], [small_case()]) == 0
-    assert "Left out, because not installed (pip install .[bench]): jax" in capsys.readouterr().out
+    assert "Left out, not installed (pip install --no-build-isolation '.[bench]'): jax" in capsys.readouterr().out
 
     run = json.loads(files[0].read_text(encoding="utf-8"))
     assert run["format"] == 1

@@ -47,4 +47,4 @@ def torch_peer(model: LLM) -> LLM:
     peer.rnn = theirs  # type: ignore[assignment]
     if peer.pool is not None:
         peer.pool = TorchPrefixPool(peer.pool)  # type: ignore[assignment]
-    return peer
+    return peer.train(model.training)  # the new modules too

@@ -1,4 +1,4 @@
 """From text to text: tokens, training, evaluation, generation and the command `llm-ext`.
 
-Needs the extra packages of `pip install llm_ext[text]`.
+Needs the extra packages of `pip install --no-build-isolation '.[text]'`.
 """

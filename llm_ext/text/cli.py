@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
-        return _fail(f"{error.name} is not installed: pip install 'llm_ext[text]'")
+        return _fail(f"{error.name} is not installed: pip install --no-build-isolation '.[text]'")
     except TextError as error:
         return _fail(str(error))
     except OSError as error:

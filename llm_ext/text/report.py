@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llm_ext.text.files import beside
 
 # {remaining} follows from the part of the training that is done, be it measured in steps or in time.
-BAR = "{percentage:3.0f}%|{bar:24}| {elapsed} + {remaining} {postfix}"
+BAR = "{percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

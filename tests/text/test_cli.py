@@ -31,22 +31,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_text_to_text(text: Path, tmp_path: Path, command: Command) -> None:
-    out = tmp_path / "run"
-    for tokens in (["bytes"], ["chars"], ["bpe", "--vocab-size", "300"]):
-        run = f"{out}-{tokens[0]}"
-        code, said, errors = command("train", text, "--out", run, *options(steps=20), "--tokens", *tokens)
-        assert (code, errors) == (0, "")
-        lines = said.splitlines()
-        assert lines[1].startswith("step 10: training ")
-        assert lines[-1].startswith("done: step 20; best validation loss ")
-        code, said, errors = command("eval", run, text)
-        assert (code, errors) == (0, "")
-        assert "nats a token" in said
-        assert "a character" in said
-        code, said, errors = command("generate", run, "--prompt", "the", "--length", 20, "--seed", 1)
-        assert (code, errors) == (0, "")
-        assert said.startswith("the")
-        assert len(said) > 20
+    run = tmp_path / "run"
+    settings = options(steps=20, tokens="bpe", vocab_size=300)
+    code, said, errors = command("train", text, "--out", run, *settings)
+    assert (code, errors) == (0, "")
+    lines = said.splitlines()
+    assert lines[1].startswith("step 10: training ")
+    assert lines[-1].startswith("done: step 20; best validation loss ")
+    code, said, errors = command("eval", run, text)
+    assert (code, errors) == (0, "")
+    assert "nats a token" in said
+    assert "a character" in said
+    code, said, errors = command("generate", run, "--prompt", "the", "--length", 20, "--seed", 1)
+    assert (code, errors) == (0, "")
+    assert said.startswith("the")
+    assert len(said) > 20
+
+
+@pytest.mark.parametrize("tokens", ["bytes", "chars"])
+def test_other_tokens(text: Path, tmp_path: Path, tokens: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text.write_text("schöne Grüße " * 300, encoding="utf-8")
+    run = str(tmp_path / "run")
+    assert cli.main(["train", str(text), "--out", run, *options(steps=20, tokens=tokens)]) == 0
+    assert cli.main(["eval", run, str(text)]) == 0
+    assert cli.main(["generate", run, "--prompt", "größe"[:3], "--length", "20"]) == 0
+    assert "\ngrö" in capfd.readouterr().out
 
 
 def test_eval_gives_the_loss_of_the_log(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -149,7 +158,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['tokenizers'] = None; from llm_ext.text.cli import main; sys.exit(main([]))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "llm-ext: tokenizers is not installed: pip install 'llm_ext[text]'\n"
+    assert done.stderr == "llm-ext: tokenizers is not installed: pip install --no-build-isolation '.[text]'\n"
 
 
 def test_nobody_reads_on(trained: Path) -> None:
@@ -203,7 +212,7 @@ def test_kills_at_random_moments_lose_nothing(text: Path, tmp_path: Path, comman
     out, draw = tmp_path / "run", random.Random(1)
     arguments: list[object] = ["train", text, "--out", out, *settings]
     steps = [0]
-    for _ in range(6):
+    for _ in range(5):
         process = start(*arguments)
         wait_for(lambda: Run(out).exists() and Run(out).checkpoint("last").step > steps[-1], process)
         time.sleep(draw.random() * 0.2)
