@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ WORDS = (
 # Settings of a model that trains in a second.
 SMALL: dict[str, object] = {"hidden": 16, "embedding": 8, "batch": 4, "chunk": 8, "tokens": "chars"}
 SMALL |= {"validate_every": 10, "log_every": 5, "accelerator": "cpu"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> Iterator[None]:
+    """A shell starts background jobs deaf to Ctrl-C, and processes inherit that: here it must be heard."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def options(**changes: object) -> list[str]:
