@@ -99,25 +99,25 @@ struct PrefixPoolForwardParams {
   const T* l0;   // [B] log-sum-exp of what came before; null: -inf
   const T* c0;   // [B, D] pooled vector of what came before; null exactly where l0 is: 0
   T* c;          // out, laid out as e
-  T* lse;        // [B, T] out: log-sum-exp up to and with each position
+  T* share;      // [B, T] out: a_t, the share of each position in c_t; 0 where it takes no part
   T* l_n;        // [B] out: the state after the last step
   T* c_n;        // [B, D] out
   T* workspace;  // prefix_pool_workspace() elements; contents do not matter
 };
 
+// Lengths, mask and scores are not read: `share` knows all that follows from them.
 template <typename T>
 struct PrefixPoolBackwardParams {
   PoolInput<T> in;
-  const T* l0;        // [B]; null: -inf
-  const T* c0;        // [B, D]; null exactly where l0 is: 0
+  const T* c0;        // [B, D]; null: zeros
   const T* c;         // laid out as e: what the forward returned
-  const T* lse;       // [B, T] what the forward returned
+  const T* share;     // [B, T] what the forward returned
   const T* grad_c;    // laid out as e; null: zeros
   const T* grad_l_n;  // [B]; null: zeros
   const T* grad_c_n;  // [B, D]; null: zeros
   T* de;              // out, laid out as e; null: not wanted
-  T* du;              // [D] out; null: not wanted, or `scores` given
-  T* dscores;         // [B, T] out; null: not wanted, or `u` given
+  T* du;              // [D] out; null: not wanted
+  T* dscores;         // [B, T] out; null: not wanted
   T* dl0;             // [B] out; null: not wanted
   T* dc0;             // [B, D] out; null: not wanted
   T* workspace;       // prefix_pool_workspace() elements; contents do not matter

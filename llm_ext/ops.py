@@ -325,7 +325,7 @@ def prefix_pool(
     """
     l0, c0 = (None, None) if state is None else state
     try:
-        c, _lse, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
+        c, _share, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
     except _FAILURES as failure:
         _explain(failure, checks.pool, "prefix_pool", e, u, scores, lengths, mask, state)
     return c, (l_n, c_n)
@@ -354,13 +354,9 @@ def _prefix_pool_backward_fake(
     grad_c_n: Tensor | None,
     e: Tensor,
     u: Tensor | None,
-    scores: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    l0: Tensor | None,
     c0: Tensor | None,
     c: Tensor,
-    lse: Tensor,
+    share: Tensor,
     need_de: bool,
     need_du: bool,
     need_dscores: bool,
@@ -369,8 +365,8 @@ def _prefix_pool_backward_fake(
     B, T, D = e.shape
     return (
         _empty_rows(e) if need_de else e.new_empty(0),
-        e.new_empty(D if need_du and u is not None else 0),
-        e.new_empty((B, T) if need_dscores and scores is not None else 0),
+        e.new_empty(D if need_du else 0),
+        e.new_empty((B, T) if need_dscores else 0),
         e.new_empty(B if need_dstate else 0),
         e.new_empty((B, D) if need_dstate else 0),
     )
@@ -380,14 +376,15 @@ torch.library.register_fake("llm_ext::prefix_pool_backward", _prefix_pool_backwa
 
 
 def _prefix_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    c, lse, _l_n, _c_n = output
-    ctx.save_for_backward(*inputs, c, lse)
-    ctx.mark_non_differentiable(lse)
+    e, u, _scores, _lengths, _mask, _l0, c0 = inputs
+    c, share, _l_n, _c_n = output
+    ctx.save_for_backward(e, u, c0, c, share)
+    ctx.mark_non_differentiable(share)
     ctx.set_materialize_grads(False)
 
 
 def _prefix_pool_autograd(
-    ctx: Any, grad_c: Tensor | None, _grad_lse: None, grad_l_n: Tensor | None, grad_c_n: Tensor | None
+    ctx: Any, grad_c: Tensor | None, _grad_share: None, grad_l_n: Tensor | None, grad_c_n: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     need_e, need_u, need_scores, _, _, need_l0, need_c0 = ctx.needs_input_grad
     de, du, dscores, dl0, dc0 = _prefix_pool_backward(

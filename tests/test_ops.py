@@ -375,7 +375,7 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
         ("prefix_pool_forward", (time_major, None, scores, lengths, mask, l0, c0)),
         (
             "prefix_pool_backward",
-            (de, gl, gc, de, du, None, None, None, gl, gc, de, scores.detach(), True, True, False, True),
+            (de, gl, gc, de, du, gc, de, torch.softmax(scores.detach(), -1), True, True, False, True),
         ),
     ]
 

@@ -7,15 +7,8 @@ namespace LLM_EXT_LEVEL {
 
 // Rows of a tile: enough independent sums to hide the latency of a multiply-add, few enough for the registers.
 constexpr int kPoolTile = 8;
-constexpr int kPrefixGradTile = 4;
 // Elements that repay one more thread, some 3 us.
 constexpr double kPoolWorkPerThread = 3.0e4;
-// Elements of e in one thread's part of a block of the chunked scan: read twice, so that it must stay in the cache.
-constexpr int64_t kChunkElements = 32768;  // 128 KB of floats; not tuned yet
-
-// Results from this size on are written past the cache.
-constexpr int64_t kStreamBytes = 12 << 20;
-
 template <typename T>
 static inline void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, n * sizeof(T));
@@ -287,14 +280,79 @@ static void pool_backward(const PoolBackwardParams<T>& p, const Team& team) {
 }
 
 // ---- the causal prefix form: a_t = sigmoid(s_t - l), l <- logaddexp(l, s_t), c <- c + a_t (e_t - c)
+//
+// A team shares the batch. Where that does not come out even it shares time, block by block: each thread goes through
+// its chunk of the block alone, keeping only what comes out at its end; then all learn what goes in at their beginning,
+// and go through the chunk again, now for the results. What a chunk does to the state before it is known from its
+// summary alone, so this is exact. docs/attention.md has the formulas.
 
 // A score that exceeds all before it by more than this could make their share of the state underflow.
 constexpr double kSafeRise = 60.0;
+// Rows of a tile of the backward pass: each keeps two dot products in registers.
+constexpr int kPrefixGradTile = 4;
+// Elements of e in one thread's chunk of a block: read twice, so that it must stay in the cache.
+constexpr int64_t kChunkElements = 32768;
 
-// From N scores and the state's l, which is updated: lse, the share of each position (a) and of the state before it (1
-// - a).
+template <typename T>
+static inline bool shares_time(const PoolInput<T>& in, int threads) {
+  return in.batch % threads != 0 && in.batch < 4 * threads;
+}
+
+static inline int64_t chunk_steps(int64_t dim) {
+  const int64_t steps = kChunkElements / (dim > 0 ? dim : 1) / kPoolTile * kPoolTile;
+  return steps > kPoolTile ? steps : kPoolTile;
+}
+
+// A thread's own rows: the state, the state its chunk begins with, the gradient of u, zeros. Then two sets of one
+// summary a thread: sets alternate, so that one barrier a block is enough. All of D + 2 elements.
+constexpr int kPrefixRows = 4;
+
+template <typename T>
+static int64_t prefix_pool_workspace(const PoolInput<T>& in, int threads) {
+  return threads * (kPrefixRows + 2) * aligned(in.dim + 2);
+}
+
+// Dot products of N rows, `stride` apart, with v.
 template <typename T, int N>
-static inline void prefix_shares(const T* scores, T* l, T* lse, T* keep, T* share) {
+static inline void row_dots(const T* rows, int64_t stride, const T* v, int64_t dim, T* dots) {
+  Vec<T> sums[N] = {};
+  for_each_vector<T>(dim, [&](int64_t d, int lanes) {
+    const Vec<T> value = load_part(v + d, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) sums[j] += value * load_part(rows + j * stride + d, lanes);
+  });
+  for (int j = 0; j < N; ++j) dots[j] = sum_lanes<T>(sums[j]);
+}
+
+// Scores of n <= kPoolTile positions from t on; -inf where a position takes no part.
+template <typename T>
+static inline void prefix_scores(const PoolInput<T>& in, int64_t b, int64_t t, int n, T* scores) {
+  const T* e = in.e + offset_of(in, b, t);
+  if (in.u != nullptr && n == kPoolTile && all_take_part(in, b, t, t + n, t + n)) {
+    row_dots<T, kPoolTile>(e, in.e_step_stride, in.u, in.dim, scores);
+    return;
+  }
+  for (int j = 0; j < n; ++j) {
+    if (!takes_part(in, b, t + j)) {
+      scores[j] = -infinity<T>();
+    } else if (in.u == nullptr) {
+      scores[j] = in.scores[b * in.steps + t + j];
+    } else {
+      row_dots<T, 1>(e + j * in.e_step_stride, 0, in.u, in.dim, scores + j);
+    }
+  }
+}
+
+// Turns from the one set of summaries to the other.
+template <typename T>
+static inline void other_set(T* sets, int64_t size, T** set) {
+  *set = *set == sets ? sets + size : sets;
+}
+
+// From N scores and the state's l, which is updated: the share of each position (a) and of the state before it (1 - a).
+// A score of -inf is that of a position that takes no part.
+template <typename T, int N>
+static inline void prefix_shares(const T* scores, T* l, T* keep, T* share) {
   T max = *l;
   for (int j = 0; j < N; ++j) max = scores[j] > max ? scores[j] : max;
   const T base = *l > scores[0] ? *l : scores[0];
@@ -311,123 +369,85 @@ static inline void prefix_shares(const T* scores, T* l, T* lse, T* keep, T* shar
       const T inverse = T(1) / sum;
       keep[j] = before * inverse;
       share[j] = weights[j] * inverse;
-      lse[j] = max + scalar_log(sum);
     }
-    *l = lse[N - 1];
+    *l = max + scalar_log(sum);
     return;
   }
   for (int j = 0; j < N; ++j) {
     const T s = scores[j];
     keep[j] = T(1);
     share[j] = T(0);
-    if (s != -infinity<T>()) {
-      const bool falls = *l > s;
-      const T high = falls ? *l : s;
-      const T ratio = scalar_exp((falls ? s : *l) - high);  // 0 from an empty state
-      const T larger = T(1) / (T(1) + ratio);
-      keep[j] = falls ? larger : ratio * larger;
-      share[j] = falls ? ratio * larger : larger;
-      *l = high + scalar_log1p(ratio);
-    }
-    lse[j] = *l;
+    if (s == -infinity<T>()) continue;
+    const bool falls = *l > s;
+    const T high = falls ? *l : s;
+    const T ratio = scalar_exp((falls ? s : *l) - high);  // 0 from an empty state
+    const T larger = T(1) / (T(1) + ratio);
+    keep[j] = falls ? larger : ratio * larger;
+    share[j] = falls ? ratio * larger : larger;
+    *l = high + scalar_log1p(ratio);
   }
 }
 
-// N positions from t on, all of which take part.
-template <typename T, int N, bool kStream>
-static inline void prefix_tile(const PrefixPoolForwardParams<T>& p, int64_t b, int64_t t, T* l, T* c) {
-  const PoolInput<T>& in = p.in;
-  const int64_t stride = in.e_step_stride;
-  const int64_t dim = in.dim;
-  const T* e = in.e + offset_of(in, b, t);
-  T* out = p.c + offset_of(in, b, t);
-  T scores[N], keep[N], share[N];
-  if (in.u == nullptr) {
-    for (int j = 0; j < N; ++j) scores[j] = in.scores[b * in.steps + t + j];
-  } else {
-    const T* u = in.u;
-    Vec<T> sums[N] = {};
-    for_each_vector<T>(dim, [&](int64_t d, int lanes) {
-      const Vec<T> value = load_part(u + d, lanes);
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) sums[j] += value * load_part(e + j * stride + d, lanes);
-    });
-    for (int j = 0; j < N; ++j) scores[j] = sum_lanes<T>(sums[j]);
-  }
-  prefix_shares<T, N>(scores, l, p.lse + b * in.steps + t, keep, share);
-  Vec<T> keeps[N], shares[N];
-  for (int j = 0; j < N; ++j) {
-    keeps[j] = broadcast(keep[j]);
-    shares[j] = broadcast(share[j]);
-  }
+// The state c through N rows of e, all of which take part, and into N rows of c_rows, unless that is null.
+template <typename T, int N>
+static inline void prefix_rows(const T* e, T* c_rows, int64_t stride, int64_t dim, const T* keep, const T* share,
+                               T* c) {
   for_each_vector<T>(dim, [&](int64_t d, int lanes) {
     Vec<T> state = load_part(c + d, lanes);
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       // In this order the chain from row to row is one multiply-add.
-      state = keeps[j] * state + shares[j] * load_part(e + j * stride + d, lanes);
-      if constexpr (kStream) {
-        store_streaming(out + j * stride + d, state);
-      } else {
-        store_part(out + j * stride + d, state, lanes);
-      }
+      state = keep[j] * state + share[j] * load_part(e + j * stride + d, lanes);
+      if (c_rows != nullptr) store_part(c_rows + j * stride + d, state, lanes);
     }
     store_part(c + d, state, lanes);
   });
 }
 
-// Positions [range) of batch row b, from the state (l, c), which is updated; writes p.c and p.lse.
-template <typename T, bool kStream>
+// What a pass over a range of positions does: all at once, or first its summary and then its results.
+enum class Pass { kWhole, kSummary, kResults };
+
+// Positions [range) of batch row b from the state (l, c), which is updated. Between the two passes p.share holds scores.
+template <typename T, Pass pass>
 static void prefix_range(const PrefixPoolForwardParams<T>& p, int64_t b, Range range, T* l, T* c) {
   const PoolInput<T>& in = p.in;
-  for (int64_t t = range.begin; t < range.end;) {
-    if (all_take_part(in, b, t, t + kPoolTile, range.end)) {
-      prefix_tile<T, kPoolTile, kStream>(p, b, t, l, c);
-      t += kPoolTile;
-      continue;
-    }
-    if (takes_part(in, b, t)) {
-      prefix_tile<T, 1, kStream>(p, b, t, l, c);
+  const int64_t stride = in.e_step_stride;
+  for (int64_t t = range.begin; t < range.end; t += kPoolTile) {
+    const int n = static_cast<int>(range.end - t < kPoolTile ? range.end - t : kPoolTile);
+    const T* e = in.e + offset_of(in, b, t);
+    T* c_rows = pass == Pass::kSummary ? nullptr : p.c + offset_of(in, b, t);
+    T* scores = p.share + b * in.steps + t;
+    if (pass != Pass::kResults) prefix_scores(in, b, t, n, scores);
+    bool whole = n == kPoolTile;
+    for (int j = 0; j < n; ++j) whole = whole && scores[j] != -infinity<T>();
+    T keep[kPoolTile], share[kPoolTile];
+    if (whole) {
+      prefix_shares<T, kPoolTile>(scores, l, keep, share);
+      prefix_rows<T, kPoolTile>(e, c_rows, stride, in.dim, keep, share, c);
     } else {
-      copy(p.c + offset_of(in, b, t), c, in.dim);
-      p.lse[b * in.steps + t] = *l;
+      for (int j = 0; j < n; ++j) {
+        T* c_row = c_rows == nullptr ? nullptr : c_rows + j * stride;
+        prefix_shares<T, 1>(scores + j, l, keep + j, share + j);
+        if (scores[j] != -infinity<T>()) {
+          prefix_rows<T, 1>(e + j * stride, c_row, 0, in.dim, keep + j, share + j, c);
+        } else if (c_row != nullptr) {
+          copy(c_row, c, in.dim);
+        }
+      }
     }
-    ++t;
+    if (pass != Pass::kSummary) copy(scores, share, n);
   }
-}
-
-// Whether a result laid out as e should be written past the cache: it would not stay there, and its rows are whole
-// lines.
-template <typename T>
-static inline bool streams(const PoolInput<T>& in, const T* result) {
-  return in.batch * in.steps * in.dim * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && in.dim % kLanes<T> == 0 &&
-         reinterpret_cast<uintptr_t>(result) % LLM_EXT_VECTOR_BYTES == 0;
-}
-
-static inline int64_t chunk_steps(int64_t dim) {
-  const int64_t steps = kChunkElements / (dim > 0 ? dim : 1) / kPoolTile * kPoolTile;
-  return steps > kPoolTile ? steps : kPoolTile;
-}
-
-// Rows of D + 2 elements: a thread's own ones (state of the batch row, gradient of u, zeros, state of its chunk, those
-// of a tile), then two sets of one summary a thread.
-constexpr int kOwnRows = 4 + kPrefixGradTile;
-
-template <typename T>
-static int64_t prefix_pool_workspace(const PoolInput<T>& in, int threads) {
-  return threads * (kOwnRows + 2) * aligned(in.dim + 2);
 }
 
 template <typename T>
 static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team& team) {
   const PoolInput<T>& in = p.in;
   const int64_t size = aligned(in.dim + 2);
-  const bool share_batch = in.batch >= team.size;
-  const Range batch = share_batch ? team.share(in.batch) : Range{0, in.batch};
-  const auto scan = streams(in, p.c) ? prefix_range<T, true> : prefix_range<T, false>;
-  T* c = p.workspace + team.rank * kOwnRows * size;
-  T* summaries = p.workspace + team.size * kOwnRows * size;
-  int turn = 0;
+  const bool by_time = shares_time(in, team.size);
+  const Range batch = by_time ? Range{0, in.batch} : team.share(in.batch);
+  T* c = p.workspace + team.rank * kPrefixRows * size;
+  T* chunk_c = c + size;
+  T* summaries = p.workspace + team.size * kPrefixRows * size;
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     T l = p.l0 == nullptr ? -infinity<T>() : p.l0[b];
     if (p.c0 == nullptr) {
@@ -435,39 +455,33 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
     } else {
       copy(c, p.c0 + b * in.dim, in.dim);
     }
-    if (share_batch || team.size == 1) {
-      scan(p, b, {0, in.steps}, &l, c);
-    } else {
-      // Block by block: each thread pools its chunk alone, all learn what came before theirs, then each scans its chunk
-      // from there. Summaries alternate between two sets, so that one barrier a block is enough.
-      T* before = c + 3 * size;
-      for (int64_t start = 0; start < in.steps; start += chunk_steps(in.dim) * team.size) {
-        const int64_t left = in.steps - start;
-        const int64_t block = left < chunk_steps(in.dim) * team.size ? left : chunk_steps(in.dim) * team.size;
-        const Range share = team.share(block, kPoolTile);
-        const Range range = {start + share.begin, start + share.end};
-        T* set = summaries + turn * team.size * size;
-        T* mine = set + team.rank * size;
-        mine[in.dim] = pool_range(in, b, range, mine);
-        team.sync();
-        T l_before = l;
-        for (int rank = 0; rank < team.size; ++rank) {
-          if (rank == team.rank) {
-            l_before = l;
-            copy(before, c, in.dim);
-          }
-          merge(in.dim, &l, c, set[rank * size + in.dim], set + rank * size);
+    if (!by_time) prefix_range<T, Pass::kWhole>(p, b, {0, in.steps}, &l, c);
+    const int64_t block = chunk_steps(in.dim) * team.size;
+    for (int64_t start = 0; by_time && start < in.steps; start += block) {
+      const Range share = team.share(in.steps - start < block ? in.steps - start : block, kPoolTile);
+      const Range chunk = {start + share.begin, start + share.end};
+      T* mine = summaries + team.rank * size;
+      zero(mine, in.dim);
+      mine[in.dim] = -infinity<T>();
+      prefix_range<T, Pass::kSummary>(p, b, chunk, mine + in.dim, mine);
+      team.sync();
+      T chunk_l = l;
+      for (int rank = 0; rank < team.size; ++rank) {
+        if (rank == team.rank) {
+          chunk_l = l;
+          copy(chunk_c, c, in.dim);
         }
-        scan(p, b, range, &l_before, before);
-        turn ^= 1;
+        merge(in.dim, &l, c, summaries[rank * size + in.dim], summaries + rank * size);
       }
+      prefix_range<T, Pass::kResults>(p, b, chunk, &chunk_l, chunk_c);
+      // The set that everybody has finished reading when they come to the next barrier.
+      other_set(p.workspace + team.size * kPrefixRows * size, team.size * size, &summaries);
     }
-    if (share_batch || team.rank == 0) {
+    if (!by_time || team.rank == 0) {
       p.l_n[b] = l;
       copy(p.c_n + b * in.dim, c, in.dim);
     }
   }
-  fence_streaming();
 }
 
 // What the positions after a range hand back to it: gradient of the state, and its product with the state.
@@ -477,230 +491,147 @@ struct Carried {
   T k;
 };
 
-// 1 - a_t: the share of the state before t in the state at t.
-template <typename T>
-static inline T kept(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t) {
-  const T* lse = p.lse + b * p.in.steps;
-  const T before = t > 0 ? lse[t - 1] : (p.l0 == nullptr ? -infinity<T>() : p.l0[b]);
-  // Equal also when both are -inf: the state has seen nothing yet, and goes on as it is.
-  return before == lse[t] ? T(1) : scalar_exp(before - lse[t]);
-}
-
-// Those of the N positions t, t - 1, ..., into keep, which is padded to whole vectors.
-template <typename T, int N>
-static inline void kept_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, T* keep) {
-  if (N == 1 || t < N) {
-    for (int j = 0; j < N; ++j) keep[j] = kept(p, b, t - j);
-    return;
-  }
-  const T* lse = p.lse + b * p.in.steps + t;
-  for (int j = 0; j < N; ++j) keep[j] = lse[-j - 1] == lse[-j] ? T(0) : lse[-j - 1] - lse[-j];
-  for (int j = 0; j < N; j += kLanes<T>) store(keep + j, vec_exp<T>(load(keep + j)));
-}
-
-template <typename T>
-static inline const T* grad_row(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, const T* zeros) {
-  return p.grad_c == nullptr ? zeros : p.grad_c + offset_of(p.in, b, t);
-}
-
-// N positions, the last of them t, all of which take part. `carried` comes in from the positions after them, already
-// times their share of the state, and goes out to those before in the same form.
-template <typename T, int N, bool kStream>
+// N positions of batch row b, t being the last of them: entry j is position t - j. `carried` comes in from the
+// positions after them, already times their share of the state, and goes out to those before in the same form. Two
+// scans: the first for the dot products from which the gradients of the scores follow, the second for the results.
+template <typename T, int N, Pass pass>
 static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, Carried<T>* carried,
-                                        T* du, const T* zeros, T* states, int64_t size) {
+                                        T* du, const T* zeros) {
   const PoolInput<T>& in = p.in;
-  // Entry j is position t - j. grad_c may be missing: then every row of it is the row of zeros.
   const int64_t stride = in.e_step_stride;
-  const int64_t g_stride = p.grad_c == nullptr ? 0 : stride;
-  const T* e = in.e + offset_of(in, b, t);
+  // grad_c may be missing: then each row of it is the one of zeros. A position that takes no part has no e.
+  const int64_t grad_stride = p.grad_c == nullptr ? 0 : stride;
+  const T* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
+  const T* share = p.share + b * in.steps + t;
+  const T* e = N == 1 && *share == T(0) ? zeros : in.e + offset_of(in, b, t);
   const T* c = p.c + offset_of(in, b, t);
-  const T* g = grad_row(p, b, t, zeros);
-  const T* u = in.u == nullptr ? zeros : in.u;
-  const T* lse = p.lse + b * in.steps + t;
-  T* total = carried->g;
-  constexpr int kPadded = N > kLanes<T> ? N : kLanes<T>;
-  T keep[kPadded] = {}, alpha[kPadded] = {}, ds[N];
-  kept_tile<T, N>(p, b, t, keep);
+  T* state_row = carried->g;
+  T keep[N], a[N], ds[N];
+  for (int j = 0; j < N; ++j) {
+    a[j] = share[-j];
+    keep[j] = T(1) - a[j];
+  }
 
-  Vec<T> ge[N] = {}, gc[N] = {}, eu[N] = {};
+  Vec<T> with_e[N] = {}, with_c[N] = {};
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-    Vec<T> state = load_part(total + d, lanes);
+    Vec<T> state = load_part(state_row + d, lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> grad = load_part(grad_c - j * grad_stride + d, lanes);
+      state += grad;
+      with_c[j] += grad * load_part(c - j * stride + d, lanes);
+      if (pass != Pass::kSummary) with_e[j] += state * load_part(e - j * stride + d, lanes);
+      state *= keep[j];
+    }
+    if (pass == Pass::kSummary) store_part(state_row + d, state, lanes);
+  });
+  for (int j = 0; j < N; ++j) {
+    const T k = sum_lanes<T>(with_c[j]) + carried->k;
+    ds[j] = a[j] == T(0) ? T(0) : a[j] * (sum_lanes<T>(with_e[j]) - k);
+    carried->k = keep[j] * k;
+  }
+  if (pass == Pass::kSummary) return;
+
+  if (p.dscores != nullptr) {
+    for (int j = 0; j < N; ++j) p.dscores[b * in.steps + t - j] = ds[j];
+  }
+  const T* u = in.u == nullptr ? zeros : in.u;
+  T* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
+  for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+    Vec<T> state = load_part(state_row + d, lanes);
+    Vec<T> sum = load_part(du + d, lanes);
     const Vec<T> score_vector = load_part(u + d, lanes);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const Vec<T> grad = load_part(g - j * g_stride + d, lanes);
-      const Vec<T> value = load_part(e - j * stride + d, lanes);
-      state += grad;
-      ge[j] += state * value;
-      gc[j] += grad * load_part(c - j * stride + d, lanes);
-      eu[j] += score_vector * value;
-      store_part(states + j * size + d, state, lanes);
+      state += load_part(grad_c - j * grad_stride + d, lanes);
+      sum += ds[j] * load_part(e - j * stride + d, lanes);
+      if (de != nullptr) store_part(de - j * stride + d, a[j] * state + ds[j] * score_vector, lanes);
       state *= keep[j];
     }
-    store_part(total + d, state, lanes);
+    store_part(state_row + d, state, lanes);
+    store_part(du + d, sum, lanes);
   });
-
-  for (int j = 0; j < N; ++j) {
-    alpha[j] = (in.u == nullptr ? in.scores[b * in.steps + t - j] : sum_lanes<T>(eu[j])) - lse[-j];
-  }
-  for (int j = 0; j < kPadded; j += kLanes<T>) store(alpha + j, vec_exp<T>(load(alpha + j)));
-  for (int j = 0; j < N; ++j) {
-    const T k = sum_lanes<T>(gc[j]) + carried->k;
-    if (lse[-j] == -infinity<T>()) alpha[j] = T(0);
-    ds[j] = alpha[j] == T(0) ? T(0) : alpha[j] * (sum_lanes<T>(ge[j]) - k);
-    if (p.dscores != nullptr) p.dscores[b * in.steps + t - j] = ds[j];
-    carried->k = keep[j] * k;
-  }
-
-  T* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
-  if (du != nullptr) {
-    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      Vec<T> sum = load_part(du + d, lanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum += ds[j] * load_part(e - j * stride + d, lanes);
-      store_part(du + d, sum, lanes);
-    });
-  }
-  if (de != nullptr) {
-    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      const Vec<T> score_vector = load_part(u + d, lanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        const Vec<T> value = alpha[j] * load_part(states + j * size + d, lanes) + ds[j] * score_vector;
-        if constexpr (kStream) {
-          store_streaming(de - j * stride + d, value);
-        } else {
-          store_part(de - j * stride + d, value, lanes);
-        }
-      }
-    });
-  }
 }
 
-// A position that takes no part: only what passes through it.
-template <typename T>
-static inline void prefix_backward_skip(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, Carried<T>* carried,
-                                        const T* zeros) {
-  const PoolInput<T>& in = p.in;
-  const T* g = grad_row(p, b, t, zeros);
-  carried->k += dot(g, p.c + offset_of(in, b, t), in.dim);
-  for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-    store_part(carried->g + d, load_part(carried->g + d, lanes) + load_part(g + d, lanes), lanes);
-  });
-  if (p.de != nullptr) zero(p.de + offset_of(in, b, t), in.dim);
-  if (p.dscores != nullptr) p.dscores[b * in.steps + t] = T(0);
-}
-
-// Positions [range) of batch row b, last first.
-template <typename T, bool kStream>
-static void prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, Carried<T>* carried,
-                                  T* du, const T* zeros, T* states, int64_t size) {
-  const PoolInput<T>& in = p.in;
+// Positions [range) of batch row b, last first. Returns the share that what comes from after the range has in what goes
+// out of it.
+template <typename T, Pass pass>
+static T prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, Carried<T>* carried, T* du,
+                               const T* zeros) {
+  const T* share = p.share + b * p.in.steps;
+  T through = T(1);
   for (int64_t t = range.end - 1; t >= range.begin;) {
-    if (t - kPrefixGradTile + 1 >= range.begin && all_take_part(in, b, t - kPrefixGradTile + 1, t + 1, range.end)) {
-      prefix_backward_tile<T, kPrefixGradTile, kStream>(p, b, t, carried, du, zeros, states, size);
-      t -= kPrefixGradTile;
-      continue;
-    }
-    if (takes_part(in, b, t)) {
-      prefix_backward_tile<T, 1, kStream>(p, b, t, carried, du, zeros, states, size);
+    bool whole = t - kPrefixGradTile + 1 >= range.begin;
+    for (int j = 0; whole && j < kPrefixGradTile; ++j) whole = share[t - j] != T(0);
+    const int n = whole ? kPrefixGradTile : 1;
+    for (int j = 0; j < n; ++j) through *= T(1) - share[t - j];
+    if (whole) {
+      prefix_backward_tile<T, kPrefixGradTile, pass>(p, b, t, carried, du, zeros);
     } else {
-      prefix_backward_skip(p, b, t, carried, zeros);
+      prefix_backward_tile<T, 1, pass>(p, b, t, carried, du, zeros);
     }
-    --t;
+    t -= n;
   }
-}
-
-// What [range) alone hands to the positions before it, and (returned) the share of what comes from after it.
-template <typename T>
-static T prefix_backward_summary(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, Carried<T>* out,
-                                 const T* zeros) {
-  const PoolInput<T>& in = p.in;
-  zero(out->g, in.dim);
-  out->k = T(0);
-  T share = T(1);
-  for (int64_t t = range.begin; t < range.end; t += kPoolTile) {
-    const int count = range.end - t < kPoolTile ? static_cast<int>(range.end - t) : kPoolTile;
-    T shares[kPoolTile];
-    Vec<T> gc[kPoolTile] = {};
-    for (int j = 0; j < count; ++j) shares[j] = share = share * kept(p, b, t + j);
-    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      Vec<T> sum = load_part(out->g + d, lanes);
-      for (int j = 0; j < count; ++j) {
-        const Vec<T> grad = load_part(grad_row(p, b, t + j, zeros) + d, lanes);
-        sum += shares[j] * grad;
-        gc[j] += grad * load_part(p.c + offset_of(in, b, t + j) + d, lanes);
-      }
-      store_part(out->g + d, sum, lanes);
-    });
-    for (int j = 0; j < count; ++j) out->k += shares[j] * sum_lanes<T>(gc[j]);
-  }
-  return share;
+  return through;
 }
 
 template <typename T>
 static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Team& team) {
   const PoolInput<T>& in = p.in;
   const int64_t size = aligned(in.dim + 2);
-  const bool share_batch = in.batch >= team.size;
-  const Range batch = share_batch ? team.share(in.batch) : Range{0, in.batch};
-  T* own = p.workspace + team.rank * kOwnRows * size;
-  T* du = p.du == nullptr ? nullptr : own + size;
-  T* zeros = own + 2 * size;
-  T* states = own + 4 * size;
-  const auto scan =
-      p.de != nullptr && streams(in, p.de) ? prefix_backward_range<T, true> : prefix_backward_range<T, false>;
-  T* summaries = p.workspace + team.size * kOwnRows * size;
-  if (du != nullptr) zero(du, in.dim);
+  const bool by_time = shares_time(in, team.size);
+  const Range batch = by_time ? Range{0, in.batch} : team.share(in.batch);
+  T* state = p.workspace + team.rank * kPrefixRows * size;
+  T* chunk_state = state + size;
+  T* du = state + 2 * size;
+  T* zeros = state + 3 * size;
+  T* summaries = p.workspace + team.size * kPrefixRows * size;
+  zero(du, in.dim);
   zero(zeros, in.dim);
-  int turn = 0;
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     // The final state is the one of the last position (or the initial one, if there is none).
-    Carried<T> carried = {own, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
+    Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
     const T* c0 = p.c0 == nullptr ? zeros : p.c0 + b * in.dim;
     if (p.grad_c_n == nullptr) {
-      zero(own, in.dim);
+      zero(state, in.dim);
     } else {
-      copy(own, p.grad_c_n + b * in.dim, in.dim);
-      carried.k += dot(own, in.steps > 0 ? p.c + offset_of(in, b, in.steps - 1) : c0, in.dim);
+      copy(state, p.grad_c_n + b * in.dim, in.dim);
+      carried.k += dot(state, in.steps > 0 ? p.c + offset_of(in, b, in.steps - 1) : c0, in.dim);
     }
-    if (share_batch || team.size == 1) {
-      scan(p, b, {0, in.steps}, &carried, du, zeros, states, size);
-    } else {
-      // The forward's chunked scan, from the end.
-      for (int64_t end = in.steps; end > 0; end -= chunk_steps(in.dim) * team.size) {
-        const int64_t block = end < chunk_steps(in.dim) * team.size ? end : chunk_steps(in.dim) * team.size;
-        const Range share = team.share(block, kPoolTile);
-        const Range range = {end - block + share.begin, end - block + share.end};
-        T* set = summaries + turn * team.size * size;
-        Carried<T> mine = {set + team.rank * size, T(0)};
-        mine.g[in.dim] = prefix_backward_summary(p, b, range, &mine, zeros);
-        mine.g[in.dim + 1] = mine.k;
-        team.sync();
-        // From the last chunk to mine: what comes in there. On to the first: what goes out of the block.
-        const auto pass = [&](int rank) {
-          const T* summary = set + rank * size;
-          const T through = summary[in.dim];
-          for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-            store_part(own + d, load_part(summary + d, lanes) + through * load_part(own + d, lanes), lanes);
-          });
-          carried.k = summary[in.dim + 1] + through * carried.k;
-        };
-        for (int rank = team.size - 1; rank > team.rank; --rank) pass(rank);
-        Carried<T> incoming = {own + 3 * size, carried.k};
-        copy(incoming.g, own, in.dim);
-        for (int rank = team.rank; rank >= 0; --rank) pass(rank);
-        scan(p, b, range, &incoming, du, zeros, states, size);
-        turn ^= 1;
+    if (!by_time) prefix_backward_range<T, Pass::kWhole>(p, b, {0, in.steps}, &carried, du, zeros);
+    const int64_t block = chunk_steps(in.dim) * team.size;
+    for (int64_t end = in.steps; by_time && end > 0; end -= block) {
+      const int64_t count = end < block ? end : block;
+      const Range share = team.share(count, kPoolTile);
+      const Range chunk = {end - count + share.begin, end - count + share.end};
+      T* mine = summaries + team.rank * size;
+      zero(mine, in.dim);
+      Carried<T> out = {mine, T(0)};
+      mine[in.dim] = prefix_backward_range<T, Pass::kSummary>(p, b, chunk, &out, du, zeros);
+      mine[in.dim + 1] = out.k;
+      team.sync();
+      Carried<T> into = {chunk_state, T(0)};
+      for (int rank = team.size - 1; rank >= 0; --rank) {
+        if (rank == team.rank) {
+          copy(into.g, state, in.dim);
+          into.k = carried.k;
+        }
+        const T* summary = summaries + rank * size;
+        const T through = summary[in.dim];
+        for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+          store_part(state + d, load_part(summary + d, lanes) + through * load_part(state + d, lanes), lanes);
+        });
+        carried.k = summary[in.dim + 1] + through * carried.k;
       }
+      prefix_backward_range<T, Pass::kResults>(p, b, chunk, &into, du, zeros);
+      other_set(p.workspace + team.size * kPrefixRows * size, team.size * size, &summaries);
     }
-    if (share_batch || team.rank == 0) {
-      if (p.dl0 != nullptr) p.dl0[b] = dot(own, c0, in.dim) - carried.k;
-      if (p.dc0 != nullptr) copy(p.dc0 + b * in.dim, own, in.dim);
+    if (!by_time || team.rank == 0) {
+      if (p.dl0 != nullptr) p.dl0[b] = dot(state, c0, in.dim) - carried.k;
+      if (p.dc0 != nullptr) copy(p.dc0 + b * in.dim, state, in.dim);
     }
   }
-  fence_streaming();
-  if (p.du != nullptr) reduce_du(in.dim, p.workspace + size, kOwnRows * size, p.du, team);
+  if (p.du != nullptr) reduce_du(in.dim, p.workspace + 2 * size, kPrefixRows * size, p.du, team);
 }
 
 }  // namespace LLM_EXT_LEVEL

@@ -26,9 +26,11 @@
 #endif
 
 #define LLM_EXT_LEVEL baseline
+#define LLM_EXT_LEVEL_NAME "baseline"
 #define LLM_EXT_VECTOR_BYTES 16
 #include "cpu/bodies.inl"
 #undef LLM_EXT_LEVEL
+#undef LLM_EXT_LEVEL_NAME
 #undef LLM_EXT_VECTOR_BYTES
 
 #if LLM_EXT_X86_LEVELS
@@ -36,18 +38,22 @@
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 #define LLM_EXT_LEVEL avx2
+#define LLM_EXT_LEVEL_NAME "avx2"
 #define LLM_EXT_VECTOR_BYTES 32
 #include "cpu/bodies.inl"
 #undef LLM_EXT_LEVEL
+#undef LLM_EXT_LEVEL_NAME
 #undef LLM_EXT_VECTOR_BYTES
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 #define LLM_EXT_LEVEL avx512
+#define LLM_EXT_LEVEL_NAME "avx512"
 #define LLM_EXT_VECTOR_BYTES 64
 #include "cpu/bodies.inl"
 #undef LLM_EXT_LEVEL
+#undef LLM_EXT_LEVEL_NAME
 #undef LLM_EXT_VECTOR_BYTES
 #pragma GCC pop_options
 
@@ -57,7 +63,7 @@ namespace llm_ext {
 namespace {
 
 struct Level {
-  Kernels kernels;
+  const Kernels& kernels;
   bool supported;
 };
 
@@ -78,10 +84,10 @@ const Kernels& choose() {
   static const Level levels[] = {
   // From the highest down: the first supported one is the default.
 #if LLM_EXT_X86_LEVELS
-      {avx512::make_kernels("avx512"), has_avx512()},
-      {avx2::make_kernels("avx2"), has_avx2()},
+      {avx512::kKernels, has_avx512()},
+      {avx2::kKernels, has_avx2()},
 #endif
-      {baseline::make_kernels("baseline"), true},
+      {baseline::kKernels, true},
   };
   const char* wanted = std::getenv("LLM_EXT_SIMD");
   std::string names;

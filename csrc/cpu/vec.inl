@@ -71,28 +71,6 @@ static inline void store_part(T* p, Vec<T> v, int n) {
 #endif
 }
 
-// Past the cache, where the level can write a whole line at once; p must then be aligned to a vector. For results too
-// large to stay in the cache: an ordinary store would first read the line.
-template <typename T>
-static inline void store_streaming(T* p, Vec<T> v) {
-#if LLM_EXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    _mm512_stream_ps(p, (__m512)v);
-  } else {
-    _mm512_stream_pd(p, (__m512d)v);
-  }
-#else
-  store(p, v);
-#endif
-}
-
-// Makes streaming stores of this thread visible to whoever it meets next.
-static inline void fence_streaming() {
-#if LLM_EXT_VECTOR_BYTES == 64
-  _mm_sfence();
-#endif
-}
-
 // Sum of the lanes, always in the same order: halves upon each other.
 template <typename T>
 static inline T sum_lanes(Vec<T> v) {
@@ -101,6 +79,16 @@ static inline T sum_lanes(Vec<T> v) {
     return _mm512_reduce_add_ps((__m512)v);
   } else {
     return _mm512_reduce_add_pd((__m512d)v);
+  }
+#elif LLM_EXT_VECTOR_BYTES == 32
+  // Through shuffles: a detour through memory takes five times as long.
+  if constexpr (sizeof(T) == 4) {
+    const __m128 half = _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
+    const __m128 quarter = half + _mm_movehl_ps(half, half);
+    return quarter[0] + quarter[1];
+  } else {
+    const __m128d half = _mm256_castpd256_pd128((__m256d)v) + _mm256_extractf128_pd((__m256d)v, 1);
+    return half[0] + half[1];
   }
 #else
   T part[kLanes<T>];
@@ -111,6 +99,12 @@ static inline T sum_lanes(Vec<T> v) {
   return part[0];
 #endif
 }
+
+// A number known to the compiler, as a value to hand over.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
 
 // Walks over [0, n) in whole vectors and one part: body(offset, lanes).
 template <typename T, typename Body>

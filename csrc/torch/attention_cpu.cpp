@@ -21,7 +21,6 @@ class PoolArguments {
         scores_(scores, op, "scores", {e.size(0), e.size(1)}),
         lengths_(lengths, op, "lengths", {e.size(0)}, ScalarType::Long),
         mask_(mask, op, "mask", {e.size(0), e.size(1)}, ScalarType::Bool) {
-    STD_TORCH_CHECK(u.has_value() != scores.has_value(), op, ": exactly one of u and scores must be given");
     if (lengths.has_value()) {
       for (int64_t b = 0; b < e.size(0); ++b) {
         const int64_t length = lengths_.get()[b];
@@ -89,6 +88,7 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const Optiona
   constexpr const char* kOp = "attention_pool_forward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
+    STD_TORCH_CHECK(u.has_value() != scores.has_value(), kOp, ": exactly one of u and scores must be given");
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const Tensor c = empty({args.in.batch, args.in.dim}, kScalarType<T>);
     const Tensor lse = empty({args.in.batch}, kScalarType<T>);
@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
   constexpr const char* kOp = "attention_pool_backward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
+    STD_TORCH_CHECK(u.has_value() != scores.has_value(), kOp, ": exactly one of u and scores must be given");
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const PoolInput<T>& in = args.in;
     const Input<T> c_in(c, kOp, "c", {in.batch, in.dim});
@@ -144,13 +145,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
   constexpr const char* kOp = "prefix_pool_forward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
+    STD_TORCH_CHECK(u.has_value() != scores.has_value(), kOp, ": exactly one of u and scores must be given");
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const PoolInput<T>& in = args.in;
     const Input<T> l0_in(l0, kOp, "l0", {in.batch});
     const Input<T> c0_in(c0, kOp, "c0", {in.batch, in.dim});
     const Tensor c = args.empty_like_e();
-    const Tensor lse = empty({in.batch, in.steps}, kScalarType<T>);
+    const Tensor share = empty({in.batch, in.steps}, kScalarType<T>);
     const Tensor l_n = empty({in.batch}, kScalarType<T>);
     const Tensor c_n = empty({in.batch, in.dim}, kScalarType<T>);
     const KernelsOf<T>& kernel = kernels().of<T>();
@@ -160,47 +162,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
                                           l0_in.get(),
                                           c0_in.get(),
                                           mutable_data<T>(c),
-                                          mutable_data<T>(lse),
+                                          mutable_data<T>(share),
                                           mutable_data<T>(l_n),
                                           mutable_data<T>(c_n),
                                           mutable_data<T>(workspace)};
     run_team(threads, [&](const Team& team) { kernel.prefix_pool_forward(p, team); });
-    return std::make_tuple(c, lse, l_n, c_n);
+    return std::make_tuple(c, share, l_n, c_n);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
     const OptionalTensor& grad_c, const OptionalTensor& grad_l_n, const OptionalTensor& grad_c_n, const Tensor& e,
-    const OptionalTensor& u, const OptionalTensor& scores, const OptionalTensor& lengths, const OptionalTensor& mask,
-    const OptionalTensor& l0, const OptionalTensor& c0, const Tensor& c, const Tensor& lse, bool need_de, bool need_du,
+    const OptionalTensor& u, const OptionalTensor& c0, const Tensor& c, const Tensor& share, bool need_de, bool need_du,
     bool need_dscores, bool need_dstate) {
   constexpr const char* kOp = "prefix_pool_backward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
-    STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
-    const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
+    const PoolArguments<T> args(kOp, e, u, {}, {}, {});
     const PoolInput<T>& in = args.in;
-    const Input<T> l0_in(l0, kOp, "l0", {in.batch});
     const Input<T> c0_in(c0, kOp, "c0", {in.batch, in.dim});
     const Tensor c_rows = args.laid_out_as_e(kOp, "c", c);
-    const Input<T> lse_in(lse, kOp, "lse", {in.batch, in.steps});
+    const Input<T> share_in(share, kOp, "share", {in.batch, in.steps});
     const Input<T> grad_l_n_in(grad_l_n, kOp, "grad_l_n", {in.batch});
     const Input<T> grad_c_n_in(grad_c_n, kOp, "grad_c_n", {in.batch, in.dim});
     OptionalTensor grad;
     if (grad_c.has_value()) grad = args.laid_out_as_e(kOp, "grad_c", *grad_c);
     const Tensor de = need_de ? args.empty_like_e() : empty({0}, kScalarType<T>);
-    const Output<T> du(need_du && u.has_value(), {in.dim});
-    const Output<T> dscores(need_dscores && scores.has_value(), {in.batch, in.steps});
+    const Output<T> du(need_du, {in.dim});
+    const Output<T> dscores(need_dscores, {in.batch, in.steps});
     const Output<T> dl0(need_dstate, {in.batch});
     const Output<T> dc0(need_dstate, {in.batch, in.dim});
     const KernelsOf<T>& kernel = kernels().of<T>();
     const int threads = kernel.pool_threads(in, max_threads());
     const Tensor workspace = workspace_of<T>(kernel.prefix_pool_workspace(in, threads));
     const PrefixPoolBackwardParams<T> p = {in,
-                                           l0_in.get(),
                                            c0_in.get(),
                                            data<T>(c_rows),
-                                           lse_in.get(),
+                                           share_in.get(),
                                            grad.has_value() ? data<T>(*grad) : nullptr,
                                            grad_l_n_in.get(),
                                            grad_c_n_in.get(),

@@ -18,9 +18,9 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "(Tensor de, Tensor du, Tensor dscores)");
   m.def(
       "prefix_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask, Tensor? l0, "
-      "Tensor? c0) -> (Tensor c, Tensor lse, Tensor l_n, Tensor c_n)");
+      "Tensor? c0) -> (Tensor c, Tensor share, Tensor l_n, Tensor c_n)");
   m.def(
-      "prefix_pool_backward(Tensor? grad_c, Tensor? grad_l_n, Tensor? grad_c_n, Tensor e, Tensor? u, Tensor? scores, "
-      "Tensor? lengths, Tensor? mask, Tensor? l0, Tensor? c0, Tensor c, Tensor lse, bool need_de, bool need_du, "
-      "bool need_dscores, bool need_dstate) -> (Tensor de, Tensor du, Tensor dscores, Tensor dl0, Tensor dc0)");
+      "prefix_pool_backward(Tensor? grad_c, Tensor? grad_l_n, Tensor? grad_c_n, Tensor e, Tensor? u, Tensor? c0, "
+      "Tensor c, Tensor share, bool need_de, bool need_du, bool need_dscores, bool need_dstate) -> "
+      "(Tensor de, Tensor du, Tensor dscores, Tensor dl0, Tensor dc0)");
 }
