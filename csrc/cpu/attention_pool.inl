@@ -407,7 +407,8 @@ static inline void prefix_rows(const T* e, T* c_rows, int64_t stride, int64_t di
 // What a pass over a range of positions does: all at once, or first its summary and then its results.
 enum class Pass { kWhole, kSummary, kResults };
 
-// Positions [range) of batch row b from the state (l, c), which is updated. Between the two passes p.share holds scores.
+// Positions [range) of batch row b from the state (l, c), which is updated. Between the two passes p.share holds
+// scores.
 template <typename T, Pass pass>
 static void prefix_range(const PrefixPoolForwardParams<T>& p, int64_t b, Range range, T* l, T* c) {
   const PoolInput<T>& in = p.in;

@@ -14,7 +14,24 @@ constexpr int kRows = 6;
 template <typename T>
 constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
 
+// Rows of the left factor that are kept in the second-level cache (512 KB or more), beside the panel in use.
+constexpr int64_t kBlockBytes = 128 << 10;
+
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// n rows in tiles of at most kRows, as even as can be; divides once.
+struct Tiles {
+  explicit Tiles(int64_t n) : count(divide_up(n, kRows)), size(n / (count > 0 ? count : 1)), larger(n - size * count) {}
+
+  Range operator[](int64_t i) const {
+    const int64_t begin = i * size + (i < larger ? i : larger);
+    return {begin, begin + size + (i < larger ? 1 : 0)};
+  }
+
+  int64_t count;
+  int64_t size;
+  int64_t larger;  // so many tiles, the first ones, have a row more
+};
 
 template <typename T>
 static inline int64_t panels_of(int64_t cols) {
@@ -77,25 +94,55 @@ static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, T* 
   }
 }
 
-// The left factor: element (m, i) at data[m * row_stride + i * k_stride].
+// Packs columns [columns) of `depth` rows, `stride` apart, as the left factor of a product over those rows: in tiles of
+// kRows columns, as even as can be, tile[i][m] = row(i)[first column of the tile + m].
 template <typename T>
-struct Left {
+static inline void pack_columns(const T* rows, int64_t stride, int64_t depth, Range columns, T* packed) {
+  const Tiles tiles(columns.size());
+  // Along the rows: the other way each row would be a line of the same few sets of the first-level cache.
+  for (int64_t i = 0; i < depth; ++i) {
+    const T* row = rows + i * stride + columns.begin;
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Range part = tiles[tile];
+      T* target = packed + part.begin * depth + i * part.size();
+      if (part.size() == kRows) {
+        __builtin_memcpy(target, row + part.begin, kRows * sizeof(T));  // of a known size: two moves
+      } else {
+        for (int64_t m = 0; m < part.size(); ++m) target[m] = row[part.begin + m];
+      }
+    }
+  }
+}
+
+// The left factor of a product: rows as they lie in memory, or what pack_columns has packed.
+template <typename T>
+struct Rows {
+  static constexpr bool kPacked = false;
   const T* data;
-  int64_t row_stride;
-  int64_t k_stride;
+  int64_t stride;
+
+  const T* tile(int64_t first, int64_t) const { return data + first * stride; }
+};
+template <typename T>
+struct PackedColumns {
+  static constexpr bool kPacked = true;
+  const T* data;
+  int64_t stride = 0;  // not used
+
+  const T* tile(int64_t first, int64_t k) const { return data + first * k; }
 };
 
-// sums[m][column] = sum over i of a(m, i) * panel[i][column]: the micro-kernel. With few rows the sum is split over
-// several sets of accumulators: a multiply-add takes four cycles and two can start in each.
+// sums[m][column] = sum over i of a(m, i) * panel[i][column]: the micro-kernel. a(m, i) is a[m * stride + i] or,
+// packed, a[i * M + m]. With few rows the sum is split over several sets of accumulators: a multiply-add takes four
+// cycles and two can start in each.
 //
 // It leaves its sums in memory, where the caller finishes them (bias, activation, derivative): so there is one
 // micro-kernel a shape, not one for each way to finish, and the detour is a few vectors after hundreds of
 // multiply-adds.
-template <typename T, int M, int NV, bool kUnitStride>
-__attribute__((noinline)) static void multiply(Left<T> a, int64_t k, const T* panel, T* sums) {
+template <typename T, int M, int NV, bool kPacked>
+__attribute__((noinline)) static void multiply(const T* a, int64_t stride, int64_t k, const T* panel, T* sums) {
   constexpr int kSets = M * NV >= 8 ? 1 : (M * NV >= 4 ? 2 : 4);
   constexpr int kWidth = NV * kLanes<T>;
-  const int64_t k_stride = kUnitStride ? 1 : a.k_stride;
   Vec<T> acc[kSets][M][NV] = {};
   const auto accumulate = [&](Vec<T>(&set)[M][NV], int64_t i) {
     Vec<T> b[NV];
@@ -103,7 +150,7 @@ __attribute__((noinline)) static void multiply(Left<T> a, int64_t k, const T* pa
     for (int v = 0; v < NV; ++v) b[v] = load(panel + i * kWidth + v * kLanes<T>);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      const Vec<T> left = broadcast(a.data[m * a.row_stride + i * k_stride]);
+      const Vec<T> left = broadcast(kPacked ? a[i * M + m] : a[m * stride + i]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) set[m][v] += left * b[v];
     }
@@ -126,15 +173,15 @@ __attribute__((noinline)) static void multiply(Left<T> a, int64_t k, const T* pa
 }
 
 template <typename T>
-using Multiply = void (*)(Left<T>, int64_t, const T*, T*);
+using Multiply = void (*)(const T*, int64_t, int64_t, const T*, T*);
 
 // The micro-kernel for m rows and nv vectors.
-template <typename T, bool kUnitStride>
+template <typename T, bool kPacked>
 static inline Multiply<T> multiply_for(int m, int nv) {
-#define LLM_EXT_ROWS(NV)                                                                                  \
-  {                                                                                                       \
-    multiply<T, 1, NV, kUnitStride>, multiply<T, 2, NV, kUnitStride>, multiply<T, 3, NV, kUnitStride>,    \
-        multiply<T, 4, NV, kUnitStride>, multiply<T, 5, NV, kUnitStride>, multiply<T, 6, NV, kUnitStride> \
+#define LLM_EXT_ROWS(NV)                                                                      \
+  {                                                                                           \
+    multiply<T, 1, NV, kPacked>, multiply<T, 2, NV, kPacked>, multiply<T, 3, NV, kPacked>,    \
+        multiply<T, 4, NV, kPacked>, multiply<T, 5, NV, kPacked>, multiply<T, 6, NV, kPacked> \
   }
   static constexpr Multiply<T> kTable[kPanelVectors][kRows] = {
       LLM_EXT_ROWS(1),
@@ -149,26 +196,41 @@ static inline Multiply<T> multiply_for(int m, int nv) {
 }
 
 // a [rows, k] times panels [begin, end) of a packed matrix with `cols` columns; finish(row, column, value, lanes) takes
-// the results, a vector at a time. Rows go in blocks as even as can be; a panel stays in the cache for all of them.
-template <typename T, bool kUnitStride = true, typename Finish>
-static inline void product(Left<T> a, int64_t rows, int64_t k, const T* packed, int64_t cols, Range panels,
+// the results, a vector at a time, and fetch(row, column) is told beforehand where a row of a tile will need memory.
+// Rows go in tiles; a panel stays in the cache for all of them.
+template <typename T, typename Left, typename Fetch, typename Finish>
+static inline void product(Left a, int64_t rows, int64_t k, const T* packed, int64_t cols, Range panels, Fetch fetch,
                            Finish finish) {
   alignas(64) T sums[kRows * kPanel<T>];
-  const int64_t blocks = divide_up(rows, kRows);
+  const Tiles tiles(rows);
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const int64_t first = p * kPanel<T>;
     const int vectors = panel_vectors<T>(cols, p);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t begin = rows * i / blocks;
-      const int count = static_cast<int>(rows * (i + 1) / blocks - begin);
-      const Left<T> part = {a.data + begin * a.row_stride, a.row_stride, a.k_stride};
-      multiply_for<T, kUnitStride>(count, vectors)(part, k, packed + first * k, sums);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Range part = tiles[tile];
+      const int count = static_cast<int>(part.size());
+      for (int64_t m = part.begin; m < part.end; ++m) fetch(m, first);
+      multiply_for<T, Left::kPacked>(count, vectors)(a.tile(part.begin, k), a.stride, k, packed + first * k, sums);
       for (int m = 0; m < count; ++m) {
         const T* row = sums + m * vectors * kLanes<T>;
         const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
-        for_each_vector<T>(width, [&](int64_t j, int lanes) { finish(begin + m, first + j, load(row + j), lanes); });
+        for_each_vector<T>(width,
+                           [&](int64_t j, int lanes) { finish(part.begin + m, first + j, load(row + j), lanes); });
       }
     }
+  }
+}
+
+// The same for many rows, by blocks that stay in the second-level cache while all panels pass.
+template <typename T, typename Finish>
+static inline void long_product(Rows<T> a, int64_t rows, int64_t k, const T* packed, int64_t cols, Finish finish) {
+  const auto nothing = [](int64_t, int64_t) {};
+  const int64_t fitting = kBlockBytes / static_cast<int64_t>(sizeof(T)) / (k + 1) / kRows * kRows;
+  const int64_t block = fitting > kRows ? fitting : kRows;
+  for (int64_t begin = 0; begin < rows; begin += block) {
+    const int64_t count = rows - begin < block ? rows - begin : block;
+    product<T>(Rows<T>{a.tile(begin, k), a.stride}, count, k, packed, cols, {0, panels_of<T>(cols)}, nothing,
+               [&](int64_t row, int64_t col, Vec<T> value, int lanes) { finish(begin + row, col, value, lanes); });
   }
 }
 

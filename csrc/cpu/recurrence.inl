@@ -13,8 +13,13 @@ constexpr double kWorkPerThread = 1.0e5;
 constexpr double kStepWorkPerThread = 2.0e4;
 // Fewer rows a thread than this leave the micro-kernel starved for loads: split the columns instead.
 constexpr int64_t kRowsPerThread = 4;
-// Rows of a sequence that one packed block of the weight gradients holds.
-constexpr int64_t kGradientRows = 128;
+// The weight gradients are products over all rows of the sequence. A block of such a product is so many of those rows
+// deep (384 floats: 1 % quicker than 256), so many columns of dz high, whose packed form stays in the second-level
+// cache, and so many panels wide, so that little of dz is packed twice.
+template <typename T>
+constexpr int64_t kGradientDepth = 1536 / sizeof(T);
+constexpr int64_t kGradientHeight = 16 * kRows;
+constexpr int64_t kGradientPanels = 2048 / (kPanelVectors * LLM_EXT_VECTOR_BYTES);
 // Workspace pieces start on a cache line.
 constexpr int64_t kAlign = 64;
 
@@ -54,10 +59,14 @@ static int64_t rnn_forward_workspace(const RecurrenceSizes<T>& s) {
   return aligned(packed_size<T>(s.hidden, s.input)) + aligned(packed_size<T>(s.hidden, s.hidden));
 }
 
+// Elements of both packed factors of a block of the weight gradients.
+template <typename T>
+constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradientPanels * kPanel<T>);
+
 template <typename T>
 static int64_t rnn_backward_workspace(const RecurrenceSizes<T>& s, int threads) {
   return aligned(packed_size<T>(s.hidden, s.hidden)) + aligned(packed_size<T>(s.input, s.hidden)) +
-         threads * aligned(kGradientRows * kPanel<T>);
+         threads * kGradientBlock<T>;
 }
 
 // The steps in the order they run: position i of the order is step index(i).
@@ -203,12 +212,12 @@ static void forward_packed(const RnnForwardParams<T>& p, const Team& team) {
 
   const Range rows = team.share(total_rows(s), kRows);
   T* z = p.y + rows.begin * H;
-  product<T>({p.x + rows.begin * s.input, s.input, 1}, rows.size(), s.input, packed_ih, H, {0, panels},
-             [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-               if (p.b_ih != nullptr) value += load_part(p.b_ih + col, lanes);
-               if (p.b_hh != nullptr) value += load_part(p.b_hh + col, lanes);
-               store_part(z + row * H + col, value, lanes);
-             });
+  long_product<T>({p.x + rows.begin * s.input, s.input}, rows.size(), s.input, packed_ih, H,
+                  [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+                    if (p.b_ih != nullptr) value += load_part(p.b_ih + col, lanes);
+                    if (p.b_hh != nullptr) value += load_part(p.b_hh + col, lanes);
+                    store_part(z + row * H + col, value, lanes);
+                  });
   team.sync();
 
   const Part part = part_of(s, team);
@@ -220,11 +229,13 @@ static void forward_packed(const RnnForwardParams<T>& p, const Team& team) {
     const Range fresh = intersect(all, {carried, order.rows(i)});
     const auto step = [&](const T* previous, Range r) {
       T* out = y + r.begin * H;
-      product<T>({previous + r.begin * H, H, 1}, r.size(), H, packed_hh, H, part.panels,
-                 [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                   T* target = out + row * H + col;
-                   store_part(target, Cell::template activate<T>(value + load_part(target, lanes)), lanes);
-                 });
+      product<T>(
+          Rows<T>{previous + r.begin * H, H}, r.size(), H, packed_hh, H, part.panels,
+          [&](int64_t row, int64_t col) { __builtin_prefetch(out + row * H + col, 1); },
+          [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+            T* target = out + row * H + col;
+            store_part(target, Cell::template activate<T>(value + load_part(target, lanes)), lanes);
+          });
     };
     if (i > 0) step(p.y + order.first_row(i - 1) * H, from_y);
     if (p.h0 != nullptr) {
@@ -278,45 +289,75 @@ class PreviousState {
   int64_t t_ = 0;
 };
 
-// dw [H, cols] = sum over rows i of dz[i]^T row(i), for this thread's part of dw. rows_from(first) gives row(first +
-// i).
-template <typename T, typename RowsFrom>
-static void weight_gradient(const RnnBackwardParams<T>& p, int64_t cols, T* dw, RowsFrom rows_from, T* block,
-                            const Team& team) {
-  const int64_t H = p.sizes.hidden;
-  const int64_t n = total_rows(p.sizes);
-  Range panels = {0, panels_of<T>(cols)};
-  Range rows = {0, H};
+// dw_ih [H, I] and dw_hh [H, H]: sums over rows i of dz[i]^T times the input and the state before. One product with
+// both side by side, so that dz is packed once.
+template <typename T>
+static void weight_gradients(const RnnBackwardParams<T>& p, T* space, const Team& team) {
+  const RecurrenceSizes<T>& s = p.sizes;
+  const int64_t H = s.hidden;
+  const int64_t n = total_rows(s);
+  struct Side {
+    T* dw;
+    int64_t cols;
+    Range panels;  // its place among the panels of both
+  };
+  const int64_t panels_ih = p.dw_ih == nullptr ? 0 : panels_of<T>(s.input);
+  const int64_t panels_hh = p.dw_hh == nullptr ? 0 : panels_of<T>(H);
+  const Side sides[] = {{p.dw_ih, s.input, {0, panels_ih}}, {p.dw_hh, H, {panels_ih, panels_ih + panels_hh}}};
+  Range panels = {0, panels_ih + panels_hh};
+  Range heights = {0, H};
   if (panels.end >= 2 * team.size) {
     panels = team.share(panels.end);
   } else {
-    rows = team.share(H, kRows);
+    heights = team.share(H, kRows);
   }
   if (n == 0) {
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const Range columns = intersect({panels.begin * kPanel<T>, panels.end * kPanel<T>}, {0, cols});
-      __builtin_memset(dw + r * cols + columns.begin, 0, columns.size() * sizeof(T));
+    for (const Side& side : sides) {
+      const Range part = team.share(side.panels.size() > 0 ? H * side.cols : 0);
+      __builtin_memset(side.dw + part.begin, 0, part.size() * sizeof(T));
     }
     return;
   }
-  for (int64_t i = 0; i < n; i += kGradientRows) {
-    const int64_t depth = n - i < kGradientRows ? n - i : kGradientRows;
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const int64_t first = panel * kPanel<T>;
-      const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
-      auto row = rows_from(i);
-      pack_rows<T>(
-          [&](int64_t j) -> const T* {
-            const T* source = row(j);
-            return source == nullptr ? nullptr : source + first;
-          },
-          width, depth, {0, 1}, block);
-      T* target = dw + rows.begin * cols + first;
-      product<T, false>({p.dz + i * H + rows.begin, 1, H}, rows.size(), depth, block, width, {0, 1},
-                        [&](int64_t r, int64_t col, Vec<T> value, int lanes) {
-                          T* out = target + r * cols + col;
-                          store_part(out, i == 0 ? value : value + load_part(out, lanes), lanes);
-                        });
+  T* right = space;
+  T* left = space + kGradientDepth<T> * kGradientPanels * kPanel<T>;
+  for (int64_t i = 0; i < n; i += kGradientDepth<T>) {
+    const int64_t depth = n - i < kGradientDepth<T> ? n - i : kGradientDepth<T>;
+    for (int64_t begin = panels.begin; begin < panels.end; begin += kGradientPanels) {
+      const Range group = intersect({begin, begin + kGradientPanels}, panels);
+      // Calls body(side, its panels of the group, their first column, their columns, their place in `right`).
+      const auto for_each_side = [&](auto body) {
+        for (const Side& side : sides) {
+          const Range mine = intersect(group, side.panels);
+          if (mine.size() == 0) continue;
+          const int64_t first = (mine.begin - side.panels.begin) * kPanel<T>;
+          const Range columns = intersect({first, first + mine.size() * kPanel<T>}, {0, side.cols});
+          body(side, Range{0, mine.size()}, columns, right + (mine.begin - group.begin) * kPanel<T> * depth);
+        }
+      };
+      for_each_side([&](const Side& side, Range some, Range columns, T* packed) {
+        for (int64_t j = some.begin; j < some.end; ++j) {
+          PreviousState<T> state(p, i);
+          const auto row = [&](int64_t k) -> const T* {
+            const T* source = side.dw == p.dw_ih ? p.x + (i + k) * s.input : state(k);
+            return source == nullptr ? nullptr : source + columns.begin;
+          };
+          pack_rows<T>(row, columns.size(), depth, {j, j + 1}, packed);
+        }
+      });
+      for (int64_t r = heights.begin; r < heights.end; r += kGradientHeight) {
+        const Range height = intersect({r, r + kGradientHeight}, heights);
+        pack_columns(p.dz + i * H, H, depth, height, left);
+        for_each_side([&](const Side& side, Range some, Range columns, const T* packed) {
+          T* target = side.dw + r * side.cols + columns.begin;
+          product<T>(
+              PackedColumns<T>{left}, height.size(), depth, packed, columns.size(), some,
+              [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.cols + col, 1); },
+              [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
+                T* out = target + m * side.cols + col;
+                store_part(out, i == 0 ? value : value + load_part(out, lanes), lanes);
+              });
+        });
+      }
     }
   }
 }
@@ -329,7 +370,7 @@ static void backward(const RnnBackwardParams<T>& p, const Team& team) {
   const Order<T> order{s};
   T* packed_hh = p.workspace;
   T* packed_ih = packed_hh + aligned(packed_size<T>(H, H));
-  T* block = packed_ih + aligned(packed_size<T>(s.input, H)) + team.rank * aligned(kGradientRows * kPanel<T>);
+  T* space = packed_ih + aligned(packed_size<T>(s.input, H)) + team.rank * kGradientBlock<T>;
 
   pack_rows<T>([&](int64_t i) { return p.w_hh + i * H; }, H, H, team.share(panels_of<T>(H)), packed_hh);
   if (p.dx != nullptr) {
@@ -340,14 +381,17 @@ static void backward(const RnnBackwardParams<T>& p, const Team& team) {
 
   const Part part = part_of(s, team);
   // dh of the step before, for rows r of position i: dz_i times the recurrent weights.
-  const auto carry = [&](int64_t i, Range r, auto store) {
-    product<T>({p.dz + (order.first_row(i) + r.begin) * H, H, 1}, r.size(), H, packed_hh, H, part.panels, store);
+  const auto carry = [&](int64_t i, Range r, auto fetch, auto store) {
+    product<T>(Rows<T>{p.dz + (order.first_row(i) + r.begin) * H, H}, r.size(), H, packed_hh, H, part.panels, fetch,
+               store);
   };
   const auto into_h0 = [&](int64_t i, Range r) {
     if (p.dh0 == nullptr || r.size() == 0) return;
-    carry(i, r, [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-      store_part(p.dh0 + (r.begin + row) * H + col, value, lanes);
-    });
+    carry(
+        i, r, [](int64_t, int64_t) {},
+        [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+          store_part(p.dh0 + (r.begin + row) * H + col, value, lanes);
+        });
   };
   for (int64_t i = s.steps - 1; i >= 0; --i) {
     const int64_t offset = order.first_row(i) * H;
@@ -359,9 +403,16 @@ static void backward(const RnnBackwardParams<T>& p, const Team& team) {
     };
     const Range going_on = intersect(all, {0, later});
     if (going_on.size() > 0) {
-      carry(i + 1, going_on, [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-        finish(offset + (going_on.begin + row) * H + col, value, lanes);
-      });
+      const int64_t begin = offset + going_on.begin * H;
+      carry(
+          i + 1, going_on,
+          [&](int64_t row, int64_t col) {
+            const int64_t at = begin + row * H + col;
+            __builtin_prefetch(p.y + at);
+            if (p.grad_y != nullptr) __builtin_prefetch(p.grad_y + at);
+            __builtin_prefetch(p.dz + at, 1);
+          },
+          [&](int64_t row, int64_t col, Vec<T> value, int lanes) { finish(begin + row * H + col, value, lanes); });
     }
     const Range ending = intersect(all, {later, order.rows(i)});
     for (int64_t r = ending.begin; r < ending.end; ++r) {
@@ -379,23 +430,18 @@ static void backward(const RnnBackwardParams<T>& p, const Team& team) {
   if (p.dx != nullptr) {
     const Range rows = team.share(n, kRows);
     T* dx = p.dx + rows.begin * s.input;
-    product<T>(
-        {p.dz + rows.begin * H, H, 1}, rows.size(), H, packed_ih, s.input, {0, panels_of<T>(s.input)},
+    long_product<T>(
+        {p.dz + rows.begin * H, H}, rows.size(), H, packed_ih, s.input,
         [&](int64_t row, int64_t col, Vec<T> value, int lanes) { store_part(dx + row * s.input + col, value, lanes); });
   }
-  if (p.dw_ih != nullptr) {
-    weight_gradient(
-        p, s.input, p.dw_ih,
-        [&](int64_t first) { return [&p, &s, first](int64_t i) { return p.x + (first + i) * s.input; }; }, block, team);
-  }
-  if (p.dw_hh != nullptr) {
-    weight_gradient(p, H, p.dw_hh, [&](int64_t first) { return PreviousState<T>(p, first); }, block, team);
-  }
+  if (p.dw_ih != nullptr || p.dw_hh != nullptr) weight_gradients(p, space, team);
   if (p.db != nullptr) {
-    const Range columns = team.share(H, kPanel<T>);
-    for (int64_t c = columns.begin; c < columns.end; c += kPanel<T>) {
-      const int64_t width = columns.end - c < kPanel<T> ? columns.end - c : kPanel<T>;
-      Vec<T> sums[kPanelVectors] = {};
+    constexpr int64_t kSums = 8;
+    constexpr int64_t kWidth = kSums * kLanes<T>;
+    const Range columns = team.share(H, kLanes<T>);
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      const int64_t width = columns.end - c < kWidth ? columns.end - c : kWidth;
+      Vec<T> sums[kSums] = {};
       for (int64_t i = 0; i < n; ++i) {
         for_each_vector<T>(
             width, [&](int64_t j, int lanes) { sums[j / kLanes<T>] += load_part(p.dz + i * H + c + j, lanes); });
