@@ -17,6 +17,11 @@ constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
 // Rows of the left factor that are kept in the second-level cache (512 KB or more), beside the panel in use.
 constexpr int64_t kBlockBytes = 128 << 10;
 
+// How far ahead to fetch, in bytes of a panel and in rows to pack: what the machine does not foresee by itself at the
+// start of a page or a row. Together 3 % of a backward pass on Zen 3 (B32 T128 I512 H512).
+constexpr int kPanelAhead = 512;
+constexpr int64_t kRowsAhead = 8;
+
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // n rows in tiles of at most kRows, as even as can be; divides once.
@@ -102,6 +107,7 @@ static inline void pack_columns(const T* rows, int64_t stride, int64_t depth, Ra
   // Along the rows: the other way each row would be a line of the same few sets of the first-level cache.
   for (int64_t i = 0; i < depth; ++i) {
     const T* row = rows + i * stride + columns.begin;
+    for (int64_t j = 0; j < columns.size(); j += 64 / sizeof(T)) __builtin_prefetch(row + kRowsAhead * stride + j);
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const Range part = tiles[tile];
       T* target = packed + part.begin * depth + i * part.size();
@@ -146,6 +152,7 @@ __attribute__((noinline)) static void multiply(const T* a, int64_t stride, int64
   Vec<T> acc[kSets][M][NV] = {};
   const auto accumulate = [&](Vec<T>(&set)[M][NV], int64_t i) {
     Vec<T> b[NV];
+    __builtin_prefetch(panel + i * kWidth + kPanelAhead / static_cast<int>(sizeof(T)));
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) b[v] = load(panel + i * kWidth + v * kLanes<T>);
 #pragma GCC unroll 6
