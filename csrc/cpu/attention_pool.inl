@@ -6,8 +6,9 @@ namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
 // Rows of a tile: enough independent sums to hide the latency of a multiply-add, few enough for the registers.
+// Pooling of B32 T128 D512 on Zen 3: 4 rows 120 us, 8 rows 111, 16 rows 187.
 constexpr int kPoolTile = 8;
-// Elements that repay one more thread, some 3 us.
+// Elements that repay one more thread: a team costs some 3 us, in which one thread pools so many.
 constexpr double kPoolWorkPerThread = 3.0e4;
 template <typename T>
 static inline void zero(T* p, int64_t n) {
@@ -291,6 +292,7 @@ constexpr double kSafeRise = 60.0;
 // Rows of a tile of the backward pass: each keeps two dot products in registers.
 constexpr int kPrefixGradTile = 4;
 // Elements of e in one thread's chunk of a block: read twice, so that it must stay in the cache.
+// B1 T8192 D512 on Zen 3, forward: 8 thousand 1.6 ms, 16 to 64 thousand 1.2 to 1.4.
 constexpr int64_t kChunkElements = 32768;
 
 template <typename T>

@@ -6,12 +6,16 @@
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
-// Up to so many steps, weights are read once or twice in their own layout instead of being packed.
-constexpr int64_t kDirectSteps = 2;
-// Multiply-adds that repay starting a team (some 3 us), and those of one step that repay a barrier (some 0.3 us).
+// Up to so many rows of the sequence (twice as many in one or two steps), weights are read in their own layout instead
+// of being packed first. On Zen 3 the two ways meet at 15 to 24 rows for H = 64 and 512, and at 40 to 60 in two steps.
+constexpr int64_t kDirectRows = 16;
+// Multiply-adds that repay one more thread: a team costs some 3 us. T16 H64 takes 8 us on one thread or two.
 constexpr double kWorkPerThread = 1.0e5;
-constexpr double kStepWorkPerThread = 2.0e4;
-// Fewer rows a thread than this leave the micro-kernel starved for loads: split the columns instead.
+// Multiply-adds of one step that repay a barrier, some 0.3 us. B1 H128 (16 thousand) takes 0.8 us with it and 1.0
+// without.
+constexpr double kStepWorkPerThread = 8.0e3;
+// Fewer rows a thread than this leave the micro-kernel starved for loads: split the columns instead. B4 H512 on two
+// threads takes 25 us a step by columns and 34 by rows, B8 the same either way.
 constexpr int64_t kRowsPerThread = 4;
 // The weight gradients are products over all rows of the sequence. A block of such a product is so many of those rows
 // deep (384 floats: 1 % quicker than 256), so many columns of dz high, whose packed form stays in the second-level
@@ -54,8 +58,13 @@ static int rnn_threads(const RecurrenceSizes<T>& s, int threads) {
 }
 
 template <typename T>
+static inline bool goes_direct(const RecurrenceSizes<T>& s) {
+  return total_rows(s) <= (s.steps <= 2 ? 2 * kDirectRows : kDirectRows);
+}
+
+template <typename T>
 static int64_t rnn_forward_workspace(const RecurrenceSizes<T>& s) {
-  if (s.steps <= kDirectSteps) return 0;
+  if (goes_direct(s)) return 0;
   return aligned(packed_size<T>(s.hidden, s.input)) + aligned(packed_size<T>(s.hidden, s.hidden));
 }
 
@@ -466,7 +475,7 @@ static inline void with_cell(Nonlinearity kind, Run run) {
 template <typename T>
 static void rnn_forward(const RnnForwardParams<T>& p, const Team& team) {
   with_cell<T, Elman>(p.sizes.nonlinearity, [&](auto cell) {
-    if (p.sizes.steps <= kDirectSteps) {
+    if (goes_direct(p.sizes)) {
       forward_direct<T, decltype(cell)>(p, team);
     } else {
       forward_packed<T, decltype(cell)>(p, team);
