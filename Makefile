@@ -24,8 +24,8 @@ build: $(BUILT)
 $(INSTALLED): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-* $(VENV)/.built-*
-	$(PIP) install --quiet --constraint constraints.txt torch==$(TORCH) setuptools wheel ninja pybind11 lightning-fabric matplotlib numpy \
-	    safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
+	$(PIP) install --quiet --constraint constraints.txt torch==$(TORCH) setuptools wheel ninja pybind11 lightning-fabric \
+	    matplotlib numpy safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)

@@ -144,6 +144,18 @@ def test_dropout_in_training_only(n_layers: int) -> None:
     assert torch.equal(m(x)[0], m(x)[0])
 
 
+def test_dropout_before_the_head_is_one_mask_a_row() -> None:
+    m = model("none", n_layers=1, dropout=0.5)
+    read = []
+    m.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    m(torch.randint(V, (3, 7)))
+    dropped = read[0] == 0  # [B, T, H]; a hidden state is never 0 by itself
+    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
+    assert dropped.any()
+    assert not dropped.all()
+    assert not torch.equal(dropped[0], dropped[1]) or not torch.equal(dropped[0], dropped[2])
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("score", ["linear", "tanh"])
 def test_mixed_precision(score: str, attention: str) -> None:

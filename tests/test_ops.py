@@ -18,7 +18,8 @@ from torch import Tensor
 import llm_ext
 from llm_ext import ops, reference
 
-# One above a block of rows (6), a vector (16), a panel (64), and where the last panel is 1, 2 or 3 vectors wide.
+# One above a tile of rows (6), a vector (16), a panel (64), where the last panel is 1, 2 or 3 vectors wide, and the
+# most rows that go without packing and one more.
 RNN_SIZES = [  # T, B, I, H
     (0, 2, 3, 4),
     (3, 0, 3, 4),
@@ -31,6 +32,10 @@ RNN_SIZES = [  # T, B, I, H
     (9, 40, 33, 130),
     (3, 1, 300, 520),
     (150, 2, 31, 47),
+    (16, 1, 9, 20),
+    (17, 1, 9, 20),
+    (2, 16, 9, 20),
+    (2, 17, 9, 20),
 ]
 POOL_SIZES = [  # B, T, D
     (0, 4, 5),
@@ -153,6 +158,18 @@ def test_rnn_long(dtype: torch.dtype) -> None:
     """Errors do not pile up over 1,024 steps."""
     inputs = rnn_inputs((1024, 2, 16), 2, 64, dtype, h0=True, bias=True)
     compare("rnn", *rnn_functions(), inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rnn_of_many_blocks(dtype: torch.dtype, reverse: bool) -> None:
+    """Every product has more than one block in every dimension.
+
+    With tanh: of 350,000 pre-activations one may be so near to 0 that rounding turns its sign, and the gradient of
+    relu jumps there.
+    """
+    inputs = rnn_inputs((9, 64, 530), 64, 610, dtype, h0=True, bias=True)
+    compare("rnn", *rnn_functions(reverse=reverse), inputs)
 
 
 def test_rnn_not_contiguous() -> None:

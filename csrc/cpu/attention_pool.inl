@@ -8,8 +8,9 @@ namespace LLM_EXT_LEVEL {
 // Rows of a tile: enough independent sums to hide the latency of a multiply-add, few enough for the registers.
 // Pooling of B32 T128 D512 on Zen 3: 4 rows 120 us, 8 rows 111, 16 rows 187.
 constexpr int kPoolTile = 8;
-// Elements that repay one more thread: a team costs some 3 us, in which one thread pools so many.
-constexpr double kPoolWorkPerThread = 3.0e4;
+// Elements that repay one more thread. On Zen 3 two threads take 2 us for the forward of B4 T16 D512, one takes 4.
+constexpr double kPoolWorkPerThread = 1.0e4;
+
 template <typename T>
 static inline void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, n * sizeof(T));
@@ -61,37 +62,36 @@ static inline int64_t offset_of(const PoolInput<T>& in, int64_t b, int64_t t) {
   return b * in.e_batch_stride + t * in.e_step_stride;
 }
 
-// Scores of `count` rows.
-template <typename T>
-static inline void tile_scores(const PoolInput<T>& in, int64_t b, const int64_t* t, const T* const* rows, int count,
-                               T* scores) {
-  if (in.u == nullptr) {
-    for (int j = 0; j < count; ++j) scores[j] = in.scores[b * in.steps + t[j]];
-    return;
-  }
-  if (count == kPoolTile) {
-    Vec<T> sums[kPoolTile] = {};
-    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      const Vec<T> u = load_part(in.u + d, lanes);
-#pragma GCC unroll 8
-      for (int j = 0; j < kPoolTile; ++j) sums[j] += u * load_part(rows[j] + d, lanes);
-    });
-    for (int j = 0; j < kPoolTile; ++j) scores[j] = sum_lanes<T>(sums[j]);
-    return;
-  }
-  for (int j = 0; j < count; ++j) {
-    Vec<T> sum{};
-    for_each_vector<T>(
-        in.dim, [&](int64_t d, int lanes) { sum += load_part(in.u + d, lanes) * load_part(rows[j] + d, lanes); });
-    scores[j] = sum_lanes<T>(sum);
-  }
-}
-
 template <typename T>
 static inline T dot(const T* a, const T* b, int64_t n) {
   Vec<T> sum{};
   for_each_vector<T>(n, [&](int64_t d, int lanes) { sum += load_part(a + d, lanes) * load_part(b + d, lanes); });
   return sum_lanes<T>(sum);
+}
+
+// The same of a whole tile of rows.
+template <typename T>
+static inline void tile_dots(const T* const* rows, const T* v, int64_t n, T* dots) {
+  Vec<T> sums[kPoolTile] = {};
+  for_each_vector<T>(n, [&](int64_t d, int lanes) {
+    const Vec<T> value = load_part(v + d, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kPoolTile; ++j) sums[j] += value * load_part(rows[j] + d, lanes);
+  });
+  for (int j = 0; j < kPoolTile; ++j) dots[j] = sum_lanes<T>(sums[j]);
+}
+
+// Scores of `count` positions t, all of which take part, and their rows.
+template <typename T>
+static inline void tile_scores(const PoolInput<T>& in, int64_t b, const int64_t* t, const T* const* rows, int count,
+                               T* scores) {
+  if (in.u == nullptr) {
+    for (int j = 0; j < count; ++j) scores[j] = in.scores[b * in.steps + t[j]];
+  } else if (count == kPoolTile) {
+    tile_dots(rows, in.u, in.dim, scores);
+  } else {
+    for (int j = 0; j < count; ++j) scores[j] = dot(rows[j], in.u, in.dim);
+  }
 }
 
 // Pools positions [range) of batch row b into c [D]; returns the log-sum-exp, -inf (and c = 0) if none takes part.
@@ -314,41 +314,22 @@ static int64_t prefix_pool_workspace(const PoolInput<T>& in, int threads) {
   return threads * (kPrefixRows + 2) * aligned(in.dim + 2);
 }
 
-// Dot products of N rows, `stride` apart, with v.
-template <typename T, int N>
-static inline void row_dots(const T* rows, int64_t stride, const T* v, int64_t dim, T* dots) {
-  Vec<T> sums[N] = {};
-  for_each_vector<T>(dim, [&](int64_t d, int lanes) {
-    const Vec<T> value = load_part(v + d, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) sums[j] += value * load_part(rows + j * stride + d, lanes);
-  });
-  for (int j = 0; j < N; ++j) dots[j] = sum_lanes<T>(sums[j]);
-}
-
 // Scores of n <= kPoolTile positions from t on; -inf where a position takes no part.
 template <typename T>
 static inline void prefix_scores(const PoolInput<T>& in, int64_t b, int64_t t, int n, T* scores) {
-  const T* e = in.e + offset_of(in, b, t);
-  if (in.u != nullptr && n == kPoolTile && all_take_part(in, b, t, t + n, t + n)) {
-    row_dots<T, kPoolTile>(e, in.e_step_stride, in.u, in.dim, scores);
-    return;
-  }
+  int64_t steps[kPoolTile];
+  const T* rows[kPoolTile];
+  int count = 0;
   for (int j = 0; j < n; ++j) {
-    if (!takes_part(in, b, t + j)) {
-      scores[j] = -infinity<T>();
-    } else if (in.u == nullptr) {
-      scores[j] = in.scores[b * in.steps + t + j];
-    } else {
-      row_dots<T, 1>(e + j * in.e_step_stride, 0, in.u, in.dim, scores + j);
-    }
+    if (!takes_part(in, b, t + j)) continue;
+    steps[count] = t + j;
+    rows[count++] = in.e + offset_of(in, b, t + j);
   }
-}
-
-// Turns from the one set of summaries to the other.
-template <typename T>
-static inline void other_set(T* sets, int64_t size, T** set) {
-  *set = *set == sets ? sets + size : sets;
+  T found[kPoolTile];
+  tile_scores(in, b, steps, rows, count, found);
+  for (int j = 0, next = 0; j < n; ++j) {
+    scores[j] = next < count && steps[next] == t + j ? found[next++] : -infinity<T>();
+  }
 }
 
 // From N scores and the state's l, which is updated: the share of each position (a) and of the state before it (1 - a).
@@ -450,7 +431,8 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
   const Range batch = by_time ? Range{0, in.batch} : team.share(in.batch);
   T* c = p.workspace + team.rank * kPrefixRows * size;
   T* chunk_c = c + size;
-  T* summaries = p.workspace + team.size * kPrefixRows * size;
+  T* sets = p.workspace + team.size * kPrefixRows * size;
+  int turn = 0;
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     T l = p.l0 == nullptr ? -infinity<T>() : p.l0[b];
     if (p.c0 == nullptr) {
@@ -463,6 +445,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
     for (int64_t start = 0; by_time && start < in.steps; start += block) {
       const Range share = team.share(in.steps - start < block ? in.steps - start : block, kPoolTile);
       const Range chunk = {start + share.begin, start + share.end};
+      T* summaries = sets + turn * team.size * size;
       T* mine = summaries + team.rank * size;
       zero(mine, in.dim);
       mine[in.dim] = -infinity<T>();
@@ -477,8 +460,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
         merge(in.dim, &l, c, summaries[rank * size + in.dim], summaries + rank * size);
       }
       prefix_range<T, Pass::kResults>(p, b, chunk, &chunk_l, chunk_c);
-      // The set that everybody has finished reading when they come to the next barrier.
-      other_set(p.workspace + team.size * kPrefixRows * size, team.size * size, &summaries);
+      turn ^= 1;
     }
     if (!by_time || team.rank == 0) {
       p.l_n[b] = l;
@@ -523,17 +505,17 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, in
       const Vec<T> grad = load_part(grad_c - j * grad_stride + d, lanes);
       state += grad;
       with_c[j] += grad * load_part(c - j * stride + d, lanes);
-      if (pass != Pass::kSummary) with_e[j] += state * load_part(e - j * stride + d, lanes);
+      if constexpr (pass != Pass::kSummary) with_e[j] += state * load_part(e - j * stride + d, lanes);
       state *= keep[j];
     }
-    if (pass == Pass::kSummary) store_part(state_row + d, state, lanes);
+    if constexpr (pass == Pass::kSummary) store_part(state_row + d, state, lanes);
   });
   for (int j = 0; j < N; ++j) {
     const T k = sum_lanes<T>(with_c[j]) + carried->k;
     ds[j] = a[j] == T(0) ? T(0) : a[j] * (sum_lanes<T>(with_e[j]) - k);
     carried->k = keep[j] * k;
   }
-  if (pass == Pass::kSummary) return;
+  if constexpr (pass == Pass::kSummary) return;
 
   if (p.dscores != nullptr) {
     for (int j = 0; j < N; ++j) p.dscores[b * in.steps + t - j] = ds[j];
@@ -588,7 +570,8 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
   T* chunk_state = state + size;
   T* du = state + 2 * size;
   T* zeros = state + 3 * size;
-  T* summaries = p.workspace + team.size * kPrefixRows * size;
+  T* sets = p.workspace + team.size * kPrefixRows * size;
+  int turn = 0;
   zero(du, in.dim);
   zero(zeros, in.dim);
   for (int64_t b = batch.begin; b < batch.end; ++b) {
@@ -607,6 +590,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
       const int64_t count = end < block ? end : block;
       const Range share = team.share(count, kPoolTile);
       const Range chunk = {end - count + share.begin, end - count + share.end};
+      T* summaries = sets + turn * team.size * size;
       T* mine = summaries + team.rank * size;
       zero(mine, in.dim);
       Carried<T> out = {mine, T(0)};
@@ -627,7 +611,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
         carried.k = summary[in.dim + 1] + through * carried.k;
       }
       prefix_backward_range<T, Pass::kResults>(p, b, chunk, &into, du, zeros);
-      other_set(p.workspace + team.size * kPrefixRows * size, team.size * size, &summaries);
+      turn ^= 1;
     }
     if (!by_time || team.rank == 0) {
       if (p.dl0 != nullptr) p.dl0[b] = dot(state, c0, in.dim) - carried.k;

@@ -81,7 +81,7 @@ static inline T sum_lanes(Vec<T> v) {
     return _mm512_reduce_add_pd((__m512d)v);
   }
 #elif LLM_EXT_VECTOR_BYTES == 32
-  // Through shuffles: a detour through memory takes five times as long.
+  // Through shuffles, without the detour through memory.
   if constexpr (sizeof(T) == 4) {
     const __m128 half = _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
     const __m128 quarter = half + _mm_movehl_ps(half, half);
@@ -99,12 +99,6 @@ static inline T sum_lanes(Vec<T> v) {
   return part[0];
 #endif
 }
-
-// A number known to the compiler, as a value to hand over.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 
 // Walks over [0, n) in whole vectors and one part: body(offset, lanes).
 template <typename T, typename Body>

@@ -10,6 +10,11 @@
 namespace llm_ext {
 namespace {
 
+// The scores come from u or are given; only the backward of prefix pooling needs neither.
+void check_one_source(const char* op, const OptionalTensor& u, const OptionalTensor& scores) {
+  STD_TORCH_CHECK(u.has_value() != scores.has_value(), op, ": exactly one of u and scores must be given");
+}
+
 // Everything the four ops have in common; keeps dense copies alive for the call.
 template <typename T>
 class PoolArguments {
@@ -88,7 +93,7 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const Optiona
   constexpr const char* kOp = "attention_pool_forward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
-    STD_TORCH_CHECK(u.has_value() != scores.has_value(), kOp, ": exactly one of u and scores must be given");
+    check_one_source(kOp, u, scores);
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const Tensor c = empty({args.in.batch, args.in.dim}, kScalarType<T>);
     const Tensor lse = empty({args.in.batch}, kScalarType<T>);
@@ -110,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
   constexpr const char* kOp = "attention_pool_backward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
-    STD_TORCH_CHECK(u.has_value() != scores.has_value(), kOp, ": exactly one of u and scores must be given");
+    check_one_source(kOp, u, scores);
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const PoolInput<T>& in = args.in;
     const Input<T> c_in(c, kOp, "c", {in.batch, in.dim});
@@ -145,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
   constexpr const char* kOp = "prefix_pool_forward";
   return with_type(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
-    STD_TORCH_CHECK(u.has_value() != scores.has_value(), kOp, ": exactly one of u and scores must be given");
+    check_one_source(kOp, u, scores);
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const PoolInput<T>& in = args.in;

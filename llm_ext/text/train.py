@@ -173,7 +173,7 @@ def _have_group() -> bool:
 
 @contextlib.contextmanager
 def _processes(config: TrainConfig) -> Iterator[Fabric]:
-    """Start the processes; under torchrun they run already, and it says how many."""
+    """Start the processes, and take their group down at the end; under torchrun they run already."""
     foreign = _have_group()
     devices = config.devices
     if TorchElasticEnvironment.detect():
