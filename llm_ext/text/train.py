@@ -8,7 +8,7 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch import Tensor, distributed
+from torch import Tensor
 
 from llm_ext.model import LLM, LLMState
 from llm_ext.text import corpus as corpora
@@ -97,22 +97,15 @@ def train(
     if run.exists():
         raise TextError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
     corpora.check_files([*files, *val])
-    with _processes(config) as fabric:
-        return _train(fabric, config, run, files, val, cache or out / CACHE)
-
-
-def _train(
-    fabric: Fabric, config: TrainConfig, run: Run, files: Sequence[Path], val: Sequence[Path], cache: Path
-) -> Outcome:
-    """Train, in each of the processes."""
+    fabric = _launch(config)
     with fabric.rank_zero_first():
         if fabric.is_global_zero:
-            run.path.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             # Characters that only the validation has would be impossible to encode.
             sources = [*files, *val] if config.tokens == "chars" else files
             vocabulary.train(config.tokens, sources, config.vocab_size).save(run.vocabulary)
         tokens = vocabulary.load(run.vocabulary)
-        texts = [corpora.encode(part, tokens, cache) for part in (files, val) if part]
+        texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
 
     torch.manual_seed(config.seed)
     model = LLM(
@@ -157,24 +150,22 @@ def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> 
     corpora.check_files([*files, *val])
     model = checkpoint.model()
     tokens = vocabulary.load(run.vocabulary, model.vocab_size)
-    with _processes(config) as fabric:
-        with fabric.rank_zero_first():
-            texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
-        if [text.fingerprint() for text in texts] != fingerprints:
-            raise TextError(f"{out}: cannot resume: the text has changed since the run was started")
-        trainer = _Trainer(fabric, config, run, tokens, texts, names, model, progress)
-        trainer.restore(checkpoint)
-        return trainer.run_loop()
+    fabric = _launch(config)
+    with fabric.rank_zero_first():
+        texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
+    if [text.fingerprint() for text in texts] != fingerprints:
+        raise TextError(f"{out}: cannot resume: the text has changed since the run was started")
+    trainer = _Trainer(fabric, config, run, tokens, texts, names, model, progress)
+    trainer.restore(checkpoint)
+    return trainer.run_loop()
 
 
-def _have_group() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+def _launch(config: TrainConfig) -> Fabric:
+    """Start the processes; under torchrun they run already, and it says how many.
 
-
-@contextlib.contextmanager
-def _processes(config: TrainConfig) -> Iterator[Fabric]:
-    """Start the processes, and take their group down at the end; under torchrun they run already."""
-    foreign = _have_group()
+    Their group is not taken down: DDP holds it last, and it would then wait, with Python's lock held, for threads of
+    gloo that may want the lock.
+    """
     devices = config.devices
     if TorchElasticEnvironment.detect():
         devices = TorchElasticEnvironment().world_size() // config.nodes
@@ -188,13 +179,8 @@ def _processes(config: TrainConfig) -> Iterator[Fabric]:
     except (ValueError, RuntimeError) as error:
         raise TextError(f"accelerator {config.accelerator!r} cannot be used: {error}") from None
     keep_freed_memory()
-    try:
-        fabric.launch()
-        yield fabric
-    finally:
-        # Threads of the group that still run when the interpreter ends may abort it.
-        if _have_group() and not foreign:
-            distributed.destroy_process_group()
+    fabric.launch()
+    return fabric
 
 
 class _Trainer:
