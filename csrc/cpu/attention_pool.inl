@@ -305,13 +305,14 @@ static inline int64_t chunk_steps(int64_t dim) {
   return steps > kPoolTile ? steps : kPoolTile;
 }
 
-// A thread's own rows: the state, the state its chunk begins with, the gradient of u, zeros. Then two sets of one
-// summary a thread: sets alternate, so that one barrier a block is enough. All of D + 2 elements.
+// A thread's own rows: the state, one that belongs to its chunk, the gradient of u, zeros. Then two sets of one
+// summary a thread: sets alternate, so that one barrier a block is enough. All of D + 2 elements. Last, what the
+// backward pass keeps of each position of a thread's chunk.
 constexpr int kPrefixRows = 4;
 
 template <typename T>
 static int64_t prefix_pool_workspace(const PoolInput<T>& in, int threads) {
-  return threads * (kPrefixRows + 2) * aligned(in.dim + 2);
+  return threads * ((kPrefixRows + 2) * aligned(in.dim + 2) + aligned(chunk_steps(in.dim)));
 }
 
 // Scores of n <= kPoolTile positions from t on; -inf where a position takes no part.
@@ -476,12 +477,71 @@ struct Carried {
   T k;
 };
 
-// N positions of batch row b, t being the last of them: entry j is position t - j. `carried` comes in from the
-// positions after them, already times their share of the state, and goes out to those before in the same form. Two
-// scans: the first for the dot products from which the gradients of the scores follow, the second for the results.
-template <typename T, int N, Pass pass>
-static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, Carried<T>* carried,
-                                        T* du, const T* zeros) {
+// N positions from t on, first to last: grad_c . c of each into `products`. The state c before them comes in and the
+// one after them goes out: to compute it again from e, which is needed anyway, is less work than to read all its rows.
+// With kSummary, adds what the positions hand back to those before them to `out`; *through is their share so far.
+template <typename T, int N, bool kSummary>
+static inline void prefix_products_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, T* c, T* products,
+                                        Carried<T>* out, T* through, const T* zeros) {
+  const PoolInput<T>& in = p.in;
+  const int64_t stride = in.e_step_stride;
+  const int64_t grad_stride = p.grad_c == nullptr ? 0 : stride;
+  const T* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
+  const T* a = p.share + b * in.steps + t;
+  const T* e = N == 1 && *a == T(0) ? zeros : in.e + offset_of(in, b, t);
+  T keep[N], passed[N];
+  for (int j = 0; j < N; ++j) {
+    keep[j] = T(1) - a[j];
+    *through *= keep[j];
+    passed[j] = *through;
+  }
+  Vec<T> sums[N] = {};
+  for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+    Vec<T> state = load_part(c + d, lanes);
+    Vec<T> handed{};
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> grad = load_part(grad_c + j * grad_stride + d, lanes);
+      state = keep[j] * state + a[j] * load_part(e + j * stride + d, lanes);
+      sums[j] += grad * state;
+      if (kSummary) handed += passed[j] * grad;
+    }
+    store_part(c + d, state, lanes);
+    if (kSummary) store_part(out->g + d, load_part(out->g + d, lanes) + handed, lanes);
+  });
+  for (int j = 0; j < N; ++j) {
+    products[j] = sum_lanes<T>(sums[j]);
+    if (kSummary) out->k += passed[j] * products[j];
+  }
+}
+
+// The same of positions [range). Returns the share that what comes from after the range has in what goes out of it.
+template <typename T, bool kSummary>
+static T prefix_products(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, T* c, T* products,
+                         Carried<T>* out, const T* zeros) {
+  const T* share = p.share + b * p.in.steps;
+  T through = T(1);
+  for (int64_t t = range.begin; t < range.end;) {
+    bool whole = t + kPoolTile <= range.end;
+    for (int j = 0; whole && j < kPoolTile; ++j) whole = share[t + j] != T(0);
+    T* into = products + (t - range.begin);
+    if (whole) {
+      prefix_products_tile<T, kPoolTile, kSummary>(p, b, t, c, into, out, &through, zeros);
+    } else {
+      prefix_products_tile<T, 1, kSummary>(p, b, t, c, into, out, &through, zeros);
+    }
+    t += whole ? kPoolTile : 1;
+  }
+  return through;
+}
+
+// N positions of batch row b, t being the last of them: entry j is position t - j, products[-j] its grad_c . c.
+// `carried` comes in from the positions after them, already times their share of the state, and goes out to those
+// before in the same form. Two scans: the first for the dot products from which the gradients of the scores follow, the
+// second for the results.
+template <typename T, int N>
+static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, const T* products,
+                                        Carried<T>* carried, T* du, const T* zeros) {
   const PoolInput<T>& in = p.in;
   const int64_t stride = in.e_step_stride;
   // grad_c may be missing: then each row of it is the one of zeros. A position that takes no part has no e.
@@ -489,7 +549,6 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, in
   const T* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
   const T* share = p.share + b * in.steps + t;
   const T* e = N == 1 && *share == T(0) ? zeros : in.e + offset_of(in, b, t);
-  const T* c = p.c + offset_of(in, b, t);
   T* state_row = carried->g;
   T keep[N], a[N], ds[N];
   for (int j = 0; j < N; ++j) {
@@ -497,25 +556,21 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, in
     keep[j] = T(1) - a[j];
   }
 
-  Vec<T> with_e[N] = {}, with_c[N] = {};
+  Vec<T> with_e[N] = {};
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
     Vec<T> state = load_part(state_row + d, lanes);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const Vec<T> grad = load_part(grad_c - j * grad_stride + d, lanes);
-      state += grad;
-      with_c[j] += grad * load_part(c - j * stride + d, lanes);
-      if constexpr (pass != Pass::kSummary) with_e[j] += state * load_part(e - j * stride + d, lanes);
+      state += load_part(grad_c - j * grad_stride + d, lanes);
+      with_e[j] += state * load_part(e - j * stride + d, lanes);
       state *= keep[j];
     }
-    if constexpr (pass == Pass::kSummary) store_part(state_row + d, state, lanes);
   });
   for (int j = 0; j < N; ++j) {
-    const T k = sum_lanes<T>(with_c[j]) + carried->k;
+    const T k = products[-j] + carried->k;
     ds[j] = a[j] == T(0) ? T(0) : a[j] * (sum_lanes<T>(with_e[j]) - k);
     carried->k = keep[j] * k;
   }
-  if constexpr (pass == Pass::kSummary) return;
 
   if (p.dscores != nullptr) {
     for (int j = 0; j < N; ++j) p.dscores[b * in.steps + t - j] = ds[j];
@@ -538,26 +593,22 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, in
   });
 }
 
-// Positions [range) of batch row b, last first. Returns the share that what comes from after the range has in what goes
-// out of it.
-template <typename T, Pass pass>
-static T prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, Carried<T>* carried, T* du,
-                               const T* zeros) {
+// Positions [range) of batch row b, last first; `products` begins with that of the first.
+template <typename T>
+static void prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, const T* products,
+                                  Carried<T>* carried, T* du, const T* zeros) {
   const T* share = p.share + b * p.in.steps;
-  T through = T(1);
   for (int64_t t = range.end - 1; t >= range.begin;) {
     bool whole = t - kPrefixGradTile + 1 >= range.begin;
     for (int j = 0; whole && j < kPrefixGradTile; ++j) whole = share[t - j] != T(0);
-    const int n = whole ? kPrefixGradTile : 1;
-    for (int j = 0; j < n; ++j) through *= T(1) - share[t - j];
+    const T* product = products + (t - range.begin);
     if (whole) {
-      prefix_backward_tile<T, kPrefixGradTile, pass>(p, b, t, carried, du, zeros);
+      prefix_backward_tile<T, kPrefixGradTile>(p, b, t, product, carried, du, zeros);
     } else {
-      prefix_backward_tile<T, 1, pass>(p, b, t, carried, du, zeros);
+      prefix_backward_tile<T, 1>(p, b, t, product, carried, du, zeros);
     }
-    t -= n;
+    t -= whole ? kPrefixGradTile : 1;
   }
-  return through;
 }
 
 template <typename T>
@@ -567,37 +618,43 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
   const bool by_time = shares_time(in, team.size);
   const Range batch = by_time ? Range{0, in.batch} : team.share(in.batch);
   T* state = p.workspace + team.rank * kPrefixRows * size;
-  T* chunk_state = state + size;
+  T* row = state + size;
   T* du = state + 2 * size;
   T* zeros = state + 3 * size;
   T* sets = p.workspace + team.size * kPrefixRows * size;
+  T* products = sets + 2 * team.size * size + team.rank * aligned(chunk_steps(in.dim));
   int turn = 0;
   zero(du, in.dim);
   zero(zeros, in.dim);
   for (int64_t b = batch.begin; b < batch.end; ++b) {
-    // The final state is the one of the last position (or the initial one, if there is none).
-    Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
     const T* c0 = p.c0 == nullptr ? zeros : p.c0 + b * in.dim;
+    const auto c_before = [&](int64_t t) { return t == 0 ? c0 : p.c + offset_of(in, b, t - 1); };
+    Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
     if (p.grad_c_n == nullptr) {
       zero(state, in.dim);
     } else {
       copy(state, p.grad_c_n + b * in.dim, in.dim);
-      carried.k += dot(state, in.steps > 0 ? p.c + offset_of(in, b, in.steps - 1) : c0, in.dim);
+      carried.k += dot(state, c_before(in.steps), in.dim);
     }
-    if (!by_time) prefix_backward_range<T, Pass::kWhole>(p, b, {0, in.steps}, &carried, du, zeros);
-    const int64_t block = chunk_steps(in.dim) * team.size;
-    for (int64_t end = in.steps; by_time && end > 0; end -= block) {
+    const int64_t block = chunk_steps(in.dim) * (by_time ? team.size : 1);
+    for (int64_t end = in.steps; end > 0; end -= block) {
       const int64_t count = end < block ? end : block;
-      const Range share = team.share(count, kPoolTile);
+      const Range share = by_time ? team.share(count, kPoolTile) : Range{0, count};
       const Range chunk = {end - count + share.begin, end - count + share.end};
+      copy(row, c_before(chunk.begin), in.dim);
+      if (!by_time) {
+        prefix_products<T, false>(p, b, chunk, row, products, nullptr, zeros);
+        prefix_backward_range(p, b, chunk, products, &carried, du, zeros);
+        continue;
+      }
       T* summaries = sets + turn * team.size * size;
       T* mine = summaries + team.rank * size;
       zero(mine, in.dim);
       Carried<T> out = {mine, T(0)};
-      mine[in.dim] = prefix_backward_range<T, Pass::kSummary>(p, b, chunk, &out, du, zeros);
+      mine[in.dim] = prefix_products<T, true>(p, b, chunk, row, products, &out, zeros);
       mine[in.dim + 1] = out.k;
       team.sync();
-      Carried<T> into = {chunk_state, T(0)};
+      Carried<T> into = {row, T(0)};
       for (int rank = team.size - 1; rank >= 0; --rank) {
         if (rank == team.rank) {
           copy(into.g, state, in.dim);
@@ -610,7 +667,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
         });
         carried.k = summary[in.dim + 1] + through * carried.k;
       }
-      prefix_backward_range<T, Pass::kResults>(p, b, chunk, &into, du, zeros);
+      prefix_backward_range(p, b, chunk, products, &into, du, zeros);
       turn ^= 1;
     }
     if (!by_time || team.rank == 0) {
