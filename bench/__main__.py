@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-from bench import contest, peers, report
-from bench.contest import Case
+from bench import contest, limits, peers, plot, report
+from bench.contest import Case, Mean
 
 HELP = "Run: `python -m bench PATTERN…`, each of them all, a group or part of a name; --help shows the options."
+# One step belongs to the recurrence; its own name selects it alone.
+PARTS = {"recurrence": ("recurrence", "step")}
 
 
 def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
@@ -29,7 +31,9 @@ def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
         found = [
             case.name
             for case in cases
-            if pattern in ("all", case.group) or fnmatch.fnmatchcase(case.name, f"*{pattern}*")
+            if pattern == "all"
+            or case.group in PARTS.get(pattern, (pattern,))
+            or fnmatch.fnmatchcase(case.name, f"*{pattern}*")
         ]
         if not found:
             raise ValueError(f"no case matches {pattern!r}; `python -m bench` lists them")
@@ -37,15 +41,19 @@ def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
     return [case for case in cases if case.name in names]
 
 
-def listing(cases: Sequence[Case]) -> str:
-    """Return the names of all cases, by group, with their bars."""
+def listing(cases: Sequence[Case], means: Sequence[Mean] = ()) -> str:
+    """Return the names of all cases, by group, with their bars, and the means that have a bar."""
     lines = []
     for group in dict.fromkeys(case.group for case in cases):
         lines.append(group)
         for case in cases:
             if case.group == group:
                 bars = ", ".join(f"{bar:g} × {name}" for name, bar in case.bars.items())
-                lines.append(f"  {case.name:<48} {f'bar {bars}' if bars else ''}".rstrip())
+                lines.append(f"  {case.name:<50} {f'bar {bars}' if bars else ''}".rstrip())
+    if barred := [mean for mean in means if mean.bar is not None]:
+        lines.append("geometric means, in each case against whoever came closest of several")
+        for mean in barred:
+            lines.append(f"  {', '.join(mean.of)}: bar {mean.bar:g} × {', '.join(mean.against)}")
     return "\n".join((*lines, HELP))
 
 
@@ -77,11 +85,14 @@ def parser() -> argparse.ArgumentParser:
     add("--peers", default=",".join(peers.LIBRARIES), metavar="A,B", help="libraries to compare with")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
+    add("--curves", type=Path, metavar="FILE.svg", help=f"draw time against B, H and T; of the cases of {plot.CURVES}")
     return result
 
 
-def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
-    """Run the command line; `cases` instead of those of bench/cases.py.
+def main(
+    arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None, means: Sequence[Mean] = ()
+) -> int:
+    """Run the command line; `cases` and `means` instead of those of bench/cases.py.
 
     Returns:
         0, or 1 if a result of ours was wrong or failed, or 130 after Ctrl-C. A missed bar is no error.
@@ -91,24 +102,27 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     libraries = [word for word in options.peers.split(",") if word]
     if unknown := sorted({*libraries} - {*peers.LIBRARIES}):
         command.error(f"--peers must be some of {','.join(peers.LIBRARIES)}, got {','.join(unknown)}")
-    for path in (options.json, options.plot):
+    drawings = [path for path in (options.plot, options.curves) if path is not None]
+    for path in (options.json, *drawings):
         if path is not None and not path.absolute().parent.is_dir():
             command.error(f"{path}: its folder does not exist")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        command.error("--plot needs matplotlib (pip install --no-build-isolation '.[bench]')")
+    if drawings and importlib.util.find_spec("matplotlib") is None:
+        command.error("--plot and --curves need matplotlib (pip install --no-build-isolation '.[bench]')")
     peers.prepare(options.threads)
     if cases is None:
         # Only now: what a library reads from the environment has been set.
-        from bench.cases import CASES
+        from bench.cases import CASES, MEANS
 
-        cases = CASES
+        cases, means = CASES, MEANS
     if not options.patterns:
-        print(listing(cases))
+        print(listing(cases, means))
         return 0
     try:
         selected = chosen(cases, options.patterns)
     except ValueError as error:
         command.error(str(error))
+    if options.curves is not None and not any(case.group == plot.CURVES for case in selected):
+        command.error(f"--curves draws cases of the group {plot.CURVES}; none is chosen")
 
     settings = contest.Settings(
         threads=options.threads,
@@ -116,7 +130,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         seconds=options.seconds,
         rounds=options.rounds,
         libraries=libraries,
-        absent=peers.absent(),
+        absent=[*peers.absent(), *([] if limits.absent() is None else [contest.LIMIT])],
     )
     run = report.start(vars(settings) | {"dtype": options.dtype})
     print(report.header(run))
@@ -131,11 +145,15 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     except KeyboardInterrupt:
         print("\nInterrupted: what follows holds the cases that were finished.", file=sys.stderr)
         code = 130
-    print(f"\n{report.summary(run['cases'])}")
+    names = [case.name for case in cases]
+    run["means"] = [contest.mean(mean, names, run["cases"], settings) for mean in means]
+    print(f"\n{report.summary(run['cases'], run['means'])}")
     if options.json is not None:
         report.write_json(run, options.json)
     if options.plot is not None:
-        report.write_plot(run, options.plot)
+        plot.ratios(run, options.plot)
+    if options.curves is not None:
+        plot.growth(run, options.curves)
     return code
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import llm_ext
-from bench import peers, plain
-from bench.contest import Case, Contest, Contestant, tensors
+from bench import limits, peers, plain
+from bench.cells import CELLS, RNN, Cell
+from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, tensors
 from bench.timing import Call
 from llm_ext import reference
 
@@ -40,64 +42,126 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
 
-def _layers(I: int, H: int, layers: int, dtype: torch.dtype) -> tuple[llm_ext.RNN, torch.nn.RNN]:  # noqa: E741
+def _layers(cell: Cell, I: int, H: int, layers: int, dtype: torch.dtype) -> tuple[Any, Any]:  # noqa: E741
     """Our layer and torch's, with the same weights."""
-    ours = llm_ext.RNN(I, H, layers, dtype=dtype)
-    other = torch.nn.RNN(I, H, layers, dtype=dtype)
+    ours = cell.ours(I, H, layers, dtype=dtype)
+    other = cell.theirs(I, H, layers, dtype=dtype)
     other.load_state_dict(ours.state_dict())
     return ours, other
 
 
-def _rnn_truth(
-    layer: torch.nn.RNN,
+def _recurrent_truth(
+    cell: Cell,
+    layer: Any,
     x: Tensor,
     g: Tensor | None,
-    h0: Tensor | None = None,
+    state: list[Tensor] | None = None,
     batch_sizes: Tensor | None = None,
 ) -> list[Tensor]:
     """The result of `_call` for a layer, by the reference in float64."""
     x, weights = _double(x), [_double(parameter) for parameter in layer.parameters()]
-    h0 = None if h0 is None else h0.double()
+    hx = cell.hx(None if state is None else [part.double() for part in state])
 
     def forward() -> tuple[Tensor, ...]:
         y, last = x, []
         for i in range(0, len(weights), 4):
-            y, h = reference.rnn(y, h0, *weights[i : i + 4], batch_sizes=batch_sizes)
-            last.append(h)
-        return y, torch.stack(last)
+            y, after = cell.truth(y, hx, *weights[i : i + 4], batch_sizes=batch_sizes)
+            last.append(after if isinstance(after, tuple) else (after,))
+        return y, *(torch.stack(layers) for layers in zip(*last, strict=True))
 
     with torch.set_grad_enabled(g is not None):
         return tensors(_call(forward, [x, *weights], None if g is None else g.double())())
 
 
-def _flops(rows: int, I: int, H: int, layers: int, mode: str) -> float:  # noqa: E741
-    """Floating-point operations of the matrix products; the backward pass has twice those of the forward."""
-    forward = 2 * rows * H * sum(size + H for size in [I, *[H] * (layers - 1)])
-    return forward * (3 if mode == "training" else 1)
+def _zeros(cell: Cell, like: Tensor, B: int, H: int) -> list[Tensor]:
+    return [like.new_zeros(1, B, H) for _ in cell.state]
 
 
-def recurrence(mode: str, B: int, T: int, I: int, H: int, layers: int = 1, bar: float | None = None) -> Case:  # noqa: E741
-    """A whole sequence through the layer; training returns the gradients of input and weights as well."""
+def _kind(cell: Cell, *words: str) -> str:
+    # The names without a cell are those of Elman, which came first.
+    return "-".join(words if cell is RNN else (cell.name.lower(), *words))
+
+
+def _gflop(cell: Cell, rows: int, I: int, H: int, layers: int, mode: str) -> float:  # noqa: E741
+    """The matrix products, in GFLOP; the backward pass has twice those of the forward."""
+    forward = 2 * rows * cell.gates * H * sum(size + H for size in [I, *[H] * (layers - 1)])
+    return forward * (3 if mode == "training" else 1) / 1e9
+
+
+RIVALS = ("torch", "onnxruntime", "openvino", "jax")
+
+
+def recurrence(
+    cell: Cell,
+    mode: str,
+    B: int,
+    T: int,
+    I: int,  # noqa: E741
+    H: int,
+    layers: int = 1,
+    bars: Mapping[str, float | None] | None = None,
+    *,
+    group: str = "recurrence",
+    kind: str | None = None,
+    against: Sequence[str] = RIVALS,
+) -> Case:
+    """A whole sequence through the layer; training returns the gradients of input and weights as well.
+
+    `against` are the libraries of those who take part, among them the limit of the machine.
+    """
+    work = _gflop(cell, T * B, I, H, layers, mode)
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
         training = mode == "training"
-        ours, other = _layers(I, H, layers, dtype)
+        ours, other = _layers(cell, I, H, layers, dtype)
         x = torch.randn(T, B, I, dtype=dtype, requires_grad=training)
         g = torch.randn(T, B, H, dtype=dtype) if training else None
 
-        def on_torch(layer: torch.nn.Module) -> Callable[[], Call]:
+        def on_torch(layer: Any) -> Callable[[], Call]:
             return lambda: _call(lambda: layer(x), [x, *layer.parameters()], g)
 
-        others = [Contestant("torch.nn.RNN", "torch", on_torch(other))]
+        others = [Contestant(f"torch.nn.{cell.name}", "torch", on_torch(other))]
         if not training:
-            others += _onnx(lambda: peers.rnn_onnx(other, T, B), [x, x.new_zeros(1, B, H)], threads)
-        others.append(Contestant("JAX lax.scan", "jax", lambda: peers.jax_rnn(other, x, g)))
-        return Contest(_rnn_truth(other, x, g), Contestant("llm_ext.RNN", "llm_ext", on_torch(ours)), others)
+            others += _onnx(lambda: peers.onnx_model(cell, other, T, B), [x, *_zeros(cell, x, B, H)], threads)
+        others.append(Contestant("JAX lax.scan", "jax", lambda: peers.jax_scan(cell, other, x, g)))
+        if B > 1:
+            others.append(_limit(FMA_PEAK, lambda: limits.multiply_add(work, threads)))
+        else:
+            # A step does two operations with each number of U: what takes the time is to fetch them.
+            others.append(_limit(READ_U, lambda: limits.read(cell.gates * H * H, T, threads)))
+        own = Contestant(f"llm_ext.{cell.name}", OURS, on_torch(ours))
+        return Contest(
+            _recurrent_truth(cell, other, x, g), own, [entry for entry in others if entry.library in against]
+        )
 
     sizes = _sizes(B=B, T=T, I=I, H=H) + (f"-L{layers}" if layers > 1 else "")
-    work = _flops(T * B, I, H, layers, mode) / 1e9
-    bars = _bars({"torch.nn.RNN": bar})
-    return Case(f"recurrence/{mode}/{sizes}", build, mode == "training", work, "GFLOP", bars)
+    name = f"{group}/{kind or _kind(cell, mode)}/{sizes}"
+    return Case(name, build, mode == "training", work, "GFLOP", _bars(bars or {}))
+
+
+def odd(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
+    """Sizes that fill neither vectors nor tiles."""
+    return recurrence(cell, mode, B, T, I, H, kind=_kind(cell, "odd", mode))
+
+
+FMA_PEAK, READ_U = "FMA peak", "U read"
+
+
+def alone(cell: Cell, B: int, T: int, H: int, bar: float | None) -> Case:
+    """Next to nothing but the recurrence, as I is 1; `bar` on the fraction of the limit of the machine."""
+    bars = {FMA_PEAK if B > 1 else READ_U: bar}
+    kind = _kind(cell, "alone", "inference")
+    return recurrence(cell, "inference", B, T, 1, H, bars=bars, kind=kind, against=(LIMIT,))
+
+
+def scaling(cell: Cell, B: int, T: int, H: int) -> Case:
+    """A point of the curves of time against B, H and T."""
+    kind = f"{cell.name.lower()}-inference"
+    return recurrence(cell, "inference", B, T, H, H, group="scaling", kind=kind, against=("torch",))
+
+
+def _limit(name: str, build: Callable[[], Call]) -> Contestant:
+    return Contestant(name, LIMIT, build, truth=[torch.ones(())])
 
 
 def _bars(bars: Mapping[str, float | None]) -> dict[str, float]:
@@ -121,65 +185,97 @@ def _onnx(
     ]
 
 
-def packed(mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
-    """Lengths T/4 to T as a PackedSequence; the ONNX libraries get them padded, with their lengths."""
+def packed(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
+    """Lengths T/4 to T as a PackedSequence; the ONNX libraries get them padded, with their lengths.
+
+    Our own layer takes part without packing, too: given the same tokens, padded to T, and given as many tokens in
+    sequences of one length. The latter must not be quicker.
+    """
     lengths = torch.linspace(T, T // 4, B).round().long()
+    tokens = int(lengths.sum())
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
         training = mode == "training"
-        ours, other = _layers(I, H, 1, dtype)
+        ours, other = _layers(cell, I, H, 1, dtype)
         padded = torch.randn(T, B, I, dtype=dtype)
         packing = pack_padded_sequence(padded, lengths)
         x = packing.data.requires_grad_(training)
         packing = PackedSequence(x, packing.batch_sizes)
         g = torch.randn(len(x), H, dtype=dtype) if training else None
+        zeros = _zeros(cell, padded, B, H)
 
-        def on_torch(layer: torch.nn.Module) -> Callable[[], Call]:
-            def forward() -> tuple[Tensor, Tensor]:
-                y, h_n = layer(packing)
-                return y.data, h_n
+        def on_torch(layer: Any) -> Callable[[], Call]:
+            def forward() -> tuple[Tensor, Any]:
+                y, after = layer(packing)
+                return y.data, after
 
             return lambda: _call(forward, [x, *layer.parameters()], g)
 
         def unpadded(result: Any) -> list[Tensor]:
-            y, h_n = tensors(result)
-            return [pack_padded_sequence(y, lengths).data, h_n]
+            y, *after = tensors(result)
+            return [pack_padded_sequence(y, lengths).data, *after]
 
-        others = [Contestant("torch.nn.RNN", "torch", on_torch(other))]
+        def unpacked(what: str, x: Tensor) -> Contestant:
+            x.requires_grad_(training)
+            g = torch.randn(*x.shape[:2], H, dtype=dtype) if training else None
+            call = _call(lambda: ours(x), [x, *ours.parameters()], g)
+            truth = _recurrent_truth(cell, other, x, g)
+            return Contestant(f"llm_ext.{cell.name}, {what}", OURS, lambda: call, truth=truth)
+
+        others = [Contestant(f"torch.nn.{cell.name}", "torch", on_torch(other))]
         if not training:
-            feed = [padded, padded.new_zeros(1, B, H)]
-            others += _onnx(lambda: peers.rnn_onnx(other, T, B, lengths.tolist()), feed, threads, unpadded)
-        truth = _rnn_truth(other, x, g, padded.new_zeros(B, H), packing.batch_sizes)
-        return Contest(truth, Contestant("llm_ext.RNN", "llm_ext", on_torch(ours)), others)
+            model = functools.partial(peers.onnx_model, cell, other, T, B, lengths.tolist())
+            others += _onnx(model, [padded, *zeros], threads, unpadded)
+        others.append(unpacked("padded", padded))
+        others.append(unpacked(AS_MANY, torch.randn(round(tokens / B), B, I, dtype=dtype)))
+        truth = _recurrent_truth(cell, other, x, g, zeros, packing.batch_sizes)
+        return Contest(truth, Contestant(f"llm_ext.{cell.name}", OURS, on_torch(ours)), others)
 
-    sizes = _sizes(B=B, T=T, I=I, H=H)
-    work = _flops(int(lengths.sum()), I, H, 1, mode) / 1e9
-    return Case(f"recurrence/packed-{mode}/{sizes}", build, mode == "training", work, "GFLOP")
+    work = _gflop(cell, tokens, I, H, 1, mode)
+    bars = {f"llm_ext.{cell.name}, {AS_MANY}": 1.0}
+    name = f"recurrence/{_kind(cell, 'packed', mode)}/{_sizes(B=B, T=T, I=I, H=H)}"
+    return Case(name, build, mode == "training", work, "GFLOP", bars)
 
 
-def step(H: int, bar: float | None = None) -> Case:
-    """One time step from Python, as in generation, on one thread; without JAX, whose pool keeps its size."""
+AS_MANY = "as many tokens"
+
+
+def step(cell: Cell, H: int, bars: Bars = (None, None)) -> Case:
+    """One time step from Python, as in generation, on one thread; without JAX, whose pool keeps its size.
+
+    `bars` against the layer of torch and its cell.
+    """
+    names = f"torch.nn.{cell.name}", f"torch.nn.{cell.name}Cell"
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
-        ours, other = _layers(H, H, 1, dtype)
-        cell = torch.nn.RNNCell(H, H, dtype=dtype)
-        cell.load_state_dict({name.removesuffix("_l0"): value for name, value in other.state_dict().items()})
-        x, h0 = torch.randn(1, 1, H, dtype=dtype), torch.randn(1, 1, H, dtype=dtype)
-        row, state = x[0], h0[0]
+        ours, other = _layers(cell, H, H, 1, dtype)
+        x, state = torch.randn(1, 1, H, dtype=dtype), [torch.randn(1, 1, H, dtype=dtype) for _ in cell.state]
+        hx = cell.hx(state)
+        row, row_hx = x[0], cell.hx([part[0] for part in state])
 
-        def cell_outputs(h: Tensor) -> list[Tensor]:
-            return [h, h]
+        def single(module: Any) -> Callable[[], Call]:
+            def prepare() -> Call:
+                one = getattr(module, f"{cell.name}Cell")(H, H, dtype=dtype)
+                one.load_state_dict({key.removesuffix("_l0"): value for key, value in other.state_dict().items()})
+                return lambda: one(row, row_hx)
+
+            return prepare
+
+        def single_outputs(result: Any) -> list[Tensor]:
+            h, *rest = tensors(result)
+            return [h, h, *rest]
 
         others = [
-            Contestant("torch.nn.RNN", "torch", lambda: lambda: other(x, h0)),
-            Contestant("torch.nn.RNNCell", "torch", lambda: lambda: cell(row, state), cell_outputs),
-            *_onnx(lambda: peers.rnn_onnx(other, 1, 1), [x, h0], threads),
+            Contestant(names[0], "torch", lambda: lambda: other(x, hx)),
+            Contestant(names[1], "torch", single(torch.nn), single_outputs),
+            *_onnx(lambda: peers.onnx_model(cell, other, 1, 1), [x, *state], threads),
+            Contestant(f"llm_ext.{cell.name}Cell", OURS, single(llm_ext), single_outputs),
         ]
-        own = Contestant("llm_ext.RNN", "llm_ext", lambda: lambda: ours(x, h0))
-        return Contest(_rnn_truth(other, x, None, h0=h0[0]), own, others)
+        own = Contestant(f"llm_ext.{cell.name}", OURS, lambda: lambda: ours(x, hx))
+        return Contest(_recurrent_truth(cell, other, x, None, state), own, others)
 
-    bars = _bars({"torch.nn.RNN": bar})
-    return Case(f"step/inference/{_sizes(B=1, T=1, I=H, H=H)}", build, False, 1e-3, "k step", bars, threads=1)
+    name = f"step/{_kind(cell, 'inference')}/{_sizes(B=1, T=1, I=H, H=H)}"
+    return Case(name, build, False, 1e-3, "k step", _bars(dict(zip(names, bars, strict=True))), threads=1)
 
 
 def _prefix_by_pieces(e: Tensor, u: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -310,26 +406,69 @@ def model_generation(B: int, tokens: int, V: int, E: int, H: int) -> Case:
     return Case(name, build, False, B * tokens / 1e3, "k token")
 
 
+# Of a recurrent layer: B, T, I, H.
+SHAPES = (
+    (1, 128, 256, 512),
+    (8, 128, 256, 512),
+    (32, 128, 256, 512),
+    (64, 128, 512, 512),
+    (32, 128, 1024, 1024),
+    (1, 512, 64, 64),
+    (32, 512, 64, 64),
+)
+# What the project has set itself against torch.nn: inference in the mean, training in each case and in the mean.
+GOALS = {"RNN": (4.0, 1.6, 3.5), "GRU": (4.0, 1.6, 3.5), "LSTM": (1.6, 1.05, 1.5)}
+# And where it has set itself more.
+MORE: Mapping[tuple[Any, ...], float] = {
+    ("RNN", "inference", 1, 128, 256, 512): 3,
+    ("RNN", "inference", 32, 128, 256, 512): 1.7,
+    ("RNN", "inference", 1, 512, 64, 64): 10,
+    ("RNN", "training", 1, 512, 64, 64): 8,
+    ("RNN", "step", 64): 3,
+}
+# Whoever comes closest among these, in inference.
+EVERYBODY = ("torch.nn.*", "ONNX Runtime", "OpenVINO", "JAX lax.scan")
+
+
+def _recurrent_cases(cell: Cell) -> Iterator[Case]:
+    name = f"torch.nn.{cell.name}"
+    _, each, _ = GOALS[cell.name]
+    for shape in SHAPES:
+        others = dict.fromkeys(EVERYBODY[1:], 1.0)
+        bars = {name: MORE.get((cell.name, "inference", *shape), 1.0), **others}
+        yield recurrence(cell, "inference", *shape, bars=bars)
+    for shape in SHAPES:
+        yield recurrence(cell, "training", *shape, bars={name: MORE.get((cell.name, "training", *shape), each)})
+    yield recurrence(cell, "training", 32, 128, 256, 512, layers=2, bars={name: each})
+    for mode in ("inference", "training"):
+        yield packed(cell, mode, 32, 128, 256, 512)
+    for B, H in ((8, 512), (32, 512), (64, 512), (32, 1024)):
+        yield alone(cell, B, 128, H, bar=0.85)
+    if cell is RNN:
+        yield alone(cell, 1, 128, 512, bar=0.8)
+    yield odd(cell, "inference", 3, 128, 17, 17)
+    yield odd(cell, "inference", 7, 128, 1, 34)
+    yield odd(cell, "inference", 33, 128, 65, 65)
+    yield odd(cell, "inference", 3, 128, 1, 130)
+    yield odd(cell, "inference", 7, 128, 130, 1000)
+    yield odd(cell, "training", 33, 128, 1, 65)
+    yield odd(cell, "training", 7, 128, 34, 130)
+    for H in (64, 256):
+        yield step(cell, H, bars=(MORE.get((cell.name, "step", H), 2), 2))
+
+
+def _scaling_cases(cell: Cell) -> Iterator[Case]:
+    """Three curves through one point; on that of H, sizes beside the powers of two."""
+    points = [(B, 128, 256) for B in (1, 2, 4, 8, 16, 32, 64, 128)]
+    points += [(8, T, 256) for T in (1, 8, 32, 128, 512, 2048)]
+    points += [(8, 128, H) for H in (17, 34, 64, 65, 128, 130, 256, 512, 1000, 1024)]
+    for point in dict.fromkeys(points):
+        yield scaling(cell, *point)
+
+
 CASES: tuple[Case, ...] = (
-    recurrence("inference", 1, 128, 256, 512, bar=3),
-    recurrence("inference", 8, 128, 256, 512),
-    recurrence("inference", 32, 128, 256, 512, bar=1.7),
-    recurrence("inference", 64, 128, 512, 512),
-    recurrence("inference", 32, 128, 1024, 1024),
-    recurrence("inference", 1, 512, 64, 64, bar=10),
-    recurrence("inference", 32, 512, 64, 64),
-    packed("inference", 32, 128, 256, 512),
-    recurrence("training", 1, 128, 256, 512),
-    recurrence("training", 8, 128, 256, 512),
-    recurrence("training", 32, 128, 256, 512),
-    recurrence("training", 32, 128, 256, 512, layers=2, bar=1.5),
-    recurrence("training", 64, 128, 512, 512),
-    recurrence("training", 32, 128, 1024, 1024),
-    recurrence("training", 1, 512, 64, 64, bar=8),
-    recurrence("training", 32, 512, 64, 64),
-    packed("training", 32, 128, 256, 512),
-    step(64, bar=3),
-    step(512),
+    *(case for cell in CELLS for case in _recurrent_cases(cell)),
+    step(RNN, 512),
     pooling("inference", 32, 128, 512),
     pooling("inference", 8, 1024, 512),
     pooling("inference", 1, 8192, 512),
@@ -342,4 +481,20 @@ CASES: tuple[Case, ...] = (
     prefix("training", 1, 8192, 512, bars=(10, 400)),
     model_training(32, 64, 65, 128, 512),
     model_generation(1, 128, 65, 128, 512),
+    *(case for cell in CELLS for case in _scaling_cases(cell)),
 )
+
+
+def _means() -> Iterator[Mean]:
+    def of(mode: str, *cells: Cell) -> tuple[str, ...]:
+        return tuple(f"recurrence/{_kind(cell, mode)}/*" for cell in cells)
+
+    yield Mean(of("inference", *CELLS), EVERYBODY, bar=1.3)
+    for cell in CELLS:
+        yield Mean(of("inference", cell), EVERYBODY)
+    for i, mode in ((0, "inference"), (2, "training")):
+        for cell in CELLS:
+            yield Mean(of(mode, cell), (f"torch.nn.{cell.name}",), bar=GOALS[cell.name][i])
+
+
+MEANS: tuple[Mean, ...] = tuple(_means())

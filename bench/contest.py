@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from bench import timing
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
 # The bars of the project are stated for this setting.
 BAR_THREADS, BAR_DTYPE = 2, torch.float32
+# Who takes part whatever `--peers` says, and is no rival: llm_ext put to use in another way, limits of the machine.
+OURS, LIMIT = "llm_ext", "limit"
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -36,15 +40,17 @@ class Contestant:
     """Somebody who can do a case.
 
     name: as printed.
-    library: the word of `--peers` that selects it.
+    library: the word of `--peers` that selects it, or `OURS` or `LIMIT`.
     build: prepares everything and returns the call to be timed.
     outputs: what a call returned, as tensors in the order of the truth.
+    truth: the right result, if it is not that of the others.
     """
 
     name: str
     library: str
     build: Callable[[], timing.Call]
     outputs: Callable[[Any], list[Tensor]] = tensors
+    truth: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Case:
     work: how much one call does, in `unit`; memory (GB) for float32.
     bars: by name of a peer, the ratio that the project has set itself.
     threads: if not those of the settings.
+    dtype: if not that of the settings.
     """
 
     name: str
@@ -75,11 +82,26 @@ class Case:
     unit: str
     bars: Mapping[str, float] = field(default_factory=dict)
     threads: int | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def group(self) -> str:
         """The part of the name before the first slash."""
         return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A geometric mean over the ratios of several cases.
+
+    of: patterns of the names of the cases.
+    against: patterns of the names of peers; in each case the one that came closest to llm_ext counts.
+    bar: the mean that the project has set itself, or None.
+    """
+
+    of: Sequence[str]
+    against: Sequence[str]
+    bar: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +114,11 @@ class Settings:
     rounds: int
     libraries: Sequence[str]
     absent: Sequence[str] = ()
+
+
+def barred(settings: Settings) -> bool:
+    """Return whether these are the settings that the bars of the project are stated for."""
+    return settings.dtype == BAR_DTYPE and settings.threads == BAR_THREADS
 
 
 def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -117,7 +144,7 @@ def _enter(contestant: Contestant, truth: Sequence[Tensor], tolerance: float) ->
     entry: Entry = {"name": contestant.name, "library": contestant.library}
     try:
         call = contestant.build()
-        wrong_by = error(contestant.outputs(call()), truth)
+        wrong_by = error(contestant.outputs(call()), truth if contestant.truth is None else contestant.truth)
     except Exception as failure:  # whatever a foreign library raises, the others still want their turn
         lines = str(failure).strip().splitlines() or [""]
         return None, entry | {"status": "failed", "reason": f"{type(failure).__name__}: {lines[0][:200]}"}
@@ -143,21 +170,21 @@ def _times(seconds: timing.Seconds, calls: int, work: float) -> Entry:
 def run(case: Case, settings: Settings) -> Entry:
     """Hold a contest and return its entry of the report (see bench/results/README.md)."""
     threads = case.threads or settings.threads
-    tolerance = TOLERANCE[settings.dtype]
-    work = case.work * settings.dtype.itemsize / 4 if case.unit == "GB" else case.work
-    barred = settings.dtype == BAR_DTYPE and settings.threads == BAR_THREADS
+    dtype = case.dtype or settings.dtype
+    tolerance = TOLERANCE[dtype]
+    work = case.work * dtype.itemsize / 4 if case.unit == "GB" else case.work
     torch.compiler.reset()
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        contest = case.build(settings.dtype, threads)
+        contest = case.build(dtype, threads)
         calls: dict[str, timing.Call] = {}
         with nullcontext() if case.training else torch.inference_mode():
             call, ours = _enter(contest.ours, contest.truth, tolerance)
             peers = []
             for contestant in contest.peers:
-                if contestant.library not in settings.libraries:
+                if contestant.library not in (OURS, LIMIT, *settings.libraries):
                     continue
                 peer = None
                 entry: Entry = {"name": contestant.name, "library": contestant.library}
@@ -169,7 +196,7 @@ def run(case: Case, settings: Settings) -> Entry:
                     peer, entry = _enter(contestant, contest.truth, tolerance)
                 if peer is not None:
                     calls[contestant.name] = peer
-                peers.append(entry | {"bar": case.bars.get(contestant.name) if barred else None})
+                peers.append(entry | {"bar": case.bars.get(contestant.name) if barred(settings) else None})
             if call is not None:
                 turns = timing.take_turns({contest.ours.name: call, **calls}, settings.seconds, settings.rounds)
     finally:
@@ -189,9 +216,48 @@ def run(case: Case, settings: Settings) -> Entry:
         "case": case.name,
         "group": case.group,
         "threads": threads,
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "unit": case.unit,
         "work": work,
         "ours": ours,
         "peers": peers,
+    }
+
+
+def _closest(case: Entry, against: Sequence[str]) -> float | None:
+    """The lowest ratio to any of those peers; None if some of them took no part in the case."""
+    found: list[float] = []
+    for pattern in against:
+        entries = [peer for peer in case["peers"] if fnmatch.fnmatchcase(peer["name"], pattern)]
+        if all(peer["status"] in ("absent", "skipped") for peer in entries):
+            return None
+        found += [peer["ratio"] for peer in entries if "ratio" in peer]
+    return min(found, default=None)
+
+
+def mean(wanted: Mean, names: Sequence[str], cases: Sequence[Entry], settings: Settings) -> Entry:
+    """Take a mean over the cases of a run.
+
+    Args:
+        wanted: which mean.
+        names: of all cases there are; over less than those it means, a mean is shown and its bar is not judged.
+        cases: entries of the report.
+        settings: of the run.
+    """
+    expected = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted.of)]
+    ratios = [_closest(case, wanted.against) for case in cases if case["case"] in expected]
+    known = [ratio for ratio in ratios if ratio is not None]
+    ratio = statistics.geometric_mean(known) if known else None
+    bar = wanted.bar if barred(settings) else None
+    met = None
+    if ratio is not None and bar is not None and len(known) == len(expected):
+        met = ratio >= bar
+    return {
+        "of": list(wanted.of),
+        "against": list(wanted.against),
+        "cases": len(known),
+        "cases_expected": len(expected),
+        "ratio": ratio,
+        "bar": bar,
+        "met": met,
     }

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.cells import Cell
 from bench.timing import Call
 
 # Word of --peers: the modules it needs.
@@ -45,15 +46,19 @@ def prepare(threads: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def rnn_onnx(layer: torch.nn.RNN, T: int, B: int, lengths: Sequence[int] | None = None) -> bytes:
-    """Return an ONNX model of a torch.nn.RNN of one layer with bias.
+def onnx_model(cell: Cell, layer: Any, T: int, B: int, lengths: Sequence[int] | None = None) -> bytes:
+    """Return an ONNX model of a torch layer of one layer with bias.
 
-    It takes x [T, B, I] and h0 [1, B, H], and returns y [T, B, H] and h_n [1, B, H].
+    It takes x [T, B, I] and the first state, [1, B, H] each, and returns y [T, B, H] and the last state.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    w_ih, w_hh, b_ih, b_hh = (parameter.detach() for parameter in layer.parameters())
+    def gates(parameter: Tensor) -> Tensor:
+        blocks = parameter.detach().chunk(cell.gates)
+        return torch.cat([blocks[place] for place in cell.onnx_gates])
+
+    w_ih, w_hh, b_ih, b_hh = map(gates, layer.parameters())
     weights = {"W": w_ih, "R": w_hh, "B": torch.cat((b_ih, b_hh))}
     constants = [numpy_helper.from_array(value[None].numpy(), name) for name, value in weights.items()]
     constants.append(numpy_helper.from_array(np.array([1]), "direction"))
@@ -61,25 +66,26 @@ def rnn_onnx(layer: torch.nn.RNN, T: int, B: int, lengths: Sequence[int] | None 
         constants.append(numpy_helper.from_array(np.array(lengths, dtype=np.int32), "lengths"))
     kind = TensorProto.DOUBLE if w_ih.dtype == torch.float64 else TensorProto.FLOAT
     I, H = layer.input_size, layer.hidden_size  # noqa: E741
+    first, last = [f"{letter}0" for letter in cell.state], [f"{letter}_n" for letter in cell.state]
     graph = helper.make_graph(
         [
             helper.make_node(
-                "RNN",
-                ["x", "W", "R", "B", "" if lengths is None else "lengths", "h0"],
-                ["directed", "h_n"],
+                cell.name,
+                ["x", "W", "R", "B", "" if lengths is None else "lengths", *first],
+                ["directed", *last],
                 hidden_size=H,
-                activations=["Tanh"],
+                **cell.onnx_options,
             ),
             helper.make_node("Squeeze", ["directed", "direction"], ["y"]),
         ],
-        "rnn",
+        cell.name,
         [
             helper.make_tensor_value_info("x", kind, [T, B, I]),
-            helper.make_tensor_value_info("h0", kind, [1, B, H]),
+            *(helper.make_tensor_value_info(name, kind, [1, B, H]) for name in first),
         ],
         [
             helper.make_tensor_value_info("y", kind, [T, B, H]),
-            helper.make_tensor_value_info("h_n", kind, [1, B, H]),
+            *(helper.make_tensor_value_info(name, kind, [1, B, H]) for name in last),
         ],
         constants,
     )
@@ -132,24 +138,25 @@ def _jax(dtype: torch.dtype) -> Any:
     return jax
 
 
-def jax_rnn(layer: torch.nn.RNN, x: Tensor, g: Tensor | None) -> Call:
-    """Return `lax.scan` over a torch layer (tanh, with bias), jitted; with g, the gradient of y, training."""
+def jax_scan(cell: Cell, layer: Any, x: Tensor, g: Tensor | None) -> Call:
+    """Return `lax.scan` over a torch layer (with bias), jitted; with g, the gradient of y, training."""
     jax = _jax(x.dtype)
     weights = [jax.numpy.asarray(parameter.detach().numpy()) for parameter in layer.parameters()]
-    start = jax.numpy.zeros((x.shape[1], layer.hidden_size), weights[0].dtype)
+    start = tuple(jax.numpy.zeros((x.shape[1], layer.hidden_size), weights[0].dtype) for _ in cell.state)
 
-    def forward(x: Any, *weights: Any) -> tuple[Any, Any]:
+    def forward(x: Any, *weights: Any) -> tuple[Any, ...]:
         last = []
         for i in range(0, len(weights), 4):
             w_ih, w_hh, b_ih, b_hh = weights[i : i + 4]
+            bias, gates = cell.jax(jax, b_ih, b_hh)
 
-            def step(h: Any, z: Any, w_hh: Any = w_hh) -> tuple[Any, Any]:
-                h = jax.numpy.tanh(z + h @ w_hh.T)
-                return h, h
+            def step(state: Any, wx: Any, w_hh: Any = w_hh, gates: Any = gates) -> tuple[Any, Any]:
+                state = gates(wx, state[0] @ w_hh.T, *state)
+                return state, state[0]
 
-            h, x = jax.lax.scan(step, start, x @ w_ih.T + (b_ih + b_hh))
-            last.append(h)
-        return x, jax.numpy.stack(last)
+            state, x = jax.lax.scan(step, start, x @ w_ih.T + bias)
+            last.append(state)
+        return x, *(jax.numpy.stack(layers) for layers in zip(*last, strict=True))
 
     return _jax_call(jax, forward, x, weights, g)
 

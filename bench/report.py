@@ -1,4 +1,4 @@
-"""What a run says: lines for people, JSON for machines, a plot."""
+"""What a run says: lines for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import llm_ext
-from bench import peers, timing
+from bench import limits, peers
+from bench.contest import LIMIT, OURS
 
 
 def machine() -> dict[str, Any]:
@@ -42,31 +41,19 @@ def versions() -> dict[str, Any]:
     }
 
 
-def limits(threads: int) -> dict[str, float]:
-    """Measure what the machine can do at best now: copying memory, and torch's float32 matrix product."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    source = torch.ones(64 * 2**20)
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, 2048, 2048)
-    turns = timing.take_turns({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 1.0, 7)
-    torch.set_num_threads(before)
-    best = {name: min(filter(None, seconds)) for name, seconds in turns.seconds.items()}
-    return {
-        "copy_gb_per_s": 2 * source.nbytes / best["copy"] / 1e9,
-        "product_gflop_per_s": 2 * 2048**3 / best["product"] / 1e9,
-    }
-
-
 def header(run: dict[str, Any]) -> str:
     """Return the lines above the cases."""
     here, settings, found = run["machine"], run["settings"], run["versions"]
     build = ", ".join(f"{key} {value}" for key, value in found["build_info"].items())
     others = [f"{name} {version or '(not installed)'}" for name, version in found["peers"].items()]
-    copy, product = run["limits"]["copy_gb_per_s"], run["limits"]["product_gflop_per_s"]
+    at_best = run["limits"]
     lines = [
         f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']}, load {here['load']:.1f}",
-        f"Copy {copy:.0f} GB/s (read and write), matrix product {product:.0f} GFLOP/s, at best",
+        f"Copy {at_best['copy_gb_per_s']:.0f} GB/s (read and write), "
+        f"matrix product {at_best['product_gflop_per_s']:.0f} GFLOP/s, at best",
+        f"Read {at_best['read_gb_per_s']:.0f} GB/s, FMA peak {at_best['fma_gflop_per_s']:.0f} GFLOP/s, at best"
+        if at_best["absent"] is None
+        else f"No FMA peak and no reads: {at_best['absent']}",
         f"llm_ext {found['llm_ext']} ({build}), Python {found['python']}",
         f"Peers: {', '.join(others)}",
     ]
@@ -87,10 +74,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
+def loses(peer: dict[str, Any]) -> bool:
+    """Return whether a rival was quicker."""
+    return peer.get("ratio", 1) < 1 and peer["library"] not in (OURS, LIMIT)
+
+
 def verdict(peer: dict[str, Any]) -> str:
-    """Return what there is to say about a ratio: the bar, and whether we lose."""
+    """Return what there is to say about a ratio: how near a limit it is, whether we lose, the bar."""
     words = []
-    if peer["ratio"] < 1:
+    if peer["library"] == LIMIT:
+        words.append(f"{peer['ratio']:.0%} of the limit")
+    if loses(peer):
         words.append("LOSES")
     if peer["bar"] is not None:
         words.append(f"bar {peer['bar']:g} {'met' if peer['met'] else 'MISSED'}")
@@ -118,19 +112,35 @@ def table(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary(cases: Sequence[dict[str, Any]]) -> str:
-    """Return the last lines: bars met and missed, cases lost, results that were wrong."""
+def mean_line(mean: dict[str, Any]) -> str:
+    """Return the line of a geometric mean."""
+    against = f"{'the closest of ' if len(mean['against']) > 1 else ''}{', '.join(mean['against'])}"
+    number = f"{mean['cases']} of {mean['cases_expected']} cases"
+    line = f"{mean['ratio']:.3g} × against {against} over {', '.join(mean['of'])} ({number})"
+    if mean["bar"] is None:
+        return line
+    judgement = "not judged on a part" if mean["met"] is None else "met" if mean["met"] else "MISSED"
+    return f"{line}: bar {mean['bar']:g} {judgement}"
+
+
+def summary(cases: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]] = ()) -> str:
+    """Return the last lines: means, bars met and missed, cases lost, results that were wrong."""
+    lines = []
+    if known := [mean for mean in means if mean["ratio"] is not None]:
+        lines += ["Geometric means:", *(f"  {mean_line(mean)}" for mean in known)]
     every = [(case, peer) for case in cases for peer in case["peers"]]
-    timed = [(case, peer) for case, peer in every if "ratio" in peer]
     barred = [(case, peer) for case, peer in every if peer["bar"] is not None]
-    met = [pair for pair in barred if pair[1].get("met")]
-    lines = [f"Bars met: {len(met)} of {len(barred)}."]
+    judged = [mean for mean in means if mean["met"] is not None]
+    met = [entry for entry in (*judged, *(peer for _, peer in barred)) if entry.get("met")]
+    lines.append(f"Bars met: {len(met)} of {len(barred) + len(judged)}.")
     for case, peer in barred:
         if not peer.get("met"):
             got = f"{peer['ratio']:.3g}" if "ratio" in peer else peer["status"]
             lines.append(f"  missed: {case['case']} against {peer['name']}: {got}, bar {peer['bar']:g}")
-    lost = [(case, peer) for case, peer in timed if peer["ratio"] < 1]
-    lines.append(f"Lost: {len(lost)} of {len(timed)} comparisons.")
+    lines += [f"  missed: the mean {mean_line(mean)}" for mean in judged if not mean["met"]]
+    rivals = [peer for _, peer in every if "ratio" in peer and peer["library"] not in (OURS, LIMIT)]
+    lost = [(case, peer) for case, peer in every if loses(peer)]
+    lines.append(f"Lost: {len(lost)} of {len(rivals)} comparisons.")
     lines += [f"  {case['case']} to {peer['name']}: {peer['ratio']:.3g} ×" for case, peer in lost]
     for case in cases:
         for entry in (case["ours"], *case["peers"]):
@@ -146,9 +156,10 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(),
         "versions": versions(),
-        "limits": limits(settings["threads"]),
+        "limits": limits.measure(settings["threads"]),
         "settings": settings,
         "cases": [],
+        "means": [],
     }
 
 
@@ -164,66 +175,3 @@ def write_json(run: dict[str, Any], path: Path) -> None:
 
     text = json.dumps(rounded(run), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(f"{text}\n", encoding="utf-8")
-
-
-# Dark enough to be told apart on white, also by those who do not see red and green apart.
-COLOURS = {
-    "torch": "#c44e00",
-    "compile": "#8a5a00",
-    "onnxruntime": "#0067a8",
-    "openvino": "#6a3d9a",
-    "jax": "#00785a",
-}
-
-
-def write_plot(run: dict[str, Any], path: Path) -> None:
-    """Draw the ratio of every comparison on a logarithmic axis, with quartiles and bars, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # Text stays text; ids that do not change from run to run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 8})
-    from matplotlib import pyplot
-
-    rows: list[tuple[str, dict[str, Any] | None]] = []
-    for case in run["cases"]:
-        timed = [peer for peer in case["peers"] if "ratio" in peer]
-        if timed:
-            rows += [(case["case"], None), *((peer["name"], peer) for peer in timed)]
-    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.17 * max(len(rows), 1)), layout="constrained")
-    for y, (_, peer) in enumerate(rows):
-        if peer is None:
-            continue
-        colour = COLOURS[peer["library"]]
-        axes.plot([1, peer["ratio"]], [y, y], color=colour, linewidth=4, solid_capstyle="butt")
-        axes.plot([peer["ratio_q1"], peer["ratio_q3"]], [y, y], color="black", linewidth=1)
-        if peer["bar"] is not None:
-            axes.plot([peer["bar"]], [y], marker="|", markersize=9, markeredgewidth=2, color="black")
-        axes.annotate(
-            f"{peer['ratio']:.3g}",
-            (max(peer["ratio"], peer["ratio_q3"], peer["bar"] or 0, 1), y),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-        )
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.12)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    for tick, (_, peer) in zip(axes.get_yticklabels(), rows, strict=True):
-        if peer is None:
-            tick.set_fontweight("bold")
-        else:
-            tick.set_color(COLOURS[peer["library"]])
-    axes.set_ylim(len(rows) - 0.3, -0.7)
-    axes.tick_params(axis="y", length=0)
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
-    axes.set_xlabel("time of the peer / time of llm_ext (black line: quartiles; black mark: the bar of the project)")
-    settings = run["settings"]
-    title = f"{run['machine']['cpu']}, {settings['threads']} threads, {settings['dtype']}"
-    axes.set_title(title, fontsize=9, loc="left")
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)

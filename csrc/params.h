@@ -1,59 +1,89 @@
 // What one call of each op is: sizes, pointers, options. Plain C++; every room reads it.
 //
-// Letters: T time, B batch, I input size, H hidden size, D embedding size. N is the number of rows of a sequence laid
-// out one step after the other: T * B, or fewer where packed sequences end early. All arrays are dense and row-major
-// unless a stride is named; no two may overlap unless the line says so; null only where the line says so.
+// Letters: T time, B batch, I input size, H hidden size, P size of the state h and of the output (H, or smaller where
+// an LSTM projects), G gates, D embedding size. N is the number of rows of a sequence laid out one step after the
+// other: T * B, or fewer where packed sequences end early. All arrays are dense and row-major unless a stride is named;
+// no two may overlap unless the line says so; null only where the line says so.
 #pragma once
 
 #include <cstdint>
 
 namespace llm_ext {
 
-enum class Nonlinearity : int { kTanh = 0, kRelu = 1, kSigmoid = 2 };
+enum class Cell : int { kRnnTanh = 0, kRnnRelu = 1, kRnnSigmoid = 2, kGru = 3, kLstm = 4 };
 
-// One direction of one layer of a recurrence: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh).
+// Gates: blocks of H rows in the weights, in the order of torch.nn (r z n; i f g o).
+constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : (cell == Cell::kGru ? 3 : 1); }
+
+// Blocks of H numbers a row whose gradients the backward pass computes. Those of the GRU are n r z m, n being the part
+// of the new gate that comes from the input and m the part that comes from the state: the weights of the input see the
+// first three, those of the state the last three.
+constexpr int blocks_of(Cell cell) { return cell == Cell::kGru ? 4 : gates_of(cell); }
+
+// Blocks of H numbers a row that the forward pass keeps for the backward pass: Elman none, GRU n r z m, LSTM i f g o c,
+// and its output before the projection if there is one.
+constexpr int kept_blocks(Cell cell, bool projected) {
+  return cell == Cell::kLstm ? (projected ? 6 : 5) : (cell == Cell::kGru ? 4 : 0);
+}
+
+// One direction of one layer of a recurrence. docs/recurrence.md has the formulas.
 template <typename T>
 struct RecurrenceSizes {
+  Cell cell;
   int64_t steps;               // T
   int64_t batch;               // B: rows of the longest step
   int64_t input;               // I
   int64_t hidden;              // H
+  int64_t output;              // P
   const int64_t* row_offsets;  // [T + 1] first row of each step; step t has row_offsets[t + 1] - row_offsets[t] rows
-  Nonlinearity nonlinearity;
-  bool reverse;  // run from the last step to the first
+  bool reverse;                // run from the last step to the first
+
+  bool projected() const { return output != hidden; }
 };
 
 template <typename T>
-struct RnnForwardParams {
+struct RecurrenceForwardParams {
   RecurrenceSizes<T> sizes;
   const T* x;     // [N, I]
-  const T* h0;    // [B, H] initial state; null: zeros
-  const T* w_ih;  // [H, I]
-  const T* w_hh;  // [H, H]
-  const T* b_ih;  // [H]; null: zeros
-  const T* b_hh;  // [H]; null: zeros
-  T* y;           // [N, H] out: every hidden state
-  T* h_n;         // [B, H] out: the state after each row's last step
-  T* workspace;   // rnn_forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  const T* h0;    // [B, P] initial state; null: zeros
+  const T* c0;    // [B, H] LSTM: initial cell state; null: zeros
+  const T* w_ih;  // [G H, I]
+  const T* w_hh;  // [G H, P]
+  const T* b_ih;  // [G H]; null: zeros
+  const T* b_hh;  // [G H]; null: zeros
+  const T* w_hr;  // [P, H] LSTM: the projection; null exactly where P = H
+  T* y;           // [N, P] out: every state
+  T* h_n;         // [B, P] out: the state after each row's last step
+  T* c_n;         // [B, H] LSTM, out: the cell state after each row's last step
+  T* kept;        // [N, kept_blocks H] out, for the backward pass; null: not wanted
+  T* workspace;   // recurrence_forward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 template <typename T>
-struct RnnBackwardParams {
+struct RecurrenceBackwardParams {
   RecurrenceSizes<T> sizes;
-  const T* grad_y;    // [N, H]; null: zeros
-  const T* grad_h_n;  // [B, H]; null: zeros
+  const T* grad_y;    // [N, P]; null: zeros
+  const T* grad_h_n;  // [B, P]; null: zeros
+  const T* grad_c_n;  // [B, H] LSTM; null: zeros
   const T* x;         // [N, I]
-  const T* h0;        // [B, H]; null: zeros
-  const T* w_ih;      // [H, I]
-  const T* w_hh;      // [H, H]
-  const T* y;         // [N, H] what the forward returned
-  T* dz;              // [N, H] out: gradient of the pre-activations
+  const T* h0;        // [B, P]; null: zeros
+  const T* c0;        // [B, H] LSTM; null: zeros
+  const T* w_ih;      // [G H, I]
+  const T* w_hh;      // [G H, P]
+  const T* w_hr;      // [P, H]; null exactly where P = H
+  const T* y;         // [N, P] what the forward returned
+  const T* kept;      // [N, kept_blocks H] what the forward returned; null where that is 0
+  T* dz;              // [N, blocks H] out: gradient of the pre-activations
+  T* dh;              // [N, P] out: gradient of every state; null exactly where P = H
   T* dx;              // [N, I] out; null: not wanted
-  T* dh0;             // [B, H] out; null: not wanted
-  T* dw_ih;           // [H, I] out; null: not wanted
-  T* dw_hh;           // [H, H] out; null: not wanted
-  T* db;              // [H] out: gradient of either bias; null: not wanted
-  T* workspace;       // rnn_backward_workspace() elements, aligned to 64 bytes; contents do not matter
+  T* dh0;             // [B, P] out; null: not wanted
+  T* dc0;             // [B, H] LSTM, out; null: not wanted
+  T* dw_ih;           // [G H, I] out; null: not wanted
+  T* dw_hh;           // [G H, P] out; null: not wanted
+  T* dw_hr;           // [P, H] out; null: not wanted
+  T* db_ih;           // [G H] out; null: not wanted
+  T* db_hh;           // [G H] out; null: not wanted
+  T* workspace;       // recurrence_backward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 // Vectors e [B, T, D] to pool over T, and where their scores come from.

@@ -9,12 +9,23 @@ import torch  # noqa: F401  (its libraries must be loaded before the module that
 
 from llm_ext._C import build_info as _build_info
 from llm_ext.attention import AttentionPool
-from llm_ext.layers import RNN
+from llm_ext.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from llm_ext.model import LLM, LLMState
 
 __version__ = version("llm_ext")
 
-__all__ = ["LLM", "RNN", "AttentionPool", "LLMState", "build_info"]
+__all__ = [
+    "GRU",
+    "LLM",
+    "LSTM",
+    "RNN",
+    "AttentionPool",
+    "GRUCell",
+    "LLMState",
+    "LSTMCell",
+    "RNNCell",
+    "build_info",
+]
 
 
 class BuildInfo(TypedDict):

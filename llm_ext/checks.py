@@ -58,6 +58,62 @@ def _has_values(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu
 
 
+def _recurrence(
+    op: str,
+    gates: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> None:
+    """Raise if the arguments of a recurrence do not fit together; w_ih is [gates * H, I]."""
+    G = "" if gates == 1 else f"{gates} "
+    _check(op, "w_ih", w_ih, f"{G}H, I", (None, None))
+    rows, I = w_ih.shape  # noqa: E741
+    if rows % gates:
+        raise ArgumentError(f"{op}: w_ih must be [{G}H, I], got {list(w_ih.shape)}")
+    H = P = rows // gates
+    same, like = (w_ih.dtype,), ("w_ih", w_ih)
+    if w_hr is not None:
+        _check(op, "w_hr", w_hr, "P, H", (None, H), same, like)
+        P = w_hr.shape[0]
+        if P >= H:
+            raise ArgumentError(f"{op}: w_hr must be [P, H] with P < H, got {list(w_hr.shape)}")
+    batch = None
+    if batch_sizes is None:
+        _check(op, "x", x, "T, B, I", (None, None, I), same, like)
+        batch = x.shape[1]
+    else:
+        _check(op, "x", x, "N, I", (None, I), same, like)
+        _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
+        if not batch_sizes.is_cpu:
+            raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
+        if h0 is None:
+            raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
+        if _has_values(batch_sizes):
+            sizes = batch_sizes.tolist()
+            if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
+                raise ArgumentError(f"{op}: batch_sizes must be positive and never rise, got {sizes}")
+            if sum(sizes) != len(x):
+                raise ArgumentError(f"{op}: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
+            batch = sizes[0] if sizes else None
+    for name, state, letter, width in (("h0", h0, "H" if w_hr is None else "P", P), ("c0", c0, "H", H)):
+        if state is not None and state.dim() == 3:  # one layer's state as torch.nn lays it out
+            _check(op, name, state, f"1, B, {letter}", (1, batch, width), same, like)
+        elif state is not None:
+            _check(op, name, state, f"B, {letter}", (batch, width), same, like)
+    _check(op, "w_hh", w_hh, f"{G}H, H" if w_hr is None else f"{G}H, P", (rows, P), same, like)
+    if b_ih is not None:
+        _check(op, "b_ih", b_ih, f"{G}H", (rows,), same, like)
+    if b_hh is not None:
+        _check(op, "b_hh", b_hh, f"{G}H", (rows,), same, like)
+
+
 def rnn(
     x: Tensor,
     h0: Tensor | None,
@@ -71,36 +127,37 @@ def rnn(
     """Raise if the arguments of `ops.rnn` do not fit together."""
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"rnn: nonlinearity must be one of {NONLINEARITIES}, got {nonlinearity!r}")
-    _check("rnn", "w_ih", w_ih, "H, I", (None, None))
-    H, I = w_ih.shape  # noqa: E741
-    same, like = (w_ih.dtype,), ("w_ih", w_ih)
-    batch = None
-    if batch_sizes is None:
-        _check("rnn", "x", x, "T, B, I", (None, None, I), same, like)
-        batch = x.shape[1]
-    else:
-        _check("rnn", "x", x, "N, I", (None, I), same, like)
-        _check("rnn", "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
-        if not batch_sizes.is_cpu:
-            raise ArgumentError(f"rnn: batch_sizes must be on cpu, got {batch_sizes.device}")
-        if h0 is None:
-            raise ArgumentError("rnn: h0 must be given with batch_sizes, got None")
-        if _has_values(batch_sizes):
-            sizes = batch_sizes.tolist()
-            if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
-                raise ArgumentError(f"rnn: batch_sizes must be positive and never rise, got {sizes}")
-            if sum(sizes) != len(x):
-                raise ArgumentError(f"rnn: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
-            batch = sizes[0] if sizes else None
-    if h0 is not None and h0.dim() == 3:  # one layer's state as torch.nn lays it out
-        _check("rnn", "h0", h0, "1, B, H", (1, batch, H), same, like)
-    elif h0 is not None:
-        _check("rnn", "h0", h0, "B, H", (batch, H), same, like)
-    _check("rnn", "w_hh", w_hh, "H, H", (H, H), same, like)
-    if b_ih is not None:
-        _check("rnn", "b_ih", b_ih, "H", (H,), same, like)
-    if b_hh is not None:
-        _check("rnn", "b_hh", b_hh, "H", (H,), same, like)
+    _recurrence("rnn", 1, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+
+
+def gru(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> None:
+    """Raise if the arguments of `ops.gru` do not fit together."""
+    _recurrence("gru", 3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+
+
+def lstm(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> None:
+    """Raise if the arguments of `ops.lstm` do not fit together."""
+    if (h0 is None) != (c0 is None):
+        raise ArgumentError("lstm: h0 and c0 must be given together")
+    _recurrence("lstm", 4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
 
 
 def pool(

@@ -1,11 +1,13 @@
-"""Recurrent layers and the affine embedding: modules that hold parameters; the arithmetic is in `ops`."""
+"""Recurrent layers, their cells and the affine embedding: modules that hold parameters; the arithmetic is in `ops`."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import warnings
-from typing import overload
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,346 @@ from torch.nn.utils.rnn import PackedSequence
 
 from llm_ext import checks, ops
 
+Device = torch.device | str | int | None
+Pair = tuple[Tensor, Tensor]
+# Of one cell: w_ih, w_hh, b_ih, b_hh, w_hr; None for those it has not.
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# What a cell remembers: its hidden state h; an LSTM the pair (h, c).
+State = TypeVar("State", Tensor, Pair)
 
-class RNN(nn.Module):
+
+class _Part(NamedTuple):
+    """One tensor of a state: its name as an argument, the letter and the number of its features."""
+
+    name: str
+    letter: str
+    size: int
+
+
+class _Recurrent(nn.Module, Generic[State]):
+    """Parameters of one or more cells, found by name, and the call of the op that runs one of them.
+
+    What differs from cell to cell is said by `_Elman`, `_GRU` and `_LSTM`; `_Layers` and `_Cell` put it to use.
+    """
+
+    # Blocks of H rows in the weights.
+    _gates: ClassVar[int]
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+    proj_size: int
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool, proj_size: int = 0) -> None:
+        super().__init__()
+        self._check_size("input_size", input_size)
+        self._check_size("hidden_size", hidden_size)
+        self._check_flag("bias", bias)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        self.proj_size = proj_size
+        # Names of the weights of each cell; in layers, of each row of the state.
+        self._names: list[tuple[str, str, str | None, str | None, str | None]] = []
+
+    def _check_size(self, name: str, size: int, least: int = 1) -> None:
+        if not isinstance(size, int):
+            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {size}")
+
+    def _check_flag(self, name: str, flag: bool) -> None:
+        if not isinstance(flag, bool):
+            raise TypeError(f"{type(self).__name__}: {name} must be a bool, got {type(flag).__name__}")
+
+    def _add_cell(self, suffix: str, input_size: int, device: Device, dtype: torch.dtype | None) -> None:
+        """Make the parameters of one more cell."""
+        gates, outputs = self._gates * self.hidden_size, self.proj_size or self.hidden_size
+        names = (
+            f"weight_ih{suffix}",
+            f"weight_hh{suffix}",
+            f"bias_ih{suffix}" if self.bias else None,
+            f"bias_hh{suffix}" if self.bias else None,
+            f"weight_hr{suffix}" if self.proj_size else None,
+        )
+        shapes = (gates, input_size), (gates, outputs), (gates,), (gates,), (outputs, self.hidden_size)
+        for name, shape in zip(names, shapes, strict=True):
+            if name is not None:
+                setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._names.append(names)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter from U(-1/√H, 1/√H), in the order torch.nn draws them."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def _run(
+        self, row: int, x: Tensor, state: State | None, batch_sizes: Tensor | None = None, reverse: bool = False
+    ) -> tuple[Tensor, State]:
+        """One cell over x [T, B, I], or over packed rows [N, I]."""
+        # Looked up in every call anew: functional_call puts other tensors in the places of the parameters. Written out,
+        # because a loop here and a starred call of the op cost a microsecond, which is a tenth of a step.
+        w_ih, w_hh, b_ih, b_hh, w_hr = self._names[row]
+        of: Any = self._parameters
+        weights: Weights
+        try:
+            weights = (
+                of[w_ih],
+                of[w_hh],
+                None if b_ih is None else of[b_ih],
+                None if b_hh is None else of[b_hh],
+                None if w_hr is None else of[w_hr],
+            )
+        except KeyError:
+            # A parametrization or weight_norm has made an attribute of one.
+            found = (None if name is None else getattr(self, name) for name in self._names[row])
+            weights = cast(Weights, tuple(found))
+        dtype = weights[0].dtype
+        if x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
+            x, state = x.to(dtype), None if state is None else self._each(lambda part: part.to(dtype), state)
+        return self._op(x, state, weights, batch_sizes, reverse)
+
+    def _op(
+        self, x: Tensor, state: State | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, State]:
+        raise NotImplementedError
+
+    @property
+    def _parts(self) -> Any:
+        """What the state is made of, each tensor described by a `_Part`."""
+        return _Part("hx", "H", self.hidden_size)
+
+    def _each(self, function: Callable[..., Any], *states: Any) -> Any:
+        """Apply a function to states that are alike, tensor by tensor."""
+        return function(*states)
+
+    def _is_state(self, hx: Any, dim: int) -> bool:
+        """Whether hx is a state, its tensors of so many dimensions; of what sizes, the op will look."""
+        return isinstance(hx, Tensor) and hx.dim() == dim
+
+    def _check_state(self, hx: State, letters: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+        """Raise unless every tensor of hx has these sizes, named by the letters, and then its own features."""
+
+        def check(tensor: Tensor, part: _Part) -> None:
+            op, expected = type(self).__name__, (*sizes, part.size)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{op}: {part.name} must be a Tensor, got {type(tensor).__name__}")
+            if tensor.shape != expected:
+                checks.fail_shape(op, part.name, ", ".join((*letters, part.letter)), expected, tensor)
+
+        self._each(check, hx, self._parts)
+
+
+class _Elman(_Recurrent[Tensor]):
+    """The Elman cell."""
+
+    _gates = 1
+
+    nonlinearity: str
+
+    def _check_nonlinearity(self, nonlinearity: str) -> None:
+        if nonlinearity not in checks.NONLINEARITIES:
+            op, names = type(self).__name__, checks.NONLINEARITIES
+            raise ValueError(f"{op}: nonlinearity must be one of {names}, got {nonlinearity!r}")
+
+    def _op(
+        self, x: Tensor, state: Tensor | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh, b_ih, b_hh, _ = weights
+        nonlinearity = self.nonlinearity
+        return ops.rnn(
+            x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, nonlinearity=nonlinearity, reverse=reverse
+        )
+
+
+class _GRU(_Recurrent[Tensor]):
+    """The gated recurrent unit."""
+
+    _gates = 3
+
+    def _op(
+        self, x: Tensor, state: Tensor | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh, b_ih, b_hh, _ = weights
+        return ops.gru(x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, reverse=reverse)
+
+
+class _LSTM(_Recurrent[Pair]):
+    """The long short-term memory."""
+
+    _gates = 4
+
+    def _op(
+        self, x: Tensor, state: Pair | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Pair]:
+        w_ih, w_hh, b_ih, b_hh, w_hr = weights
+        return ops.lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=batch_sizes, reverse=reverse)
+
+    @property
+    def _parts(self) -> tuple[_Part, _Part]:
+        hidden = ("P", self.proj_size) if self.proj_size else ("H", self.hidden_size)
+        return _Part("hx[0]", *hidden), _Part("hx[1]", "H", self.hidden_size)
+
+    def _each(self, function: Callable[..., Any], *states: Any) -> Any:
+        return tuple(map(function, *states))
+
+    def _is_state(self, hx: Any, dim: int) -> bool:
+        return isinstance(hx, tuple) and len(hx) == 2 and hx[0].dim() == hx[1].dim() == dim
+
+
+class _Layers(_Recurrent[State]):
+    """Cells in layers and directions, walked over in the order of torch.nn."""
+
+    num_layers: int
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        device: Device,
+        dtype: torch.dtype | None,
+        proj_size: int = 0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, proj_size)
+        self._check_size("num_layers", num_layers)
+        self._check_flag("batch_first", batch_first)
+        self._check_size("proj_size", proj_size, least=0)
+        op = type(self).__name__
+        if proj_size >= hidden_size:
+            raise ValueError(f"{op}: proj_size must be below hidden_size = {hidden_size}, got {proj_size}")
+        if not isinstance(dropout, numbers.Real) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(f"{op}: dropout must be a probability from 0 to 1, got {dropout!r}")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"{op}: dropout={dropout} acts between layers, and num_layers=1 has none to act on",
+                stacklevel=3,
+            )
+        self.num_layers = num_layers
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+
+        directions = ("", "_reverse") if bidirectional else ("",)
+        for layer in range(num_layers):
+            layer_input = (proj_size or hidden_size) * len(directions) if layer else input_size
+            for direction in directions:
+                self._add_cell(f"_l{layer}{direction}", layer_input, device, dtype)
+        self.reset_parameters()
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction, in the order of the rows of the state."""
+        return [[getattr(self, name) for name in names if name] for names in self._names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: in torch.nn this arranges memory for cuDNN."""
+
+    def extra_repr(self) -> str:
+        defaults = {
+            "proj_size": 0,
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+            "bidirectional": False,
+        }
+        words = [f"{self.input_size}, {self.hidden_size}"]
+        words += [f"{name}={getattr(self, name)}" for name, usual in defaults.items() if getattr(self, name) != usual]
+        return ", ".join(words)
+
+    @overload
+    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
+
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
+        """Run the network over a sequence.
+
+        Args:
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+            hx: first hidden states [L, B, H], or [L, H] without a batch, 2 L if bidirectional, or None for zeros; of
+                an LSTM the hidden states, with P for H if projected, and the cell states in a tuple.
+
+        Returns:
+            The hidden states of the last layer, in the layout of `input` with H (or P; twice that if bidirectional)
+            for I, and the states after the last step of every layer and direction, in the layout of `hx`.
+
+        Raises:
+            ValueError: a shape, dtype or device that does not fit.
+            TypeError: an argument of the wrong type.
+        """
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx)
+        if input.dim() == 3 and not self.batch_first:
+            return self._walk(input, hx)
+
+        shape = input.shape
+        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
+            letters = "B, T, I" if self.batch_first else "T, B, I"
+            checks.fail_shape(type(self).__name__, "input", letters, (None, None, self.input_size), input)
+        if len(shape) == 3:
+            output, h_n = self._walk(input.transpose(0, 1), hx)
+            return output.transpose(0, 1), h_n
+        if hx is not None:
+            self._check_state(hx, ("L",), (len(self._names),))
+            hx = self._each(lambda part: part.unsqueeze(1), hx)
+        output, h_n = self._walk(input.unsqueeze(1), hx)
+        return output.squeeze(1), self._each(lambda part: part.squeeze(1), h_n)
+
+    def _packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        sizes = len(self._names), int(batch_sizes[0])
+        if hx is None:
+            hx = self._each(lambda part: data.new_zeros(*sizes, part.size), self._parts)
+        elif sorted_indices is not None:
+            self._check_state(hx, ("L", "B"), sizes)
+            hx = self._each(lambda part: part.index_select(1, sorted_indices), hx)
+        output, h_n = self._walk(data, hx, batch_sizes)
+        if unsorted_indices is not None:
+            h_n = self._each(lambda part: part.index_select(1, unsorted_indices), h_n)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _walk(self, x: Tensor, hx: State | None, batch_sizes: Tensor | None = None) -> tuple[Tensor, State]:
+        """All layers over x [T, B, I], or over packed rows [N, I]."""
+        rows = len(self._names)
+        if rows == 1 and (hx is None or self._is_state(hx, 3)):
+            # The one step of a generation is mostly Python: neither lists nor loops for it, and no check that the op
+            # makes too. What that refuses goes the long way, whose checks have the better words.
+            try:
+                y, h_n = self._run(0, x, hx, batch_sizes)
+                return y, self._each(lambda part: part.unsqueeze(0), h_n) if hx is None else h_n
+            except checks.ArgumentError:
+                pass
+        first = None
+        if hx is not None:
+            batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+            self._check_state(hx, ("L", "B"), (rows, batch))
+            first = self._each(lambda part: part.unbind(0), hx)
+        last: list[State] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs = []
+            for direction in range(rows // self.num_layers):
+                state = None if first is None else self._each(itemgetter(len(last)), first)
+                y, h_n = self._run(len(last), x, state, batch_sizes, reverse=direction == 1)
+                outputs.append(y)
+                last.append(h_n)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return x, self._each(lambda *parts: torch.stack(parts), *last)
+
+
+class RNN(_Layers[Tensor], _Elman):
     """Elman network of one or more layers, a drop-in for `torch.nn.RNN` with the same parameters and results.
 
     Args:
@@ -28,7 +368,7 @@ class RNN(nn.Module):
         dropout: probability, after every layer but the last, in training only.
         bidirectional: a second direction reads the sequence backwards; outputs of both are concatenated.
         device: of the parameters.
-        dtype: of the parameters, float32 or float64.
+        dtype: of the parameters, one that `ops.rnn` takes.
 
     Raises:
         ValueError: a size, probability or nonlinearity out of range.
@@ -36,15 +376,6 @@ class RNN(nn.Module):
 
     Source: J. Elman, "Finding structure in time", 1990; the interface is that of `torch.nn.RNN`.
     """
-
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    nonlinearity: str
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
 
     def __init__(
         self,
@@ -56,162 +387,226 @@ class RNN(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: torch.device | str | int | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if nonlinearity not in checks.NONLINEARITIES:
-            raise ValueError(f"RNN: nonlinearity must be one of {checks.NONLINEARITIES}, got {nonlinearity!r}")
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in sizes.items():
-            if not isinstance(size, int):
-                raise TypeError(f"RNN: {name} must be an int, got {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"RNN: {name} must be at least 1, got {size}")
-        for name, flag in (("bias", bias), ("batch_first", batch_first)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"RNN: {name} must be a bool, got {type(flag).__name__}")
-        if not isinstance(dropout, numbers.Real) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
-            raise ValueError(f"RNN: dropout must be a probability from 0 to 1, got {dropout!r}")
-        if dropout > 0 and num_layers == 1:
-            warnings.warn(
-                f"RNN: dropout={dropout} acts between layers, and num_layers=1 has none to act on",
-                stacklevel=2,
-            )
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
+        self._check_nonlinearity(nonlinearity)
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype)
         self.nonlinearity = nonlinearity
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
 
-        # Names of the parameters of each layer and direction, in the order of the rows of h_n.
-        self._names: list[list[str]] = []
-        directions = ("", "_reverse") if bidirectional else ("",)
-        for layer in range(num_layers):
-            layer_input = input_size if layer == 0 else hidden_size * len(directions)
-            shapes: dict[str, tuple[int, ...]]
-            shapes = {"weight_ih": (hidden_size, layer_input), "weight_hh": (hidden_size, hidden_size)}
-            if bias:
-                shapes |= {"bias_ih": (hidden_size,), "bias_hh": (hidden_size,)}
-            for direction in directions:
-                self._names.append([f"{kind}_l{layer}{direction}" for kind in shapes])
-                for name, shape in zip(self._names[-1], shapes.values(), strict=True):
-                    setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+class GRU(_Layers[Tensor], _GRU):
+    """Gated recurrent units in one or more layers, a drop-in for `torch.nn.GRU` with the same parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        num_layers: layers, each reading the output of the one below.
+        bias: whether b_ih and b_hh exist.
+        batch_first: input and output are [B, T, ...] instead of [T, B, ...]; hx and h_n are not affected.
+        dropout: probability, after every layer but the last, in training only.
+        bidirectional: a second direction reads the sequence backwards; outputs of both are concatenated.
+        device: of the parameters.
+        dtype: of the parameters, one that `ops.gru` takes.
+
+    Raises:
+        ValueError: a size or probability out of range.
+        TypeError: an argument of the wrong type.
+
+    Source: Cho et al., arXiv 1406.1078, with the reset gate where `torch.nn.GRU` applies it; the interface is that of
+    `torch.nn.GRU`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype)
+
+
+class LSTM(_Layers[Pair], _LSTM):
+    """Long short-term memory in one or more layers, a drop-in for `torch.nn.LSTM` with the same parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the cell state, and of the hidden state unless that is projected.
+        num_layers: layers, each reading the output of the one below.
+        bias: whether b_ih and b_hh exist.
+        batch_first: input and output are [B, T, ...] instead of [T, B, ...]; hx and the states are not affected.
+        dropout: probability, after every layer but the last, in training only.
+        bidirectional: a second direction reads the sequence backwards; outputs of both are concatenated.
+        proj_size: P, features that the hidden state is projected to, fewer than H; 0 for no projection.
+        device: of the parameters.
+        dtype: of the parameters, one that `ops.lstm` takes.
+
+    Raises:
+        ValueError: a size or probability out of range.
+        TypeError: an argument of the wrong type.
+
+    Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; the forget gate: Gers et al., "Learning to
+    forget", 2000; the projection: Sak et al., arXiv 1402.1128; the interface is that of `torch.nn.LSTM`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device,
+            dtype,
+            proj_size,
+        )
+
+
+class _Cell(_Recurrent[State]):
+    """One cell, called for one step."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias)
+        self._add_cell("", input_size, device, dtype)
+        if not bias:
+            self.register_parameter("bias_ih", None)
+            self.register_parameter("bias_hh", None)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/√H, 1/√H), in the order torch.nn.RNN draws them."""
-        bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The parameters of each layer and direction, in the order of the rows of h_n."""
-        return [self._weights(names) for names in self._names]
-
-    def _weights(self, names: list[str]) -> list[Tensor]:
-        """Look the parameters up, in every call anew: functional_call puts other tensors in their place."""
-        try:
-            return [self._parameters[name] for name in names]  # type: ignore[misc]  # none is None
-        except KeyError:
-            # A parametrization or weight_norm has made an attribute of one. Five times the cost: only then.
-            return [getattr(self, name) for name in names]
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: in torch.nn.RNN this arranges memory for cuDNN."""
-
     def extra_repr(self) -> str:
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False}
-        options = {name: getattr(self, name) for name in defaults}
-        changed = [f"{name}={value}" for name, value in options.items() if value != defaults[name]]
-        return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
+        return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
 
-    @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
-
-    @overload
-    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Run the network over a sequence.
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """Run the cell for one step.
 
         Args:
-            input: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
-            hx: first hidden states [L, B, H], or [L, H] without a batch, 2 L if bidirectional, or None.
+            input: [B, I], or [I] without a batch.
+            hx: hidden state before the step, [B, H], or [H] without a batch, or None for zeros; of an LSTM a tuple of
+                the hidden state and the cell state.
 
         Returns:
-            The hidden states of the last layer, in the layout of `input` with H (2 H if bidirectional) for I,
-            and those after the last step of every layer and direction, in the layout of `hx`.
+            The state after the step, in the layout of `hx`.
 
         Raises:
             ValueError: a shape, dtype or device that does not fit.
+            TypeError: an argument of the wrong type.
         """
-        if isinstance(input, PackedSequence):
-            data, batch_sizes, sorted_indices, unsorted_indices = input
-            batch = int(batch_sizes[0])
-            if hx is None:
-                hx = data.new_zeros(len(self._names), batch, self.hidden_size)
-            elif sorted_indices is not None and hx.dim() == 3 and hx.shape[1] == batch:  # else refused below
-                hx = hx.index_select(1, sorted_indices)
-            output, h_n = self._run(data, hx, batch, batch_sizes)
-            if unsorted_indices is not None:
-                h_n = h_n.index_select(1, unsorted_indices)
-            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
-
+        # As in _Layers: first the call, and checks for what it refuses. The state after the step is taken from where
+        # the op returns it without the dimension of time, since a view costs as much as the rest of this function.
+        batched = input.dim() == 2
+        if batched and (hx is None or self._is_state(hx, 2)):
+            try:
+                return self._run(0, input.unsqueeze(0), hx)[1]
+            except checks.ArgumentError:
+                pass
         shape = input.shape
-        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
-            letters = "B, T, I" if self.batch_first else "T, B, I"
-            checks.fail_shape("RNN", "input", letters, (None, None, self.input_size), input)
-        if len(shape) == 2:
-            if hx is not None:
-                if hx.dim() != 2:
-                    checks.fail_shape("RNN", "hx", "L, H", (len(self._names), self.hidden_size), hx)
-                hx = hx.unsqueeze(1)
-            output, h_n = self._run(input.unsqueeze(1), hx, 1)
-            return output.squeeze(1), h_n.squeeze(1)
-        if self.batch_first:
-            output, h_n = self._run(input.transpose(0, 1), hx, shape[0])
-            return output.transpose(0, 1), h_n
-        return self._run(input, hx, shape[1])
+        if len(shape) not in (1, 2) or shape[-1] != self.input_size:
+            checks.fail_shape(type(self).__name__, "input", "B, I", (None, self.input_size), input)
+        if hx is not None:
+            self._check_state(hx, ("B",) if batched else (), shape[:-1])
+        if batched:
+            return self._run(0, input.unsqueeze(0), hx)[1]
+        state = None if hx is None else self._each(lambda part: part.unsqueeze(0), hx)
+        _, state = self._run(0, input.unsqueeze(0).unsqueeze(0), state)
+        return self._each(lambda part: part.squeeze(0), state)  # type: ignore[no-any-return]
 
-    def _run(
-        self, x: Tensor, hx: Tensor | None, batch: int, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """All layers over x [T, B, I], or over packed rows [N, I]."""
-        rows = len(self._names)
-        if hx is not None and hx.shape != (rows, batch, self.hidden_size):
-            checks.fail_shape("RNN", "hx", "L, B, H", (rows, batch, self.hidden_size), hx)
-        if rows == 1:
-            # The one step of a generation is mostly Python: neither lists nor loops for it.
-            y, h = self._direction(0, x, hx, batch_sizes)
-            return y, h.unsqueeze(0) if hx is None else h
-        h0 = [None] * rows if hx is None else hx.unbind(0)
-        h_n: list[Tensor] = []
-        for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
-            outputs = []
-            for _ in range(rows // self.num_layers):
-                y, h = self._direction(len(h_n), x, h0[len(h_n)], batch_sizes)
-                outputs.append(y)
-                h_n.append(h)
-            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return x, torch.stack(h_n)
 
-    def _direction(self, row: int, x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One layer in one direction: that of the given row of h_n."""
-        weights = self._weights(self._names[row])
-        dtype = weights[0].dtype
-        if x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
-            x, h0 = x.to(dtype), None if h0 is None else h0.to(dtype)
-        reverse = self.bidirectional and row % 2 == 1
-        return ops.rnn(x, h0, *weights, batch_sizes=batch_sizes, nonlinearity=self.nonlinearity, reverse=reverse)
+class RNNCell(_Cell[Tensor], _Elman):
+    """One step of an Elman network, a drop-in for `torch.nn.RNNCell` with the same parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether b_ih and b_hh exist.
+        nonlinearity: "tanh", "relu" or "sigmoid" (the last is not in torch).
+        device: of the parameters.
+        dtype: of the parameters, one that `ops.rnn` takes.
+
+    Raises:
+        ValueError: a size or nonlinearity out of range.
+        TypeError: an argument of the wrong type.
+
+    Source: as `RNN`; the interface is that of `torch.nn.RNNCell`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._check_nonlinearity(nonlinearity)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
+
+
+class GRUCell(_Cell[Tensor], _GRU):
+    """One step of a gated recurrent unit, a drop-in for `torch.nn.GRUCell` with the same parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether b_ih and b_hh exist.
+        device: of the parameters.
+        dtype: of the parameters, one that `ops.gru` takes.
+
+    Raises:
+        ValueError: a size out of range.
+        TypeError: an argument of the wrong type.
+
+    Source: as `GRU`; the interface is that of `torch.nn.GRUCell`.
+    """
+
+
+class LSTMCell(_Cell[Pair], _LSTM):
+    """One step of a long short-term memory, a drop-in for `torch.nn.LSTMCell` with the same parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state and of the cell state.
+        bias: whether b_ih and b_hh exist.
+        device: of the parameters.
+        dtype: of the parameters, one that `ops.lstm` takes.
+
+    Raises:
+        ValueError: a size out of range.
+        TypeError: an argument of the wrong type.
+
+    Source: as `LSTM`; the interface is that of `torch.nn.LSTMCell`.
+    """
 
 
 class AffineEmbedding(nn.Module):
@@ -229,7 +624,7 @@ class AffineEmbedding(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        device: torch.device | str | int | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

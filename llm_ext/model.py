@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from llm_ext.attention import AttentionPool
-from llm_ext.layers import RNN, AffineEmbedding
+from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding
+
+CELLS = ("rnn", "gru", "lstm")
 
 
 class LLMState(NamedTuple):
@@ -18,21 +21,21 @@ class LLMState(NamedTuple):
 
     hidden: last hidden state of each layer, [L, B, H].
     attention: (L [B], c [B, D]) of the causal pool, or None without attention.
+    cell: last cell state of each layer, [L, B, H], or None unless the cells are LSTMs.
     """
 
     hidden: Tensor
     attention: tuple[Tensor, Tensor] | None
+    cell: Tensor | None = None
 
     def detach(self) -> LLMState:
         """Return the same state, cut off from the graph that computed it (truncated backpropagation)."""
-        if self.attention is None:
-            return LLMState(self.hidden.detach(), None)
-        L, c = self.attention
-        return LLMState(self.hidden.detach(), (L.detach(), c.detach()))
+        attention = None if self.attention is None else (self.attention[0].detach(), self.attention[1].detach())
+        return LLMState(self.hidden.detach(), attention, None if self.cell is None else self.cell.detach())
 
 
 class LLM(nn.Module):
-    """Recurrent language model: embedding, Elman layers, causal attention, head `y = V [h ; c] + c₀`.
+    """Recurrent language model: embedding, recurrent layers, causal attention, head `y = V [h ; c] + c₀`.
 
     Args:
         vocab_size: V, how many token ids there are.
@@ -42,7 +45,8 @@ class LLM(nn.Module):
         n_layers: recurrent layers.
         dropout: probability, between the recurrent layers and before the head, in training only; before the head the
             same units are dropped at all positions of a row (arXiv 1512.05287).
-        nonlinearity: "tanh", "relu" or "sigmoid".
+        cell: of the recurrent layers: "rnn" (Elman), "gru" or "lstm".
+        nonlinearity: of Elman layers, "tanh", "relu" or "sigmoid"; the others have their own.
         attention: pool over the "hidden" states, over the "embedding"s, or not at all ("none").
         attn_dim: A, size of the attention space; by default the size of what is pooled, at most 128.
         score: "linear" or "tanh", see `AttentionPool`.
@@ -62,6 +66,7 @@ class LLM(nn.Module):
         n_layers: int,
         dropout: float,
         *,
+        cell: str = "rnn",
         nonlinearity: str = "tanh",
         attention: str = "hidden",
         attn_dim: int | None = None,
@@ -81,6 +86,8 @@ class LLM(nn.Module):
                 raise ValueError(f"LLM: {name} must be at least 1, got {size}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"LLM: dropout must be a probability from 0 to 1, got {dropout}")
+        if cell not in CELLS:
+            raise ValueError(f"LLM: cell must be one of {', '.join(CELLS)}, got {cell!r}")
         if attention not in ("hidden", "embedding", "none"):
             raise ValueError(f"LLM: attention must be one of hidden, embedding, none, got {attention!r}")
         pooled_dim = {"hidden": hidden_dim, "embedding": embedding_dim, "none": 0}[attention]
@@ -93,6 +100,7 @@ class LLM(nn.Module):
             "output_dim": output_dim,
             "n_layers": n_layers,
             "dropout": dropout,
+            "cell": cell,
             "nonlinearity": nonlinearity,
             "attention": attention,
             "attn_dim": attn_dim,
@@ -101,15 +109,10 @@ class LLM(nn.Module):
         self.vocab_size = vocab_size
         self.attention = attention
         self.embedding = AffineEmbedding(vocab_size, embedding_dim, device=device, dtype=dtype)
-        self.rnn = RNN(
-            embedding_dim,
-            hidden_dim,
-            n_layers,
-            nonlinearity,
-            dropout=dropout if n_layers > 1 else 0.0,
-            device=device,
-            dtype=dtype,
-        )
+        kinds: dict[str, Callable[..., RNN | GRU | LSTM]]
+        kinds = {"rnn": partial(RNN, nonlinearity=nonlinearity), "gru": GRU, "lstm": LSTM}
+        between = dropout if n_layers > 1 else 0.0
+        self.rnn = kinds[cell](embedding_dim, hidden_dim, n_layers, dropout=between, device=device, dtype=dtype)
         self.pool = (
             None
             if attention == "none"
@@ -120,15 +123,24 @@ class LLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise so that an Elman network trains: U orthogonal, which keeps h in size, biases zero."""
+        """Initialise so that a recurrent network trains: U orthogonal, which keeps h in size, biases zero.
+
+        In a gated cell the block of each gate is orthogonal, and the forget gates of an LSTM have a bias of 1.
+        """
         for module in (self.embedding, self.rnn, self.pool, self.head):
             if module is not None:
                 module.reset_parameters()
         for name, parameter in self.rnn.named_parameters():
+            gates = torch.split(parameter.detach(), self.rnn.hidden_size)
             if name.startswith("weight_hh"):
-                nn.init.orthogonal_(parameter)
+                for gate in gates:
+                    nn.init.orthogonal_(gate)
             elif name.startswith("bias"):
                 nn.init.zeros_(parameter)
+                if name.startswith("bias_ih") and isinstance(self.rnn, LSTM):
+                    # The order is i, f, g, o. With 0 the forget gate halves c at each step: neither what was read
+                    # nor its gradient would last (Gers et al., 2000).
+                    nn.init.ones_(gates[1])
         nn.init.zeros_(self.head.bias)
 
     def config(self) -> dict[str, int | float | str]:
@@ -164,14 +176,15 @@ class LLM(nn.Module):
             raise ValueError(f"LLM: x must be [B, T], got {list(x.shape)}")
         if x.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"LLM: x must be int64, got {x.dtype}".replace("torch.", ""))
-        hidden, attention = (None, None) if state is None else state
+        hidden, attention, cell = (None, None, None) if state is None else state
         embedded = self.embedding(x.t())  # [T, B, E]
-        h, hidden = self.rnn(embedded, hidden)
+        h, last = self.rnn(embedded, hidden if cell is None else (hidden, cell))
+        hidden, cell = last if isinstance(last, tuple) else (last, None)
         if self.pool is None:
-            return h.transpose(0, 1), LLMState(hidden, None)
+            return h.transpose(0, 1), LLMState(hidden, None, cell)
         pooled = h if self.attention == "hidden" else embedded
         c, attention = self.pool(pooled.transpose(0, 1), state=attention)
-        return torch.cat((h.transpose(0, 1), c), -1), LLMState(hidden, attention)
+        return torch.cat((h.transpose(0, 1), c), -1), LLMState(hidden, attention, cell)
 
     def generate(
         self,

@@ -14,6 +14,10 @@ from llm_ext import checks
 _ops = torch.ops.llm_ext
 _rnn_forward = _ops.rnn_forward.default
 _rnn_backward = _ops.rnn_backward.default
+_gru_forward = _ops.gru_forward.default
+_gru_backward = _ops.gru_backward.default
+_lstm_forward = _ops.lstm_forward.default
+_lstm_backward = _ops.lstm_backward.default
 _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
 _prefix_pool_forward = _ops.prefix_pool_forward.default
@@ -115,6 +119,19 @@ def _rnn_forward_fake(
 torch.library.register_fake("llm_ext::rnn_forward", _rnn_forward_fake)
 
 
+def _gradients(*tensors_and_needs: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:
+    """Fake gradients: shaped as their tensors, empty where there is none or it is not wanted."""
+    some = next(tensor for tensor, _ in tensors_and_needs if tensor is not None)
+    return tuple(
+        tensor.new_empty(tensor.shape) if tensor is not None and need else some.new_empty(0)
+        for tensor, need in tensors_and_needs
+    )
+
+
+def _wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
 def _rnn_backward_fake(
     grad_y: Tensor | None,
     grad_h_n: Tensor | None,
@@ -126,20 +143,10 @@ def _rnn_backward_fake(
     batch_sizes: Tensor | None,
     nonlinearity: str,
     reverse: bool,
-    need_dx: bool,
-    need_dh0: bool,
-    need_dw_ih: bool,
-    need_dw_hh: bool,
-    need_db: bool,
+    *needs: bool,
 ) -> tuple[Tensor, ...]:
-    H, I = w_ih.shape  # noqa: E741
-    return (
-        x.new_empty(x.shape if need_dx else 0),
-        x.new_empty(h0.shape if need_dh0 and h0 is not None else 0),
-        x.new_empty((H, I) if need_dw_ih else 0),
-        x.new_empty((H, H) if need_dw_hh else 0),
-        x.new_empty(H if need_db else 0),
-    )
+    bias = w_ih.new_empty(w_ih.shape[0])
+    return _gradients(*zip((x, h0, w_ih, w_hh, bias, bias), needs, strict=True))
 
 
 torch.library.register_fake("llm_ext::rnn_backward", _rnn_backward_fake)
@@ -149,47 +156,261 @@ def _rnn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, nonlinearity, reverse = inputs
     y, _h_n = output
     ctx.save_for_backward(x, h0, w_ih, w_hh, y, batch_sizes)
-    ctx.nonlinearity = nonlinearity
-    ctx.reverse = reverse
+    ctx.options = nonlinearity, reverse
     ctx.set_materialize_grads(False)
 
 
 def _rnn_autograd(ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h0, w_ih, w_hh, y, batch_sizes = ctx.saved_tensors
-    need_x, need_h0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = ctx.needs_input_grad[:6]
-    dx, dh0, dw_ih, dw_hh, db = _rnn_backward(
-        grad_y,
-        grad_h_n,
-        x,
-        h0,
-        w_ih,
-        w_hh,
-        y,
-        batch_sizes,
-        ctx.nonlinearity,
-        ctx.reverse,
-        need_x,
-        need_h0,
-        need_w_ih,
-        need_w_hh,
-        need_b_ih or need_b_hh,
-    )
-    return (
-        dx if need_x else None,
-        dh0 if need_h0 else None,
-        dw_ih if need_w_ih else None,
-        dw_hh if need_w_hh else None,
-        db if need_b_ih else None,
-        # Two parameters must not share one gradient: whoever scales it in place would scale it twice.
-        (db.clone() if need_b_ih else db) if need_b_hh else None,
-        None,
-        None,
-        None,
-    )
+    needs = ctx.needs_input_grad[:6]
+    gradients = _rnn_backward(grad_y, grad_h_n, *ctx.saved_tensors, *ctx.options, *needs)
+    return *_wanted(gradients, needs), None, None, None
 
 
 torch.library.register_autograd("llm_ext::rnn_forward", _rnn_autograd, setup_context=_rnn_setup_context)
 _once_differentiable("rnn_backward")
+
+
+# ---- GRU
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd will record a call with these arguments: only then is anything kept for it."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def gru(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """GRU over a whole sequence, one direction of one layer.
+
+    r_t, z_t = sigmoid(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh), n_t = tanh(w_ih x_t + b_ih + r_t (w_hh h_{t-1} + b_hh)),
+    h_t = (1 - z_t) n_t + z_t h_{t-1}; the weights hold the rows of r, z and n, one after the other.
+
+    Args:
+        x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I].
+        h0: state before the first step, [B, H] or, as torch.nn lays out the state of one layer, [1, B, H]; None for
+            zeros; must be given with `batch_sizes`.
+        w_ih: [3 H, I].
+        w_hh: [3 H, H].
+        b_ih: [3 H] or None.
+        b_hh: [3 H] or None.
+        batch_sizes: rows of each step, int64 [T] on the CPU, positive and never rising, as in a PackedSequence.
+        reverse: run from the last step to the first; y[t] still belongs to x[t].
+
+    Returns:
+        Every state y [T, B, H] (packed: [N, H]), and the state h_n after each row's last step, in the shape of h0
+        ([B, H] for None).
+
+    Raises:
+        ValueError: a shape or device that does not fit, or batch_sizes that do not describe x.
+        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+
+    Source: Cho et al., arXiv 1406.1078, with the reset applied after the product, as in torch and cuDNN; gradients in
+    docs/recurrence.md.
+    """
+    try:
+        keep = _records(x, h0, w_ih, w_hh, b_ih, b_hh)
+        y, h_n, _kept = _gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, keep)
+    except _FAILURES as failure:
+        _explain(failure, checks.gru, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes)
+    return y, h_n
+
+
+def _gru_forward_fake(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    checks.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes)
+    H = w_hh.shape[1]
+    N = x.shape[:-1].numel() if keep else 0
+    return (
+        x.new_empty((*x.shape[:-1], H)),
+        x.new_empty((x.shape[1], H) if h0 is None else h0.shape),
+        x.new_empty((N, 4 * H)),
+    )
+
+
+torch.library.register_fake("llm_ext::gru_forward", _gru_forward_fake)
+
+
+def _gru_backward_fake(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    y: Tensor,
+    kept: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    bias = w_ih.new_empty(w_ih.shape[0])
+    return _gradients(*zip((x, h0, w_ih, w_hh, bias, bias), needs, strict=True))
+
+
+torch.library.register_fake("llm_ext::gru_backward", _gru_backward_fake)
+
+
+def _gru_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, reverse, _keep = inputs
+    y, _h_n, kept = output
+    ctx.save_for_backward(x, h0, w_ih, w_hh, y, kept, batch_sizes)
+    ctx.reverse = reverse
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+
+
+def _gru_autograd(
+    ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None, _grad_kept: None
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:6]
+    gradients = _gru_backward(grad_y, grad_h_n, *ctx.saved_tensors, ctx.reverse, *needs)
+    return *_wanted(gradients, needs), None, None, None
+
+
+torch.library.register_autograd("llm_ext::gru_forward", _gru_autograd, setup_context=_gru_setup_context)
+_once_differentiable("gru_backward")
+
+
+# ---- LSTM
+
+
+def lstm(
+    x: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """LSTM over a whole sequence, one direction of one layer.
+
+    i_t, f_t, o_t = sigmoid(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh), g_t the same with tanh,
+    c_t = f_t c_{t-1} + i_t g_t, h_t = o_t tanh(c_t), or w_hr times that; the weights hold the rows of i, f, g and o,
+    one after the other.
+
+    Args:
+        x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I].
+        state: (h0 [B, P], c0 [B, H]) before the first step, or as torch.nn lays out the state of one layer, [1, B, *];
+            None for zeros; must be given with `batch_sizes`. P = H without `w_hr`.
+        w_ih: [4 H, I].
+        w_hh: [4 H, P].
+        b_ih: [4 H] or None.
+        b_hh: [4 H] or None.
+        w_hr: projection of the output, [P, H] with P < H, or None.
+        batch_sizes: rows of each step, int64 [T] on the CPU, positive and never rising, as in a PackedSequence.
+        reverse: run from the last step to the first; y[t] still belongs to x[t].
+
+    Returns:
+        Every state y [T, B, P] (packed: [N, P]), and the state (h_n, c_n) after each row's last step, in the shapes of
+        `state` ([B, P] and [B, H] for None).
+
+    Raises:
+        ValueError: a shape or device that does not fit, or batch_sizes that do not describe x.
+        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+
+    Source: S. Hochreiter and J. Schmidhuber, "Long short-term memory", 1997; the forget gate: F. Gers et al.,
+    "Learning to forget", 2000; the projection: Sak et al., arXiv 1402.1128; gradients in docs/recurrence.md.
+    """
+    h0, c0 = (None, None) if state is None else state
+    try:
+        keep = _records(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        y, h_n, c_n, _kept = _lstm_forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, keep)
+    except _FAILURES as failure:
+        _explain(failure, checks.lstm, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    return y, (h_n, c_n)
+
+
+def _lstm_forward_fake(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    checks.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    H, P = w_ih.shape[0] // 4, w_hh.shape[1]
+    N = x.shape[:-1].numel() if keep else 0
+    return (
+        x.new_empty((*x.shape[:-1], P)),
+        x.new_empty((x.shape[1], P) if h0 is None else h0.shape),
+        x.new_empty((x.shape[1], H) if c0 is None else c0.shape),
+        x.new_empty((N, (5 if w_hr is None else 6) * H)),
+    )
+
+
+torch.library.register_fake("llm_ext::lstm_forward", _lstm_forward_fake)
+
+
+def _lstm_backward_fake(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    y: Tensor,
+    kept: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    bias = w_ih.new_empty(w_ih.shape[0])
+    return _gradients(*zip((x, h0, c0, w_ih, w_hh, bias, bias, w_hr), needs, strict=True))
+
+
+torch.library.register_fake("llm_ext::lstm_backward", _lstm_backward_fake)
+
+
+def _lstm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr, batch_sizes, reverse, _keep = inputs
+    y, _h_n, _c_n, kept = output
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, w_hr, y, kept, batch_sizes)
+    ctx.reverse = reverse
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+
+
+def _lstm_autograd(
+    ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _grad_kept: None
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:8]
+    gradients = _lstm_backward(grad_y, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.reverse, *needs)
+    return *_wanted(gradients, needs), None, None, None
+
+
+torch.library.register_autograd("llm_ext::lstm_forward", _lstm_autograd, setup_context=_lstm_setup_context)
+_once_differentiable("lstm_backward")
 
 
 # ---- attention pooling

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
+
+
+def _recurrence(
+    cell: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    state: tuple[Tensor, ...] | None,
+    sizes: tuple[int, ...],
+    w_ih: Tensor,
+    b_ih: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Walk over the steps: `cell(w_ih x_t + b_ih, *state)` is the state after step t, and y[t] the first part of it.
+
+    `sizes` are the features of each part of the state, for the zeros it starts from if it is None.
+    """
+    rows = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    inputs = torch.split(F.linear(x.reshape(sum(rows), x.shape[-1]), w_ih, b_ih), rows)
+    if state is None:
+        state = tuple(x.new_zeros(x.shape[1], size) for size in sizes)
+    now = [part.reshape(part.shape[-2:]) for part in state]
+    y = [x.new_empty(0, sizes[0])] * len(rows)
+    for t in reversed(range(len(rows))) if reverse else range(len(rows)):
+        after = cell(inputs[t], *(part[: rows[t]] for part in now))
+        y[t] = after[0]
+        # Rows beyond this step's size wait: forward they have ended and hold their last state, in reverse their first.
+        now = [torch.cat((new, part[rows[t] :])) for new, part in zip(after, now, strict=True)]
+    last = tuple(part.reshape(given.shape).clone() for part, given in zip(now, state, strict=True))
+    return torch.cat((x.new_empty(0, sizes[0]), *y)).view(*x.shape[:-1], sizes[0]), last
 
 
 def rnn(
@@ -41,18 +71,105 @@ def rnn(
 
     Source: J. Elman, "Finding structure in time", 1990.
     """
-    activation = ACTIVATIONS[nonlinearity]
-    H = w_hh.shape[0]
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    steps = torch.split(F.linear(x.reshape(sum(sizes), x.shape[-1]), w_ih, b_ih), sizes)
-    h = x.new_zeros(x.shape[1], H) if h0 is None else h0.reshape(h0.shape[-2:])
-    y = [x.new_empty(0, H)] * len(sizes)
-    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
-        y[t] = activation(steps[t] + F.linear(h[: sizes[t]], w_hh, b_hh))
-        # Rows beyond this step's size wait: forward they have ended and hold h_n, in reverse they hold h0.
-        h = torch.cat((y[t], h[sizes[t] :]))
-    h_n = (h if h0 is None else h.reshape(h0.shape)).clone()
-    return torch.cat((x.new_empty(0, H), *y)).view(*x.shape[:-1], H), h_n
+
+    def cell(wx: Tensor, h: Tensor) -> tuple[Tensor]:
+        return (ACTIVATIONS[nonlinearity](wx + F.linear(h, w_hh, b_hh)),)
+
+    state = None if h0 is None else (h0,)
+    y, (h_n,) = _recurrence(cell, x, state, (w_hh.shape[1],), w_ih, b_ih, batch_sizes, reverse)
+    return y, h_n
+
+
+def gru(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gated recurrent unit over a whole sequence, with the gates of torch.nn.GRU.
+
+    `r_t = sigmoid(W_r x_t + b_ih_r + U_r h_{t-1} + b_hh_r)`, `z_t` in the same way,
+    `n_t = tanh(W_n x_t + b_ih_n + r_t (U_n h_{t-1} + b_hh_n))`, `h_t = (1 - z_t) n_t + z_t h_{t-1}`.
+
+    Args:
+        x: [T, B, I]; with `batch_sizes` the packed rows [N, I] of all steps, one step after the other.
+        h0: [B, H] or [1, B, H], or None for zeros; required with `batch_sizes`.
+        w_ih: W, [3 H, I]: the blocks r, z, n one below the other.
+        w_hh: U, [3 H, H].
+        b_ih: [3 H] or None.
+        b_hh: [3 H] or None.
+        batch_sizes: [T] int64, not increasing: how many rows step t has; N is their sum.
+        reverse: run t from T-1 down to 0; y[t] still belongs to x[t].
+
+    Returns:
+        y, shaped like x with H in place of I, and h_n in the shape of h0, each row after its own last step.
+
+    Source: Cho et al., arXiv 1406.1078; there r is applied before the product with U_n, here as in torch after it.
+    """
+
+    def cell(wx: Tensor, h: Tensor) -> tuple[Tensor]:
+        wx_r, wx_z, wx_n = wx.chunk(3, 1)
+        uh_r, uh_z, uh_n = F.linear(h, w_hh, b_hh).chunk(3, 1)
+        r, z = torch.sigmoid(wx_r + uh_r), torch.sigmoid(wx_z + uh_z)
+        n = torch.tanh(wx_n + r * uh_n)
+        return ((1 - z) * n + z * h,)
+
+    state = None if h0 is None else (h0,)
+    y, (h_n,) = _recurrence(cell, x, state, (w_hh.shape[1],), w_ih, b_ih, batch_sizes, reverse)
+    return y, h_n
+
+
+def lstm(
+    x: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Long short-term memory over a whole sequence, with the gates of torch.nn.LSTM.
+
+    `i_t = sigmoid(W_i x_t + b_ih_i + U_i h_{t-1} + b_hh_i)`, `f_t` and `o_t` in the same way, `g_t` with tanh,
+    `c_t = f_t c_{t-1} + i_t g_t`, `h_t = o_t tanh(c_t)`; with a projection `h_t = R (o_t tanh(c_t))`.
+
+    Args:
+        x: [T, B, I]; with `batch_sizes` the packed rows [N, I] of all steps, one step after the other.
+        state: (h0, c0), h0 [B, H] or [1, B, H], with a projection P for its H, and c0 [B, H] or [1, B, H]; or None for
+            zeros; required with `batch_sizes`.
+        w_ih: W, [4 H, I]: the blocks i, f, g, o one below the other.
+        w_hh: U, [4 H, H], with a projection [4 H, P].
+        b_ih: [4 H] or None.
+        b_hh: [4 H] or None.
+        w_hr: R, [P, H], or None for no projection.
+        batch_sizes: [T] int64, not increasing: how many rows step t has; N is their sum.
+        reverse: run t from T-1 down to 0; y[t] still belongs to x[t].
+
+    Returns:
+        y, shaped like x with H (or P) in place of I, and (h_n, c_n) in the shapes of h0 and c0, each row after its own
+        last step.
+
+    Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; the forget gate f: Gers et al., "Learning to
+    forget", 2000; the projection: Sak et al., arXiv 1402.1128.
+    """
+
+    def cell(wx: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (wx + F.linear(h, w_hh, b_hh)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h if w_hr is None else F.linear(h, w_hr), c
+
+    sizes = w_hh.shape[1], w_hh.shape[0] // 4  # P or H, and H
+    y, (h_n, c_n) = _recurrence(cell, x, state, sizes, w_ih, b_ih, batch_sizes, reverse)
+    return y, (h_n, c_n)
 
 
 def _admitted(e: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,11 @@ TOLERANCE = {
     ("rnn", torch.float32): 5e-5,
     # The same errors, through weights that sum over T·B rows.
     ("rnn_backward", torch.float32): 1e-4,
+    # The same; the state that an LSTM adds up is forgotten as well.
+    ("gru", torch.float32): 5e-5,
+    ("gru_backward", torch.float32): 1e-4,
+    ("lstm", torch.float32): 5e-5,
+    ("lstm_backward", torch.float32): 1e-4,
     # One softmax and one weighted mean: no error grows with T.
     ("attention_pool", torch.float32): 1e-5,
     ("attention_pool_backward", torch.float32): 5e-5,
@@ -28,6 +33,10 @@ TOLERANCE = {
     # float64 differs from the reference in the order of sums only.
     ("rnn", torch.float64): 1e-12,
     ("rnn_backward", torch.float64): 1e-11,
+    ("gru", torch.float64): 1e-12,
+    ("gru_backward", torch.float64): 1e-11,
+    ("lstm", torch.float64): 1e-12,
+    ("lstm_backward", torch.float64): 1e-11,
     ("attention_pool", torch.float64): 1e-13,
     ("attention_pool_backward", torch.float64): 1e-12,
     ("prefix_pool", torch.float64): 1e-12,

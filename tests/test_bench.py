@@ -17,13 +17,23 @@ from torch import Tensor
 # bench is run from the checkout, not installed; last, so that an installed llm_ext comes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, contest, peers, report, timing
+from bench import cases, contest, limits, peers, plot, report, timing
 from bench.__main__ import chosen, listing, main
-from bench.contest import Case, Contest, Contestant, Settings
+from bench.cells import CELLS, GRU, LSTM, RNN
+from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, Settings
 
 SETTINGS = Settings(
     threads=2, dtype=torch.float32, seconds=0.01, rounds=2, libraries=list(peers.LIBRARIES), absent=["jax"]
 )
+
+
+AT_BEST = {
+    "copy_gb_per_s": 3.0,
+    "product_gflop_per_s": 4.0,
+    "read_gb_per_s": 2.0,
+    "fma_gflop_per_s": 5.0,
+    "absent": None,
+}
 
 
 def returning(value: float, delay: float = 0.0) -> Callable[[], timing.Call]:
@@ -64,12 +74,16 @@ def test_list_names_every_case_and_how_to_run_them(capsys: pytest.CaptureFixture
 def test_patterns_select_groups_and_parts_of_names() -> None:
     assert chosen(cases.CASES, ["all"]) == list(cases.CASES)
     assert {case.group for case in chosen(cases.CASES, ["step", "model"])} == {"step", "model"}
+    assert {case.group for case in chosen(cases.CASES, ["recurrence"])} == {"recurrence", "step"}
     assert [case.name for case in chosen(cases.CASES, ["training/B32*-L2"])] == [
-        "recurrence/training/B32-T128-I256-H512-L2"
+        "recurrence/training/B32-T128-I256-H512-L2",
+        "recurrence/gru-training/B32-T128-I256-H512-L2",
+        "recurrence/lstm-training/B32-T128-I256-H512-L2",
     ]
     with pytest.raises(ValueError, match="no case matches 'B3000'"):
         chosen(cases.CASES, ["B32", "B3000"])
     assert "bar 3 × torch.nn.RNN" in listing(cases.CASES)
+    assert "recurrence/lstm-training/*: bar 1.5 × torch.nn.LSTM" in listing(cases.CASES, cases.MEANS)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +93,7 @@ def test_patterns_select_groups_and_parts_of_names() -> None:
         ["all", "--peers", "torch,haste"],
         ["all", "--threads", "0"],
         ["all", "--json", "no/x"],
+        ["step", "--curves", "x.svg"],
     ],
 )
 def test_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,21 +177,165 @@ def test_threads_are_set_for_the_case_and_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_a_contestant_may_have_a_truth_of_its_own() -> None:
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        peer = Contestant("another way", OURS, returning(3.0), truth=[torch.tensor([1.0, 3.0]).double()])
+        truth = [torch.tensor([1.0, 2.0]).double()]
+        return Contest(truth, Contestant("ours", OURS, returning(2.0)), [peer])
+
+    # It takes part whichever libraries do.
+    settings = dataclasses.replace(SETTINGS, libraries=[])
+    (peer,) = contest.run(Case("small/inference/B1", build, False, 1.0, "thing"), settings)["peers"]
+    assert peer["status"] == "measured"
+
+
+def test_a_case_may_have_a_dtype_of_its_own() -> None:
+    seen = []
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        seen.append(dtype)
+        return Contest([], Contestant("ours", OURS, lambda: lambda: []), [])
+
+    result = contest.run(Case("small/step/B1", build, False, 1.0, "GB", dtype=torch.float64), SETTINGS)
+    assert seen == [torch.float64]
+    assert (result["dtype"], result["work"]) == ("float64", 2.0)
+
+
+def entries(name: str, **peers: float | str) -> dict[str, object]:
+    """A case of a report: ratios by name of a peer, or why there is none."""
+    found = [
+        {"name": peer, "library": "torch", "bar": None}
+        | ({"status": value} if isinstance(value, str) else {"status": "measured", "ratio": value})
+        for peer, value in peers.items()
+    ]
+    return {"case": name, "peers": found}
+
+
+def test_mean_takes_the_closest_of_each_case() -> None:
+    names = ["a/x/1", "a/x/2", "a/x/3", "b/x/1"]
+    measured = [
+        entries("a/x/1", one=8.0, two=2.0, other=0.1),
+        entries("a/x/2", one=4.0, two="failed", other=0.1),
+        entries("b/x/1", one=100.0, two=100.0),
+    ]
+    wanted = Mean(["a/x/*"], ["one", "two"], bar=2.8)
+    part = contest.mean(wanted, names, measured, SETTINGS)
+    assert (part["cases"], part["cases_expected"]) == (2, 3)
+    assert part["ratio"] == pytest.approx(8**0.5)
+    assert part["met"] is None
+    assert "2.83 × against the closest of one, two over a/x/* (2 of 3 cases): bar 2.8 not" in report.mean_line(part)
+
+    whole = contest.mean(wanted, names, [*measured, entries("a/x/3", one=1.0, two=1.0)], SETTINGS)
+    assert whole["ratio"] == pytest.approx(2)
+    assert whole["met"] is False
+    assert "missed: the mean 2 × against" in report.summary([], [whole])
+    assert contest.mean(wanted, names[:2], measured, SETTINGS)["met"] is True
+    # Without one of the peers, the others' mean is not what the bar is about.
+    assert contest.mean(wanted, names, [entries("a/x/1", one=8.0, two="absent")], SETTINGS)["ratio"] is None
+    assert contest.mean(wanted, names, [entries("a/x/1", one=8.0)], SETTINGS)["ratio"] is None
+    other_setting = dataclasses.replace(SETTINGS, threads=3)
+    assert contest.mean(wanted, names[:2], measured, other_setting)["bar"] is None
+
+
+def test_means_are_over_the_shapes_of_the_tables() -> None:
+    names = [case.name for case in cases.CASES]
+    numbers = {
+        tuple(mean.of): contest.mean(mean, names, [], SETTINGS)["cases_expected"]
+        for mean in cases.MEANS
+        if mean.bar is not None
+    }
+    inference = [f"recurrence/{prefix}inference/*" for prefix in ("", "gru-", "lstm-")]
+    training = [f"recurrence/{prefix}training/*" for prefix in ("", "gru-", "lstm-")]
+    assert numbers == {tuple(inference): 21, **{(name,): 7 for name in inference}, **{(name,): 8 for name in training}}
+
+
+def test_work_counts_every_product() -> None:
+    # Of each row: U h and W x, with G gates, two operations a weight.
+    for cell, gates in ((RNN, 1), (GRU, 3), (LSTM, 4)):
+        assert cases.alone(cell, 8, 128, 512, None).work == 2 * 8 * 128 * gates * 512 * (512 + 1) / 1e9
+    two_layers = cases.recurrence(LSTM, "training", 2, 3, 5, 7, layers=2)
+    assert two_layers.work == pytest.approx(3 * 2 * 6 * 4 * 7 * (5 + 7 + 7 + 7) / 1e9)
+
+
+def test_a_limit_is_no_rival() -> None:
+    limit = {"name": "FMA peak", "library": LIMIT, "status": "measured", "ratio": 0.875, "bar": 0.85, "met": True}
+    assert report.verdict(limit) == "88% of the limit, bar 0.85 met"
+    assert report.verdict(limit | {"library": "torch"}) == "LOSES, bar 0.85 met"
+    ours = {"name": "llm_ext.RNN", "library": OURS, "status": "measured"}
+    closing = report.summary([{"case": "a/x/1", "ours": ours, "peers": [limit]}])
+    assert "Bars met: 1 of 1." in closing
+    assert "Lost: 0 of 0 comparisons." in closing
+
+
+@pytest.mark.skipif(limits.absent() is not None, reason=str(limits.absent()))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_limits_do_all_of_their_work(threads: int) -> None:
+    for gflop in (0.0, 1e-6, 5e-6, 1e-3):
+        assert limits.multiply_add(gflop, threads)() == pytest.approx(1)
+    for floats in (1, 1000, 4097):
+        assert limits.read(floats, 3, threads)() == pytest.approx(1)
+
+
+def test_limits_say_why_they_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits._library.cache_clear()
+    try:
+        monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+        assert "no g++" in str(limits.absent())
+        with pytest.raises(RuntimeError, match=r"no g\+\+"):
+            limits.multiply_add(1.0, 1)
+    finally:
+        limits._library.cache_clear()
+    run = {"limits": AT_BEST | {"absent": "no reason"}, "settings": {"libraries": [], "absent": []}}
+    run["settings"] |= {"threads": 2, "dtype": "float32"}
+    printed = report.header(run | {"machine": report.machine(), "versions": report.versions()})
+    assert "No FMA peak and no reads: no reason" in printed
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run: dict[str, object] = {"machine": {"cpu": "a machine"}, "settings": {"threads": 2, "dtype": "float32"}}
+    points = [case for case in cases.CASES if case.group == plot.CURVES]
+    run["cases"] = [
+        {
+            "case": case.name,
+            "group": case.group,
+            "ours": {"name": f"llm_ext.{case.name.split('/')[1]}", "median_s": case.work},
+            "peers": [{"name": f"torch.nn.{case.name.split('/')[1]}", "median_s": 2 * case.work}],
+        }
+        for case in points
+    ]
+    plot.growth(run, tmp_path / "all.svg")
+    drawn = (tmp_path / "all.svg").read_text(encoding="utf-8")
+    for words in ("B, sequences in the batch", "H, hidden size", "T, time steps", "median), ms", "B 8, T 128"):
+        assert words in drawn
+    for name in ("llm_ext.gru-inference", "torch.nn.lstm-inference"):
+        assert name in drawn
+    # A run that was interrupted before its first case leaves nothing to draw.
+    plot.growth(run | {"cases": []}, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
 def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(report, "limits", lambda threads: {"copy_gb_per_s": 1.0, "product_gflop_per_s": 1.0})
+    monkeypatch.setattr(limits, "measure", lambda threads: AT_BEST)
     monkeypatch.setattr(peers, "absent", lambda: ["jax"])
     monkeypatch.setattr(peers, "prepare", lambda threads: None)
     files = tmp_path / "a.json", tmp_path / "a.svg"
     arguments = ["small", "--threads", "2", "--seconds", "0.01", "--rounds", "3"]
-    assert main([*arguments, "--json", str(files[0]), "--plot", str(files[1])], [small_case()]) == 0
-    assert "Left out, not installed (pip install --no-build-isolation '.[bench]'): jax" in capsys.readouterr().out
+    means = [Mean(["small/*"], ["right"], bar=0.001), Mean(["small/*"], ["right", "missing"], bar=2)]
+    assert main([*arguments, "--json", str(files[0]), "--plot", str(files[1])], [small_case()], means) == 0
+    printed = capsys.readouterr().out
+    assert "Left out, not installed (pip install --no-build-isolation '.[bench]'): jax" in printed
+    assert "Read 2 GB/s, FMA peak 5 GFLOP/s, at best" in printed
+    assert "against right over small/* (1 of 1 cases): bar 0.001 met" in printed
+    assert "Bars met: 2 of 4." in printed
 
     run = json.loads(files[0].read_text(encoding="utf-8"))
     assert run["format"] == 1
     assert {"cpu", "cores", "memory_gb", "system", "load"} == run["machine"].keys()
     assert {"python", "llm_ext", "build_info", "peers"} == run["versions"].keys()
     assert run["settings"]["dtype"] == "float32"
+    assert [(mean["cases"], mean["met"]) for mean in run["means"]] == [(1, True), (0, None)]
     (case,) = run["cases"]
     assert case["case"] == "small/inference/B1"
     assert len(case["ours"]["rounds_s"]) == 3
@@ -204,11 +363,21 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize(
     "case",
     [
-        cases.recurrence("inference", 3, 5, 2, 4),
-        cases.recurrence("training", 3, 5, 2, 4, layers=2),
-        cases.packed("inference", 3, 8, 2, 4),
-        cases.packed("training", 3, 8, 2, 4),
-        cases.step(4),
+        *(
+            case
+            for cell in CELLS
+            for case in (
+                cases.recurrence(cell, "inference", 3, 5, 2, 4),
+                cases.recurrence(cell, "training", 3, 5, 2, 4, layers=2),
+                cases.odd(cell, "training", 3, 4, 1, 5),
+                cases.packed(cell, "inference", 3, 8, 2, 4),
+                cases.packed(cell, "training", 3, 8, 2, 4),
+                cases.alone(cell, 3, 5, 4, bar=0.85),
+                cases.alone(cell, 1, 5, 4, bar=0.8),
+                cases.step(cell, 4),
+                cases.scaling(cell, 2, 3, 4),
+            )
+        ),
         cases.pooling("inference", 2, 5, 4),
         cases.pooling("training", 2, 5, 4),
         cases.prefix("inference", 2, 5, 4),
@@ -221,7 +390,8 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_contestants_agree_with_the_reference(case: Case) -> None:
     # Without torch.compile, which takes half a minute for them all.
     words = [word for word in peers.LIBRARIES if word != "compile"]
-    settings = dataclasses.replace(SETTINGS, rounds=1, libraries=words, absent=peers.absent())
+    absent = [*peers.absent(), *([] if limits.absent() is None else [LIMIT])]
+    settings = dataclasses.replace(SETTINGS, rounds=1, libraries=words, absent=absent)
     result = contest.run(case, settings)
     for entry in (result["ours"], *result["peers"]):
         assert entry["status"] in ("measured", "absent"), entry

@@ -16,6 +16,8 @@ from llm_ext.model import sample
 
 V = 11
 ATTENTION = ("hidden", "embedding", "none")
+CELLS = ("rnn", "gru", "lstm")
+every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 def model(attention: str = "hidden", **options: object) -> llm_ext.LLM:
@@ -24,14 +26,16 @@ def model(attention: str = "hidden", **options: object) -> llm_ext.LLM:
 
 
 def flat(state: llm_ext.LLMState) -> list[Tensor]:
-    return [state.hidden, *(state.attention or ())]
+    return [state.hidden, *(state.attention or ()), *(() if state.cell is None else (state.cell,))]
 
 
 def by_hand(m: llm_ext.LLM, x: Tensor) -> Tensor:
-    """The same model from torch.nn alone: one-hot vectors, torch.nn.RNN, a softmax under a T × T mask."""
+    """The same model from torch.nn alone: one-hot vectors, its own layers, a softmax under a T × T mask."""
     config = m.config()
     embedded = nn.functional.one_hot(x, V).double() @ m.embedding.weight + m.embedding.bias
-    rnn = nn.RNN(5, 17, config["n_layers"], config["nonlinearity"], batch_first=True, dtype=torch.float64)
+    options = {"nonlinearity": config["nonlinearity"]} if config["cell"] == "rnn" else {}
+    layers = getattr(nn, config["cell"].upper())
+    rnn = layers(5, 17, config["n_layers"], batch_first=True, dtype=torch.float64, **options)
     rnn.load_state_dict(m.rnn.state_dict())
     features = h = rnn(embedded)[0]
     if m.pool is not None:
@@ -45,10 +49,11 @@ def by_hand(m: llm_ext.LLM, x: Tensor) -> Tensor:
     return features @ m.head.weight.T + m.head.bias
 
 
+@every_cell
 @pytest.mark.parametrize("score", ["linear", "tanh"])
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_is_its_parts(attention: str, score: str) -> None:
-    m = model(attention, score=score, nonlinearity="relu")
+def test_is_its_parts(attention: str, score: str, cell: str) -> None:
+    m = model(attention, score=score, cell=cell, nonlinearity="relu")
     for parameter in m.parameters():  # biases too
         nn.init.normal_(parameter, std=0.3)
     x = torch.randint(V, (3, 9))
@@ -57,12 +62,15 @@ def test_is_its_parts(attention: str, score: str) -> None:
     assert output.is_contiguous()  # so that output.view(-1, V) works
     assert state.hidden.shape == (2, 3, 17)
     assert (state.attention is None) == (attention == "none")
+    assert (state.cell is None) == (cell != "lstm")
+    assert cell != "lstm" or state.cell.shape == (2, 3, 17)
 
 
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_pieces_are_the_whole(dtype: torch.dtype, attention: str) -> None:
-    m = model(attention, dtype=dtype)
+def test_pieces_are_the_whole(dtype: torch.dtype, attention: str, cell: str) -> None:
+    m = model(attention, cell=cell, dtype=dtype)
     x = torch.randint(V, (3, 33))
     whole, last = m(x)
     outputs, state = [], None
@@ -74,10 +82,11 @@ def test_pieces_are_the_whole(dtype: torch.dtype, attention: str) -> None:
         cases.assert_close("model", part, expected)
 
 
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_gradients_flow_through_the_state(attention: str) -> None:
+def test_gradients_flow_through_the_state(attention: str, cell: str) -> None:
     """Backpropagation through two pieces is that through the whole; a detached state stops it."""
-    m = model(attention)
+    m = model(attention, cell=cell)
     x = torch.randint(V, (2, 8))
     parameters = list(m.parameters())
     expected = torch.autograd.grad(m(x)[0][:, 5:].square().sum(), parameters)
@@ -88,7 +97,9 @@ def test_gradients_flow_through_the_state(attention: str) -> None:
     _, state = m(x[:, :5])
     detached = state.detach()
     assert isinstance(detached, llm_ext.LLMState)
+    assert all(t.requires_grad for t in flat(state))
     assert not any(t.requires_grad for t in flat(detached))
+    assert len(flat(detached)) == len(flat(state))
     assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(detached), strict=True))
 
 
@@ -103,18 +114,21 @@ def test_no_position_sees_the_future(attention: str) -> None:
     assert not torch.isclose(before[:, 6:], after[:, 6:]).all(-1).any()
 
 
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (0, 0)])
-def test_nothing(B: int, T: int, attention: str) -> None:
-    output, state = model(attention)(torch.zeros(B, T, dtype=torch.int64))
+def test_nothing(B: int, T: int, attention: str, cell: str) -> None:
+    output, state = model(attention, cell=cell)(torch.zeros(B, T, dtype=torch.int64))
     assert output.shape == (B, T, V)
     assert not state.hidden.any()
+    assert state.cell is None or not state.cell.any()
 
 
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_the_usual_training_loop(attention: str) -> None:
-    m = model(attention, dropout=0.1, dtype=torch.float32)
-    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(m.parameters(), lr=0.01)
+def test_the_usual_training_loop(attention: str, cell: str) -> None:
+    m = model(attention, cell=cell, dropout=0.1, dtype=torch.float32)
+    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(m.parameters(), lr=0.03)
     x = torch.arange(33).remainder(V).expand(4, -1)
     losses = []
     for _ in range(40):
@@ -156,11 +170,12 @@ def test_dropout_before_the_head_is_one_mask_a_row() -> None:
     assert not torch.equal(dropped[0], dropped[1]) or not torch.equal(dropped[0], dropped[2])
 
 
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("score", ["linear", "tanh"])
-def test_mixed_precision(score: str, attention: str) -> None:
+def test_mixed_precision(score: str, attention: str, cell: str) -> None:
     """Under autocast the head runs in bfloat16, the recurrence and the pool in the dtype of their weights."""
-    m = model(attention, score=score, dtype=torch.float32)
+    m = model(attention, score=score, cell=cell, dtype=torch.float32)
     x = torch.randint(V, (2, 9))
     with torch.autocast("cpu", torch.bfloat16):
         output, state = m(x)
@@ -170,18 +185,35 @@ def test_mixed_precision(score: str, attention: str) -> None:
     torch.testing.assert_close(output.float(), m(x)[0], atol=0.1, rtol=0.1)
 
 
-def test_initialisation() -> None:
-    m = model(n_layers=3)
+@every_cell
+def test_initialisation(cell: str) -> None:
+    m = model(n_layers=3, cell=cell)
     for name, parameter in m.named_parameters():
         if "weight_hh" in name:
-            torch.testing.assert_close(parameter @ parameter.T, torch.eye(17, dtype=torch.float64))
+            assert len(parameter) == 17 * {"rnn": 1, "gru": 3, "lstm": 4}[cell]
+            for gate in parameter.split(17):
+                torch.testing.assert_close(gate @ gate.T, torch.eye(17, dtype=torch.float64))
         if "bias" in name:
-            assert not parameter.any()
+            forget = parameter.new_zeros(parameter.shape)
+            if cell == "lstm" and "bias_ih" in name:
+                forget[17:34] = 1
+            assert torch.equal(parameter, forget)
 
 
+def test_an_lstm_remembers_from_the_start() -> None:
+    """With no input to speak of, each step keeps sigmoid(1) of c."""
+    m = model("none", n_layers=1, cell="lstm")
+    nn.init.zeros_(m.rnn.weight_ih_l0)
+    nn.init.zeros_(m.rnn.weight_hh_l0)
+    state = llm_ext.LLMState(torch.zeros(1, 1, 17).double(), None, torch.ones(1, 1, 17).double())
+    _, state = m(torch.zeros(1, 3, dtype=torch.int64), state)
+    cases.assert_close("model", state.cell, torch.sigmoid(torch.ones(1, 1, 17).double()) ** 3)
+
+
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_config_and_copies(attention: str) -> None:
-    m = model(attention, nonlinearity="sigmoid", dropout=0.25, score="tanh").eval()
+def test_config_and_copies(attention: str, cell: str) -> None:
+    m = model(attention, cell=cell, nonlinearity="sigmoid", dropout=0.25, score="tanh").eval()
     x = torch.randint(V, (2, 5))
     config = json.loads(json.dumps(m.config()))
     constructor = inspect.signature(llm_ext.LLM.__init__).parameters
@@ -194,9 +226,20 @@ def test_config_and_copies(attention: str) -> None:
         assert torch.equal(other(x)[0], m(x)[0])
 
 
+def test_what_was_saved_before_there_was_a_choice_of_cells() -> None:
+    m = model()
+    config = m.config()
+    del config["cell"]
+    rebuilt = llm_ext.LLM(**config, dtype=torch.float64)
+    rebuilt.load_state_dict(m.state_dict())
+    x, (hidden, attention, _) = torch.randint(V, (2, 5)), m(torch.randint(V, (2, 5)))[1]
+    assert torch.equal(rebuilt(x, llm_ext.LLMState(hidden, attention))[0], m(x, llm_ext.LLMState(hidden, attention))[0])
+
+
+@every_cell
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_greedy_generation_is_the_best_token_of_the_whole_text(attention: str) -> None:
-    m = model(attention).eval()
+def test_greedy_generation_is_the_best_token_of_the_whole_text(attention: str, cell: str) -> None:
+    m = model(attention, cell=cell).eval()
     prompt = torch.randint(V, (3, 4))
     ids = m.generate(prompt, 12, temperature=0)
     assert ids.shape == (3, 16)
@@ -277,11 +320,20 @@ def test_bad_call(x: Tensor, error: type, message: str) -> None:
         model()(x)
 
 
-def test_state_of_another_batch() -> None:
-    m = model()
+@every_cell
+def test_state_of_another_batch(cell: str) -> None:
+    m = model(cell=cell)
     _, state = m(torch.zeros(3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"hx must be \[L, B, H\] = \[2, 2, 17\], got \[2, 3, 17\]"):
+    with pytest.raises(ValueError, match=r"hx.* must be \[L, B, H\] = \[2, 2, 17\], got \[2, 3, 17\]"):
         m(torch.zeros(2, 2, dtype=torch.int64), state)
+
+
+def test_state_of_another_cell() -> None:
+    x = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="GRU: hx must be a Tensor, got tuple"):
+        model(cell="gru")(x, model(cell="lstm")(x)[1])
+    with pytest.raises(ValueError, match="LSTM: hx"):
+        model(cell="lstm")(x, model(cell="gru")(x)[1])
 
 
 BAD_SAMPLING = [
@@ -308,6 +360,7 @@ BAD_CONSTRUCTORS = [
     ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
     ({"dropout": 1.5}, "dropout must be a probability from 0 to 1, got 1.5"),
     ({"attention": "all"}, "attention must be one of hidden, embedding, none, got 'all'"),
+    ({"cell": "elman"}, "LLM: cell must be one of rnn, gru, lstm, got 'elman'"),
     ({"nonlinearity": "gelu"}, "nonlinearity must be one of"),
     ({"score": "dot"}, "score must be one of linear, tanh, got 'dot'"),
     ({"attn_dim": -1}, "attn_dim must be at least 1, got -1"),
@@ -320,10 +373,11 @@ def test_bad_constructor(options: dict[str, object], message: str) -> None:
         model(**options)
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_compiles_whole(attention: str) -> None:
+@pytest.mark.parametrize(("attention", "cell"), [*((a, "rnn") for a in ATTENTION), ("hidden", "gru"), ("none", "lstm")])
+def test_compiles_whole(attention: str, cell: str) -> None:
     """torch.compile finds no reason to break the graph, neither from the start of a text nor from a state."""
-    m = model(attention, dtype=torch.float32)
+    torch.compiler.reset()  # of what was compiled before it remembers so much only
+    m = model(attention, cell=cell, dtype=torch.float32)
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     x = torch.randint(V, (2, 6))
     expected, state = m(x)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from llm_ext import ops, reference
 
 # One above a tile of rows (6), a vector (16), a panel (64), where the last panel is 1, 2 or 3 vectors wide, and the
 # most rows that go without packing and one more.
-RNN_SIZES = [  # T, B, I, H
+SIZES = [  # T, B, I, H
     (0, 2, 3, 4),
     (3, 0, 3, 4),
     (1, 1, 1, 1),
@@ -86,133 +87,210 @@ def compare(
         assert_close(f"{op}_backward", a, b, f"gradient of {name}")
 
 
-def rnn_inputs(
-    x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, h0: bool, bias: bool
+class Cell(NamedTuple):
+    """A recurrence: its op, its gates, the option of its op, and whether its output is projected."""
+
+    op: str
+    gates: int
+    nonlinearity: str | None = None
+    projected: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, [self.op, self.nonlinearity, "projected" if self.projected else None]))
+
+
+RNN, GRU, LSTM = Cell("rnn", 1), Cell("gru", 3), Cell("lstm", 4)
+PROJECTED = Cell("lstm", 4, projected=True)
+CELLS = [*(Cell("rnn", 1, name) for name in NONLINEARITIES), GRU, LSTM, PROJECTED]
+# One of each kind, for tests in which the nonlinearity makes no difference.
+KINDS = [RNN, GRU, LSTM, PROJECTED]
+
+
+def cell_inputs(
+    cell: Cell, x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, state: bool = True, bias: bool = True
 ) -> dict[str, Tensor]:
-    I = x_shape[-1]  # noqa: E741
-    inputs = {"x": leaf(*x_shape, dtype=dtype), "w_ih": leaf(H, I, dtype=dtype, scale=I**-0.5)}
-    inputs["w_hh"] = leaf(H, H, dtype=dtype, scale=H**-0.5)
-    if h0:
-        inputs["h0"] = leaf(B, H, dtype=dtype)
+    G, I = cell.gates, x_shape[-1]  # noqa: E741
+    P = max(1, H // 3) if cell.projected else H
+    inputs = {"x": leaf(*x_shape, dtype=dtype), "w_ih": leaf(G * H, I, dtype=dtype, scale=max(I, 1) ** -0.5)}
+    inputs["w_hh"] = leaf(G * H, P, dtype=dtype, scale=P**-0.5)
+    if cell.projected:
+        inputs["w_hr"] = leaf(P, H, dtype=dtype, scale=H**-0.5)
+    if state:
+        inputs["h0"] = leaf(B, P, dtype=dtype)
+        if cell.op == "lstm":
+            inputs["c0"] = leaf(B, H, dtype=dtype)
     if bias:
-        inputs |= {"b_ih": leaf(H, dtype=dtype), "b_hh": leaf(H, dtype=dtype)}
+        inputs |= {"b_ih": leaf(G * H, dtype=dtype), "b_hh": leaf(G * H, dtype=dtype)}
     return inputs
 
 
-def rnn_functions(
-    **options: object,
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]]]:
-    def bind(f: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-        return lambda x, w_ih, w_hh, h0=None, b_ih=None, b_hh=None: f(x, h0, w_ih, w_hh, b_ih, b_hh, **options)
+def cell_functions(cell: Cell, **options: object) -> list[Callable[..., tuple[Tensor, ...]]]:
+    """The op and its reference, both taking tensors by name and returning (y, h_n) or (y, h_n, c_n)."""
 
-    return bind(ops.rnn), bind(reference.rnn)
+    def bind(module: object) -> Callable[..., tuple[Tensor, ...]]:
+        function = getattr(module, cell.op)
+        options_of_cell = {"nonlinearity": cell.nonlinearity} if cell.nonlinearity else {}
+
+        def run(
+            x: Tensor, w_ih: Tensor, w_hh: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, **others: Tensor
+        ) -> tuple[Tensor, ...]:
+            state = h0 if cell.op != "lstm" or h0 is None else (h0, c0)
+            y, last = function(x, state, w_ih, w_hh, **others, **options_of_cell, **options)
+            return (y, *last) if cell.op == "lstm" else (y, last)
+
+        return run
+
+    return [bind(ops), bind(reference)]
 
 
-@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "B", "I", "H"), RNN_SIZES)
-def test_rnn(T: int, B: int, I: int, H: int, dtype: torch.dtype, nonlinearity: str) -> None:  # noqa: E741
-    for reverse, h0, bias in itertools.product((False, True), (False, True), (False, True)):
-        inputs = rnn_inputs((T, B, I), B, H, dtype, h0=h0, bias=bias)
-        compare("rnn", *rnn_functions(nonlinearity=nonlinearity, reverse=reverse), inputs)
+@pytest.mark.parametrize(("T", "B", "I", "H"), SIZES)
+def test_recurrence(T: int, B: int, I: int, H: int, dtype: torch.dtype, cell: Cell) -> None:  # noqa: E741
+    if cell.projected and H == 1:
+        pytest.skip("nothing is smaller than 1")
+    for reverse, state, bias in itertools.product((False, True), (False, True), (False, True)):
+        inputs = cell_inputs(cell, (T, B, I), B, H, dtype, state=state, bias=bias)
+        compare(cell.op, *cell_functions(cell, reverse=reverse), inputs)
 
 
+@pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "sizes", [[1], [3, 3, 2, 1], [9, 5, 5, 2, 1, 1], [20, 20, 20], [30, 11, 7, 7, 7, 1], [2] * 40 + [1] * 60]
 )
-def test_rnn_packed(sizes: list[int], dtype: torch.dtype, reverse: bool) -> None:
+def test_recurrence_packed(sizes: list[int], dtype: torch.dtype, reverse: bool, cell: Cell) -> None:
     for I, H in ((6, 33), (20, 140)):  # noqa: E741
-        inputs = rnn_inputs((sum(sizes), I), sizes[0], H, dtype, h0=True, bias=True)
-        compare("rnn", *rnn_functions(batch_sizes=torch.tensor(sizes), reverse=reverse), inputs)
+        inputs = cell_inputs(cell, (sum(sizes), I), sizes[0], H, dtype)
+        compare(cell.op, *cell_functions(cell, batch_sizes=torch.tensor(sizes), reverse=reverse), inputs)
 
 
 @given(
+    cell=st.sampled_from(CELLS),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
     I=st.integers(1, 70),
-    H=st.integers(1, 140),
+    H=st.integers(2, 140),
     reverse=st.booleans(),
-    nonlinearity=st.sampled_from(NONLINEARITIES),
 )
-def test_rnn_any_packed(lengths: list[int], I: int, H: int, reverse: bool, nonlinearity: str) -> None:  # noqa: E741
+def test_recurrence_any_packed(cell: Cell, lengths: list[int], I: int, H: int, reverse: bool) -> None:  # noqa: E741
     sizes = batch_sizes_of(sorted(lengths, reverse=True))
-    inputs = rnn_inputs((sum(lengths), I), len(lengths), H, torch.float64, h0=True, bias=True)
-    compare("rnn", *rnn_functions(batch_sizes=sizes, reverse=reverse, nonlinearity=nonlinearity), inputs)
+    inputs = cell_inputs(cell, (sum(lengths), I), len(lengths), H, torch.float64)
+    compare(cell.op, *cell_functions(cell, batch_sizes=sizes, reverse=reverse), inputs)
 
 
-def test_rnn_state_of_a_layer() -> None:
-    """[1, B, H] as torch.nn lays it out gives the same numbers in that shape."""
-    inputs = rnn_inputs((4, 3, 5), 3, 7, torch.float32, h0=True, bias=True)
-    function, truth = rnn_functions()
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_recurrence_keeps_nothing_for_an_evaluation(cell: Cell) -> None:
+    """Without a gradient to come the result is the same, bit by bit: one step, few, and several blocks of steps."""
+    for T, B, H in ((1, 1, 20), (3, 4, 20), (50, 9, 20), (7, 40, 400)):
+        inputs = cell_inputs(cell, (T, B, 6), B, H, torch.float32)
+        function, _ = cell_functions(cell)
+        recorded = function(**inputs)
+        with torch.no_grad():
+            for a, b in zip(function(**inputs), recorded, strict=True):
+                assert torch.equal(a, b)
+    if cell.op != "rnn":
+        name = f"{cell.op}_forward"
+        arguments = [inputs["x"], inputs["h0"], *([inputs["c0"]] if "c0" in inputs else []), inputs["w_ih"]]
+        arguments += [inputs["w_hh"], None, None, *([inputs.get("w_hr")] if cell.op == "lstm" else []), None, False]
+        for keep, rows in ((False, 0), (True, 7 * 40)):
+            assert len(getattr(torch.ops.llm_ext, name)(*arguments, keep)[-1]) == rows
+
+
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_recurrence_state_of_a_layer(cell: Cell) -> None:
+    """[1, B, *] as torch.nn lays it out gives the same numbers in that shape."""
+    inputs = cell_inputs(cell, (4, 3, 5), 3, 7, torch.float32)
+    function, truth = cell_functions(cell)
     flat = [t.detach() for t in function(**inputs)]
-    inputs["h0"] = inputs["h0"].detach()[None].requires_grad_()
-    compare("rnn", function, truth, inputs)
-    y, h_n = function(**inputs)
+    for name in {"h0", "c0"} & set(inputs):
+        inputs[name] = inputs[name].detach()[None].requires_grad_()
+    compare(cell.op, function, truth, inputs)
+    y, *last = function(**inputs)
     assert torch.equal(y, flat[0])
-    assert torch.equal(h_n, flat[1][None])
+    for a, b in zip(last, flat[1:], strict=True):
+        assert torch.equal(a, b[None])
 
 
+@pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rnn_long(dtype: torch.dtype) -> None:
+def test_recurrence_long(dtype: torch.dtype, cell: Cell) -> None:
     """Errors do not pile up over 1,024 steps."""
-    inputs = rnn_inputs((1024, 2, 16), 2, 64, dtype, h0=True, bias=True)
-    compare("rnn", *rnn_functions(), inputs)
+    inputs = cell_inputs(cell, (1024, 2, 16), 2, 64, dtype)
+    compare(cell.op, *cell_functions(cell), inputs)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rnn_of_many_blocks(dtype: torch.dtype, reverse: bool) -> None:
+def test_recurrence_of_many_blocks(dtype: torch.dtype, cell: Cell) -> None:
     """Every product has more than one block in every dimension.
 
-    With tanh: of 350,000 pre-activations one may be so near to 0 that rounding turns its sign, and the gradient of
-    relu jumps there.
+    Elman with tanh: of 350,000 pre-activations one may be so near to 0 that rounding turns its sign, and the gradient
+    of relu jumps there.
     """
-    inputs = rnn_inputs((9, 64, 530), 64, 610, dtype, h0=True, bias=True)
-    compare("rnn", *rnn_functions(reverse=reverse), inputs)
+    for reverse in (False, True):
+        inputs = cell_inputs(cell, (9, 64, 530), 64, 610, dtype)
+        compare(cell.op, *cell_functions(cell, reverse=reverse), inputs)
 
 
-def test_rnn_not_contiguous() -> None:
-    tight = rnn_inputs((5, 4, 6), 4, 19, torch.float32, h0=True, bias=True)
-    function, _ = rnn_functions()
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_recurrence_not_contiguous(cell: Cell) -> None:
+    tight = cell_inputs(cell, (5, 4, 6), 4, 19, torch.float32)
+    function, _ = cell_functions(cell)
     loose = {name: spread(t.detach()) for name, t in tight.items()}
     for a, b in zip(function(**tight), function(**loose), strict=True):
         assert torch.equal(a, b)
     # Gradients that come in expanded or transposed.
-    y, _ = function(**tight)
+    y = function(**tight)[0]
     from_sum = torch.autograd.grad(y.sum(), tight["w_hh"], retain_graph=True)[0]
-    from_transposed = torch.autograd.grad(y, tight["w_hh"], torch.ones(19, 4, 5).permute(2, 1, 0))[0]
-    assert torch.equal(from_sum, from_transposed)
+    transposed = torch.ones(y.shape[2], *y.shape[:2][::-1]).permute(2, 1, 0)
+    assert torch.equal(from_sum, torch.autograd.grad(y, tight["w_hh"], transposed)[0])
 
 
-def test_only_wanted_gradients() -> None:
-    inputs = rnn_inputs((3, 2, 4), 2, 5, torch.float64, h0=True, bias=True)
-    function, _ = rnn_functions()
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_only_wanted_gradients(cell: Cell) -> None:
+    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float64)
+    function, _ = cell_functions(cell)
     whole = torch.autograd.grad(function(**inputs)[0].sum(), list(inputs.values()))
     for (name, wanted), expected in zip(inputs.items(), whole, strict=True):
         alone = {n: t if n == name else t.detach() for n, t in inputs.items()}
         assert torch.equal(torch.autograd.grad(function(**alone)[0].sum(), wanted)[0], expected)
 
 
-def test_bias_gradients_are_two_tensors() -> None:
-    inputs = rnn_inputs((3, 2, 4), 2, 5, torch.float32, h0=False, bias=True)
-    rnn_functions()[0](**inputs)[0].sum().backward()
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_gradients_of_one_result_alone(cell: Cell) -> None:
+    """A result that the loss does not use has no gradient: not even a tensor of zeros."""
+    inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float64)
+    function, truth = cell_functions(cell)
+    for i in range(len(function(**inputs))):
+        gradients = [torch.autograd.grad(f(**inputs)[i].sum(), list(inputs.values())) for f in (function, truth)]
+        for name, a, b in zip(inputs, *gradients, strict=True):
+            assert_close(f"{cell.op}_backward", a, b, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_bias_gradients_are_two_tensors(cell: Cell) -> None:
+    """Whoever scales one in place must not scale the other."""
+    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float32, state=False)
+    cell_functions(cell)[0](**inputs)[0].sum().backward()
     a, b = inputs["b_ih"].grad, inputs["b_hh"].grad
     assert a is not None
     assert b is not None
-    assert torch.equal(a, b)
+    assert torch.equal(a, b) == (cell.op != "gru")
     assert a.data_ptr() != b.data_ptr()
 
 
-def test_nan_comes_through() -> None:
-    for nonlinearity in NONLINEARITIES:
-        x = torch.zeros(3, 2, 4)
-        x[1, 0, 2] = float("nan")
-        y, h_n = ops.rnn(x, None, torch.ones(5, 4), torch.eye(5), nonlinearity=nonlinearity)
-        assert y[0].isfinite().all()
-        assert y[1:, 0].isnan().all()
-        assert y[:, 1].isfinite().all()
-        assert h_n[0].isnan().all()
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_nan_comes_through(cell: Cell) -> None:
+    inputs = {name: t.detach() for name, t in cell_inputs(cell, (3, 2, 4), 2, 5, torch.float32).items()}
+    inputs["x"][1, 0, 2] = float("nan")
+    y, *last = cell_functions(cell)[0](**inputs)
+    assert y[0].isfinite().all()
+    assert y[1:, 0].isnan().all()
+    assert y[:, 1].isfinite().all()
+    for state in last:
+        assert state[0].isnan().all()
+        assert state[1].isfinite().all()
 
 
 def test_activations_at_the_ends() -> None:
@@ -365,6 +443,10 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
     x, h0, w_ih, w_hh, b_ih, b_hh = tensors((3, 2, 4), (2, 5), (5, 4), (5, 5), (5,), (5,))
     packed, y, e, u, l0, c0 = tensors((4, 4), (3, 2, 5), (2, 6, 3), (3,), (2,), (2, 3))
     (scores,) = tensors((2, 6))
+    gru, lstm = tensors((15, 4), (15, 5), (15,), (15,)), tensors((20, 4), (20, 5), (20,), (20,))
+    p0, w_hp, w_hr, kept, gp = tensors((2, 3), (20, 3), (3, 5), (6, 30), (3, 2, 3))
+    dgru, dlstm = [t.detach() for t in gru], [t.detach() for t in lstm]
+    dw_hp, dw_hr, kept, gp = (t.detach() for t in (w_hp, w_hr, kept, gp))
     sizes, lengths, mask = torch.tensor([2, 1, 1]), torch.tensor([4, 0]), torch.rand(2, 6) < 0.7
     g = [t.detach() for t in (y, h0, x, w_ih, w_hh, c0, l0, e, u)]
     gy, gh, dx, dw_ih, dw_hh, gc, gl, de, du = g
@@ -377,13 +459,22 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
             (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, "sigmoid", False),
         ),
         ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, "tanh", False)),
+        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, *[True] * 6)),
+        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, *[False, True] * 3)),
+        ("gru_forward", (x, h0, *gru, None, False, True)),
+        ("gru_forward", (x, None, *gru[:2], None, None, None, True, True)),
+        ("gru_forward", (packed, h0.detach()[None].requires_grad_(), *gru, sizes, False, True)),
+        ("gru_forward", (dx, gh, *(t.detach() for t in gru), None, False, False)),
+        ("gru_backward", (gy, gh, dx, gh, *dgru[:2], gy, kept[:, :20], None, False, *[True] * 6)),
+        ("gru_backward", (gy, None, dx, None, *dgru[:2], gy, kept[:, :20], None, True, *[False, True] * 3)),
+        ("lstm_forward", (x, h0, h0, *lstm, None, None, False, True)),
+        ("lstm_forward", (x, None, None, *lstm[:2], None, None, None, None, True, True)),
+        ("lstm_forward", (packed, p0, h0, lstm[0], w_hp, *lstm[2:], w_hr, sizes, False, True)),
+        ("lstm_forward", (dx, gh, gh, *(t.detach() for t in lstm), None, None, False, False)),
+        ("lstm_backward", (gy, gh, gh, dx, gh, gh, *dlstm[:2], None, gy, kept[:, :25], None, False, *[True] * 8)),
         (
-            "rnn_backward",
-            (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, True, True, True, True, True),
-        ),
-        (
-            "rnn_backward",
-            (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, False, False, True, False, True),
+            "lstm_backward",
+            (gp, None, None, dx, None, None, dlstm[0], dw_hp, dw_hr, gp, kept, None, True, *[False, True] * 4),
         ),
         ("attention_pool_forward", (e, u, None, None, None)),
         ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
@@ -403,12 +494,11 @@ def test_opcheck(op: str, arguments: tuple[object, ...]) -> None:
 
 
 def test_gradcheck() -> None:
-    inputs = rnn_inputs((4, 3, 2), 3, 5, torch.float64, h0=True, bias=True)
-    names = list(inputs)
-    for nonlinearity, reverse in (("tanh", False), ("sigmoid", True)):
-        function, _ = rnn_functions(nonlinearity=nonlinearity, reverse=reverse)
+    for cell, reverse in itertools.product([c for c in CELLS if "relu" not in str(c)], (False, True)):
+        inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float64)
+        function, names = cell_functions(cell, reverse=reverse)[0], list(inputs)
         assert torch.autograd.gradcheck(
-            lambda *t, f=function: f(**dict(zip(names, t, strict=True))), tuple(inputs.values())
+            lambda *t, f=function, n=names: f(**dict(zip(n, t, strict=True))), tuple(inputs.values())
         )
     mask = torch.rand(2, 5) < 0.7
     for prefix, folded in itertools.product((False, True), (False, True)):
@@ -427,11 +517,9 @@ def test_compile_keeps_one_node() -> None:
         graphs.append(graph)
         return graph
 
-    inputs = rnn_inputs((4, 3, 2), 3, 5, torch.float32, h0=True, bias=True)
     e, u = torch.randn(2, 6, 3), torch.randn(3)
-    rnn, _ = rnn_functions()
     for function, arguments in (
-        (rnn, inputs),
+        *((cell_functions(cell)[0], cell_inputs(cell, (4, 3, 2), 3, 5, torch.float32)) for cell in KINDS),
         (lambda e, u: ops.attention_pool(e, u), {"e": e, "u": u}),
         (lambda e, u: ops.prefix_pool(e, u)[0], {"e": e, "u": u}),
     ):
@@ -446,10 +534,11 @@ def test_compile_keeps_one_node() -> None:
         assert all("llm_ext" in call or "getitem" in call for call in calls), calls
 
 
-def test_compile_trains() -> None:
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_compile_trains(cell: Cell) -> None:
     """Through AOT autograd the gradients are the same."""
-    inputs = rnn_inputs((4, 3, 2), 3, 5, torch.float32, h0=True, bias=True)
-    function, _ = rnn_functions()
+    inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float32)
+    function, _ = cell_functions(cell)
     expected = torch.autograd.grad(function(**inputs)[0].square().sum(), list(inputs.values()))
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -458,9 +547,10 @@ def test_compile_trains() -> None:
         assert torch.equal(a, b)
 
 
-def test_second_derivatives_are_refused() -> None:
-    inputs = rnn_inputs((3, 2, 4), 2, 5, torch.float64, h0=False, bias=False)
-    y, _ = rnn_functions()[0](**inputs)
+@pytest.mark.parametrize("cell", KINDS, ids=str)
+def test_second_derivatives_are_refused(cell: Cell) -> None:
+    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float64, state=False, bias=False)
+    y = cell_functions(cell)[0](**inputs)[0]
     (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         grad.sum().backward()
@@ -501,11 +591,50 @@ def test_rnn_refuses(changes: dict[str, object], error: type[Exception], message
         ops.rnn(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("op", "changes", "error", "message"),
+    [
+        (ops.gru, {"w_ih": torch.zeros(16, 4)}, ValueError, r"gru: w_ih must be \[3 H, I\], got \[16, 4\]"),
+        (ops.gru, {"w_hh": torch.zeros(20, 5)}, ValueError, r"gru: w_hh must be \[3 H, H\] = \[15, 5\], got"),
+        (ops.gru, {"state": torch.zeros(3, 5)}, ValueError, r"gru: h0 must be \[B, H\] = \[2, 5\], got"),
+        (ops.gru, {"b_hh": torch.zeros(5)}, ValueError, r"gru: b_hh must be \[3 H\] = \[15\], got \[5\]"),
+        (ops.gru, {"x": torch.zeros(3, 2, 4).half()}, TypeError, "gru: x must be float32"),
+        (ops.lstm, {"w_ih": torch.zeros(18, 4)}, ValueError, r"lstm: w_ih must be \[4 H, I\]"),
+        (
+            ops.lstm,
+            {"state": (torch.zeros(2, 5), torch.zeros(2, 4))},
+            ValueError,
+            r"lstm: c0 must be \[B, H\] = \[2, 5\], got \[2, 4\]",
+        ),
+        (ops.lstm, {"state": (torch.zeros(2, 5), None)}, ValueError, "lstm: h0 and c0 must be given together"),
+        (ops.lstm, {"w_hr": torch.zeros(5, 5)}, ValueError, r"lstm: w_hr must be \[P, H\] with P < H"),
+        (ops.lstm, {"w_hr": torch.zeros(3, 4)}, ValueError, r"lstm: w_hr must be \[P, H\] = \[\*, 5\]"),
+        (ops.lstm, {"w_hr": torch.zeros(3, 5)}, ValueError, r"lstm: h0 must be \[B, P\] = \[2, 3\]"),
+    ],
+)
+def test_gated_cells_refuse(
+    op: Callable[..., object], changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    rows = 15 if op is ops.gru else 20
+    state = torch.zeros(2, 5)
+    arguments: dict[str, object] = {
+        "x": torch.zeros(3, 2, 4),
+        "state": state if op is ops.gru else (state, state),
+        "w_ih": torch.zeros(rows, 4),
+        "w_hh": torch.zeros(rows, 5),
+        "b_ih": torch.zeros(rows),
+        "b_hh": torch.zeros(rows),
+    } | changes
+    with pytest.raises(error, match=message):
+        op(arguments.pop("x"), arguments.pop("state"), **arguments)
+
+
+@pytest.mark.parametrize("cell", [RNN, GRU, LSTM], ids=str)
 @pytest.mark.parametrize("sizes", [[2, 3], [2, 0], [3, -1, 3], [2, 1], [5, 1]])
-def test_batch_sizes_are_checked(sizes: list[int]) -> None:
-    weights = torch.zeros(5, 4), torch.zeros(5, 5)
-    with pytest.raises(ValueError, match=r"rnn: (batch_sizes|h0) must"):
-        ops.rnn(torch.zeros(5, 4), torch.zeros(2, 5), *weights, batch_sizes=torch.tensor(sizes))
+def test_batch_sizes_are_checked(sizes: list[int], cell: Cell) -> None:
+    inputs = cell_inputs(cell, (5, 4), 2, 5, torch.float32)
+    with pytest.raises(ValueError, match=rf"{cell.op}: (batch_sizes|h0) must"):
+        cell_functions(cell, batch_sizes=torch.tensor(sizes))[0](**inputs)
 
 
 @pytest.mark.parametrize("op", [ops.attention_pool, ops.prefix_pool])
@@ -564,7 +693,7 @@ def test_lower_levels(level: str) -> None:
             "-x",
             __file__,
             "-k",
-            "rnn or pool or scores or padding or activations or nan",
+            "recurrence or pool or scores or padding or activations or nan",
         ],
         env=os.environ | {"LLM_EXT_SIMD": level},
         capture_output=True,
@@ -605,10 +734,11 @@ def test_any_number_of_threads(threads: int) -> None:
     try:
         torch.set_num_threads(threads)
         for T, B, I, H in ((40, 1, 64, 192), (20, 7, 64, 192), (6, 40, 33, 130), (1, 1, 700, 520)):  # noqa: E741
-            inputs = rnn_inputs((T, B, I), B, H, torch.float64, h0=True, bias=True)
-            compare("rnn", *rnn_functions(), inputs)
-            first, second = (rnn_functions()[0](**inputs)[0] for _ in range(2))
-            assert torch.equal(first, second)
+            for cell in KINDS:
+                inputs = cell_inputs(cell, (T, B, I), B, H, torch.float64)
+                compare(cell.op, *cell_functions(cell), inputs)
+                first, second = (cell_functions(cell)[0](**inputs)[0] for _ in range(2))
+                assert torch.equal(first, second)
         for B, T, D in ((1, 300, 520), (3, 100, 520), (40, 10, 200)):
             for prefix in (False, True):
                 inputs = pool_inputs(B, T, D, torch.float64, folded=True, state=prefix)
@@ -620,9 +750,11 @@ def test_any_number_of_threads(threads: int) -> None:
 
 def test_same_bits() -> None:
     """Two runs give bitwise equal results and gradients."""
-    inputs = rnn_inputs((30, 9, 40), 9, 150, torch.float32, h0=True, bias=True)
     pools = pool_inputs(1, 500, 130, torch.float32, folded=True, state=True)
-    for function, arguments in ((rnn_functions()[0], inputs), (pool_functions(True)[0], pools)):
+    for function, arguments in (
+        *((cell_functions(cell)[0], cell_inputs(cell, (30, 9, 40), 9, 150, torch.float32)) for cell in KINDS),
+        (pool_functions(True)[0], pools),
+    ):
         runs = []
         for _ in range(2):
             outputs = function(**arguments)
@@ -631,11 +763,13 @@ def test_same_bits() -> None:
             assert torch.equal(a, b)
 
 
-def test_nothing_else_is_saved() -> None:
-    """Between forward and backward only inputs and outputs are kept."""
+@pytest.mark.parametrize(("cell", "blocks"), [(RNN, 0), (GRU, 4), (LSTM, 5), (PROJECTED, 6)], ids=str)
+def test_what_is_saved(cell: Cell, blocks: int) -> None:
+    """Between forward and backward only inputs, outputs and, of the gated cells, blocks of H numbers a row are kept."""
     kept: list[Tensor] = []
-    inputs = rnn_inputs((6, 3, 4), 3, 5, torch.float32, h0=True, bias=True)
+    inputs = cell_inputs(cell, (6, 3, 4), 3, 5, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y, _ = rnn_functions()[0](**inputs)
+        y = cell_functions(cell)[0](**inputs)[0]
     known = {t.data_ptr() for t in (*inputs.values(), y)}
-    assert {t.data_ptr() for t in kept} <= known
+    others = [t for t in kept if t.data_ptr() not in known]
+    assert sum(t.numel() for t in others) == 6 * 3 * 5 * blocks

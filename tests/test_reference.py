@@ -1,94 +1,181 @@
 """The reference against torch.nn and against the formulas as a textbook writes them, in float64."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cases
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from llm_ext import reference
 
 NUMBER = torch.float64
 
 
-def torch_layer(arguments: dict[str, Tensor | None], nonlinearity: str) -> torch.nn.RNN:
-    """A torch.nn.RNN of two directions that both have the given weights; the caller looks at one of them."""
-    I, H = arguments["w_ih"].shape[1], arguments["w_hh"].shape[0]  # noqa: E741
-    layer = torch.nn.RNN(I, H, nonlinearity=nonlinearity, bidirectional=True, dtype=NUMBER)
-    names = {"weight_ih": "w_ih", "weight_hh": "w_hh", "bias_ih": "b_ih", "bias_hh": "b_hh"}
-    for direction in ("", "_reverse"):
-        for name, short in names.items():
-            getattr(layer, f"{name}_l0{direction}").data = arguments[short]
-    return layer
+class Cell(NamedTuple):
+    """A recurrence, torch's layer for it, and how many blocks of H rows its weights have."""
+
+    function: Callable[..., Any]
+    layer: Callable[..., torch.nn.Module] | None
+    gates: int
+    options: dict[str, str]
+    projected: bool = False
+
+    def arguments(
+        self,
+        T: int,
+        B: int,
+        I: int,  # noqa: E741
+        H: int,
+        bias: bool = True,
+        state: bool = True,
+    ) -> dict[str, Tensor]:
+        """Tensors by name, weights drawn as the layer draws them; with a projection h has half the features of c."""
+        rows, P = self.gates * H, H // 2 if self.projected else H
+        shapes: dict[str, tuple[int, ...]] = {"w_ih": (rows, I), "w_hh": (rows, P)}
+        shapes |= {"b_ih": (rows,), "b_hh": (rows,)} if bias else {}
+        shapes |= {"w_hr": (P, H)} if self.projected else {}
+        bound = H**-0.5
+        a = {"x": torch.randn(T, B, I, dtype=NUMBER)}
+        if state:
+            a["h0"] = torch.randn(B, P, dtype=NUMBER)
+            if self.function is reference.lstm:
+                a["c0"] = torch.randn(B, H, dtype=NUMBER)
+        return a | {name: torch.empty(shape, dtype=NUMBER).uniform_(-bound, bound) for name, shape in shapes.items()}
+
+    def run(self, x: Tensor, *, h0: Tensor | None = None, c0: Tensor | None = None, **others: Any) -> list[Tensor]:
+        """y, h_n and, of an LSTM, c_n."""
+        state = h0 if c0 is None else (h0, c0)
+        return cases.flatten(self.function(x, state, **others, **self.options))
+
+    def by_torch(self, arguments: dict[str, Tensor], x: Tensor | PackedSequence, reverse: bool) -> list[Tensor]:
+        """The same by torch: a layer of two directions with the same weights, looked at in one of them."""
+        assert self.layer is not None
+        H, I = arguments["w_ih"].shape[0] // self.gates, arguments["w_ih"].shape[1]  # noqa: E741
+        P = arguments["w_hh"].shape[1]
+        options = self.options | ({"proj_size": P} if self.projected else {})
+        layer = self.layer(I, H, bias="b_ih" in arguments, bidirectional=True, dtype=NUMBER, **options)
+        names = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh", "w_hr": "weight_hr"}
+        weights = {name: arguments[short] for short, name in names.items() if short in arguments}
+        layer.load_state_dict({f"{name}_l0{end}": w for name, w in weights.items() for end in ("", "_reverse")})
+        given = [arguments[name].expand(2, -1, -1) for name in ("h0", "c0") if name in arguments]
+        y, last = layer(x, tuple(given) if len(given) == 2 else given[0] if given else None)
+        y = y.data if isinstance(x, PackedSequence) else y
+        return [y[..., P:] if reverse else y[..., :P], *(part[int(reverse)] for part in cases.flatten(last))]
 
 
+CELLS = {
+    "tanh": Cell(reference.rnn, torch.nn.RNN, 1, {"nonlinearity": "tanh"}),
+    "relu": Cell(reference.rnn, torch.nn.RNN, 1, {"nonlinearity": "relu"}),
+    "sigmoid": Cell(reference.rnn, None, 1, {"nonlinearity": "sigmoid"}),
+    "gru": Cell(reference.gru, torch.nn.GRU, 3, {}),
+    "lstm": Cell(reference.lstm, torch.nn.LSTM, 4, {}),
+    "lstm-projected": Cell(reference.lstm, torch.nn.LSTM, 4, {}, projected=True),
+}
+every_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+OF_TORCH = {name: cell for name, cell in CELLS.items() if cell.layer}
+cells_of_torch = pytest.mark.parametrize("cell", OF_TORCH.values(), ids=OF_TORCH)
+
+
+@cells_of_torch
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize(("bias", "state"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("T", [1, 17])
-@pytest.mark.parametrize(("B", "I", "H"), [(1, 3, 17), (3, 1, 1), (17, 33, 3)])
-def test_rnn_is_torch_nn(T: int, B: int, I: int, H: int, nonlinearity: str, reverse: bool) -> None:  # noqa: E741
-    arguments = cases.rnn_arguments(T, B, I, H)
-    layer = torch_layer(arguments, nonlinearity)
-    y, h_n = layer(arguments["x"], arguments["h0"].expand(2, B, H))
-    actual_y, actual_h_n = reference.rnn(**arguments, nonlinearity=nonlinearity, reverse=reverse)
-    cases.assert_close("rnn", actual_y, y[..., H:] if reverse else y[..., :H])
-    cases.assert_close("rnn", actual_h_n, h_n[int(reverse)])
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 3, 17), (3, 1, 2), (17, 33, 3)])
+def test_recurrences_are_torch_nn(
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    T: int,
+    bias: bool,
+    state: bool,
+    reverse: bool,
+    cell: Cell,
+) -> None:
+    a = cell.arguments(T, B, I, H, bias, state)
+    expected = cell.by_torch(a, a["x"], reverse)
+    for actual, tensor in zip(cell.run(**a, reverse=reverse), expected, strict=True):
+        cases.assert_close(cell.function.__name__, actual, tensor)
 
 
+@cells_of_torch
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [[1], [5], [4, 4, 1], [7, 5, 5, 2, 1]])
-def test_packed_rnn_is_torch_nn(lengths: list[int], reverse: bool) -> None:
-    arguments = cases.rnn_arguments(max(lengths), len(lengths), 3, 5)
-    layer = torch_layer(arguments, "tanh")
-    packed = pack_padded_sequence(arguments["x"], torch.tensor(lengths))
-    y, h_n = layer(packed, arguments["h0"].expand(2, -1, -1))
-    actual_y, actual_h_n = reference.rnn(
-        **(arguments | {"x": packed.data}), batch_sizes=packed.batch_sizes, reverse=reverse
-    )
-    cases.assert_close("rnn", actual_y, y.data[:, 5:] if reverse else y.data[:, :5])
-    cases.assert_close("rnn", actual_h_n, h_n[int(reverse)])
+def test_packed_recurrences_are_torch_nn(lengths: list[int], reverse: bool, cell: Cell) -> None:
+    a = cell.arguments(max(lengths), len(lengths), 3, 5)
+    packed = pack_padded_sequence(a["x"], torch.tensor(lengths))
+    actual = cell.run(**(a | {"x": packed.data}), batch_sizes=packed.batch_sizes, reverse=reverse)
+    for tensor, expected in zip(actual, cell.by_torch(a, packed, reverse), strict=True):
+        cases.assert_close(cell.function.__name__, tensor, expected)
     # And the layout of packed rows is the one that torch unpacks.
-    padded, _ = pad_packed_sequence(packed._replace(data=actual_y))
+    padded, _ = pad_packed_sequence(packed._replace(data=actual[0]))
     for b, length in enumerate(lengths):
-        assert torch.equal(actual_h_n[b], padded[0 if reverse else length - 1, b])
+        assert torch.equal(actual[1][b], padded[0 if reverse else length - 1, b])
 
 
 def test_sigmoid_step() -> None:
-    a = cases.rnn_arguments(1, 3, 4, 5)
-    y, h_n = reference.rnn(**a, nonlinearity="sigmoid")
+    cell = CELLS["sigmoid"]
+    a = cell.arguments(1, 3, 4, 5)
+    y, h_n = cell.run(**a)
     z = a["x"][0] @ a["w_ih"].T + a["b_ih"] + a["h0"] @ a["w_hh"].T + a["b_hh"]
-    cases.assert_close("rnn", y[0], 1 / (1 + torch.exp(-z)))
+    cases.assert_close(cell.function.__name__, y[0], 1 / (1 + torch.exp(-z)))
     assert torch.equal(h_n, y[0])
 
 
+@every_cell
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("nonlinearity", cases.NONLINEARITIES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_rnn_gradients(packed: bool, nonlinearity: str, reverse: bool) -> None:
-    a = cases.rnn_arguments(4, 3, 2, 3)
+def test_recurrence_gradients(packed: bool, reverse: bool, cell: Cell) -> None:
+    a = cell.arguments(4, 3, 2, 3)
     batch_sizes = cases.batch_sizes_of([4, 2, 1]) if packed else None
     if batch_sizes is not None:
         a["x"] = cases.pack(a["x"], batch_sizes)
-    tensors = [tensor.requires_grad_() for tensor in a.values()]
-    options = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse}
-    assert torch.autograd.gradcheck(lambda *t: reference.rnn(*t, **options), tensors)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(cell.run(**dict(zip(a, tensors, strict=True)), batch_sizes=batch_sizes, reverse=reverse))
+
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in a.values()])
 
 
+@every_cell
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("T", "B", "I", "H"), [(0, 3, 4, 5), (3, 0, 4, 5), (0, 0, 4, 5), (3, 2, 0, 5)])
-def test_rnn_of_nothing(T: int, B: int, I: int, H: int, given: bool, reverse: bool) -> None:  # noqa: E741
-    a = cases.rnn_arguments(T, B, I, H, h0=given)
-    y, h_n = reference.rnn(**a, reverse=reverse)
-    assert y.shape == (T, B, H)
+def test_recurrences_of_nothing(
+    T: int,
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    given: bool,
+    reverse: bool,
+    cell: Cell,
+) -> None:
+    a = cell.arguments(T, B, I, H, state=given)
+    y, *last = cell.run(**a, reverse=reverse)
+    assert y.shape == (T, B, a["w_hh"].shape[1])
     assert y.dtype == NUMBER
     if T == 0:
-        assert torch.equal(h_n, a["h0"] if given else torch.zeros(B, H, dtype=NUMBER))
-        # A new tensor: writing into the result must not change the argument.
-        assert not given or h_n is not a["h0"]
-    cases.outputs_and_gradients(lambda **t: reference.rnn(**t, reverse=reverse), a)
+        first = [a[name] for name in ("h0", "c0") if name in a]
+        for part, start in zip(last, first or [torch.zeros_like(part) for part in last], strict=True):
+            assert torch.equal(part, start)
+            # A new tensor: writing into the result must not change the argument.
+            part.fill_(math.nan)
+            assert not start.isnan().any()
+    cases.outputs_and_gradients(lambda **t: cell.run(**t, reverse=reverse), a)
+
+
+@every_cell
+def test_the_state_keeps_its_shape(cell: Cell) -> None:
+    """That of one layer of torch.nn, too: [1, B, H]."""
+    a = cell.arguments(3, 2, 4, 5)
+    expected = cell.run(**a)
+    y, *last = cell.run(**(a | {name: a[name][None] for name in ("h0", "c0") if name in a}))
+    assert torch.equal(y, expected[0])
+    for part, flat in zip(last, expected[1:], strict=True):
+        assert torch.equal(part, flat[None])
 
 
 def positions(B: int, T: int, kind: str) -> dict[str, Tensor]:

@@ -56,9 +56,9 @@ static inline int64_t packed_size(int64_t cols, int64_t k) {
   return divide_up(cols, kLanes<T>) * kLanes<T> * k;
 }
 
-// Packs panels [begin, end) of w^T, w being [cols, k]: panel[i][j] = w[p * kPanel + j][i].
-template <typename T>
-static void pack_transposed(const T* w, int64_t cols, int64_t k, Range panels, T* packed) {
+// Packs panels [begin, end) of w^T, w being [cols, k]: panel[i][j] = w(p * kPanel + j)[i].
+template <typename T, typename Row>
+static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels, T* packed) {
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const int64_t width = panel_vectors<T>(cols, p) * kLanes<T>;
     T* panel = packed + p * kPanel<T> * k;
@@ -69,7 +69,8 @@ static void pack_transposed(const T* w, int64_t cols, int64_t k, Range panels, T
       for (int64_t j = 0; j < width; ++j) {
         const int64_t col = p * kPanel<T> + j;
         if (col < cols) {
-          for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = w[col * k + i0 + i];
+          const T* row = w(col) + i0;
+          for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = row[i];
         } else {
           for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = T(0);
         }
@@ -204,30 +205,47 @@ static inline Multiply<T> multiply_for(int m, int nv) {
   return kTable[nv - 1][m - 1];
 }
 
-// a [rows, k] times panels [begin, end) of a packed matrix with `cols` columns; finish(row, column, value, lanes) takes
-// the results, a vector at a time, and fetch(row, column) is told beforehand where a row of a tile will need memory.
-// Rows go in tiles; a panel stays in the cache for all of them.
-template <typename T, typename Left, typename Fetch, typename Finish>
-static inline void product(Left a, int64_t rows, int64_t k, const T* packed, int64_t cols, Range panels, Fetch fetch,
-                           Finish finish) {
-  alignas(64) T sums[kRows * kPanel<T>];
+// a [rows, k] times panels [begin, end) of kGates packed matrices with `cols` columns each, `gate_size` apart;
+// finish(row, column, values, lanes) takes the results, a vector of each gate at a time, and fetch(row, column) is told
+// beforehand where a row of a tile will need memory. Rows go in tiles; a panel stays in the cache for all of them.
+template <typename T, int kGates, typename Left, typename Fetch, typename Finish>
+static inline void gates_product(Left a, int64_t rows, int64_t k, const T* packed, int64_t gate_size, int64_t cols,
+                                 Range panels, Fetch fetch, Finish finish) {
+  constexpr int kSums = kRows * kPanel<T>;
+  alignas(64) T sums[kGates * kSums];
   const Tiles tiles(rows);
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const int64_t first = p * kPanel<T>;
     const int vectors = panel_vectors<T>(cols, p);
+    const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const Range part = tiles[tile];
       const int count = static_cast<int>(part.size());
       for (int64_t m = part.begin; m < part.end; ++m) fetch(m, first);
-      multiply_for<T, Left::kPacked>(count, vectors)(a.tile(part.begin, k), a.stride, k, packed + first * k, sums);
+      const Multiply<T> multiply = multiply_for<T, Left::kPacked>(count, vectors);
+      const T* left = a.tile(part.begin, k);
+      for (int g = 0; g < kGates; ++g) {
+        multiply(left, a.stride, k, packed + g * gate_size + first * k, sums + g * kSums);
+      }
       for (int m = 0; m < count; ++m) {
         const T* row = sums + m * vectors * kLanes<T>;
-        const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
-        for_each_vector<T>(width,
-                           [&](int64_t j, int lanes) { finish(part.begin + m, first + j, load(row + j), lanes); });
+        for_each_vector<T>(width, [&](int64_t j, int lanes) {
+          Vec<T> values[kGates];
+          for (int g = 0; g < kGates; ++g) values[g] = load(row + g * kSums + j);
+          finish(part.begin + m, first + j, values, lanes);
+        });
       }
     }
   }
+}
+
+// The same with one matrix; finish(row, column, value, lanes).
+template <typename T, typename Left, typename Fetch, typename Finish>
+static inline void product(Left a, int64_t rows, int64_t k, const T* packed, int64_t cols, Range panels, Fetch fetch,
+                           Finish finish) {
+  gates_product<T, 1>(
+      a, rows, k, packed, 0, cols, panels, fetch,
+      [&](int64_t row, int64_t col, Vec<T>(&value)[1], int lanes) { finish(row, col, value[0], lanes); });
 }
 
 // The same for many rows, by blocks that stay in the second-level cache while all panels pass.

@@ -13,11 +13,11 @@ namespace llm_ext {
 template <typename T>
 struct KernelsOf {
   // Elements of workspace the call needs, and the number of threads worth giving it (at most `threads`).
-  int64_t (*rnn_forward_workspace)(const RecurrenceSizes<T>&);
-  int64_t (*rnn_backward_workspace)(const RecurrenceSizes<T>&, int threads);
-  int (*rnn_threads)(const RecurrenceSizes<T>&, int threads);
-  void (*rnn_forward)(const RnnForwardParams<T>&, const Team&);
-  void (*rnn_backward)(const RnnBackwardParams<T>&, const Team&);
+  int64_t (*recurrence_forward_workspace)(const RecurrenceSizes<T>&);
+  int64_t (*recurrence_backward_workspace)(const RecurrenceSizes<T>&, int threads);
+  int (*recurrence_threads)(const RecurrenceSizes<T>&, int threads);
+  void (*recurrence_forward)(const RecurrenceForwardParams<T>&, const Team&);
+  void (*recurrence_backward)(const RecurrenceBackwardParams<T>&, const Team&);
 
   int (*pool_threads)(const PoolInput<T>&, int threads);
   int64_t (*pool_workspace)(const PoolInput<T>&, int threads);

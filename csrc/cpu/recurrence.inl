@@ -1,8 +1,8 @@
 // The recurrence over time, generic over the cell.
 //
-// Forward: pack the weights, one product for the input projection of the whole sequence (into y, which then holds
-// pre-activations), then the loop over time, which turns y into hidden states in place. Backward: the loop over time
-// backwards for dz, then one whole-sequence product for each of dx, dw_ih, dw_hh. docs/recurrence.md derives it.
+// Forward: pack the weights; then, a block of steps at a time, one product for the input projection and the loop over
+// time, which turns pre-activations into states. Backward: the loop over time backwards for dz, then one whole-sequence
+// product for each of dx, dw_ih, dw_hh. docs/recurrence.md derives it.
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
@@ -25,6 +25,9 @@ template <typename T>
 constexpr int64_t kGradientDepth = 1536 / sizeof(T);
 constexpr int64_t kGradientHeight = 16 * kRows;
 constexpr int64_t kGradientPanels = 2048 / (kPanelVectors * LLM_EXT_VECTOR_BYTES);
+// Pre-activations of so many bytes are computed ahead of the loop, and of so many rows at least.
+constexpr int64_t kBlockBytesOfSteps = 2 << 20;
+constexpr int64_t kBlockRows = 192;
 // Workspace pieces start on a cache line.
 constexpr int64_t kAlign = 64;
 
@@ -42,41 +45,92 @@ static inline int64_t total_rows(const RecurrenceSizes<T>& s) {
   return s.row_offsets[s.steps];
 }
 
+// Multiply-adds of a row in one step.
+template <typename T>
+static inline double row_work(const RecurrenceSizes<T>& s) {
+  const double gates = static_cast<double>(gates_of(s.cell)) * s.hidden * s.output;
+  return s.projected() ? gates + static_cast<double>(s.hidden) * s.output : gates;
+}
+
 template <typename T>
 static inline Split choose_split(const RecurrenceSizes<T>& s, int threads) {
   if (threads == 1) return Split::kOne;
   if (s.batch >= kRowsPerThread * threads) return Split::kRows;
-  const double step_work = static_cast<double>(s.batch) * s.hidden * s.hidden;
-  if (panels_of<T>(s.hidden) >= threads && step_work >= kStepWorkPerThread * threads) return Split::kColumns;
+  if (panels_of<T>(s.hidden) >= threads && s.batch * row_work(s) >= kStepWorkPerThread * threads)
+    return Split::kColumns;
   return s.batch >= threads ? Split::kRows : Split::kOne;
 }
 
 template <typename T>
-static int rnn_threads(const RecurrenceSizes<T>& s, int threads) {
-  const double work = static_cast<double>(total_rows(s)) * s.hidden * (s.hidden + s.input);
-  const double useful = work / kWorkPerThread;
+static int recurrence_threads(const RecurrenceSizes<T>& s, int threads) {
+  const double projection = static_cast<double>(gates_of(s.cell)) * s.hidden * s.input;
+  const double useful = total_rows(s) * (row_work(s) + projection) / kWorkPerThread;
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
 template <typename T>
 static inline bool goes_direct(const RecurrenceSizes<T>& s) {
-  return total_rows(s) <= (s.steps <= 2 ? 2 * kDirectRows : kDirectRows);
+  return !s.projected() && total_rows(s) <= (s.steps <= 2 ? 2 * kDirectRows : kDirectRows);
 }
 
+// Rows of a block of steps: so many, but at least one step.
 template <typename T>
-static int64_t rnn_forward_workspace(const RecurrenceSizes<T>& s) {
-  if (goes_direct(s)) return 0;
-  return aligned(packed_size<T>(s.hidden, s.input)) + aligned(packed_size<T>(s.hidden, s.hidden));
+static inline int64_t block_rows(const RecurrenceSizes<T>& s) {
+  const int64_t rows = kBlockBytesOfSteps / static_cast<int64_t>(sizeof(T)) / (gates_of(s.cell) * s.hidden + 1);
+  const int64_t fitting = rows > kBlockRows ? rows : kBlockRows;
+  return fitting > s.batch ? fitting : s.batch;
+}
+
+// Where the forward pass puts what. Sizes in elements.
+template <typename T>
+struct ForwardSpace {
+  explicit ForwardSpace(const RecurrenceSizes<T>& s)
+      : ih(aligned(packed_size<T>(gates_of(s.cell) * s.hidden, s.input))),
+        hh_gate(aligned(packed_size<T>(s.hidden, s.output))),
+        hr(s.projected() ? aligned(packed_size<T>(s.output, s.hidden)) : 0),
+        bias(aligned(gates_of(s.cell) * s.hidden)),
+        z(aligned((block_rows(s) < total_rows(s) ? block_rows(s) : total_rows(s)) * gates_of(s.cell) * s.hidden)),
+        m(s.projected() ? aligned(s.batch * s.hidden) : 0),
+        total(ih + gates_of(s.cell) * hh_gate + hr + bias + z + m) {}
+
+  int64_t ih;       // packed weights of the input
+  int64_t hh_gate;  // of the state, a gate
+  int64_t hr;       // of the projection
+  int64_t bias;     // of the input's blocks
+  int64_t z;        // pre-activations of a block of steps, where no array that is returned holds them
+  int64_t m;        // output of a step before the projection, likewise
+  int64_t total;
+};
+
+template <typename T>
+static int64_t recurrence_forward_workspace(const RecurrenceSizes<T>& s) {
+  return goes_direct(s) ? 0 : ForwardSpace<T>(s).total;
 }
 
 // Elements of both packed factors of a block of the weight gradients.
 template <typename T>
 constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradientPanels * kPanel<T>);
 
+// Where the backward pass puts what. Sizes in elements.
 template <typename T>
-static int64_t rnn_backward_workspace(const RecurrenceSizes<T>& s, int threads) {
-  return aligned(packed_size<T>(s.hidden, s.hidden)) + aligned(packed_size<T>(s.input, s.hidden)) +
-         threads * kGradientBlock<T>;
+struct BackwardSpace {
+  BackwardSpace(const RecurrenceSizes<T>& s, int threads)
+      : hh(aligned(packed_size<T>(s.output, gates_of(s.cell) * s.hidden))),
+        hr(s.projected() ? aligned(packed_size<T>(s.hidden, s.output)) : 0),
+        ih(aligned(packed_size<T>(s.input, gates_of(s.cell) * s.hidden))),
+        carry(gates_of(s.cell) > 1 ? aligned(s.batch * s.hidden) : 0),
+        total(hh + hr + ih + carry + threads * kGradientBlock<T>) {}
+
+  int64_t hh;     // packed weights of the state
+  int64_t hr;     // of the projection
+  int64_t ih;     // of the input
+  int64_t carry;  // what passes from step to step besides the product
+  int64_t total;
+};
+
+template <typename T>
+static int64_t recurrence_backward_workspace(const RecurrenceSizes<T>& s, int threads) {
+  return BackwardSpace<T>(s, threads).total;
 }
 
 // The steps in the order they run: position i of the order is step index(i).
@@ -126,16 +180,22 @@ static int64_t balanced_row(const RecurrenceSizes<T>& s, int rank, int size) {
 
 // What one thread does of every step.
 struct Part {
-  Range rows;     // batch rows
-  Range panels;   // of the packed recurrent weights
-  Range columns;  // what the panels cover
-  bool barrier;   // whether to meet the team after each step
+  Range rows;            // batch rows
+  Range panels;          // of H columns: its units
+  Range columns;         // what these panels cover
+  Range output_panels;   // of P columns; the same unless the output is projected
+  Range output_columns;  // what these panels cover
+  bool barrier;          // whether to meet the team after each step
 };
 
 template <typename T>
+static inline Range columns_of(Range panels, int64_t cols) {
+  return intersect({panels.begin * kPanel<T>, panels.end * kPanel<T>}, {0, cols});
+}
+
+template <typename T>
 static Part part_of(const RecurrenceSizes<T>& s, const Team& team) {
-  const int64_t panels = panels_of<T>(s.hidden);
-  Part part = {{0, s.batch}, {0, panels}, {0, s.hidden}, false};
+  Part part = {{0, s.batch}, {0, panels_of<T>(s.hidden)}, {}, {0, panels_of<T>(s.output)}, {}, false};
   switch (choose_split(s, team.size)) {
     case Split::kRows: {
       const bool even = total_rows(s) == s.steps * s.batch;
@@ -144,14 +204,16 @@ static Part part_of(const RecurrenceSizes<T>& s, const Team& team) {
       break;
     }
     case Split::kColumns:
-      part.panels = team.share(panels);
-      part.columns = intersect({part.panels.begin * kPanel<T>, part.panels.end * kPanel<T>}, {0, s.hidden});
+      part.panels = team.share(part.panels.end);
+      part.output_panels = team.share(part.output_panels.end);
       part.barrier = true;
       break;
     case Split::kOne:
       if (team.rank != 0) part.rows = {0, 0};
       break;
   }
+  part.columns = columns_of<T>(part.panels, s.hidden);
+  part.output_columns = columns_of<T>(part.output_panels, s.output);
   return part;
 }
 
@@ -162,104 +224,205 @@ static inline void copy_columns(const T* from, T* to, int64_t width, Range rows,
   }
 }
 
-// A few steps with the weights in their own layout, [H, I] and [H, H]: eight dot products at a time.
-template <typename T, typename Cell>
-static void forward_direct(const RnnForwardParams<T>& p, const Team& team) {
+// The same; zeros where there is nothing to copy from.
+template <typename T>
+static inline void start_columns(const T* from, T* to, int64_t width, Range rows, Range columns) {
+  if (from != nullptr) return copy_columns(from, to, width, rows, columns);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    __builtin_memset(to + r * width + columns.begin, 0, columns.size() * sizeof(T));
+  }
+}
+
+// One step of some units of one row: `blocks` holds their pre-activations, the other pointers are at the first of the
+// units. h_before: null for zeros. kept: blocks `hidden` apart, null: not wanted.
+template <typename T, typename C>
+static inline void forward_units(Vec<T> (&blocks)[C::kBlocks], const T* h_before, T* c, T* kept, int64_t hidden, T* h,
+                                 int lanes) {
+  Vec<T> before{}, cell{};
+  if (C::kReadsState && h_before != nullptr) before = load_part(h_before, lanes);
+  if (C::kHasCell) cell = load_part(c, lanes);
+  store_part(h, C::template forward<T>(blocks, before, cell), lanes);
+  if (C::kHasCell) store_part(c, cell, lanes);
+  if (!C::kKeeps || kept == nullptr) return;
+  for (int b = 0; b < C::kBlocks; ++b) store_part(kept + b * hidden, blocks[b], lanes);
+  if (C::kHasCell) store_part(kept + C::kBlocks * hidden, cell, lanes);
+}
+
+// A few steps with the weights in their own layout, [G H, I] and [G H, H]: eight dot products at a time.
+template <typename T, typename C>
+static void forward_direct(const RecurrenceForwardParams<T>& p, const Team& team) {
   constexpr int kDots = 8;
+  constexpr int kPadded = kLanes<T> > kDots ? kLanes<T> : kDots;
   const RecurrenceSizes<T>& s = p.sizes;
+  const int64_t H = s.hidden;
+  const int64_t kept_width = kept_blocks(s.cell, false) * H;
   const Order<T> order{s};
-  const Range columns = team.share(s.hidden, kLanes<T>);
+  const Range columns = team.share(H, kLanes<T>);
+  if (C::kHasCell) start_columns(p.c0, p.c_n, H, {0, s.batch}, columns);
   for (int64_t i = 0; i < s.steps; ++i) {
     const int64_t rows = order.rows(i);
-    for (int64_t c = columns.begin; c < columns.end; c += kDots) {
-      const int64_t count = columns.end - c < kDots ? columns.end - c : kDots;
+    for (int64_t col = columns.begin; col < columns.end; col += kDots) {
+      const int64_t count = columns.end - col < kDots ? columns.end - col : kDots;
       for (int64_t r = 0; r < rows; ++r) {
         const T* x = p.x + (order.first_row(i) + r) * s.input;
-        const T* h = r < order.rows(i - 1) ? p.y + (order.first_row(i - 1) + r) * s.hidden
-                                           : (p.h0 == nullptr ? nullptr : p.h0 + r * s.hidden);
-        T z[kLanes<T> > kDots ? kLanes<T> : kDots] = {};
-        if (count == kDots) {
-          Vec<T> sums[kDots] = {};
-          dots<T, kDots>(x, p.w_ih + c * s.input, s.input, sums);
-          if (h != nullptr) dots<T, kDots>(h, p.w_hh + c * s.hidden, s.hidden, sums);
-          for (int j = 0; j < kDots; ++j) z[j] = sum_lanes<T>(sums[j]);
-        } else {
+        const T* h =
+            r < order.rows(i - 1) ? p.y + (order.first_row(i - 1) + r) * H : (p.h0 == nullptr ? nullptr : p.h0 + r * H);
+        T z[C::kBlocks][kPadded] = {};
+#pragma GCC unroll 4
+        for (int b = 0; b < C::kBlocks; ++b) {
+          const bool of_input = b < C::kGates;
+          const bool of_state = state_gate<C>(b) >= 0;
+          const int64_t in = input_gate<C>(b) * H + col;
+          const int64_t hidden = state_gate<C>(b) * H + col;
+          if (count == kDots) {
+            Vec<T> sums[kDots] = {};
+            if (of_input) dots<T, kDots>(x, p.w_ih + in * s.input, s.input, sums);
+            if (of_state && h != nullptr) dots<T, kDots>(h, p.w_hh + hidden * H, H, sums);
+            for (int j = 0; j < kDots; ++j) z[b][j] = sum_lanes<T>(sums[j]);
+          } else {
+            for (int64_t j = 0; j < count; ++j) {
+              Vec<T> sum[1] = {};
+              if (of_input) dots<T, 1>(x, p.w_ih + (in + j) * s.input, s.input, sum);
+              if (of_state && h != nullptr) dots<T, 1>(h, p.w_hh + (hidden + j) * H, H, sum);
+              z[b][j] = sum_lanes<T>(sum[0]);
+            }
+          }
           for (int64_t j = 0; j < count; ++j) {
-            Vec<T> sum[1] = {};
-            dots<T, 1>(x, p.w_ih + (c + j) * s.input, s.input, sum);
-            if (h != nullptr) dots<T, 1>(h, p.w_hh + (c + j) * s.hidden, s.hidden, sum);
-            z[j] = sum_lanes<T>(sum[0]);
+            if (of_input && p.b_ih != nullptr) z[b][j] += p.b_ih[in + j];
+            if (of_state && p.b_hh != nullptr) z[b][j] += p.b_hh[hidden + j];
           }
         }
-        T* y = p.y + (order.first_row(i) + r) * s.hidden;
-        for (int64_t j = 0; j < count; ++j) {
-          if (p.b_ih != nullptr) z[j] += p.b_ih[c + j];
-          if (p.b_hh != nullptr) z[j] += p.b_hh[c + j];
-        }
+        const int64_t row = order.first_row(i) + r;
         for_each_vector<T>(count, [&](int64_t j, int lanes) {
-          store_part(y + c + j, Cell::template activate<T>(load(z + j)), lanes);
+          Vec<T> blocks[C::kBlocks];
+          for (int b = 0; b < C::kBlocks; ++b) blocks[b] = load(z[b] + j);
+          const int64_t at = col + j;
+          forward_units<T, C>(blocks, h == nullptr ? nullptr : h + at, C::kHasCell ? p.c_n + r * H + at : nullptr,
+                              p.kept == nullptr ? nullptr : p.kept + row * kept_width + at, H, p.y + row * H + at,
+                              lanes);
         });
       }
     }
-    copy_columns(p.y + order.first_row(i) * s.hidden, p.h_n, s.hidden, {order.rows(i + 1), rows}, columns);
+    copy_columns(p.y + order.first_row(i) * H, p.h_n, H, {order.rows(i + 1), rows}, columns);
     if (i + 1 < s.steps) team.sync();
   }
 }
 
-template <typename T, typename Cell>
-static void forward_packed(const RnnForwardParams<T>& p, const Team& team) {
+template <typename T, typename C>
+static void forward_packed(const RecurrenceForwardParams<T>& p, const Team& team) {
   const RecurrenceSizes<T>& s = p.sizes;
-  const int64_t H = s.hidden;
+  const int64_t H = s.hidden, P = s.output;
+  const int64_t gates = C::kGates * H;
+  const bool projected = C::kHasCell && s.projected();
   const Order<T> order{s};
-  const int64_t panels = panels_of<T>(H);
+  const ForwardSpace<T> space(s);
   T* packed_ih = p.workspace;
-  T* packed_hh = packed_ih + aligned(packed_size<T>(H, s.input));
+  T* packed_hh = packed_ih + space.ih;
+  T* packed_hr = packed_hh + C::kGates * space.hh_gate;
+  T* bias = packed_hr + space.hr;
+  T* block_z = bias + space.bias;
+  T* step_m = block_z + space.z;
 
-  const Range to_pack = team.share(panels);
-  pack_transposed(p.w_ih, H, s.input, to_pack, packed_ih);
-  pack_transposed(p.w_hh, H, H, to_pack, packed_hh);
-  team.sync();
-
-  const Range rows = team.share(total_rows(s), kRows);
-  T* z = p.y + rows.begin * H;
-  long_product<T>({p.x + rows.begin * s.input, s.input}, rows.size(), s.input, packed_ih, H,
-                  [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                    if (p.b_ih != nullptr) value += load_part(p.b_ih + col, lanes);
-                    if (p.b_hh != nullptr) value += load_part(p.b_hh + col, lanes);
-                    store_part(z + row * H + col, value, lanes);
-                  });
-  team.sync();
+  pack_transposed([&](int64_t col) { return p.w_ih + (input_gate<C>(col / H) * H + col % H) * s.input; }, gates,
+                  s.input, team.share(panels_of<T>(gates)), packed_ih);
+  for (int g = 0; g < C::kGates; ++g) {
+    pack_transposed([&](int64_t col) { return p.w_hh + (g * H + col) * P; }, H, P, team.share(panels_of<T>(H)),
+                    packed_hh + g * space.hh_gate);
+  }
+  if (projected) {
+    pack_transposed([&](int64_t col) { return p.w_hr + col * H; }, P, H, team.share(panels_of<T>(P)), packed_hr);
+  }
+  const Range biases = team.share(gates, kAlign);
+  for (int64_t j = biases.begin; j < biases.end; ++j) {
+    const int b = static_cast<int>(j / H);
+    bias[j] = p.b_ih == nullptr ? T(0) : p.b_ih[input_gate<C>(b) * H + j % H];
+    if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) bias[j] += p.b_hh[state_gate<C>(b) * H + j % H];
+  }
 
   const Part part = part_of(s, team);
-  for (int64_t i = 0; i < s.steps; ++i) {
-    T* y = p.y + order.first_row(i) * H;
-    const int64_t carried = order.rows(i - 1);
-    const Range all = intersect(part.rows, {0, order.rows(i)});
-    const Range from_y = intersect(all, {0, carried});
-    const Range fresh = intersect(all, {carried, order.rows(i)});
-    const auto step = [&](const T* previous, Range r) {
-      T* out = y + r.begin * H;
-      product<T>(
-          Rows<T>{previous + r.begin * H, H}, r.size(), H, packed_hh, H, part.panels,
-          [&](int64_t row, int64_t col) { __builtin_prefetch(out + row * H + col, 1); },
-          [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-            T* target = out + row * H + col;
-            store_part(target, Cell::template activate<T>(value + load_part(target, lanes)), lanes);
-          });
-    };
-    if (i > 0) step(p.y + order.first_row(i - 1) * H, from_y);
-    if (p.h0 != nullptr) {
-      step(p.h0, fresh);
-    } else {
-      for (int64_t r = fresh.begin; r < fresh.end; ++r) {
-        T* target = y + r * H + part.columns.begin;
-        for_each_vector<T>(part.columns.size(), [&](int64_t j, int lanes) {
-          store_part(target + j, Cell::template activate<T>(load_part(target + j, lanes)), lanes);
-        });
+  if (C::kHasCell) start_columns(p.c0, p.c_n, H, part.rows, part.columns);
+  const int64_t kept_width = kept_blocks(s.cell, projected) * H;
+  // Pre-activations go where their gates will be kept, or the states be written; else where the next block's will, too.
+  T* const z_home = !C::kKeeps ? p.y : p.kept;
+  const int64_t z_width = z_home == nullptr ? gates : (C::kKeeps ? kept_width : H);
+  const int64_t limit = block_rows(s);
+
+  for (int64_t begin = 0, end = 0; begin < s.steps; begin = end) {
+    int64_t count = 0;
+    do count += order.rows(end++);
+    while (end < s.steps && count + order.rows(end) <= limit);
+    const int64_t first = s.reverse ? order.first_row(end - 1) : order.first_row(begin);
+    T* const z = z_home == nullptr ? block_z : z_home + first * z_width;
+
+    team.sync();
+    const Range rows = team.share(count, kRows);
+    long_product<T>({p.x + (first + rows.begin) * s.input, s.input}, rows.size(), s.input, packed_ih, gates,
+                    [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+                      store_part(z + (rows.begin + row) * z_width + col, value + load_part(bias + col, lanes), lanes);
+                    });
+    team.sync();
+
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first_row = order.first_row(i);
+      const int64_t carried = order.rows(i - 1);
+      const Range all = intersect(part.rows, {0, order.rows(i)});
+      // The output of the cell; projected, it is not yet that of the step.
+      T* const m = !projected ? p.y + first_row * P
+                              : (p.kept == nullptr ? step_m : p.kept + first_row * kept_width + (C::kBlocks + 1) * H);
+      const int64_t m_width = projected && p.kept != nullptr ? kept_width : H;
+      const auto finish = [&](const T* previous, int64_t r, int64_t col, Vec<T>(&values)[C::kGates], int lanes) {
+        const T* z_row = z + (first_row - first + r) * z_width + col;
+        Vec<T> blocks[C::kBlocks];
+        for (int b = 0; b < C::kBlocks; ++b) {
+          const int g = state_gate<C>(b);
+          if (b < C::kGates) {
+            blocks[b] = load_part(z_row + b * H, lanes);
+            if (g >= 0) blocks[b] += values[g];
+          } else {
+            blocks[b] = values[g];
+            if (p.b_hh != nullptr) blocks[b] += load_part(p.b_hh + g * H + col, lanes);
+          }
+        }
+        forward_units<T, C>(
+            blocks, previous == nullptr ? nullptr : previous + r * P + col, C::kHasCell ? p.c_n + r * H + col : nullptr,
+            p.kept == nullptr ? nullptr : p.kept + (first_row + r) * kept_width + col, H, m + r * m_width + col, lanes);
+      };
+      // Rows whose state before is at `previous`, row 0 being that of batch row 0; null: zeros.
+      const auto step = [&](const T* previous, Range r) {
+        if (previous == nullptr) {
+          for (int64_t row = r.begin; row < r.end; ++row) {
+            for_each_vector<T>(part.columns.size(), [&](int64_t j, int lanes) {
+              Vec<T> zeros[C::kGates] = {};
+              finish(nullptr, row, part.columns.begin + j, zeros, lanes);
+            });
+          }
+          return;
+        }
+        gates_product<T, C::kGates>(
+            Rows<T>{previous + r.begin * P, P}, r.size(), P, packed_hh, space.hh_gate, H, part.panels,
+            [&](int64_t row, int64_t col) {
+              const T* z_row = z + (first_row - first + r.begin + row) * z_width + col;
+              for (int b = 0; b < C::kGates; ++b) __builtin_prefetch(z_row + b * H, 1);
+            },
+            [&](int64_t row, int64_t col, Vec<T>(&values)[C::kGates], int lanes) {
+              finish(previous, r.begin + row, col, values, lanes);
+            });
+      };
+      if (i > 0) step(p.y + order.first_row(i - 1) * P, intersect(all, {0, carried}));
+      step(p.h0, intersect(all, {carried, order.rows(i)}));
+      T* y = p.y + first_row * P;
+      if (projected) {
+        if (part.barrier) team.sync();
+        product<T>(
+            Rows<T>{m + all.begin * m_width, m_width}, all.size(), H, packed_hr, P, part.output_panels,
+            [](int64_t, int64_t) {},
+            [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+              store_part(y + (all.begin + row) * P + col, value, lanes);
+            });
       }
+      copy_columns(y, p.h_n, P, intersect(all, {order.rows(i + 1), order.rows(i)}), part.output_columns);
+      if (part.barrier) team.sync();
     }
-    copy_columns(y, p.h_n, H, intersect(all, {order.rows(i + 1), order.rows(i)}), part.columns);
-    if (part.barrier) team.sync();
   }
 }
 
@@ -268,7 +431,7 @@ static void forward_packed(const RnnForwardParams<T>& p, const Team& team) {
 template <typename T>
 class PreviousState {
  public:
-  PreviousState(const RnnBackwardParams<T>& p, int64_t first) : p_(p), first_(first) {
+  PreviousState(const RecurrenceBackwardParams<T>& p, int64_t first) : p_(p), first_(first) {
     const RecurrenceSizes<T>& s = p.sizes;
     int64_t high = s.steps - 1;
     while (t_ < high) {  // the last step that starts at or before `first`
@@ -288,44 +451,54 @@ class PreviousState {
     const int64_t r = row - s.row_offsets[t_];
     const int64_t before = s.reverse ? t_ + 1 : t_ - 1;
     if (before >= 0 && before < s.steps && r < s.row_offsets[before + 1] - s.row_offsets[before]) {
-      return p_.y + (s.row_offsets[before] + r) * s.hidden;
+      return p_.y + (s.row_offsets[before] + r) * s.output;
     }
-    return p_.h0 == nullptr ? nullptr : p_.h0 + r * s.hidden;
+    return p_.h0 == nullptr ? nullptr : p_.h0 + r * s.output;
   }
 
  private:
-  const RnnBackwardParams<T>& p_;
+  const RecurrenceBackwardParams<T>& p_;
   int64_t first_;
   int64_t t_ = 0;
 };
 
-// dw_ih [H, I] and dw_hh [H, H]: sums over rows i of dz[i]^T times the input and the state before. One product with
-// both side by side, so that dz is packed once.
+// A weight gradient: sum over the rows of the sequence of left(row)^T right(row).
 template <typename T>
-static void weight_gradients(const RnnBackwardParams<T>& p, T* space, const Team& team) {
-  const RecurrenceSizes<T>& s = p.sizes;
-  const int64_t H = s.hidden;
-  const int64_t n = total_rows(s);
-  struct Side {
-    T* dw;  // [H, cols]
-    int64_t cols;
-    Range panels;   // its place among the panels of both
-    bool of_state;  // its rows are the states before, not the input
-  };
-  const int64_t panels_ih = p.dw_ih == nullptr ? 0 : panels_of<T>(s.input);
-  const int64_t panels_hh = p.dw_hh == nullptr ? 0 : panels_of<T>(H);
-  const Side sides[] = {{p.dw_ih, s.input, {0, panels_ih}, false},
-                        {p.dw_hh, H, {panels_ih, panels_ih + panels_hh}, true}};
-  Range panels = {0, panels_ih + panels_hh};
-  Range heights = {0, H};
+struct WeightGradient {
+  T* dw;           // [gates * height, width]; null: not wanted
+  int64_t width;   // of a row of the right side
+  int gates[4];    // which of its blocks of `height` rows each block of the left side belongs to; -1: none
+  bool of_state;   // the right side is the state before, else `right`
+  const T* right;  // [N, width], `stride` apart
+  int64_t stride;
+};
+
+// Gradients that have the left side [N, blocks * height] in common, as one product with their right sides side by side,
+// so that the left side is packed once.
+template <typename T, int kSides>
+static void weight_gradients(const RecurrenceBackwardParams<T>& p, const T* left_rows, int64_t height, int blocks,
+                             const WeightGradient<T> (&sides)[kSides], T* space, const Team& team) {
+  const int64_t n = total_rows(p.sizes);
+  const int64_t left_width = blocks * height;
+  Range places[kSides];  // of each side among the panels of all
+  Range panels = {0, 0};
+  for (int j = 0; j < kSides; ++j) {
+    const int64_t wanted = sides[j].dw == nullptr ? 0 : panels_of<T>(sides[j].width);
+    places[j] = {panels.end, panels.end + wanted};
+    panels.end += wanted;
+  }
+  Range heights = {0, height};
   if (panels.end >= 2 * team.size) {
     panels = team.share(panels.end);
   } else {
-    heights = team.share(H, kRows);
+    heights = team.share(height, kRows);
   }
   if (n == 0) {
-    for (const Side& side : sides) {
-      const Range part = team.share(side.panels.size() > 0 ? H * side.cols : 0);
+    for (const WeightGradient<T>& side : sides) {
+      if (side.dw == nullptr) continue;
+      int used = 0;
+      for (int b = 0; b < blocks; ++b) used += side.gates[b] >= 0;
+      const Range part = team.share(used * height * side.width);
       __builtin_memset(side.dw + part.begin, 0, part.size() * sizeof(T));
     }
     return;
@@ -336,148 +509,230 @@ static void weight_gradients(const RnnBackwardParams<T>& p, T* space, const Team
     const int64_t depth = n - i < kGradientDepth<T> ? n - i : kGradientDepth<T>;
     for (int64_t begin = panels.begin; begin < panels.end; begin += kGradientPanels) {
       const Range group = intersect({begin, begin + kGradientPanels}, panels);
-      // Calls body(side, its panels of the group, their first column, their columns, their place in `right`).
+      // Calls body(side, its panels of the group, their columns, their place in `right`).
       const auto for_each_side = [&](auto body) {
-        for (const Side& side : sides) {
-          const Range mine = intersect(group, side.panels);
+        for (int j = 0; j < kSides; ++j) {
+          const Range mine = intersect(group, places[j]);
           if (mine.size() == 0) continue;
-          const int64_t first = (mine.begin - side.panels.begin) * kPanel<T>;
-          const Range columns = intersect({first, first + mine.size() * kPanel<T>}, {0, side.cols});
-          body(side, Range{0, mine.size()}, columns, right + (mine.begin - group.begin) * kPanel<T> * depth);
+          const int64_t first = (mine.begin - places[j].begin) * kPanel<T>;
+          const Range columns = intersect({first, first + mine.size() * kPanel<T>}, {0, sides[j].width});
+          body(sides[j], Range{0, mine.size()}, columns, right + (mine.begin - group.begin) * kPanel<T> * depth);
         }
       };
-      for_each_side([&](const Side& side, Range some, Range columns, T* packed) {
+      for_each_side([&](const WeightGradient<T>& side, Range some, Range columns, T* packed) {
         for (int64_t j = some.begin; j < some.end; ++j) {
           PreviousState<T> state(p, i);
           const auto row = [&](int64_t k) -> const T* {
-            const T* source = side.of_state ? state(k) : p.x + (i + k) * s.input;
+            const T* source = side.of_state ? state(k) : side.right + (i + k) * side.stride;
             return source == nullptr ? nullptr : source + columns.begin;
           };
           pack_rows<T>(row, columns.size(), depth, {j, j + 1}, packed);
         }
       });
-      for (int64_t r = heights.begin; r < heights.end; r += kGradientHeight) {
-        const Range height = intersect({r, r + kGradientHeight}, heights);
-        pack_columns(p.dz + i * H, H, depth, height, left);
-        for_each_side([&](const Side& side, Range some, Range columns, const T* packed) {
-          T* target = side.dw + r * side.cols + columns.begin;
-          product<T>(
-              PackedColumns<T>{left}, height.size(), depth, packed, columns.size(), some,
-              [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.cols + col, 1); },
-              [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
-                T* out = target + m * side.cols + col;
-                store_part(out, i == 0 ? value : value + load_part(out, lanes), lanes);
-              });
-        });
+      for (int b = 0; b < blocks; ++b) {
+        for (int64_t r = heights.begin; r < heights.end; r += kGradientHeight) {
+          const Range rows = intersect({r, r + kGradientHeight}, heights);
+          pack_columns(left_rows + i * left_width, left_width, depth, {b * height + rows.begin, b * height + rows.end},
+                       left);
+          for_each_side([&](const WeightGradient<T>& side, Range some, Range columns, const T* packed) {
+            if (side.gates[b] < 0) return;
+            T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
+            product<T>(
+                PackedColumns<T>{left}, rows.size(), depth, packed, columns.size(), some,
+                [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
+                [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
+                  T* out = target + m * side.width + col;
+                  store_part(out, i == 0 ? value : value + load_part(out, lanes), lanes);
+                });
+          });
+        }
       }
     }
   }
 }
 
-template <typename T, typename Cell>
-static void backward(const RnnBackwardParams<T>& p, const Team& team) {
-  const RecurrenceSizes<T>& s = p.sizes;
-  const int64_t H = s.hidden;
-  const int64_t n = total_rows(s);
-  const Order<T> order{s};
-  T* packed_hh = p.workspace;
-  T* packed_ih = packed_hh + aligned(packed_size<T>(H, H));
-  T* space = packed_ih + aligned(packed_size<T>(s.input, H)) + team.rank * kGradientBlock<T>;
-
-  pack_rows<T>([&](int64_t i) { return p.w_hh + i * H; }, H, H, team.share(panels_of<T>(H)), packed_hh);
-  if (p.dx != nullptr) {
-    pack_rows<T>([&](int64_t i) { return p.w_ih + i * s.input; }, s.input, H, team.share(panels_of<T>(s.input)),
-                 packed_ih);
+// The gradients of both biases: sums of dz over the rows of the sequence.
+template <typename T, typename C>
+static void bias_gradients(const RecurrenceBackwardParams<T>& p, const Team& team) {
+  constexpr int64_t kSums = 8;
+  constexpr int64_t kWidth = kSums * kLanes<T>;
+  const int64_t H = p.sizes.hidden;
+  const int64_t n = total_rows(p.sizes);
+  const Range columns = team.share(H, kLanes<T>);
+  for (int b = 0; b < C::kBlocks; ++b) {
+    T* db_ih = p.db_ih == nullptr || b >= C::kGates ? nullptr : p.db_ih + input_gate<C>(b) * H;
+    T* db_hh = p.db_hh == nullptr || state_gate<C>(b) < 0 ? nullptr : p.db_hh + state_gate<C>(b) * H;
+    if (db_ih == nullptr && db_hh == nullptr) continue;
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      const int64_t width = columns.end - c < kWidth ? columns.end - c : kWidth;
+      Vec<T> sums[kSums] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        for_each_vector<T>(width, [&](int64_t j, int lanes) {
+          sums[j / kLanes<T>] += load_part(p.dz + (i * C::kBlocks + b) * H + c + j, lanes);
+        });
+      }
+      for_each_vector<T>(width, [&](int64_t j, int lanes) {
+        if (db_ih != nullptr) store_part(db_ih + c + j, sums[j / kLanes<T>], lanes);
+        if (db_hh != nullptr) store_part(db_hh + c + j, sums[j / kLanes<T>], lanes);
+      });
+    }
   }
+}
+
+template <typename T, typename C>
+static void backward(const RecurrenceBackwardParams<T>& p, const Team& team) {
+  const RecurrenceSizes<T>& s = p.sizes;
+  const int64_t H = s.hidden, P = s.output;
+  const int64_t n = total_rows(s);
+  const int64_t gates = C::kGates * H;
+  const bool projected = C::kHasCell && s.projected();
+  const int64_t kept_width = kept_blocks(s.cell, projected) * H;
+  const int64_t dz_width = C::kBlocks * H;
+  const T* const dz_of_state = p.dz + dz_width - gates;  // the blocks that the state's weights see
+  const Order<T> order{s};
+  const BackwardSpace<T> sizes(s, team.size);
+  T* packed_hh = p.workspace;
+  T* packed_hr = packed_hh + sizes.hh;
+  T* packed_ih = packed_hr + sizes.hr;
+  T* carry = packed_ih + sizes.ih;
+  T* space = carry + sizes.carry + team.rank * kGradientBlock<T>;
+
+  pack_rows<T>([&](int64_t i) { return p.w_hh + i * P; }, P, gates, team.share(panels_of<T>(P)), packed_hh);
+  if (projected) {
+    pack_rows<T>([&](int64_t i) { return p.w_hr + i * H; }, H, P, team.share(panels_of<T>(H)), packed_hr);
+  }
+  if (p.dx != nullptr) {
+    pack_rows<T>([&](int64_t i) { return p.w_ih + (input_gate<C>(i / H) * H + i % H) * s.input; }, s.input, gates,
+                 team.share(panels_of<T>(s.input)), packed_ih);
+  }
+  const Part part = part_of(s, team);
+  if (C::kCarries) start_columns(p.grad_c_n, carry, H, part.rows, part.columns);
   team.sync();
 
-  const Part part = part_of(s, team);
-  // dh of the step before, for rows r of position i: dz_i times the recurrent weights.
-  const auto carry = [&](int64_t i, Range r, auto fetch, auto store) {
-    product<T>(Rows<T>{p.dz + (order.first_row(i) + r.begin) * H, H}, r.size(), H, packed_hh, H, part.panels, fetch,
-               store);
+  // The state of a row before position i; null: zeros.
+  const auto state_before = [&](int64_t i, int64_t r) -> const T* {
+    if (r < order.rows(i - 1)) return p.y + (order.first_row(i - 1) + r) * P;
+    return p.h0 == nullptr ? nullptr : p.h0 + r * P;
+  };
+  const auto cell_before = [&](int64_t i, int64_t r) -> const T* {
+    if (r < order.rows(i - 1)) return p.kept + (order.first_row(i - 1) + r) * kept_width + C::kBlocks * H;
+    return p.c0 == nullptr ? nullptr : p.c0 + r * H;
+  };
+  // From the whole gradient of some units' output to those of their pre-activations: position i, batch row r.
+  const auto through_cell = [&](int64_t i, int64_t r, int64_t col, Vec<T> dh, int lanes) {
+    const int64_t row = order.first_row(i) + r;
+    Vec<T> blocks[C::kBlocks];
+    Vec<T> h{}, h_before{}, c{}, c_before{}, carried{};
+    if (C::kKeeps) {
+      const T* kept = p.kept + row * kept_width + col;
+      for (int b = 0; b < C::kBlocks; ++b) blocks[b] = load_part(kept + b * H, lanes);
+      if (C::kHasCell) c = load_part(kept + C::kBlocks * H, lanes);
+    } else {
+      h = load_part(p.y + row * P + col, lanes);
+    }
+    if (C::kReadsState) {
+      const T* before = state_before(i, r);
+      if (before != nullptr) h_before = load_part(before + col, lanes);
+    }
+    if (C::kHasCell) {
+      const T* before = cell_before(i, r);
+      if (before != nullptr) c_before = load_part(before + col, lanes);
+    }
+    if (C::kCarries) carried = load_part(carry + r * H + col, lanes);
+    C::template backward<T>(blocks, h, h_before, c, c_before, dh, carried);
+    if (C::kCarries) store_part(carry + r * H + col, carried, lanes);
+    for (int b = 0; b < C::kBlocks; ++b) store_part(p.dz + row * dz_width + b * H + col, blocks[b], lanes);
+  };
+  // From what later steps give to a state to its whole gradient, and on, unless the output is projected.
+  const auto finish = [&](int64_t i, int64_t r, int64_t col, Vec<T> dh, int lanes) {
+    const int64_t at = (order.first_row(i) + r) * P + col;
+    if (p.grad_y != nullptr) dh += load_part(p.grad_y + at, lanes);
+    if (projected) {
+      store_part(p.dh + at, dh, lanes);
+    } else {
+      through_cell(i, r, col, dh, lanes);
+    }
+  };
+  // dz of position i times the weights of the state, for rows r.
+  const auto to_state = [&](int64_t i, Range r, auto fetch, auto store) {
+    product<T>(Rows<T>{dz_of_state + (order.first_row(i) + r.begin) * dz_width, dz_width}, r.size(), gates, packed_hh,
+               P, part.output_panels, fetch, store);
   };
   const auto into_h0 = [&](int64_t i, Range r) {
     if (p.dh0 == nullptr || r.size() == 0) return;
-    carry(
+    to_state(
         i, r, [](int64_t, int64_t) {},
         [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-          store_part(p.dh0 + (r.begin + row) * H + col, value, lanes);
+          const int64_t at = (r.begin + row) * P + col;
+          if (C::kCarries && !C::kHasCell) value += load_part(carry + at, lanes);
+          store_part(p.dh0 + at, value, lanes);
         });
   };
   for (int64_t i = s.steps - 1; i >= 0; --i) {
-    const int64_t offset = order.first_row(i) * H;
     const int64_t later = order.rows(i + 1);
     const Range all = intersect(part.rows, {0, order.rows(i)});
-    const auto finish = [&](int64_t at, Vec<T> dh, int lanes) {
-      if (p.grad_y != nullptr) dh += load_part(p.grad_y + at, lanes);
-      store_part(p.dz + at, Cell::template gate_gradient<T>(dh, load_part(p.y + at, lanes)), lanes);
-    };
     const Range going_on = intersect(all, {0, later});
     if (going_on.size() > 0) {
-      const int64_t begin = offset + going_on.begin * H;
-      carry(
+      const int64_t first = order.first_row(i) + going_on.begin;
+      to_state(
           i + 1, going_on,
-          [&](int64_t row, int64_t col) {
-            const int64_t at = begin + row * H + col;
-            __builtin_prefetch(p.y + at);
-            if (p.grad_y != nullptr) __builtin_prefetch(p.grad_y + at);
-            __builtin_prefetch(p.dz + at, 1);
+          [&](int64_t m, int64_t col) {
+            const int64_t row = first + m;
+            if (p.grad_y != nullptr) __builtin_prefetch(p.grad_y + row * P + col);
+            if (projected) return;
+            if (!C::kKeeps) __builtin_prefetch(p.y + row * P + col);
+            for (int64_t b = 0; b < kept_blocks(C::kCell, false); ++b) {
+              __builtin_prefetch(p.kept + row * kept_width + b * H + col);
+            }
+            for (int b = 0; b < C::kBlocks; ++b) __builtin_prefetch(p.dz + row * dz_width + b * H + col, 1);
           },
-          [&](int64_t row, int64_t col, Vec<T> value, int lanes) { finish(begin + row * H + col, value, lanes); });
+          [&](int64_t m, int64_t col, Vec<T> value, int lanes) { finish(i, going_on.begin + m, col, value, lanes); });
     }
     const Range ending = intersect(all, {later, order.rows(i)});
     for (int64_t r = ending.begin; r < ending.end; ++r) {
-      for_each_vector<T>(part.columns.size(), [&](int64_t j, int lanes) {
-        const int64_t at = r * H + part.columns.begin + j;
-        finish(offset + at, p.grad_h_n == nullptr ? Vec<T>{} : load_part(p.grad_h_n + at, lanes), lanes);
+      for_each_vector<T>(part.output_columns.size(), [&](int64_t j, int lanes) {
+        const int64_t col = part.output_columns.begin + j;
+        finish(i, r, col, p.grad_h_n == nullptr ? Vec<T>{} : load_part(p.grad_h_n + r * P + col, lanes), lanes);
       });
+    }
+    if (projected) {
+      if (part.barrier) team.sync();
+      product<T>(
+          Rows<T>{p.dh + (order.first_row(i) + all.begin) * P, P}, all.size(), P, packed_hr, H, part.panels,
+          [](int64_t, int64_t) {},
+          [&](int64_t m, int64_t col, Vec<T> value, int lanes) { through_cell(i, all.begin + m, col, value, lanes); });
     }
     into_h0(i + 1, intersect(part.rows, {order.rows(i), later}));  // rows that joined there
     if (part.barrier) team.sync();
   }
   into_h0(0, intersect(part.rows, {0, order.rows(0)}));
+  if (p.dc0 != nullptr) copy_columns(carry, p.dc0, H, part.rows, part.columns);
   team.sync();
 
   if (p.dx != nullptr) {
     const Range rows = team.share(n, kRows);
     T* dx = p.dx + rows.begin * s.input;
     long_product<T>(
-        {p.dz + rows.begin * H, H}, rows.size(), H, packed_ih, s.input,
+        {p.dz + rows.begin * dz_width, dz_width}, rows.size(), gates, packed_ih, s.input,
         [&](int64_t row, int64_t col, Vec<T> value, int lanes) { store_part(dx + row * s.input + col, value, lanes); });
   }
-  if (p.dw_ih != nullptr || p.dw_hh != nullptr) weight_gradients(p, space, team);
-  if (p.db != nullptr) {
-    constexpr int64_t kSums = 8;
-    constexpr int64_t kWidth = kSums * kLanes<T>;
-    const Range columns = team.share(H, kLanes<T>);
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      const int64_t width = columns.end - c < kWidth ? columns.end - c : kWidth;
-      Vec<T> sums[kSums] = {};
-      for (int64_t i = 0; i < n; ++i) {
-        for_each_vector<T>(
-            width, [&](int64_t j, int lanes) { sums[j / kLanes<T>] += load_part(p.dz + i * H + c + j, lanes); });
-      }
-      for_each_vector<T>(width, [&](int64_t j, int lanes) { store_part(p.db + c + j, sums[j / kLanes<T>], lanes); });
-    }
+  WeightGradient<T> of_input = {p.dw_ih, s.input, {}, false, p.x, s.input};
+  WeightGradient<T> of_state = {p.dw_hh, P, {}, true, nullptr, 0};
+  for (int b = 0; b < C::kBlocks; ++b) {
+    of_input.gates[b] = b < C::kGates ? input_gate<C>(b) : -1;
+    of_state.gates[b] = state_gate<C>(b);
   }
-}
-
-template <typename T, template <Nonlinearity> class Cell, typename Run>
-static inline void with_cell(Nonlinearity kind, Run run) {
-  switch (kind) {
-    case Nonlinearity::kTanh:
-      return run(Cell<Nonlinearity::kTanh>{});
-    case Nonlinearity::kRelu:
-      return run(Cell<Nonlinearity::kRelu>{});
-    case Nonlinearity::kSigmoid:
-      return run(Cell<Nonlinearity::kSigmoid>{});
+  weight_gradients(p, p.dz, H, C::kBlocks, {of_input, of_state}, space, team);
+  if (projected) {
+    const WeightGradient<T> of_cell = {p.dw_hr, H, {0}, false, p.kept + (C::kBlocks + 1) * H, kept_width};
+    weight_gradients(p, p.dh, P, 1, {of_cell}, space, team);
   }
+  bias_gradients<T, C>(p, team);
 }
 
 template <typename T>
-static void rnn_forward(const RnnForwardParams<T>& p, const Team& team) {
-  with_cell<T, Elman>(p.sizes.nonlinearity, [&](auto cell) {
+static void recurrence_forward(const RecurrenceForwardParams<T>& p, const Team& team) {
+  with_cell(p.sizes.cell, [&](auto cell) {
     if (goes_direct(p.sizes)) {
       forward_direct<T, decltype(cell)>(p, team);
     } else {
@@ -487,8 +742,8 @@ static void rnn_forward(const RnnForwardParams<T>& p, const Team& team) {
 }
 
 template <typename T>
-static void rnn_backward(const RnnBackwardParams<T>& p, const Team& team) {
-  with_cell<T, Elman>(p.sizes.nonlinearity, [&](auto cell) { backward<T, decltype(cell)>(p, team); });
+static void recurrence_backward(const RecurrenceBackwardParams<T>& p, const Team& team) {
+  with_cell(p.sizes.cell, [&](auto cell) { backward<T, decltype(cell)>(p, team); });
 }
 
 }  // namespace LLM_EXT_LEVEL

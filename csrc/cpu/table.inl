@@ -4,11 +4,11 @@ namespace LLM_EXT_LEVEL {
 
 template <typename T>
 static constexpr KernelsOf<T> kKernelsOf = {
-    .rnn_forward_workspace = rnn_forward_workspace<T>,
-    .rnn_backward_workspace = rnn_backward_workspace<T>,
-    .rnn_threads = rnn_threads<T>,
-    .rnn_forward = rnn_forward<T>,
-    .rnn_backward = rnn_backward<T>,
+    .recurrence_forward_workspace = recurrence_forward_workspace<T>,
+    .recurrence_backward_workspace = recurrence_backward_workspace<T>,
+    .recurrence_threads = recurrence_threads<T>,
+    .recurrence_forward = recurrence_forward<T>,
+    .recurrence_backward = recurrence_backward<T>,
     .pool_threads = pool_threads<T>,
     .pool_workspace = pool_workspace<T>,
     .pool_forward = pool_forward<T>,

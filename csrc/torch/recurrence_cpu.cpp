@@ -1,7 +1,9 @@
 // The recurrence on the CPU: check, allocate, fill, launch.
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -12,11 +14,11 @@
 namespace llm_ext {
 namespace {
 
-Nonlinearity parse_nonlinearity(const char* op, const std::string& name) {
-  if (name == "tanh") return Nonlinearity::kTanh;
-  if (name == "relu") return Nonlinearity::kRelu;
-  if (name == "sigmoid") return Nonlinearity::kSigmoid;
-  STD_TORCH_CHECK(false, op, ": nonlinearity must be tanh, relu or sigmoid, got ", name);
+Cell elman_cell(const char* op, const std::string& nonlinearity) {
+  if (nonlinearity == "tanh") return Cell::kRnnTanh;
+  if (nonlinearity == "relu") return Cell::kRnnRelu;
+  if (nonlinearity == "sigmoid") return Cell::kRnnSigmoid;
+  STD_TORCH_CHECK(false, op, ": nonlinearity must be tanh, relu or sigmoid, got ", nonlinearity);
 }
 
 // First row of each step, and the end: T + 1 numbers.
@@ -43,65 +45,257 @@ std::vector<int64_t> row_offsets(const char* op, const Tensor& x, const Optional
   return offsets;
 }
 
+// What every op of a recurrence takes; an op without one of the optional tensors leaves it out.
+struct Arguments {
+  const char* op;
+  Cell cell;
+  const Tensor& x;
+  const OptionalTensor& h0;
+  const OptionalTensor& c0;
+  const Tensor& w_ih;
+  const Tensor& w_hh;
+  const OptionalTensor& w_hr;
+  const OptionalTensor& batch_sizes;
+  bool reverse;
+};
+
+const OptionalTensor kNone;
+
+// Sizes and inputs that forward and backward have in common, checked; keeps dense copies alive for the call.
 template <typename T>
-RecurrenceSizes<T> fill_sizes(const char* op, const std::vector<int64_t>& offsets, const Tensor& x, const Tensor& w_ih,
-                              const OptionalTensor& h0, const OptionalTensor& batch_sizes,
-                              const std::string& nonlinearity, bool reverse) {
-  STD_TORCH_CHECK(w_ih.dim() == 2, op, ": w_ih must be [H, I], got ", shape_text(w_ih));
-  RecurrenceSizes<T> s;
-  s.steps = static_cast<int64_t>(offsets.size()) - 1;
-  if (batch_sizes.has_value()) {
-    STD_TORCH_CHECK(h0.has_value() && h0->dim() >= 2, op, ": h0 must be [B, H] with batch_sizes");
-    s.batch = s.steps > 0 ? offsets[1] : h0->size(h0->dim() - 2);
-  } else {
-    s.batch = x.size(1);
+class Recurrence {
+ public:
+  explicit Recurrence(const Arguments& a)
+      : op_(a.op),
+        offsets_(row_offsets(a.op, a.x, a.batch_sizes)),
+        packed_(a.batch_sizes.has_value()),
+        sizes(fill_sizes(a)),
+        x_(dense(checked_rows("x", a.x, sizes.input))),
+        h0_(state_input("h0", a.h0, sizes.output)),
+        c0_(state_input("c0", a.c0, sizes.hidden)),
+        w_ih_(a.w_ih, op_, "w_ih", {gates(), sizes.input}),
+        w_hh_(a.w_hh, op_, "w_hh", {gates(), sizes.output}),
+        w_hr_(a.w_hr, op_, "w_hr", {sizes.output, sizes.hidden}),
+        layer_state_(a.h0.has_value() && a.h0->dim() == 3) {}
+
+  int64_t gates() const { return gates_of(sizes.cell) * sizes.hidden; }
+
+  // x and y are [T, B, *] or, packed, [N, *].
+  const Tensor& checked_rows(const char* name, const Tensor& t, int64_t width) const {
+    if (packed_) {
+      check_tensor(t, op_, name, kScalarType<T>, {rows(), width});
+    } else {
+      check_tensor(t, op_, name, kScalarType<T>, {sizes.steps, sizes.batch, width});
+    }
+    return t;
   }
-  s.input = w_ih.size(1);
-  s.hidden = w_ih.size(0);
-  s.row_offsets = offsets.data();
-  s.nonlinearity = parse_nonlinearity(op, nonlinearity);
-  s.reverse = reverse;
-  return s;
-}
 
-// x and y are [T, B, *] or, packed, [N, *].
-template <typename T>
-void check_rows(const char* op, const char* name, const Tensor& t, const RecurrenceSizes<T>& s, bool packed,
-                int64_t width) {
-  if (packed) {
-    check_tensor(t, op, name, kScalarType<T>, {s.row_offsets[s.steps], width});
-  } else {
-    check_tensor(t, op, name, kScalarType<T>, {s.steps, s.batch, width});
+  Tensor empty_rows(int64_t width) const {
+    if (packed_) return empty({rows(), width}, kScalarType<T>);
+    return empty({sizes.steps, sizes.batch, width}, kScalarType<T>);
   }
-}
 
-template <typename T>
-Tensor empty_rows(const RecurrenceSizes<T>& s, bool packed, int64_t width) {
-  if (packed) return empty({s.row_offsets[s.steps], width}, kScalarType<T>);
-  return empty({s.steps, s.batch, width}, kScalarType<T>);
-}
+  // What is kept for the backward pass, [N, width] always.
+  Tensor empty_kept(bool wanted) const {
+    return empty({wanted ? rows() : 0, kept_blocks(sizes.cell, sizes.projected()) * sizes.hidden}, kScalarType<T>);
+  }
 
-// A state is [B, H], or [1, B, H] as torch.nn lays out the state of one layer; results take the shape of h0.
-template <typename T>
-Input<T> state_input(const OptionalTensor& t, const char* op, const char* name, const RecurrenceSizes<T>& s) {
-  if (t.has_value() && t->dim() == 3) return Input<T>(t, op, name, {1, s.batch, s.hidden});
-  return Input<T>(t, op, name, {s.batch, s.hidden});
-}
+  // A state is [B, *], or [1, B, *] as torch.nn lays out the state of one layer; results take the shape of h0.
+  Input<T> state_input(const char* name, const OptionalTensor& t, int64_t width) const {
+    if (t.has_value() && t->dim() == 3) return Input<T>(t, op_, name, {1, sizes.batch, width});
+    return Input<T>(t, op_, name, {sizes.batch, width});
+  }
 
-template <typename T>
-Output<T> state_output(bool wanted, const OptionalTensor& h0, const RecurrenceSizes<T>& s) {
-  if (h0.has_value() && h0->dim() == 3) return Output<T>(wanted, {1, s.batch, s.hidden});
-  return Output<T>(wanted, {s.batch, s.hidden});
-}
+  Output<T> state_output(bool wanted, int64_t width) const {
+    if (layer_state_) return Output<T>(wanted, {1, sizes.batch, width});
+    return Output<T>(wanted, {sizes.batch, width});
+  }
+
+  const T* x() const { return data<T>(x_); }
+  const T* h0() const { return h0_.get(); }
+  const T* c0() const { return c0_.get(); }
+  const T* w_ih() const { return w_ih_.get(); }
+  const T* w_hh() const { return w_hh_.get(); }
+  const T* w_hr() const { return w_hr_.get(); }
+  int64_t rows() const { return offsets_.back(); }
+
+ private:
+  RecurrenceSizes<T> fill_sizes(const Arguments& a) const {
+    STD_TORCH_CHECK(a.w_ih.dim() == 2 && a.w_ih.size(0) % gates_of(a.cell) == 0, op_, ": w_ih must be [G H, I], got ",
+                    shape_text(a.w_ih));
+    RecurrenceSizes<T> s;
+    s.cell = a.cell;
+    s.steps = static_cast<int64_t>(offsets_.size()) - 1;
+    if (packed_) {
+      STD_TORCH_CHECK(a.h0.has_value() && a.h0->dim() >= 2, op_, ": h0 must be [B, H] with batch_sizes");
+      s.batch = s.steps > 0 ? offsets_[1] : a.h0->size(a.h0->dim() - 2);
+    } else {
+      s.batch = a.x.size(1);
+    }
+    s.input = a.w_ih.size(1);
+    s.hidden = a.w_ih.size(0) / gates_of(a.cell);
+    s.output = s.hidden;
+    if (a.w_hr.has_value()) {
+      STD_TORCH_CHECK(a.w_hr->dim() == 2 && a.w_hr->size(0) < s.hidden, op_, ": w_hr must be [P, H], P < H, got ",
+                      shape_text(*a.w_hr));
+      s.output = a.w_hr->size(0);
+    }
+    s.row_offsets = offsets_.data();
+    s.reverse = a.reverse;
+    return s;
+  }
+
+  const char* op_;
+  std::vector<int64_t> offsets_;
+  bool packed_;
+
+ public:
+  const RecurrenceSizes<T> sizes;
+
+ private:
+  Tensor x_;
+  Input<T> h0_;
+  Input<T> c0_;
+  Input<T> w_ih_;
+  Input<T> w_hh_;
+  Input<T> w_hr_;
+  bool layer_state_;
+};
 
 // The state of a sequence of no steps is what it started from; likewise its gradient.
 template <typename T>
-void pass_state(const RecurrenceSizes<T>& s, const T* from, T* to) {
+void pass_state(int64_t elements, const T* from, T* to) {
+  if (to == nullptr) return;
   if (from != nullptr) {
-    std::memcpy(to, from, s.batch * s.hidden * sizeof(T));
+    std::memcpy(to, from, elements * sizeof(T));
   } else {
-    std::memset(to, 0, s.batch * s.hidden * sizeof(T));
+    std::memset(to, 0, elements * sizeof(T));
   }
+}
+
+// Results of a forward op; those that the op has not stay empty.
+struct ForwardResults {
+  Tensor y;
+  Tensor h_n;
+  OptionalTensor c_n;
+  OptionalTensor kept;
+};
+
+ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const OptionalTensor& b_hh, bool keep) {
+  return with_type(a.x, a.op, "x", [&](auto type) {
+    using T = decltype(type);
+    const Recurrence<T> r(a);
+    const RecurrenceSizes<T>& s = r.sizes;
+    const Input<T> b_ih_in(b_ih, a.op, "b_ih", {r.gates()});
+    const Input<T> b_hh_in(b_hh, a.op, "b_hh", {r.gates()});
+    const Tensor y = r.empty_rows(s.output);
+    const Output<T> h_n = r.state_output(true, s.output);
+    std::optional<Output<T>> c_n;
+    if (s.cell == Cell::kLstm) c_n.emplace(r.state_output(true, s.hidden));
+    OptionalTensor kept;
+    if (kept_blocks(s.cell, false) > 0) kept = r.empty_kept(keep);
+
+    const KernelsOf<T>& kernel = kernels().of<T>();
+    const int threads = kernel.recurrence_threads(s, max_threads());
+    const int64_t space = kernel.recurrence_forward_workspace(s);
+    OptionalTensor workspace;
+    if (space > 0) workspace = empty({space}, kScalarType<T>);
+    const RecurrenceForwardParams<T> p = {s,
+                                          r.x(),
+                                          r.h0(),
+                                          r.c0(),
+                                          r.w_ih(),
+                                          r.w_hh(),
+                                          b_ih_in.get(),
+                                          b_hh_in.get(),
+                                          r.w_hr(),
+                                          mutable_data<T>(y),
+                                          h_n.get(),
+                                          c_n ? c_n->get() : nullptr,
+                                          keep ? mutable_data<T>(*kept) : nullptr,
+                                          workspace ? mutable_data<T>(*workspace) : nullptr};
+    if (s.steps == 0) {
+      pass_state(s.batch * s.output, p.h0, p.h_n);
+      pass_state(s.batch * s.hidden, p.c0, p.c_n);
+    } else {
+      run_team(threads, [&](const Team& team) { kernel.recurrence_forward(p, team); });
+    }
+    return ForwardResults{y, h_n.tensor(), c_n ? OptionalTensor(c_n->tensor()) : std::nullopt, kept};
+  });
+}
+
+// Which gradients are wanted.
+struct Needs {
+  bool dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr;
+};
+
+// Gradients; those that are not wanted have no elements.
+struct BackwardResults {
+  Tensor dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr;
+};
+
+BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
+                         const OptionalTensor& grad_c_n, const Tensor& y, const OptionalTensor& kept,
+                         const Needs& need) {
+  return with_type(a.x, a.op, "x", [&](auto type) {
+    using T = decltype(type);
+    const Recurrence<T> r(a);
+    const RecurrenceSizes<T>& s = r.sizes;
+    const Tensor y_dense = dense(r.checked_rows("y", y, s.output));
+    OptionalTensor grad_y_dense;
+    if (grad_y.has_value()) grad_y_dense = dense(r.checked_rows("grad_y", *grad_y, s.output));
+    const Input<T> grad_h_n_in = r.state_input("grad_h_n", grad_h_n, s.output);
+    const Input<T> grad_c_n_in = r.state_input("grad_c_n", grad_c_n, s.hidden);
+    const int64_t kept_width = kept_blocks(s.cell, s.projected()) * s.hidden;
+    const Input<T> kept_in(kept, a.op, "kept", {r.rows(), kept_width});
+
+    const Output<T> none(false, {});
+    const Tensor dx = need.dx ? r.empty_rows(s.input) : none.tensor();
+    const Output<T> dh0 = r.state_output(need.dh0 && r.h0() != nullptr, s.output);
+    const Output<T> dc0 = r.state_output(need.dc0 && r.c0() != nullptr, s.hidden);
+    const Output<T> dw_ih(need.dw_ih, {r.gates(), s.input});
+    const Output<T> dw_hh(need.dw_hh, {r.gates(), s.output});
+    const Output<T> dw_hr(need.dw_hr && s.projected(), {s.output, s.hidden});
+    const Output<T> db_ih(need.db_ih, {r.gates()});
+    const Output<T> db_hh(need.db_hh, {r.gates()});
+    const Tensor dz = empty({r.rows(), blocks_of(s.cell) * s.hidden}, kScalarType<T>);
+    OptionalTensor dh;
+    if (s.projected()) dh = empty({r.rows(), s.output}, kScalarType<T>);
+
+    const KernelsOf<T>& kernel = kernels().of<T>();
+    const int threads = kernel.recurrence_threads(s, max_threads());
+    const Tensor workspace = empty({kernel.recurrence_backward_workspace(s, threads)}, kScalarType<T>);
+    const RecurrenceBackwardParams<T> p = {s,
+                                           grad_y_dense ? data<T>(*grad_y_dense) : nullptr,
+                                           grad_h_n_in.get(),
+                                           grad_c_n_in.get(),
+                                           r.x(),
+                                           r.h0(),
+                                           r.c0(),
+                                           r.w_ih(),
+                                           r.w_hh(),
+                                           r.w_hr(),
+                                           data<T>(y_dense),
+                                           kept_in.get(),
+                                           mutable_data<T>(dz),
+                                           dh ? mutable_data<T>(*dh) : nullptr,
+                                           need.dx ? mutable_data<T>(dx) : nullptr,
+                                           dh0.get(),
+                                           dc0.get(),
+                                           dw_ih.get(),
+                                           dw_hh.get(),
+                                           dw_hr.get(),
+                                           db_ih.get(),
+                                           db_hh.get(),
+                                           mutable_data<T>(workspace)};
+    if (s.steps == 0) {
+      pass_state(s.batch * s.output, p.grad_h_n, p.dh0);
+      pass_state(s.batch * s.hidden, p.grad_c_n, p.dc0);
+    }
+    run_team(threads, [&](const Team& team) { kernel.recurrence_backward(p, team); });
+    return BackwardResults{
+        dx, dh0.tensor(), dc0.tensor(), dw_ih.tensor(), dw_hh.tensor(), db_ih.tensor(), db_hh.tensor(), dw_hr.tensor()};
+  });
 }
 
 std::tuple<Tensor, Tensor> rnn_forward(const Tensor& x, const OptionalTensor& h0, const Tensor& w_ih,
@@ -109,97 +303,71 @@ std::tuple<Tensor, Tensor> rnn_forward(const Tensor& x, const OptionalTensor& h0
                                        const OptionalTensor& batch_sizes, const std::string& nonlinearity,
                                        bool reverse) {
   constexpr const char* kOp = "rnn_forward";
-  return with_type(x, kOp, "x", [&](auto type) {
-    using T = decltype(type);
-    const bool packed = batch_sizes.has_value();
-    const std::vector<int64_t> offsets = row_offsets(kOp, x, batch_sizes);
-    const auto s = fill_sizes<T>(kOp, offsets, x, w_ih, h0, batch_sizes, nonlinearity, reverse);
-    check_rows(kOp, "x", x, s, packed, s.input);
-    const Tensor x_dense = dense(x);
-    const Input<T> h0_in = state_input(h0, kOp, "h0", s);
-    const Input<T> w_ih_in(w_ih, kOp, "w_ih", {s.hidden, s.input});
-    const Input<T> w_hh_in(w_hh, kOp, "w_hh", {s.hidden, s.hidden});
-    const Input<T> b_ih_in(b_ih, kOp, "b_ih", {s.hidden});
-    const Input<T> b_hh_in(b_hh, kOp, "b_hh", {s.hidden});
-    const Tensor y = empty_rows(s, packed, s.hidden);
-    const Output<T> h_n = state_output(true, h0, s);
-
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.rnn_threads(s, max_threads());
-    const int64_t space = kernel.rnn_forward_workspace(s);
-    std::optional<Tensor> workspace;
-    if (space > 0) workspace = empty({space}, kScalarType<T>);
-    const RnnForwardParams<T> p = {s,
-                                   data<T>(x_dense),
-                                   h0_in.get(),
-                                   w_ih_in.get(),
-                                   w_hh_in.get(),
-                                   b_ih_in.get(),
-                                   b_hh_in.get(),
-                                   mutable_data<T>(y),
-                                   h_n.get(),
-                                   workspace ? mutable_data<T>(*workspace) : nullptr};
-    if (s.steps == 0) {
-      pass_state(s, p.h0, p.h_n);
-    } else {
-      run_team(threads, [&](const Team& team) { kernel.rnn_forward(p, team); });
-    }
-    return std::make_tuple(y, h_n.tensor());
-  });
+  const Arguments a = {kOp, elman_cell(kOp, nonlinearity), x, h0, kNone, w_ih, w_hh, kNone, batch_sizes, reverse};
+  ForwardResults r = forward(a, b_ih, b_hh, false);
+  return {std::move(r.y), std::move(r.h_n)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
+std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& x, const OptionalTensor& h0, const Tensor& w_ih,
+                                               const Tensor& w_hh, const OptionalTensor& b_ih,
+                                               const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
+                                               bool reverse, bool keep) {
+  const Arguments a = {"gru_forward", Cell::kGru, x, h0, kNone, w_ih, w_hh, kNone, batch_sizes, reverse};
+  ForwardResults r = forward(a, b_ih, b_hh, keep);
+  return {std::move(r.y), std::move(r.h_n), std::move(*r.kept)};
+}
+
+void check_states(const char* op, const OptionalTensor& h0, const OptionalTensor& c0) {
+  STD_TORCH_CHECK(h0.has_value() == c0.has_value(), op, ": h0 and c0 must be given together");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& x, const OptionalTensor& h0,
+                                                        const OptionalTensor& c0, const Tensor& w_ih,
+                                                        const Tensor& w_hh, const OptionalTensor& b_ih,
+                                                        const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                                        const OptionalTensor& batch_sizes, bool reverse, bool keep) {
+  const Arguments a = {"lstm_forward", Cell::kLstm, x, h0, c0, w_ih, w_hh, w_hr, batch_sizes, reverse};
+  check_states(a.op, h0, c0);
+  ForwardResults r = forward(a, b_ih, b_hh, keep);
+  return {std::move(r.y), std::move(r.h_n), std::move(*r.c_n), std::move(*r.kept)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_y, const OptionalTensor& grad_h_n, const Tensor& x, const OptionalTensor& h0,
     const Tensor& w_ih, const Tensor& w_hh, const Tensor& y, const OptionalTensor& batch_sizes,
     const std::string& nonlinearity, bool reverse, bool need_dx, bool need_dh0, bool need_dw_ih, bool need_dw_hh,
-    bool need_db) {
+    bool need_db_ih, bool need_db_hh) {
   constexpr const char* kOp = "rnn_backward";
-  return with_type(x, kOp, "x", [&](auto type) {
-    using T = decltype(type);
-    const bool packed = batch_sizes.has_value();
-    const std::vector<int64_t> offsets = row_offsets(kOp, x, batch_sizes);
-    const auto s = fill_sizes<T>(kOp, offsets, x, w_ih, h0, batch_sizes, nonlinearity, reverse);
-    check_rows(kOp, "x", x, s, packed, s.input);
-    check_rows(kOp, "y", y, s, packed, s.hidden);
-    if (grad_y.has_value()) check_rows(kOp, "grad_y", *grad_y, s, packed, s.hidden);
-    const Tensor x_dense = dense(x);
-    const Tensor y_dense = dense(y);
-    const OptionalTensor grad_y_dense = grad_y.has_value() ? OptionalTensor(dense(*grad_y)) : std::nullopt;
-    const Input<T> grad_h_n_in = state_input(grad_h_n, kOp, "grad_h_n", s);
-    const Input<T> h0_in = state_input(h0, kOp, "h0", s);
-    const Input<T> w_ih_in(w_ih, kOp, "w_ih", {s.hidden, s.input});
-    const Input<T> w_hh_in(w_hh, kOp, "w_hh", {s.hidden, s.hidden});
+  const Arguments a = {kOp, elman_cell(kOp, nonlinearity), x, h0, kNone, w_ih, w_hh, kNone, batch_sizes, reverse};
+  const Needs need = {need_dx, need_dh0, false, need_dw_ih, need_dw_hh, need_db_ih, need_db_hh, false};
+  BackwardResults r = backward(a, grad_y, grad_h_n, kNone, y, kNone, need);
+  return {std::move(r.dx),    std::move(r.dh0),   std::move(r.dw_ih),
+          std::move(r.dw_hh), std::move(r.db_ih), std::move(r.db_hh)};
+}
 
-    const Output<T> dx(false, {});
-    const Tensor dx_tensor = need_dx ? empty_rows(s, packed, s.input) : dx.tensor();
-    const Output<T> dh0 = state_output(need_dh0, h0, s);
-    const Output<T> dw_ih(need_dw_ih, {s.hidden, s.input});
-    const Output<T> dw_hh(need_dw_hh, {s.hidden, s.hidden});
-    const Output<T> db(need_db, {s.hidden});
-    const Tensor dz = empty_rows(s, packed, s.hidden);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
+    const OptionalTensor& grad_y, const OptionalTensor& grad_h_n, const Tensor& x, const OptionalTensor& h0,
+    const Tensor& w_ih, const Tensor& w_hh, const Tensor& y, const Tensor& kept, const OptionalTensor& batch_sizes,
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw_ih, bool need_dw_hh, bool need_db_ih, bool need_db_hh) {
+  const Arguments a = {"gru_backward", Cell::kGru, x, h0, kNone, w_ih, w_hh, kNone, batch_sizes, reverse};
+  const Needs need = {need_dx, need_dh0, false, need_dw_ih, need_dw_hh, need_db_ih, need_db_hh, false};
+  BackwardResults r = backward(a, grad_y, grad_h_n, kNone, y, kept, need);
+  return {std::move(r.dx),    std::move(r.dh0),   std::move(r.dw_ih),
+          std::move(r.dw_hh), std::move(r.db_ih), std::move(r.db_hh)};
+}
 
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.rnn_threads(s, max_threads());
-    const Tensor workspace = empty({kernel.rnn_backward_workspace(s, threads)}, kScalarType<T>);
-    const RnnBackwardParams<T> p = {s,
-                                    grad_y_dense.has_value() ? data<T>(*grad_y_dense) : nullptr,
-                                    grad_h_n_in.get(),
-                                    data<T>(x_dense),
-                                    h0_in.get(),
-                                    w_ih_in.get(),
-                                    w_hh_in.get(),
-                                    data<T>(y_dense),
-                                    mutable_data<T>(dz),
-                                    need_dx ? mutable_data<T>(dx_tensor) : nullptr,
-                                    dh0.get(),
-                                    dw_ih.get(),
-                                    dw_hh.get(),
-                                    db.get(),
-                                    mutable_data<T>(workspace)};
-    if (s.steps == 0 && need_dh0) pass_state(s, p.grad_h_n, p.dh0);
-    run_team(threads, [&](const Team& team) { kernel.rnn_backward(p, team); });
-    return std::make_tuple(dx_tensor, dh0.tensor(), dw_ih.tensor(), dw_hh.tensor(), db.tensor());
-  });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    const OptionalTensor& grad_y, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& x,
+    const OptionalTensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+    const OptionalTensor& w_hr, const Tensor& y, const Tensor& kept, const OptionalTensor& batch_sizes, bool reverse,
+    bool need_dx, bool need_dh0, bool need_dc0, bool need_dw_ih, bool need_dw_hh, bool need_db_ih, bool need_db_hh,
+    bool need_dw_hr) {
+  const Arguments a = {"lstm_backward", Cell::kLstm, x, h0, c0, w_ih, w_hh, w_hr, batch_sizes, reverse};
+  check_states(a.op, h0, c0);
+  const Needs need = {need_dx, need_dh0, need_dc0, need_dw_ih, need_dw_hh, need_db_ih, need_db_hh, need_dw_hr};
+  BackwardResults r = backward(a, grad_y, grad_h_n, grad_c_n, y, kept, need);
+  return {std::move(r.dx),    std::move(r.dh0),   std::move(r.dc0),   std::move(r.dw_ih),
+          std::move(r.dw_hh), std::move(r.db_ih), std::move(r.db_hh), std::move(r.dw_hr)};
 }
 
 }  // namespace
@@ -208,4 +376,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
 STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
   m.impl("rnn_forward", TORCH_BOX(&llm_ext::rnn_forward));
   m.impl("rnn_backward", TORCH_BOX(&llm_ext::rnn_backward));
+  m.impl("gru_forward", TORCH_BOX(&llm_ext::gru_forward));
+  m.impl("gru_backward", TORCH_BOX(&llm_ext::gru_backward));
+  m.impl("lstm_forward", TORCH_BOX(&llm_ext::lstm_forward));
+  m.impl("lstm_backward", TORCH_BOX(&llm_ext::lstm_backward));
 }

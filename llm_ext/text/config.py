@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llm_ext.model import CELLS
 from llm_ext.text.tokens import KINDS
 
 SCHEDULES = ("one-cycle", "cosine", "constant")
@@ -49,7 +50,8 @@ class TrainConfig:
     hidden: int = _option(512, "size of the hidden state", group="model", least=1)
     layers: int = _option(1, "recurrent layers", group="model", least=1)
     dropout: float = _option(0.0, "probability of dropping a unit, in training", group="model", least=0, most=0.99)
-    nonlinearity: str = _option("tanh", "of the recurrence", group="model", choices=("tanh", "relu", "sigmoid"))
+    cell: str = _option("rnn", "of the recurrent layers; rnn is that of Elman", group="model", choices=CELLS)
+    nonlinearity: str = _option("tanh", "of --cell rnn", group="model", choices=("tanh", "relu", "sigmoid"))
     attention: str = _option(
         "hidden", "what attention pools over", group="model", choices=("hidden", "embedding", "none")
     )

@@ -115,6 +115,7 @@ def train(
         tokens.size,
         config.layers,
         config.dropout,
+        cell=config.cell,
         nonlinearity=config.nonlinearity,
         attention=config.attention,
         attn_dim=config.attn_dim,
@@ -263,15 +264,17 @@ class _Trainer:
             names = enumerate(name for name, _ in self.model.named_parameters())
             keys = ("step", "exp_avg", "exp_avg_sq")
             moments = {number: {key: tensors[f"{key}.{name}"] for key in keys} for number, name in names}
-            hidden, attention = tensors["hidden"], None
-            if "attention.L" in tensors:
+            hidden, attention, cell = tensors["hidden"], None, None
+            if self.config.attention != "none":
                 attention = (tensors["attention.L"][self.mine], tensors["attention.c"][self.mine])
+            if self.config.cell == "lstm":
+                cell = tensors["cell"][:, self.mine]
         except KeyError as error:
             raise TextError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
         if hidden.shape[1] != self.batch:
             raise TextError(f"cannot resume: batch × processes must be {hidden.shape[1]} as before, got {self.batch}")
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
-        self.carrier.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention)))
+        self.carrier.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention, cell)))
 
     def _introduce(self) -> None:
         """Say what is about to be trained."""
@@ -441,4 +444,6 @@ class _Trainer:
         if state.attention is not None:
             L, c = state.attention
             tensors |= {"attention.L": gather(L, 0), "attention.c": gather(c, 0)}
+        if state.cell is not None:
+            tensors["cell"] = gather(state.cell, 1)
         return tensors

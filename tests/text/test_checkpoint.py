@@ -77,6 +77,11 @@ def test_a_model_comes_back(run: Run) -> None:
     assert tokens.size == 5
 
 
+def test_a_model_from_before_there_was_a_choice_of_cells(run: Run) -> None:
+    edit(model=MODEL)(run.path / "step-1" / "config.json")
+    assert run.load("best")[0].config() == LLM(**MODEL).config()  # type: ignore[arg-type]
+
+
 def test_nothing_is_unpickled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("unpickled"))

@@ -48,11 +48,14 @@ def test_from_text_to_text(text: Path, tmp_path: Path, command: Command) -> None
     assert len(said) > 20
 
 
-@pytest.mark.parametrize("tokens", ["bytes", "chars"])
-def test_other_tokens(text: Path, tmp_path: Path, tokens: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("tokens", "cell"), [("bytes", "gru"), ("chars", "lstm")])
+def test_other_tokens_and_cells(
+    text: Path, tmp_path: Path, tokens: str, cell: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     text.write_text("schöne Grüße " * 300, encoding="utf-8")
     run = str(tmp_path / "run")
-    assert cli.main(["train", str(text), "--out", run, *options(steps=20, tokens=tokens)]) == 0
+    assert cli.main(["train", str(text), "--out", run, *options(steps=20, tokens=tokens, cell=cell)]) == 0
+    assert Run(tmp_path / "run").load("best")[0].config()["cell"] == cell
     assert cli.main(["eval", run, str(text)]) == 0
     assert cli.main(["generate", run, "--prompt", "Grü", "--length", "20"]) == 0
     assert "\nGrü" in capfd.readouterr().out
@@ -87,6 +90,8 @@ def test_generating_is_reproducible_by_its_seed(trained: Path, capsys: pytest.Ca
         (["train", "text.txt", "--out", "run", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["train", "text.txt", "--out", "run", "--batch", "many"], "invalid int value: 'many'"),
         (["train", "text.txt", "--out", "run", "--tokens", "words"], "invalid choice: 'words'"),
+        (["train", "text.txt", "--out", "run", "--cell", "elman"], "argument --cell: invalid choice: 'elman'"),
+        (["train", "--resume", "--out", "run", "--cell", "gru"], "leave out --cell"),
         (["train", "text.txt", "--out", "run", "--lr", "nan"], "--lr must be at least 0"),
         (["train", "--resume", "--out", "run", "--hidden", "7", "text.txt"], "leave out --hidden, FILE"),
         (["eval", "run"], "required: FILE"),
@@ -253,8 +258,9 @@ def test_two_processes_train_like_one_with_the_doubled_batch(text: Path, tmp_pat
         return [record["loss"] for record in read_log(out / "log.jsonl")]
 
     two, one = tmp_path / "two", tmp_path / "one"
-    torchrun("train", text, "--out", two, *options(batch=4, steps=20, layers=2))
-    assert command("train", text, "--out", one, *options(batch=8, steps=20, layers=2))[0] == 0
+    settings = {"steps": 20, "layers": 2, "cell": "lstm"}  # its state is all that a state can be
+    torchrun("train", text, "--out", two, *options(batch=4, **settings))
+    assert command("train", text, "--out", one, *options(batch=8, **settings))[0] == 0
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
 
     # The state of both processes' streams was saved: going on is the same as not having stopped.

@@ -13,6 +13,7 @@ from llm_ext.text.config import TrainConfig
         ("lr", float("nan"), "lr must be at least 0"),
         ("minutes", 0, "minutes must be at least"),
         ("attention", "self", "attention must be one of hidden, embedding, none, got 'self'"),
+        ("cell", "elman", "cell must be one of rnn, gru, lstm, got 'elman'"),
         ("hidden", 1.5, "hidden must be of type int, got 1.5"),
         ("steps", True, "steps must be of type int"),
         ("seed", None, "seed must be of type int, got None"),

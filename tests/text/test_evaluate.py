@@ -17,11 +17,11 @@ from llm_ext.text.tokens import CharTokens
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def case(text: Path, tmp_path: Path) -> tuple[LLM, Corpus, CharTokens]:
+@pytest.fixture(params=["rnn", "lstm"])
+def case(text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[LLM, Corpus, CharTokens]:
     text.write_text(text.read_text() + "äöü€" * 20, encoding="utf-8")
     tokens = CharTokens.train([text])
-    model = LLM(tokens.size, 6, 12, tokens.size, 2, 0.0).eval()
+    model = LLM(tokens.size, 6, 12, tokens.size, 2, 0.0, cell=request.param).eval()
     return model, encode([text], tokens, tmp_path), tokens
 
 

@@ -60,13 +60,19 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "score", "layers"),
-    [("hidden", "linear", 1), ("embedding", "tanh", 2), ("none", "linear", 2)],
+    "settings",
+    [
+        {"attention": "hidden", "layers": 1},
+        {"attention": "embedding", "score": "tanh", "layers": 2},
+        {"attention": "none", "layers": 2},
+        {"attention": "none", "layers": 1, "cell": "gru"},
+        {"attention": "hidden", "layers": 2, "cell": "lstm"},
+    ],
 )
 def test_resuming_gives_the_numbers_of_a_run_that_never_stopped(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str, score: str, layers: int
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:
-    config = small(attention=attention, score=score, layers=layers, dropout=0.2, steps=45, patience=20)
+    config = small(**settings, dropout=0.2, steps=45, patience=20)
     assert train(config, [text], tmp_path / "whole").signal == 0
     out = tmp_path / "parts"
     # In the middle of a record of the log, in a validation, and at the start of another pass over the text.
@@ -83,6 +89,30 @@ def test_resuming_gives_the_numbers_of_a_run_that_never_stopped(
         assert resume(out, {}).signal == signal.SIGINT
     assert resume(out, {}).signal == 0
     assert_same(tmp_path / "whole", out)
+
+
+def test_resuming_what_was_saved_before_there_was_a_choice_of_cells(text: Path, tmp_path: Path) -> None:
+    for out in ("whole", "parts"):
+        train(small(), [text], tmp_path / out)
+    config = Run(tmp_path / "parts").checkpoint("last").path / "config.json"
+    value = json.loads(config.read_text())
+    assert value["model"].pop("cell") == value["training"]["config"].pop("cell") == "rnn"
+    config.write_text(json.dumps(value))
+    for out in ("whole", "parts"):
+        assert resume(tmp_path / out, {"steps": 40}).progress.step == 40
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["cell", "attention.c"])
+def test_a_state_that_is_not_whole(text: Path, tmp_path: Path, name: str) -> None:
+    train(small(cell="lstm"), [text], tmp_path)
+    run = Run(tmp_path)
+    last = run.checkpoint("last")
+    model, weights, state = last.config["model"], last.tensors(WEIGHTS), last.tensors(STATE)
+    del state[name]
+    run.save(last.step, model, weights, last.config["training"], state, best=False)
+    with pytest.raises(TextError, match=rf"damaged: no '{name}' in it"):
+        resume(tmp_path, {"steps": 40})
 
 
 def test_a_signal_at_the_very_start(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,107 @@
+"""What the machine can do at best: multiply-adds, reads from cache and memory, copies, torch's matrix product.
+
+A limit takes part in a case like a peer that does the same work and nothing else; its ratio is then the fraction of the
+limit that llm_ext reaches, measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.timing import Call
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# In OpenMP, as torch and llm_ext, whose runtime and threads it thereby shares.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """`limits.cpp`, compiled for this machine, once in a process; or why there is none."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return "there is no g++ to compile bench/limits.cpp"
+    with tempfile.TemporaryDirectory(prefix="llm_ext-bench-") as folder:
+        path = f"{folder}/limits.so"
+        try:
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", path], check=True, capture_output=True, text=True)
+            library = ctypes.CDLL(path)
+        except (OSError, subprocess.CalledProcessError) as error:
+            message = getattr(error, "stderr", None) or str(error)
+            return f"bench/limits.cpp does not compile: {message.strip().splitlines()[0]}"
+    for name in ("flops_of_round", "floats_of_group"):
+        getattr(library, name).restype = ctypes.c_long
+    library.multiply_add.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float, ctypes.c_int]
+    library.read.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+    library.multiply_add.restype = library.read.restype = ctypes.c_double
+    return library
+
+
+def _compiled() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def absent() -> str | None:
+    """Return why multiply-adds and reads cannot be measured; None if they can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def multiply_add(gflop: float, threads: int) -> Call:
+    """Return a call of so many GFLOP of float32 multiply-adds in registers; it returns 1 if it did its work."""
+    library = _compiled()
+    rounds = max(1, round(gflop * 1e9 / (library.flops_of_round() * threads)))
+    # x = x / 2 + 1 goes from 0 to 2.
+    expected = 2 - 2.0 ** (1 - rounds)
+    return lambda: library.multiply_add(rounds, 0.5, 1.0, threads) / expected
+
+
+def read(floats: int, passes: int, threads: int) -> Call:
+    """Return a call that reads as many floats so many times over, each thread its own part; it returns 1 likewise."""
+    library = _compiled()
+    group = library.floats_of_group()
+    groups = math.ceil(floats / (group * threads))
+    data = torch.ones(groups * group * threads)
+    return lambda: library.read(data.data_ptr(), groups, passes, threads)
+
+
+def measure(threads: int) -> dict[str, Any]:
+    """Measure the limits of the machine now, each at its best.
+
+    Returns:
+        copy_gb_per_s (read and written), product_gflop_per_s (torch, float32), read_gb_per_s and fma_gflop_per_s; the
+        last two are None where they cannot be measured, and `absent` says why.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    size, gflop = 64 * 2**20, 2.0
+    source = torch.ones(size)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, 2048, 2048)
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    reason = absent()
+    if reason is None:
+        calls |= {"read": read(size, 1, threads), "fma": multiply_add(gflop, threads)}
+    turns = timing.take_turns(calls, 0.5 * len(calls), 7)
+    torch.set_num_threads(before)
+    best = {name: min(filter(None, seconds)) for name, seconds in turns.seconds.items()}
+    return {
+        "copy_gb_per_s": 2 * source.nbytes / best["copy"] / 1e9,
+        "product_gflop_per_s": 2 * 2048**3 / best["product"] / 1e9,
+        "read_gb_per_s": source.nbytes / best["read"] / 1e9 if reason is None else None,
+        "fma_gflop_per_s": gflop / best["fma"] if reason is None else None,
+        "absent": reason,
+    }
