@@ -6,6 +6,10 @@
 #include <omp.h>
 #endif
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -80,12 +84,31 @@ class Input {
   OptionalTensor tensor_;
 };
 
+// Asks for huge pages where a large tensor will lie, as numpy does: fresh memory comes page by page at its first use,
+// and 84 MB take 57 ms to come in pages of 4 KB, and 12 in pages of 2 MB (a virtual machine with Linux 6.18).
+inline void prefer_huge_pages(const Tensor& t, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (start + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t, (void)bytes;
+#endif
+}
+
 inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle;
   const int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  const Tensor t(handle);
+  int64_t bytes = dtype == ScalarType::Float ? 4 : 8;
+  for (int64_t size : sizes) bytes *= size;  // all of our layouts are dense
+  prefer_huge_pages(t, bytes);
+  return t;
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
