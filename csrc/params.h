@@ -73,8 +73,6 @@ struct RecurrenceBackwardParams {
   const T* w_hr;      // [P, H]; null exactly where P = H
   const T* y;         // [N, P] what the forward returned
   const T* kept;      // [N, kept_blocks H] what the forward returned; null where that is 0
-  T* dz;              // [N, blocks H] out: gradient of the pre-activations
-  T* dh;              // [N, P] out: gradient of every state; null exactly where P = H
   T* dx;              // [N, I] out; null: not wanted
   T* dh0;             // [B, P] out; null: not wanted
   T* dc0;             // [B, H] LSTM, out; null: not wanted

@@ -119,12 +119,22 @@ struct BackwardSpace {
         hr(s.projected() ? aligned(packed_size<T>(s.hidden, s.output)) : 0),
         ih(aligned(packed_size<T>(s.input, gates_of(s.cell) * s.hidden))),
         carry(gates_of(s.cell) > 1 ? aligned(s.batch * s.hidden) : 0),
-        total(hh + hr + ih + carry + threads * kGradientBlock<T>) {}
+        dh(s.projected() ? aligned(most_rows(s) * s.output) : 0),
+        dz(aligned(most_rows(s) * blocks_of(s.cell) * s.hidden)),
+        total(hh + hr + ih + carry + dh + 2 * dz + threads * kGradientBlock<T>) {}
+
+  // Rows of a block of steps: what the weight gradients take at a time, but at least one step.
+  static int64_t most_rows(const RecurrenceSizes<T>& s) {
+    const int64_t rows = total_rows(s) < kGradientDepth<T> ? total_rows(s) : kGradientDepth<T>;
+    return rows > s.batch ? rows : s.batch;
+  }
 
   int64_t hh;     // packed weights of the state
   int64_t hr;     // of the projection
   int64_t ih;     // of the input
   int64_t carry;  // what passes from step to step besides the product
+  int64_t dh;     // gradients of the states of a block of steps, where they are projected
+  int64_t dz;     // gradients of the pre-activations of a block of steps
   int64_t total;
 };
 
@@ -473,12 +483,14 @@ struct WeightGradient {
   int64_t stride;
 };
 
-// Gradients that have the left side [N, blocks * height] in common, as one product with their right sides side by side,
+// Rows [rows) of the sequence, whose left sides lie at `left_rows`; on top of what the gradients hold if `more`.
+// Gradients that have the left side [*, blocks * height] in common are one product with their right sides side by side,
 // so that the left side is packed once.
 template <typename T, int kSides>
-static void weight_gradients(const RecurrenceBackwardParams<T>& p, const T* left_rows, int64_t height, int blocks,
-                             const WeightGradient<T> (&sides)[kSides], T* space, const Team& team) {
-  const int64_t n = total_rows(p.sizes);
+static void weight_gradients(const RecurrenceBackwardParams<T>& p, Range rows, const T* left_rows, int64_t height,
+                             int blocks, const WeightGradient<T> (&sides)[kSides], bool more, T* space,
+                             const Team& team) {
+  const int64_t n = rows.size();
   const int64_t left_width = blocks * height;
   Range places[kSides];  // of each side among the panels of all
   Range panels = {0, 0};
@@ -521,9 +533,9 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, const T* left
       };
       for_each_side([&](const WeightGradient<T>& side, Range some, Range columns, T* packed) {
         for (int64_t j = some.begin; j < some.end; ++j) {
-          PreviousState<T> state(p, i);
+          PreviousState<T> state(p, rows.begin + i);
           const auto row = [&](int64_t k) -> const T* {
-            const T* source = side.of_state ? state(k) : side.right + (i + k) * side.stride;
+            const T* source = side.of_state ? state(k) : side.right + (rows.begin + i + k) * side.stride;
             return source == nullptr ? nullptr : source + columns.begin;
           };
           pack_rows<T>(row, columns.size(), depth, {j, j + 1}, packed);
@@ -531,18 +543,18 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, const T* left
       });
       for (int b = 0; b < blocks; ++b) {
         for (int64_t r = heights.begin; r < heights.end; r += kGradientHeight) {
-          const Range rows = intersect({r, r + kGradientHeight}, heights);
-          pack_columns(left_rows + i * left_width, left_width, depth, {b * height + rows.begin, b * height + rows.end},
-                       left);
+          const Range some_height = intersect({r, r + kGradientHeight}, heights);
+          pack_columns(left_rows + i * left_width, left_width, depth,
+                       {b * height + some_height.begin, b * height + some_height.end}, left);
           for_each_side([&](const WeightGradient<T>& side, Range some, Range columns, const T* packed) {
             if (side.gates[b] < 0) return;
             T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
             product<T>(
-                PackedColumns<T>{left}, rows.size(), depth, packed, columns.size(), some,
+                PackedColumns<T>{left}, some_height.size(), depth, packed, columns.size(), some,
                 [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
                 [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
                   T* out = target + m * side.width + col;
-                  store_part(out, i == 0 ? value : value + load_part(out, lanes), lanes);
+                  store_part(out, i == 0 && !more ? value : value + load_part(out, lanes), lanes);
                 });
           });
         }
@@ -551,13 +563,12 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, const T* left
   }
 }
 
-// The gradients of both biases: sums of dz over the rows of the sequence.
+// The gradients of both biases: sums of n rows of dz, on top of what they hold if `more`.
 template <typename T, typename C>
-static void bias_gradients(const RecurrenceBackwardParams<T>& p, const Team& team) {
+static void bias_gradients(const RecurrenceBackwardParams<T>& p, const T* dz, int64_t n, bool more, const Team& team) {
   constexpr int64_t kSums = 8;
   constexpr int64_t kWidth = kSums * kLanes<T>;
   const int64_t H = p.sizes.hidden;
-  const int64_t n = total_rows(p.sizes);
   const Range columns = team.share(H, kLanes<T>);
   for (int b = 0; b < C::kBlocks; ++b) {
     T* db_ih = p.db_ih == nullptr || b >= C::kGates ? nullptr : p.db_ih + input_gate<C>(b) * H;
@@ -566,9 +577,12 @@ static void bias_gradients(const RecurrenceBackwardParams<T>& p, const Team& tea
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
       const int64_t width = columns.end - c < kWidth ? columns.end - c : kWidth;
       Vec<T> sums[kSums] = {};
+      for_each_vector<T>(width, [&](int64_t j, int lanes) {
+        if (more) sums[j / kLanes<T>] = load_part((db_ih != nullptr ? db_ih : db_hh) + c + j, lanes);
+      });
       for (int64_t i = 0; i < n; ++i) {
         for_each_vector<T>(width, [&](int64_t j, int lanes) {
-          sums[j / kLanes<T>] += load_part(p.dz + (i * C::kBlocks + b) * H + c + j, lanes);
+          sums[j / kLanes<T>] += load_part(dz + (i * C::kBlocks + b) * H + c + j, lanes);
         });
       }
       for_each_vector<T>(width, [&](int64_t j, int lanes) {
@@ -583,19 +597,32 @@ template <typename T, typename C>
 static void backward(const RecurrenceBackwardParams<T>& p, const Team& team) {
   const RecurrenceSizes<T>& s = p.sizes;
   const int64_t H = s.hidden, P = s.output;
-  const int64_t n = total_rows(s);
   const int64_t gates = C::kGates * H;
   const bool projected = C::kHasCell && s.projected();
   const int64_t kept_width = kept_blocks(s.cell, projected) * H;
   const int64_t dz_width = C::kBlocks * H;
-  const T* const dz_of_state = p.dz + dz_width - gates;  // the blocks that the state's weights see
   const Order<T> order{s};
   const BackwardSpace<T> sizes(s, team.size);
   T* packed_hh = p.workspace;
   T* packed_hr = packed_hh + sizes.hh;
   T* packed_ih = packed_hr + sizes.hr;
   T* carry = packed_ih + sizes.ih;
-  T* space = carry + sizes.carry + team.rank * kGradientBlock<T>;
+  T* dh_rows = carry + sizes.carry;
+  T* dz_rows = dh_rows + sizes.dh;
+  T* space = dz_rows + 2 * sizes.dz + team.rank * kGradientBlock<T>;
+
+  // dz of the block of steps at work, and of the block after it, of which the last step still needs a row.
+  struct Block {
+    T* dz;
+    int64_t first;  // row of the sequence
+    int64_t end;    // position after its last
+  };
+  Block block = {dz_rows, 0, s.steps}, later_block = {dz_rows + sizes.dz, 0, s.steps};
+  const auto dz_of = [&](int64_t i, int64_t r) {
+    const Block& at = i < block.end ? block : later_block;
+    return at.dz + (order.first_row(i) + r - at.first) * dz_width;
+  };
+  const auto dh_of = [&](int64_t i, int64_t r) { return dh_rows + (order.first_row(i) + r - block.first) * P; };
 
   pack_rows<T>([&](int64_t i) { return p.w_hh + i * P; }, P, gates, team.share(panels_of<T>(P)), packed_hh);
   if (projected) {
@@ -641,22 +668,24 @@ static void backward(const RecurrenceBackwardParams<T>& p, const Team& team) {
     if (C::kCarries) carried = load_part(carry + r * H + col, lanes);
     C::template backward<T>(blocks, h, h_before, c, c_before, dh, carried);
     if (C::kCarries) store_part(carry + r * H + col, carried, lanes);
-    for (int b = 0; b < C::kBlocks; ++b) store_part(p.dz + row * dz_width + b * H + col, blocks[b], lanes);
+    T* dz = dz_of(i, r) + col;
+    for (int b = 0; b < C::kBlocks; ++b) store_part(dz + b * H, blocks[b], lanes);
   };
   // From what later steps give to a state to its whole gradient, and on, unless the output is projected.
   const auto finish = [&](int64_t i, int64_t r, int64_t col, Vec<T> dh, int lanes) {
     const int64_t at = (order.first_row(i) + r) * P + col;
     if (p.grad_y != nullptr) dh += load_part(p.grad_y + at, lanes);
     if (projected) {
-      store_part(p.dh + at, dh, lanes);
+      store_part(dh_of(i, r) + col, dh, lanes);
     } else {
       through_cell(i, r, col, dh, lanes);
     }
   };
   // dz of position i times the weights of the state, for rows r.
   const auto to_state = [&](int64_t i, Range r, auto fetch, auto store) {
-    product<T>(Rows<T>{dz_of_state + (order.first_row(i) + r.begin) * dz_width, dz_width}, r.size(), gates, packed_hh,
-               P, part.output_panels, fetch, store);
+    // The last blocks are those that the state's weights see.
+    product<T>(Rows<T>{dz_of(i, r.begin) + dz_width - gates, dz_width}, r.size(), gates, packed_hh, P,
+               part.output_panels, fetch, store);
   };
   const auto into_h0 = [&](int64_t i, Range r) {
     if (p.dh0 == nullptr || r.size() == 0) return;
@@ -668,66 +697,82 @@ static void backward(const RecurrenceBackwardParams<T>& p, const Team& team) {
           store_part(p.dh0 + at, value, lanes);
         });
   };
-  for (int64_t i = s.steps - 1; i >= 0; --i) {
-    const int64_t later = order.rows(i + 1);
-    const Range all = intersect(part.rows, {0, order.rows(i)});
-    const Range going_on = intersect(all, {0, later});
-    if (going_on.size() > 0) {
-      const int64_t first = order.first_row(i) + going_on.begin;
-      to_state(
-          i + 1, going_on,
-          [&](int64_t m, int64_t col) {
-            const int64_t row = first + m;
-            if (p.grad_y != nullptr) __builtin_prefetch(p.grad_y + row * P + col);
-            if (projected) return;
-            if (!C::kKeeps) __builtin_prefetch(p.y + row * P + col);
-            for (int64_t b = 0; b < kept_blocks(C::kCell, false); ++b) {
-              __builtin_prefetch(p.kept + row * kept_width + b * H + col);
-            }
-            for (int b = 0; b < C::kBlocks; ++b) __builtin_prefetch(p.dz + row * dz_width + b * H + col, 1);
-          },
-          [&](int64_t m, int64_t col, Vec<T> value, int lanes) { finish(i, going_on.begin + m, col, value, lanes); });
-    }
-    const Range ending = intersect(all, {later, order.rows(i)});
-    for (int64_t r = ending.begin; r < ending.end; ++r) {
-      for_each_vector<T>(part.output_columns.size(), [&](int64_t j, int lanes) {
-        const int64_t col = part.output_columns.begin + j;
-        finish(i, r, col, p.grad_h_n == nullptr ? Vec<T>{} : load_part(p.grad_h_n + r * P + col, lanes), lanes);
-      });
-    }
-    if (projected) {
-      if (part.barrier) team.sync();
-      product<T>(
-          Rows<T>{p.dh + (order.first_row(i) + all.begin) * P, P}, all.size(), P, packed_hr, H, part.panels,
-          [](int64_t, int64_t) {},
-          [&](int64_t m, int64_t col, Vec<T> value, int lanes) { through_cell(i, all.begin + m, col, value, lanes); });
-    }
-    into_h0(i + 1, intersect(part.rows, {order.rows(i), later}));  // rows that joined there
-    if (part.barrier) team.sync();
-  }
-  into_h0(0, intersect(part.rows, {0, order.rows(0)}));
-  if (p.dc0 != nullptr) copy_columns(carry, p.dc0, H, part.rows, part.columns);
-  team.sync();
-
-  if (p.dx != nullptr) {
-    const Range rows = team.share(n, kRows);
-    T* dx = p.dx + rows.begin * s.input;
-    long_product<T>(
-        {p.dz + rows.begin * dz_width, dz_width}, rows.size(), gates, packed_ih, s.input,
-        [&](int64_t row, int64_t col, Vec<T> value, int lanes) { store_part(dx + row * s.input + col, value, lanes); });
-  }
   WeightGradient<T> of_input = {p.dw_ih, s.input, {}, false, p.x, s.input};
   WeightGradient<T> of_state = {p.dw_hh, P, {}, true, nullptr, 0};
+  WeightGradient<T> of_cell = {p.dw_hr, H, {0}, false, projected ? p.kept + (C::kBlocks + 1) * H : nullptr, kept_width};
   for (int b = 0; b < C::kBlocks; ++b) {
     of_input.gates[b] = b < C::kGates ? input_gate<C>(b) : -1;
     of_state.gates[b] = state_gate<C>(b);
   }
-  weight_gradients(p, p.dz, H, C::kBlocks, {of_input, of_state}, space, team);
-  if (projected) {
-    const WeightGradient<T> of_cell = {p.dw_hr, H, {0}, false, p.kept + (C::kBlocks + 1) * H, kept_width};
-    weight_gradients(p, p.dh, P, 1, {of_cell}, space, team);
-  }
-  bias_gradients<T, C>(p, team);
+
+  do {
+    int64_t begin = block.end, count = 0;
+    while (begin > 0 && (count == 0 || count + order.rows(begin - 1) <= kGradientDepth<T>))
+      count += order.rows(--begin);
+    if (count > 0) block.first = s.reverse ? order.first_row(block.end - 1) : order.first_row(begin);
+    for (int64_t i = block.end - 1; i >= begin; --i) {
+      const int64_t later = order.rows(i + 1);
+      const Range all = intersect(part.rows, {0, order.rows(i)});
+      const Range going_on = intersect(all, {0, later});
+      if (going_on.size() > 0) {
+        const int64_t first = order.first_row(i) + going_on.begin;
+        to_state(
+            i + 1, going_on,
+            [&](int64_t m, int64_t col) {
+              const int64_t row = first + m;
+              if (p.grad_y != nullptr) __builtin_prefetch(p.grad_y + row * P + col);
+              if (projected) return;
+              if (!C::kKeeps) __builtin_prefetch(p.y + row * P + col);
+              for (int64_t b = 0; b < kept_blocks(C::kCell, false); ++b) {
+                __builtin_prefetch(p.kept + row * kept_width + b * H + col);
+              }
+              const T* dz = dz_of(i, going_on.begin + m) + col;
+              for (int b = 0; b < C::kBlocks; ++b) __builtin_prefetch(dz + b * H, 1);
+            },
+            [&](int64_t m, int64_t col, Vec<T> value, int lanes) { finish(i, going_on.begin + m, col, value, lanes); });
+      }
+      const Range ending = intersect(all, {later, order.rows(i)});
+      for (int64_t r = ending.begin; r < ending.end; ++r) {
+        for_each_vector<T>(part.output_columns.size(), [&](int64_t j, int lanes) {
+          const int64_t col = part.output_columns.begin + j;
+          finish(i, r, col, p.grad_h_n == nullptr ? Vec<T>{} : load_part(p.grad_h_n + r * P + col, lanes), lanes);
+        });
+      }
+      if (projected) {
+        if (part.barrier) team.sync();
+        product<T>(
+            Rows<T>{dh_of(i, all.begin), P}, all.size(), P, packed_hr, H, part.panels, [](int64_t, int64_t) {},
+            [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
+              through_cell(i, all.begin + m, col, value, lanes);
+            });
+      }
+      into_h0(i + 1, intersect(part.rows, {order.rows(i), later}));  // rows that joined there
+      if (part.barrier) team.sync();
+    }
+    team.sync();
+
+    if (p.dx != nullptr) {
+      const Range rows = team.share(count, kRows);
+      T* dx = p.dx + (block.first + rows.begin) * s.input;
+      long_product<T>({block.dz + rows.begin * dz_width, dz_width}, rows.size(), gates, packed_ih, s.input,
+                      [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+                        store_part(dx + row * s.input + col, value, lanes);
+                      });
+    }
+    const Range rows = {block.first, block.first + count};
+    const bool more = block.end < s.steps;
+    weight_gradients(p, rows, block.dz, H, C::kBlocks, {of_input, of_state}, more, space, team);
+    if (projected) weight_gradients(p, rows, dh_rows, P, 1, {of_cell}, more, space, team);
+    bias_gradients<T, C>(p, block.dz, count, more, team);
+    // dh has one place only: nobody may write the next block's while it is read.
+    if (projected) team.sync();
+    later_block = {block.dz, block.first, begin};
+    block = {block.dz == dz_rows ? dz_rows + sizes.dz : dz_rows, 0, begin};
+  } while (block.end > 0);
+  block = later_block;
+  block.end = s.steps;
+  into_h0(0, intersect(part.rows, {0, order.rows(0)}));
+  if (p.dc0 != nullptr) copy_columns(carry, p.dc0, H, part.rows, part.columns);
 }
 
 template <typename T>

@@ -258,9 +258,6 @@ BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const
     const Output<T> dw_hr(need.dw_hr && s.projected(), {s.output, s.hidden});
     const Output<T> db_ih(need.db_ih, {r.gates()});
     const Output<T> db_hh(need.db_hh, {r.gates()});
-    const Tensor dz = empty({r.rows(), blocks_of(s.cell) * s.hidden}, kScalarType<T>);
-    OptionalTensor dh;
-    if (s.projected()) dh = empty({r.rows(), s.output}, kScalarType<T>);
 
     const KernelsOf<T>& kernel = kernels().of<T>();
     const int threads = kernel.recurrence_threads(s, max_threads());
@@ -277,8 +274,6 @@ BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const
                                            r.w_hr(),
                                            data<T>(y_dense),
                                            kept_in.get(),
-                                           mutable_data<T>(dz),
-                                           dh ? mutable_data<T>(*dh) : nullptr,
                                            need.dx ? mutable_data<T>(dx) : nullptr,
                                            dh0.get(),
                                            dc0.get(),
