@@ -14,7 +14,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 BUILT := $(VENV)/.built-torch-$(TORCH)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: build test demo bench lint format clean
 .DELETE_ON_ERROR:

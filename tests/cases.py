@@ -71,31 +71,6 @@ def spread(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
-def rnn_arguments(
-    T: int,
-    B: int,
-    I: int,  # noqa: E741
-    H: int,
-    dtype: torch.dtype = torch.float64,
-    bias: bool = True,
-    h0: bool = True,
-) -> dict[str, Tensor | None]:
-    """Tensors for `rnn` by name, weights drawn as the layer draws them."""
-    bound = H**-0.5 if H else 0.0
-
-    def weight(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=dtype).uniform_(-bound, bound)
-
-    return {
-        "x": torch.randn(T, B, I, dtype=dtype),
-        "h0": torch.randn(B, H, dtype=dtype) if h0 else None,
-        "w_ih": weight(H, I),
-        "w_hh": weight(H, H),
-        "b_ih": weight(H) if bias else None,
-        "b_hh": weight(H) if bias else None,
-    }
-
-
 def batch_sizes_of(lengths: list[int]) -> Tensor:
     """How many of the sequences are longer than t, for each t."""
     return torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths))], dtype=torch.int64)
