@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -34,4 +35,6 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "What the module was built with, and the instruction level in use.");
+  m.def("remembered_bytes", &llm_ext::remembered_bytes, "Bytes of the packed weights that are remembered.");
+  m.def("forget_weights", &llm_ext::forget_weights, "Free the packed weights that are remembered.");
 }

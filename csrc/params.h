@@ -10,6 +10,30 @@
 
 namespace llm_ext {
 
+// Numbers of 16 bits, as they lie in memory; nothing is computed in them.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// What numbers that are stored as S are computed in.
+template <typename S>
+struct ComputeType {
+  using type = S;
+};
+template <>
+struct ComputeType<BFloat16> {
+  using type = float;
+};
+template <>
+struct ComputeType<Float16> {
+  using type = float;
+};
+template <typename S>
+using Compute = typename ComputeType<S>::type;
+
 enum class Cell : int { kRnnTanh = 0, kRnnRelu = 1, kRnnSigmoid = 2, kGru = 3, kLstm = 4 };
 
 // Gates: blocks of H rows in the weights, in the order of torch.nn (r z n; i f g o).
@@ -27,7 +51,6 @@ constexpr int kept_blocks(Cell cell, bool projected) {
 }
 
 // One direction of one layer of a recurrence. docs/recurrence.md has the formulas.
-template <typename T>
 struct RecurrenceSizes {
   Cell cell;
   int64_t steps;               // T
@@ -41,47 +64,48 @@ struct RecurrenceSizes {
   bool projected() const { return output != hidden; }
 };
 
-template <typename T>
+template <typename S>
 struct RecurrenceForwardParams {
-  RecurrenceSizes<T> sizes;
-  const T* x;     // [N, I]
-  const T* h0;    // [B, P] initial state; null: zeros
-  const T* c0;    // [B, H] LSTM: initial cell state; null: zeros
-  const T* w_ih;  // [G H, I]
-  const T* w_hh;  // [G H, P]
-  const T* b_ih;  // [G H]; null: zeros
-  const T* b_hh;  // [G H]; null: zeros
-  const T* w_hr;  // [P, H] LSTM: the projection; null exactly where P = H
-  T* y;           // [N, P] out: every state
-  T* h_n;         // [B, P] out: the state after each row's last step
-  T* c_n;         // [B, H] LSTM, out: the cell state after each row's last step
-  T* kept;        // [N, kept_blocks H] out, for the backward pass; null: not wanted
-  T* workspace;   // recurrence_forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  RecurrenceSizes sizes;
+  const S* x;                // [N, I]
+  const S* h0;               // [B, P] initial state; null: zeros
+  const S* c0;               // [B, H] LSTM: initial cell state; null: zeros
+  const S* w_ih;             // [G H, I]
+  const S* w_hh;             // [G H, P]
+  const S* b_ih;             // [G H]; null: zeros
+  const S* b_hh;             // [G H]; null: zeros
+  const S* w_hr;             // [P, H] LSTM: the projection; null exactly where P = H
+  S* y;                      // [N, P] out: every state
+  S* h_n;                    // [B, P] out: the state after each row's last step
+  S* c_n;                    // [B, H] LSTM, out: the cell state after each row's last step
+  S* kept;                   // [N, kept_blocks H] out, for the backward pass; null: not wanted
+  const Compute<S>* packed;  // the weights as recurrence_pack() leaves them; null where recurrence_packed_size() is 0
+  Compute<S>* workspace;     // recurrence_forward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
-template <typename T>
+template <typename S>
 struct RecurrenceBackwardParams {
-  RecurrenceSizes<T> sizes;
-  const T* grad_y;    // [N, P]; null: zeros
-  const T* grad_h_n;  // [B, P]; null: zeros
-  const T* grad_c_n;  // [B, H] LSTM; null: zeros
-  const T* x;         // [N, I]
-  const T* h0;        // [B, P]; null: zeros
-  const T* c0;        // [B, H] LSTM; null: zeros
-  const T* w_ih;      // [G H, I]
-  const T* w_hh;      // [G H, P]
-  const T* w_hr;      // [P, H]; null exactly where P = H
-  const T* y;         // [N, P] what the forward returned
-  const T* kept;      // [N, kept_blocks H] what the forward returned; null where that is 0
-  T* dx;              // [N, I] out; null: not wanted
-  T* dh0;             // [B, P] out; null: not wanted
-  T* dc0;             // [B, H] LSTM, out; null: not wanted
-  T* dw_ih;           // [G H, I] out; null: not wanted
-  T* dw_hh;           // [G H, P] out; null: not wanted
-  T* dw_hr;           // [P, H] out; null: not wanted
-  T* db_ih;           // [G H] out; null: not wanted
-  T* db_hh;           // [G H] out; null: not wanted
-  T* workspace;       // recurrence_backward_workspace() elements, aligned to 64 bytes; contents do not matter
+  RecurrenceSizes sizes;
+  const S* grad_y;        // [N, P]; null: zeros
+  const S* grad_h_n;      // [B, P]; null: zeros
+  const S* grad_c_n;      // [B, H] LSTM; null: zeros
+  const S* x;             // [N, I]
+  const S* h0;            // [B, P]; null: zeros
+  const S* c0;            // [B, H] LSTM; null: zeros
+  const S* w_ih;          // [G H, I]
+  const S* w_hh;          // [G H, P]
+  const S* w_hr;          // [P, H]; null exactly where P = H
+  const S* y;             // [N, P] what the forward returned
+  const S* kept;          // [N, kept_blocks H] what the forward returned; null where that is 0
+  S* dx;                  // [N, I] out; null: not wanted
+  S* dh0;                 // [B, P] out; null: not wanted
+  S* dc0;                 // [B, H] LSTM, out; null: not wanted
+  S* dw_ih;               // [G H, I] out; null: not wanted
+  S* dw_hh;               // [G H, P] out; null: not wanted
+  S* dw_hr;               // [P, H] out; null: not wanted
+  S* db_ih;               // [G H] out; null: not wanted
+  S* db_hh;               // [G H] out; null: not wanted
+  Compute<S>* workspace;  // recurrence_backward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 // Vectors e [B, T, D] to pool over T, and where their scores come from.

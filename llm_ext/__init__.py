@@ -8,6 +8,8 @@ from typing import TypedDict, cast
 import torch  # noqa: F401  (its libraries must be loaded before the module that calls them)
 
 from llm_ext._C import build_info as _build_info
+from llm_ext._C import forget_weights as _forget_weights
+from llm_ext._C import remembered_bytes as _remembered_bytes
 from llm_ext.attention import AttentionPool
 from llm_ext.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from llm_ext.model import LLM, LLMState
@@ -25,6 +27,8 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "build_info",
+    "forget_weights",
+    "remembered_bytes",
 ]
 
 
@@ -45,3 +49,17 @@ def build_info() -> BuildInfo:
         RuntimeError: LLM_EXT_SIMD names a level that does not exist or that this machine lacks.
     """
     return cast(BuildInfo, _build_info())
+
+
+def remembered_bytes() -> int:
+    """Bytes of weights that are remembered in the form the kernels want them, at most 256 MiB.
+
+    Weights that were packed twice without a change are remembered, so that evaluation packs them no more. They are
+    known by their contents: a change of any kind is noticed in the next call.
+    """
+    return _remembered_bytes()
+
+
+def forget_weights() -> None:
+    """Free the memory of `remembered_bytes`."""
+    _forget_weights()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
 DTYPES = (torch.float32, torch.float64)
+RECURRENCE_DTYPES = (*DTYPES, torch.bfloat16, torch.float16)
 
 # Sizes of a tensor; None for any.
 Sizes = tuple[int | None, ...]
@@ -47,7 +48,8 @@ def _check(
     if got.dim() != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, got.shape, strict=True)):
         fail_shape(op, name, letters, sizes, got)
     if got.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
+        *others, last = map(str, dtypes)
+        expected = f"{', '.join(others)} or {last}" if others else last
         raise DtypeError(f"{op}: {name} must be {expected}, got {got.dtype}".replace("torch.", ""))
     if like is not None and got.device != like[1].device:
         raise ArgumentError(f"{op}: {name} must be on {like[1].device} like {like[0]}, got {got.device}")
@@ -73,7 +75,7 @@ def _recurrence(
 ) -> None:
     """Raise if the arguments of a recurrence do not fit together; w_ih is [gates * H, I]."""
     G = "" if gates == 1 else f"{gates} "
-    _check(op, "w_ih", w_ih, f"{G}H, I", (None, None))
+    _check(op, "w_ih", w_ih, f"{G}H, I", (None, None), RECURRENCE_DTYPES)
     rows, I = w_ih.shape  # noqa: E741
     if rows % gates:
         raise ArgumentError(f"{op}: w_ih must be [{G}H, I], got {list(w_ih.shape)}")

@@ -111,9 +111,6 @@ class _Recurrent(nn.Module, Generic[State]):
             # A parametrization or weight_norm has made an attribute of one.
             found = (None if name is None else getattr(self, name) for name in self._names[row])
             weights = cast(Weights, tuple(found))
-        dtype = weights[0].dtype
-        if x.dtype is not dtype and torch.is_autocast_enabled(x.device.type):
-            x, state = x.to(dtype), None if state is None else self._each(lambda part: part.to(dtype), state)
         return self._op(x, state, weights, batch_sizes, reverse)
 
     def _op(

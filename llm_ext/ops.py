@@ -52,6 +52,28 @@ def _once_differentiable(op: str) -> None:
     torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup_context)
 
 
+_autocast = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def _register_autocast(op: Any, dtype: torch.dtype | None = None) -> None:
+    """Under autocast run `op` in autocast's dtype, or in `dtype`, as torch does: float64 stays what it is."""
+
+    def cast(*args: Any) -> Any:
+        target = torch.get_autocast_dtype("cpu") if dtype is None else dtype
+        with torch.autocast("cpu", enabled=False):
+            return op(*(a.to(target) if isinstance(a, Tensor) and a.dtype in _CAST else a for a in args))
+
+    name = op.name().removeprefix("llm_ext::")
+    _autocast.impl(name, cast, "AutocastCPU")  # type: ignore[no-untyped-call]
+
+
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+for _op in (_rnn_forward, _gru_forward, _lstm_forward):
+    _register_autocast(_op)
+for _op in (_attention_pool_forward, _prefix_pool_forward):
+    _register_autocast(_op, torch.float32)  # as torch's own softmax
+
+
 # ---- the Elman recurrence
 
 
@@ -89,7 +111,7 @@ def rnn(
 
     Raises:
         ValueError: a shape, device or nonlinearity that does not fit, or batch_sizes that do not describe x.
-        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
 
     Source: J. Elman, "Finding structure in time", 1990; gradients in docs/recurrence.md.
     """
@@ -211,7 +233,7 @@ def gru(
 
     Raises:
         ValueError: a shape or device that does not fit, or batch_sizes that do not describe x.
-        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
 
     Source: Cho et al., arXiv 1406.1078, with the reset applied after the product, as in torch and cuDNN; gradients in
     docs/recurrence.md.
@@ -328,7 +350,7 @@ def lstm(
 
     Raises:
         ValueError: a shape or device that does not fit, or batch_sizes that do not describe x.
-        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
 
     Source: S. Hochreiter and J. Schmidhuber, "Long short-term memory", 1997; the forget gate: F. Gers et al.,
     "Learning to forget", 2000; the projection: Sak et al., arXiv 1402.1128; gradients in docs/recurrence.md.

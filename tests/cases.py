@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)
+# The recurrence is computed in float32 where these are stored.
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
 # Nothing, one, odd, and one above the width of a vector of 16 or 32 numbers.
 SIZES = (0, 1, 3, 17, 33)
@@ -22,6 +24,13 @@ TOLERANCE = {
     ("gru_backward", torch.float32): 1e-4,
     ("lstm", torch.float32): 5e-5,
     ("lstm_backward", torch.float32): 1e-4,
+    # States stay float32 from step to step; what is returned is rounded, to 8 or 11 bits.
+    **{(cell, torch.bfloat16): 4e-3 for cell in ("rnn", "gru", "lstm")},
+    **{(cell, torch.float16): 5e-4 for cell in ("rnn", "gru", "lstm")},
+    # The gradients read states and gates that were rounded, and are rounded themselves. A derivative such as 1 - h²
+    # has the error of h, which a chain of steps multiplies.
+    **{(f"{cell}_backward", torch.bfloat16): 2.4e-2 for cell in ("rnn", "gru", "lstm")},
+    **{(f"{cell}_backward", torch.float16): 3e-3 for cell in ("rnn", "gru", "lstm")},
     # One softmax and one weighted mean: no error grows with T.
     ("attention_pool", torch.float32): 1e-5,
     ("attention_pool_backward", torch.float32): 5e-5,

@@ -434,19 +434,71 @@ def test_without_gradients(num_layers: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize("dtype", cases.HALF_DTYPES)
 @pytest.mark.parametrize("kind", ARGUMENTS)
-def test_autocast_keeps_the_dtype_of_the_weights(kind: str, with_hx: bool) -> None:
+def test_autocast(kind: str, dtype: torch.dtype, with_hx: bool) -> None:
+    """As a linear layer of torch: computed and returned in autocast's dtype, whatever x is; gradients in their own."""
     layer = getattr(llm_ext, kind)(3, 5)
-    x = torch.randn(4, 2, 3, dtype=torch.bfloat16)
-    given, hx = [x, pack_padded_sequence(x, torch.tensor([4, 1]))], state(layer.to(torch.bfloat16), 1, 2)
-    if kind.endswith("Cell"):
-        given, hx = [x[0]], state(layer, 2)
-    layer.to(torch.float32)
+    cell = kind.endswith("Cell")
+    hx = state(layer, 2) if cell else state(layer, 1, 2)
+    for x_dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4, 2, 3).to(x_dtype)
+        for each in [x[0]] if cell else [x, pack_padded_sequence(x, torch.tensor([4, 1]))]:
+            with torch.autocast("cpu", dtype):
+                output = layer(each, hx if with_hx else None)
+            tensors = cases.flatten(output if cell else (output[0].data, output[1]))
+            assert {tensor.dtype for tensor in tensors} == {dtype}
+            sum(tensor.float().sum() for tensor in tensors).backward()
+            assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+            half = copy.deepcopy(layer).to(dtype)
+            first = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
+            expected = half(each.to(dtype), first if with_hx else None)
+            for a, b in zip(tensors, cases.flatten(expected if cell else (expected[0].data, expected[1])), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_autocast_leaves_float64(kind: str) -> None:
+    layer = getattr(llm_ext, kind)(3, 5, dtype=torch.float64)
+    x = torch.randn(2, 3, dtype=torch.float64) if kind.endswith("Cell") else torch.randn(4, 2, 3, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        for each in given:
-            output = layer(each, hx if with_hx else None)
-            tensors = cases.flatten(output if kind.endswith("Cell") else (output[0].data, output[1]))
-            assert {tensor.dtype for tensor in tensors} == {torch.float32}
+        assert torch.equal(cases.flatten(layer(x))[0], cases.flatten(layer(x))[0])
+        assert cases.flatten(layer(x))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_autocast_compiles_whole(kind: str) -> None:
+    torch.compiler.reset()
+    layer = getattr(llm_ext, kind)(3, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3) if kind.endswith("Cell") else torch.randn(4, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = cases.flatten(compiled(x)), cases.flatten(layer(x))
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # of the switch for oneDNN
+@pytest.mark.parametrize("dtype", cases.HALF_DTYPES)
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize(("T", "B", "H"), [(16, 9, 40), (200, 4, 65), (3, 40, 130), (5, 2, 96)])
+def test_no_less_exact_than_torch_in_16_bits(T: int, B: int, H: int, kind: str, dtype: torch.dtype) -> None:
+    """Results and gradients: the root mean square of the errors is at most 1.5 times that of torch.nn."""
+    theirs = getattr(torch.nn, kind)(30, H, dtype=dtype)
+    ours, truth = getattr(llm_ext, kind)(30, H, dtype=dtype), getattr(torch.nn, kind)(30, H, dtype=torch.float64)
+    x, weights = torch.randn(T, B, 30).to(dtype), torch.randn(T, B, H).to(dtype)
+    results = []
+    for layer in (ours, theirs, truth):
+        layer.load_state_dict(theirs.state_dict())
+        given = x.to(next(layer.parameters()).dtype).requires_grad_()
+        # Without oneDNN, whose LSTM wants machines that compute in bfloat16.
+        with torch.backends.mkldnn.flags(enabled=False):
+            y, last = layer(given)
+            gradients = torch.autograd.grad((y * weights).sum(), [given, *layer.parameters()])
+        results.append([t.detach().double() for t in (y, *cases.flatten(last), *gradients)])
+    for mine, other, true in zip(*results, strict=True):
+        assert (mine - true).square().mean().sqrt() <= 1.5 * (other - true).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
@@ -610,7 +662,7 @@ def test_a_packed_sequence_made_by_hand(sizes: list[int], kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:Complex modules")
 def test_arguments_of_another_type(kind: str) -> None:
     layer = getattr(llm_ext, kind)(3, 5).to(torch.complex64)
-    with pytest.raises(TypeError, match=f"{op(kind)}: w_ih must be .*float64, got complex64"):
+    with pytest.raises(TypeError, match=f"{op(kind)}: w_ih must be .*float16, got complex64"):
         layer(torch.zeros(4, 2, 3, dtype=torch.complex64))
 
 

@@ -174,14 +174,16 @@ def test_dropout_before_the_head_is_one_mask_a_row() -> None:
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("score", ["linear", "tanh"])
 def test_mixed_precision(score: str, attention: str, cell: str) -> None:
-    """Under autocast the head runs in bfloat16, the recurrence and the pool in the dtype of their weights."""
+    """Under autocast the recurrence and the head run in bfloat16, and the pool in float32."""
     m = model(attention, score=score, cell=cell, dtype=torch.float32)
     x = torch.randint(V, (2, 9))
     with torch.autocast("cpu", torch.bfloat16):
         output, state = m(x)
         output.float().logsumexp(-1).sum().backward()
     assert output.dtype == torch.bfloat16
-    assert all(t.dtype == torch.float32 for t in flat(state))
+    assert state.hidden.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for t in state.attention or ())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in m.parameters())
     torch.testing.assert_close(output.float(), m(x)[0], atol=0.1, rtol=0.1)
 
 

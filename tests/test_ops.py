@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
+from cases import DTYPES, HALF_DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -144,7 +144,7 @@ def cell_functions(cell: Cell, **options: object) -> list[Callable[..., tuple[Te
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @pytest.mark.parametrize(("T", "B", "I", "H"), SIZES)
 def test_recurrence(T: int, B: int, I: int, H: int, dtype: torch.dtype, cell: Cell) -> None:  # noqa: E741
     if cell.projected and H == 1:
@@ -156,7 +156,7 @@ def test_recurrence(T: int, B: int, I: int, H: int, dtype: torch.dtype, cell: Ce
 
 @pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @pytest.mark.parametrize(
     "sizes", [[1], [3, 3, 2, 1], [9, 5, 5, 2, 1, 1], [20, 20, 20], [30, 11, 7, 7, 7, 1], [2] * 40 + [1] * 60]
 )
@@ -214,7 +214,7 @@ def test_recurrence_state_of_a_layer(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 def test_recurrence_long(dtype: torch.dtype, cell: Cell) -> None:
     """Errors do not pile up over 1,024 steps."""
     inputs = cell_inputs(cell, (1024, 2, 16), 2, 64, dtype)
@@ -222,7 +222,7 @@ def test_recurrence_long(dtype: torch.dtype, cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 def test_recurrence_of_many_blocks(dtype: torch.dtype, cell: Cell) -> None:
     """Every product has more than one block in every dimension.
 

@@ -64,19 +64,24 @@ static inline int64_t packed_size(int64_t cols, int64_t k) {
 template <typename T, typename Row>
 static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels, T* packed) {
   for (int64_t p = panels.begin; p < panels.end; ++p) {
-    const int64_t width = panel_vectors<T>(cols, p) * kLanes<T>;
+    const int vectors = panel_vectors<T>(cols, p);
     T* panel = packed + p * kPanel<T> * k;
-    // Down the columns in short runs: the lines written stay in the first-level cache while all columns pass.
-    constexpr int64_t kRun = 16;
-    for (int64_t i0 = 0; i0 < k; i0 += kRun) {
-      const int64_t run = k - i0 < kRun ? k - i0 : kRun;
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t col = p * kPanel<T> + j;
-        if (col < cols) {
-          const T* row = w(col) + i0;
-          for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = row[i];
-        } else {
-          for (int64_t i = 0; i < run; ++i) panel[(i0 + i) * width + j] = T(0);
+    // Down the columns in short runs: the lines read stay in the first-level cache while all columns pass.
+    constexpr int64_t kRun = 4 * kLanes<T>;
+    for (int64_t begin = 0; begin < k; begin += kRun) {
+      const int64_t end = begin + kRun < k ? begin + kRun : k;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t first = p * kPanel<T> + v * kLanes<T>;
+        for (int64_t i = begin; i < end; i += kLanes<T>) {
+          const int count = end - i < kLanes<T> ? static_cast<int>(end - i) : kLanes<T>;
+          Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+          for (int j = 0; j < kLanes<T>; ++j) {
+            square[j] = first + j < cols ? load_part(w(first + j) + i, count) : Vec<T>{};
+          }
+          transpose<T>(square);
+          T* target = panel + (i * vectors + v) * kLanes<T>;
+          for (int j = 0; j < count; ++j) store(target + j * vectors * kLanes<T>, square[j]);
         }
       }
     }
@@ -84,7 +89,7 @@ static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels,
 }
 
 // Packs panels [begin, end) of k rows of `cols` columns: panel[i][j] = row(i)[p * kPanel + j]. row(i) may be null:
-// zeros.
+// zeros. What is packed may be stored in any type.
 template <typename T, typename Row>
 static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, T* packed) {
   for (int64_t p = panels.begin; p < panels.end; ++p) {
@@ -93,7 +98,7 @@ static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, T* 
     const int64_t width = cols - first < vectors * kLanes<T> ? cols - first : vectors * kLanes<T>;
     T* panel = packed + first * k;
     for (int64_t i = 0; i < k; ++i) {
-      const T* source = row(i);
+      const auto* source = row(i);
       T* target = panel + i * vectors * kLanes<T>;
       for (int v = 0; v < vectors; ++v) {
         const int64_t left = width - v * kLanes<T>;
@@ -262,22 +267,37 @@ static inline void product(Left a, int64_t rows, int64_t k, const T* packed, int
       [&](int64_t row, int64_t col, Vec<T>(&value)[1], int lanes) { finish(row, col, value[0], lanes); });
 }
 
-// The same for many rows, by blocks that stay in the second-level cache while all panels pass.
-template <typename T, typename Finish>
-static inline void long_product(Rows<T> a, int64_t rows, int64_t k, const T* packed, int64_t cols, Finish finish) {
-  const auto nothing = [](int64_t, int64_t) {};
+// Rows of a left factor that a long product takes at a time.
+template <typename T>
+static inline int64_t rows_of_block(int64_t k) {
   const int64_t fitting = kBlockBytes / static_cast<int64_t>(sizeof(T)) / (k + 1) / kRows * kRows;
-  const int64_t block = fitting > kRows ? fitting : kRows;
+  return fitting > kRows ? fitting : kRows;
+}
+
+// The same for many rows, `stride` apart and stored as S, by blocks that stay in the second-level cache while all
+// panels pass. `space` has room for a block of rows of T; it is used only if S is another type.
+template <typename T, typename S, typename Finish>
+static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_t k, const T* packed, int64_t cols,
+                                T* space, Finish finish) {
+  const auto nothing = [](int64_t, int64_t) {};
+  const int64_t block = rows_of_block<T>(k);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t count = rows - begin < block ? rows - begin : block;
-    product<T>(Rows<T>{a.tile(begin, k), a.stride}, count, k, packed, cols, {0, panels_of<T>(cols)}, nothing,
+    Rows<T> left;
+    if constexpr (kIsNarrow<S>) {
+      for (int64_t i = 0; i < count; ++i) convert(a + (begin + i) * stride, space + i * k, k);
+      left = {space, k};
+    } else {
+      left = {a + begin * stride, stride};
+    }
+    product<T>(left, count, k, packed, cols, {0, panels_of<T>(cols)}, nothing,
                [&](int64_t row, int64_t col, Vec<T> value, int lanes) { finish(begin + row, col, value, lanes); });
   }
 }
 
 // Sum over i of a[i] * w[j][i] for the kDots rows of w at w, into sums: products too small to pay for packing.
-template <typename T, int kDots>
-static inline void dots(const T* a, const T* w, int64_t k, Vec<T> (&sums)[kDots]) {
+template <typename T, int kDots, typename A, typename W>
+static inline void dots(const A* a, const W* w, int64_t k, Vec<T> (&sums)[kDots]) {
   int64_t i = 0;
   for (; i + kLanes<T> <= k; i += kLanes<T>) {
     const Vec<T> left = load(a + i);

@@ -4,48 +4,64 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 #include "cpu/team.h"
 #include "params.h"
 
 namespace llm_ext {
 
+// Of a recurrence whose tensors are stored as S.
+template <typename S>
+struct RecurrenceKernels {
+  // Elements of the packed weights and of workspace that the call needs, and the number of threads worth giving it (at
+  // most `threads`).
+  int64_t (*packed_size)(const RecurrenceSizes&);
+  int64_t (*forward_workspace)(const RecurrenceSizes&, int threads);
+  int64_t (*backward_workspace)(const RecurrenceSizes&, int threads);
+  int (*threads)(const RecurrenceSizes&, int threads);
+  // Packs the weights; depends on nothing but them, their sizes and the cell. `packed` of the params is not read.
+  void (*pack)(const RecurrenceForwardParams<S>&, Compute<S>* packed, const Team&);
+  void (*forward)(const RecurrenceForwardParams<S>&, const Team&);
+  void (*backward)(const RecurrenceBackwardParams<S>&, const Team&);
+};
+
+// 128 bits that stand for some bytes.
+struct Digest {
+  uint64_t a, b;
+  bool operator==(const Digest&) const = default;
+};
+constexpr int64_t kDigestPiece = 64 << 10;
+
 template <typename T>
-struct KernelsOf {
-  // Elements of workspace the call needs, and the number of threads worth giving it (at most `threads`).
-  int64_t (*recurrence_forward_workspace)(const RecurrenceSizes<T>&);
-  int64_t (*recurrence_backward_workspace)(const RecurrenceSizes<T>&, int threads);
-  int (*recurrence_threads)(const RecurrenceSizes<T>&, int threads);
-  void (*recurrence_forward)(const RecurrenceForwardParams<T>&, const Team&);
-  void (*recurrence_backward)(const RecurrenceBackwardParams<T>&, const Team&);
-
-  int (*pool_threads)(const PoolInput<T>&, int threads);
-  int64_t (*pool_workspace)(const PoolInput<T>&, int threads);
-  void (*pool_forward)(const PoolForwardParams<T>&, const Team&);
-  void (*pool_backward)(const PoolBackwardParams<T>&, const Team&);
-
-  int64_t (*prefix_pool_workspace)(const PoolInput<T>&, int threads);
-  void (*prefix_pool_forward)(const PrefixPoolForwardParams<T>&, const Team&);
-  void (*prefix_pool_backward)(const PrefixPoolBackwardParams<T>&, const Team&);
+struct PoolKernels {
+  int (*threads)(const PoolInput<T>&, int threads);
+  int64_t (*workspace)(const PoolInput<T>&, int threads);
+  void (*forward)(const PoolForwardParams<T>&, const Team&);
+  void (*backward)(const PoolBackwardParams<T>&, const Team&);
+  int64_t (*prefix_workspace)(const PoolInput<T>&, int threads);
+  void (*prefix_forward)(const PrefixPoolForwardParams<T>&, const Team&);
+  void (*prefix_backward)(const PrefixPoolBackwardParams<T>&, const Team&);
 };
 
 struct Kernels {
   const char* level;  // "baseline", "avx2" or "avx512"
-  KernelsOf<float> f32;
-  KernelsOf<double> f64;
+  // Digests of `bytes` of memory, in pieces of kDigestPiece bytes, one for each.
+  void (*digest)(const void* data, int64_t bytes, Digest* pieces, const Team&);
+  std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,
+             RecurrenceKernels<Float16>>
+      recurrences;
+  std::tuple<PoolKernels<float>, PoolKernels<double>> pools;
 
+  template <typename S>
+  const RecurrenceKernels<S>& recurrence() const {
+    return std::get<RecurrenceKernels<S>>(recurrences);
+  }
   template <typename T>
-  const KernelsOf<T>& of() const;
+  const PoolKernels<T>& pool() const {
+    return std::get<PoolKernels<T>>(pools);
+  }
 };
-
-template <>
-inline const KernelsOf<float>& Kernels::of<float>() const {
-  return f32;
-}
-template <>
-inline const KernelsOf<double>& Kernels::of<double>() const {
-  return f64;
-}
 
 // The table for this machine, chosen once: the highest level it has, or the one LLM_EXT_SIMD names.
 // Throws std::runtime_error if LLM_EXT_SIMD names a level that does not exist or that the machine lacks.

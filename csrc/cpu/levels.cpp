@@ -1,63 +1,10 @@
-// Includes the kernel bodies once per instruction level and picks a level at run time.
-//
-// Inside a region every function may use the level's instructions. Standard headers therefore come first: an inline
-// function of the standard library compiled inside a region could be merged by the linker with everybody else's copy,
-// and would then crash on a machine without that level.
-#include <cmath>
-#include <cstdint>
+// Picks an instruction level at run time.
+#include "cpu/levels.h"
+
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
-
-#include "cpu/kernels.h"
-#include "cpu/team.h"
-#include "params.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LLM_EXT_X86_LEVELS 1
-#include <immintrin.h>
-// GCC's own intrinsics start from undefined vectors and draw these warnings wherever they are inlined.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#else
-#define LLM_EXT_X86_LEVELS 0
-#endif
-
-#define LLM_EXT_LEVEL baseline
-#define LLM_EXT_LEVEL_NAME "baseline"
-#define LLM_EXT_VECTOR_BYTES 16
-#include "cpu/bodies.inl"
-#undef LLM_EXT_LEVEL
-#undef LLM_EXT_LEVEL_NAME
-#undef LLM_EXT_VECTOR_BYTES
-
-#if LLM_EXT_X86_LEVELS
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define LLM_EXT_LEVEL avx2
-#define LLM_EXT_LEVEL_NAME "avx2"
-#define LLM_EXT_VECTOR_BYTES 32
-#include "cpu/bodies.inl"
-#undef LLM_EXT_LEVEL
-#undef LLM_EXT_LEVEL_NAME
-#undef LLM_EXT_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-#define LLM_EXT_LEVEL avx512
-#define LLM_EXT_LEVEL_NAME "avx512"
-#define LLM_EXT_VECTOR_BYTES 64
-#include "cpu/bodies.inl"
-#undef LLM_EXT_LEVEL
-#undef LLM_EXT_LEVEL_NAME
-#undef LLM_EXT_VECTOR_BYTES
-#pragma GCC pop_options
-
-#endif
 
 namespace llm_ext {
 namespace {
@@ -84,10 +31,10 @@ const Kernels& choose() {
   static const Level levels[] = {
   // From the highest down: the first supported one is the default.
 #if LLM_EXT_X86_LEVELS
-      {avx512::kKernels, has_avx512()},
-      {avx2::kKernels, has_avx2()},
+      {avx512_kernels, has_avx512()},
+      {avx2_kernels, has_avx2()},
 #endif
-      {baseline::kKernels, true},
+      {baseline_kernels, true},
   };
   const char* wanted = std::getenv("LLM_EXT_SIMD");
   std::string names;

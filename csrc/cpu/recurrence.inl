@@ -1,6 +1,9 @@
 // The recurrence over time, generic over the cell.
 //
-// Forward: pack the weights; then, a block of steps at a time, one product for the input projection and the loop over
+// Tensors are stored as S and computed in T: states and sums are T from step to step even where S has 16 bits, and the
+// results are rounded as they are stored.
+//
+// Forward: with the weights packed, a block of steps at a time, one product for the input projection and the loop over
 // time, which turns pre-activations into states. Backward: the loop over time backwards for dz, and after each block of
 // steps its products: dx, and its part of the gradients of the weights. docs/recurrence.md derives it.
 namespace llm_ext {
@@ -40,26 +43,19 @@ enum class Split {
   kOne       // too little work in a step to share: one thread runs it
 };
 
-template <typename T>
-static inline int64_t total_rows(const RecurrenceSizes<T>& s) {
-  return s.row_offsets[s.steps];
-}
+static inline int64_t total_rows(const RecurrenceSizes& s) { return s.row_offsets[s.steps]; }
 
 // Whether all sequences are as long as the longest.
-template <typename T>
-static inline bool of_one_length(const RecurrenceSizes<T>& s) {
-  return total_rows(s) == s.steps * s.batch;
-}
+static inline bool of_one_length(const RecurrenceSizes& s) { return total_rows(s) == s.steps * s.batch; }
 
 // Multiply-adds of a row in one step.
-template <typename T>
-static inline double row_work(const RecurrenceSizes<T>& s) {
+static inline double row_work(const RecurrenceSizes& s) {
   const double gates = static_cast<double>(gates_of(s.cell)) * s.hidden * s.output;
   return s.projected() ? gates + static_cast<double>(s.hidden) * s.output : gates;
 }
 
 template <typename T>
-static inline Split choose_split(const RecurrenceSizes<T>& s, int threads) {
+static inline Split choose_split(const RecurrenceSizes& s, int threads) {
   if (threads == 1) return Split::kOne;
   // Where sequences end early, rows would leave each thread fewer and fewer of them, tiles that starve the
   // micro-kernel. T128 B32 I256 H512 with lengths from T / 4 to T takes 13.7 ms by rows and 11.6 by columns (LSTM 57
@@ -70,76 +66,101 @@ static inline Split choose_split(const RecurrenceSizes<T>& s, int threads) {
   return s.batch >= threads ? Split::kRows : Split::kOne;
 }
 
-template <typename T>
-static int recurrence_threads(const RecurrenceSizes<T>& s, int threads) {
+static int recurrence_threads(const RecurrenceSizes& s, int threads) {
   const double projection = static_cast<double>(gates_of(s.cell)) * s.hidden * s.input;
   const double useful = total_rows(s) * (row_work(s) + projection) / kWorkPerThread;
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
-template <typename T>
-static inline bool goes_direct(const RecurrenceSizes<T>& s) {
+static inline bool goes_direct(const RecurrenceSizes& s) {
   return !s.projected() && total_rows(s) <= (s.steps <= 2 ? 2 * kDirectRows : kDirectRows);
 }
 
 // Rows of a block of steps: so many, but at least one step.
 template <typename T>
-static inline int64_t block_rows(const RecurrenceSizes<T>& s) {
+static inline int64_t block_rows(const RecurrenceSizes& s) {
   const int64_t rows = kBlockBytesOfSteps / static_cast<int64_t>(sizeof(T)) / (gates_of(s.cell) * s.hidden + 1);
   const int64_t fitting = rows > kBlockRows ? rows : kBlockRows;
   return fitting > s.batch ? fitting : s.batch;
 }
 
-// Where the forward pass puts what. Sizes in elements.
+// Rows that a block of steps has at most.
 template <typename T>
-struct ForwardSpace {
-  explicit ForwardSpace(const RecurrenceSizes<T>& s)
+static inline int64_t most_block_rows(const RecurrenceSizes& s) {
+  return block_rows<T>(s) < total_rows(s) ? block_rows<T>(s) : total_rows(s);
+}
+
+// Where the packed weights of a forward pass lie. Sizes in elements of T.
+template <typename T>
+struct PackedWeights {
+  explicit PackedWeights(const RecurrenceSizes& s)
       : ih(aligned(packed_size<T>(gates_of(s.cell) * s.hidden, s.input))),
         hh_gate(aligned(packed_size<T>(s.hidden, s.output))),
         hr(s.projected() ? aligned(packed_size<T>(s.output, s.hidden)) : 0),
-        bias(aligned(gates_of(s.cell) * s.hidden)),
-        z(gates_of(s.cell) > 1 ? aligned(most_rows(s) * gates_of(s.cell) * s.hidden) : 0),
-        m(s.projected() ? aligned(s.batch * s.hidden) : 0),
-        total(ih + gates_of(s.cell) * hh_gate + hr + bias + z + m) {}
+        total(ih + gates_of(s.cell) * hh_gate + hr) {}
 
-  static int64_t most_rows(const RecurrenceSizes<T>& s) {
-    return block_rows(s) < total_rows(s) ? block_rows(s) : total_rows(s);
-  }
-
-  int64_t ih;       // packed weights of the input
+  int64_t ih;       // those of the input
   int64_t hh_gate;  // of the state, a gate
   int64_t hr;       // of the projection
-  int64_t bias;     // of the input's blocks
-  int64_t z;        // pre-activations of a block of steps, where no array that is returned holds them
-  int64_t m;        // output of a step before the projection, likewise
   int64_t total;
 };
 
-template <typename T>
-static int64_t recurrence_forward_workspace(const RecurrenceSizes<T>& s) {
-  return goes_direct(s) ? 0 : ForwardSpace<T>(s).total;
+template <typename S>
+static int64_t packed_weights_size(const RecurrenceSizes& s) {
+  return goes_direct(s) ? 0 : PackedWeights<Compute<S>>(s).total;
+}
+
+// Where the forward pass puts what, besides its results. Sizes in elements of T.
+template <typename S, typename T = Compute<S>>
+struct ForwardSpace {
+  ForwardSpace(const RecurrenceSizes& s, int threads)
+      : bias(aligned(gates_of(s.cell) * s.hidden)),
+        z(gates_of(s.cell) > 1 || kIsNarrow<S> ? aligned(most_block_rows<T>(s) * gates_of(s.cell) * s.hidden) : 0),
+        m(s.projected() ? aligned(s.batch * s.hidden) : 0),
+        states(kIsNarrow<S> ? aligned(2 * s.batch * s.output) : 0),
+        cells(kIsNarrow<S> ? aligned(s.batch * s.hidden) : 0),
+        left(kIsNarrow<S> ? aligned(rows_of_block<T>(s.input) * s.input) : 0),
+        total(bias + z + m + states + cells + threads * left) {}
+
+  int64_t bias;    // of the input's blocks
+  int64_t z;       // pre-activations of a block of steps, where no array that is returned holds them
+  int64_t m;       // output of a step before the projection, likewise
+  int64_t states;  // the states of two steps, where y does not hold them as T
+  int64_t cells;   // cell states, where c_n does not hold them as T
+  int64_t left;    // of each thread, a block of rows of the input, where x does not hold them as T
+  int64_t total;
+};
+
+template <typename S>
+static int64_t recurrence_forward_workspace(const RecurrenceSizes& s, int threads) {
+  const ForwardSpace<S> space(s, threads);
+  return goes_direct(s) ? space.states + space.cells : space.total;
 }
 
 // Elements of both packed factors of a block of the weight gradients.
 template <typename T>
 constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradientPanels * kPanel<T>);
 
-// Where the backward pass puts what. Sizes in elements.
-template <typename T>
+// Where the backward pass puts what, besides its results. Sizes in elements of T.
+template <typename S, typename T = Compute<S>>
 struct BackwardSpace {
-  BackwardSpace(const RecurrenceSizes<T>& s, int threads)
+  BackwardSpace(const RecurrenceSizes& s, int threads)
       : hh(aligned(packed_size<T>(s.output, gates_of(s.cell) * s.hidden))),
         hr(s.projected() ? aligned(packed_size<T>(s.hidden, s.output)) : 0),
         ih(aligned(packed_size<T>(s.input, gates_of(s.cell) * s.hidden))),
         carry(gates_of(s.cell) > 1 ? aligned(s.batch * s.hidden) : 0),
         dh(s.projected() ? aligned(most_rows(s) * s.output) : 0),
         dz(aligned(most_rows(s) * blocks_of(s.cell) * s.hidden)),
-        total(hh + hr + ih + carry + dh + 2 * dz + threads * kGradientBlock<T>) {}
+        sums(kIsNarrow<S> ? aligned(gradients(s)) : 0),
+        total(hh + hr + ih + carry + dh + 2 * dz + sums + threads * kGradientBlock<T>) {}
 
   // Rows of a block of steps: what the weight gradients take at a time, but at least one step.
-  static int64_t most_rows(const RecurrenceSizes<T>& s) {
+  static int64_t most_rows(const RecurrenceSizes& s) {
     const int64_t rows = total_rows(s) < kGradientDepth<T> ? total_rows(s) : kGradientDepth<T>;
     return rows > s.batch ? rows : s.batch;
+  }
+  static int64_t gradients(const RecurrenceSizes& s) {
+    return gates_of(s.cell) * s.hidden * (s.input + s.output + 2) + (s.projected() ? s.output * s.hidden : 0);
   }
 
   int64_t hh;     // packed weights of the state
@@ -148,18 +169,18 @@ struct BackwardSpace {
   int64_t carry;  // what passes from step to step besides the product
   int64_t dh;     // gradients of the states of a block of steps, where they are projected
   int64_t dz;     // gradients of the pre-activations of a block of steps
+  int64_t sums;   // gradients of weights and biases, where the results do not hold them as T
   int64_t total;
 };
 
-template <typename T>
-static int64_t recurrence_backward_workspace(const RecurrenceSizes<T>& s, int threads) {
-  return BackwardSpace<T>(s, threads).total;
+template <typename S>
+static int64_t recurrence_backward_workspace(const RecurrenceSizes& s, int threads) {
+  return BackwardSpace<S>(s, threads).total;
 }
 
 // The steps in the order they run: position i of the order is step index(i).
-template <typename T>
 struct Order {
-  const RecurrenceSizes<T>& s;
+  const RecurrenceSizes& s;
 
   int64_t index(int64_t i) const { return s.reverse ? s.steps - 1 - i : i; }
   int64_t first_row(int64_t i) const { return s.row_offsets[index(i)]; }
@@ -179,8 +200,7 @@ static inline Range intersect(Range a, Range b) {
 
 // The first batch row r such that the rows before it hold `share` of all N rows of the sequence. Sequences are sorted
 // by falling length, so equal counts of batch rows would be unequal work.
-template <typename T>
-static int64_t balanced_row(const RecurrenceSizes<T>& s, int rank, int size) {
+static int64_t balanced_row(const RecurrenceSizes& s, int rank, int size) {
   if (rank == 0) return 0;
   if (rank == size) return s.batch;
   const int64_t goal = total_rows(s) / size * rank;
@@ -217,9 +237,9 @@ static inline Range columns_of(Range panels, int64_t cols) {
 }
 
 template <typename T>
-static Part part_of(const RecurrenceSizes<T>& s, const Team& team) {
+static Part part_of(const RecurrenceSizes& s, const Team& team) {
   Part part = {{0, s.batch}, {0, panels_of<T>(s.hidden)}, {}, {0, panels_of<T>(s.output)}, {}, false};
-  switch (choose_split(s, team.size)) {
+  switch (choose_split<T>(s, team.size)) {
     case Split::kRows:
       part.rows = of_one_length(s)
                       ? team.share(s.batch)
@@ -239,56 +259,138 @@ static Part part_of(const RecurrenceSizes<T>& s, const Team& team) {
   return part;
 }
 
-template <typename T>
-static inline void copy_columns(const T* from, T* to, int64_t width, Range rows, Range columns) {
+template <typename From, typename To>
+static inline void copy_columns(const From* from, To* to, int64_t width, Range rows, Range columns) {
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    __builtin_memcpy(to + r * width + columns.begin, from + r * width + columns.begin, columns.size() * sizeof(T));
+    convert(from + r * width + columns.begin, to + r * width + columns.begin, columns.size());
   }
 }
 
 // The same; zeros where there is nothing to copy from.
-template <typename T>
-static inline void start_columns(const T* from, T* to, int64_t width, Range rows, Range columns) {
+template <typename From, typename To>
+static inline void start_columns(const From* from, To* to, int64_t width, Range rows, Range columns) {
   if (from != nullptr) return copy_columns(from, to, width, rows, columns);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    __builtin_memset(to + r * width + columns.begin, 0, columns.size() * sizeof(T));
+    __builtin_memset(to + r * width + columns.begin, 0, columns.size() * sizeof(To));
   }
 }
 
 // One step of some units of one row: `blocks` holds their pre-activations, the other pointers are at the first of the
-// units. h_before: null for zeros. kept: blocks `hidden` apart, null: not wanted.
-template <typename T, typename C>
-static inline void forward_units(Vec<T> (&blocks)[C::kBlocks], const T* h_before, T* c, T* kept, int64_t hidden, T* h,
-                                 int lanes) {
+// units. h_before: null for zeros. kept: blocks `hidden` apart, null: not wanted. Returns the output.
+template <typename S, typename C, typename T = Compute<S>>
+static inline Vec<T> forward_units(Vec<T> (&blocks)[C::kBlocks], const T* h_before, T* c, S* kept, int64_t hidden,
+                                   int lanes) {
   Vec<T> before{}, cell{};
   if (C::kReadsState && h_before != nullptr) before = load_part(h_before, lanes);
   if (C::kHasCell) cell = load_part(c, lanes);
-  store_part(h, C::template forward<T>(blocks, before, cell), lanes);
+  const Vec<T> h = C::template forward<T>(blocks, before, cell);
   if (C::kHasCell) store_part(c, cell, lanes);
-  if (!C::kKeeps || kept == nullptr) return;
-  for (int b = 0; b < C::kBlocks; ++b) store_part(kept + b * hidden, blocks[b], lanes);
-  if (C::kHasCell) store_part(kept + C::kBlocks * hidden, cell, lanes);
+  if (C::kKeeps && kept != nullptr) {
+    for (int b = 0; b < C::kBlocks; ++b) store_part(kept + b * hidden, blocks[b], lanes);
+    if (C::kHasCell) store_part(kept + C::kBlocks * hidden, cell, lanes);
+  }
+  return h;
 }
 
+// The states as they pass from step to step, as T: those of the cell in c_n and all others in y, or where these are
+// narrower in pieces of workspace, beside which results are stored.
+template <typename S, typename C>
+class States {
+  using T = Compute<S>;
+
+ public:
+  States(const RecurrenceForwardParams<S>& p, T* two_steps, T* cells) : p_(p), two_steps_(two_steps) {
+    if constexpr (kIsNarrow<S>) {
+      cells_ = cells;
+    } else {
+      cells_ = p.c_n;
+    }
+  }
+
+  // Before the first step. A row that joins later starts from what both places hold.
+  void start(Range rows, Range columns, Range output_columns) const {
+    if (C::kHasCell) start_columns(p_.c0, cells_, s_.hidden, rows, columns);
+    if constexpr (kIsNarrow<S>) {
+      if (p_.h0 == nullptr) return;
+      for (int i = 0; i < 2; ++i) {
+        copy_columns(p_.h0, two_steps_ + i * s_.batch * s_.output, s_.output, rows, output_columns);
+      }
+    }
+  }
+
+  // That of a row before position i; null: zeros. Rows that go on are P apart, and so are rows that join.
+  const T* before(int64_t i, int64_t r) const {
+    if constexpr (kIsNarrow<S>) {
+      return i == 0 && p_.h0 == nullptr ? nullptr : place(i + 1, r);
+    } else {
+      if (r < order_.rows(i - 1)) return p_.y + (order_.first_row(i - 1) + r) * s_.output;
+      return p_.h0 == nullptr ? nullptr : p_.h0 + r * s_.output;
+    }
+  }
+
+  T* cell(int64_t r, int64_t col) const { return C::kHasCell ? cells_ + r * s_.hidden + col : nullptr; }
+
+  // Where the states of a position go: into y, and where they pass on from.
+  struct Target {
+    S* y;
+    T* next;
+    int64_t width;
+
+    void store(int64_t r, int64_t col, Vec<T> h, int lanes) const {
+      store_part(y + r * width + col, h, lanes);
+      if constexpr (kIsNarrow<S>) store_part(next + r * width + col, h, lanes);
+    }
+  };
+  Target target(int64_t i) const { return {p_.y + order_.first_row(i) * s_.output, place(i, 0), s_.output}; }
+
+  // After position i: the last states of rows that end there.
+  void end(int64_t i, Range rows, Range output_columns) const {
+    copy_columns(p_.y + order_.first_row(i) * s_.output, p_.h_n, s_.output,
+                 intersect(rows, {order_.rows(i + 1), order_.rows(i)}), output_columns);
+  }
+
+  // After the last step.
+  void finish(Range rows, Range columns) const {
+    if constexpr (kIsNarrow<S>) {
+      if (C::kHasCell) copy_columns(cells_, p_.c_n, s_.hidden, rows, columns);
+    }
+  }
+
+ private:
+  T* place(int64_t i, int64_t r) const {
+    return kIsNarrow<S> ? two_steps_ + (i % 2 * s_.batch + r) * s_.output : nullptr;
+  }
+
+  const RecurrenceForwardParams<S>& p_;
+  const RecurrenceSizes& s_ = p_.sizes;
+  const Order order_{s_};
+  T* const two_steps_;
+  T* cells_;
+};
+
 // A few steps with the weights in their own layout, [G H, I] and [G H, H]: eight dot products at a time.
-template <typename T, typename C>
-static void forward_direct(const RecurrenceForwardParams<T>& p, const Team& team) {
+template <typename S, typename C>
+static void forward_direct(const RecurrenceForwardParams<S>& p, const Team& team) {
+  using T = Compute<S>;
   constexpr int kDots = 8;
   constexpr int kPadded = kLanes<T> > kDots ? kLanes<T> : kDots;
-  const RecurrenceSizes<T>& s = p.sizes;
+  const RecurrenceSizes& s = p.sizes;
   const int64_t H = s.hidden;
   const int64_t kept_width = kept_blocks(s.cell, false) * H;
-  const Order<T> order{s};
+  const Order order{s};
   const Range columns = team.share(H, kLanes<T>);
-  if (C::kHasCell) start_columns(p.c0, p.c_n, H, {0, s.batch}, columns);
+  const Range all = {0, s.batch};
+  const States<S, C> states(p, p.workspace, p.workspace + ForwardSpace<S>(s, team.size).states);
+  states.start(all, columns, columns);
+  if (kIsNarrow<S>) team.sync();
   for (int64_t i = 0; i < s.steps; ++i) {
-    const int64_t rows = order.rows(i);
+    const auto target = states.target(i);
     for (int64_t col = columns.begin; col < columns.end; col += kDots) {
       const int64_t count = columns.end - col < kDots ? columns.end - col : kDots;
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* x = p.x + (order.first_row(i) + r) * s.input;
-        const T* h =
-            r < order.rows(i - 1) ? p.y + (order.first_row(i - 1) + r) * H : (p.h0 == nullptr ? nullptr : p.h0 + r * H);
+      for (int64_t r = 0; r < order.rows(i); ++r) {
+        const int64_t row = order.first_row(i) + r;
+        const S* x = p.x + row * s.input;
+        const T* h = states.before(i, r);
         T z[C::kBlocks][kPadded] = {};
 #pragma GCC unroll 4
         for (int b = 0; b < C::kBlocks; ++b) {
@@ -310,64 +412,85 @@ static void forward_direct(const RecurrenceForwardParams<T>& p, const Team& team
             }
           }
           for (int64_t j = 0; j < count; ++j) {
-            if (of_input && p.b_ih != nullptr) z[b][j] += p.b_ih[in + j];
-            if (of_state && p.b_hh != nullptr) z[b][j] += p.b_hh[hidden + j];
+            if (of_input && p.b_ih != nullptr) z[b][j] += read(p.b_ih + in + j);
+            if (of_state && p.b_hh != nullptr) z[b][j] += read(p.b_hh + hidden + j);
           }
         }
-        const int64_t row = order.first_row(i) + r;
         for_each_vector<T>(count, [&](int64_t j, int lanes) {
           Vec<T> blocks[C::kBlocks];
           for (int b = 0; b < C::kBlocks; ++b) blocks[b] = load(z[b] + j);
           const int64_t at = col + j;
-          forward_units<T, C>(blocks, h == nullptr ? nullptr : h + at, C::kHasCell ? p.c_n + r * H + at : nullptr,
-                              p.kept == nullptr ? nullptr : p.kept + row * kept_width + at, H, p.y + row * H + at,
-                              lanes);
+          const Vec<T> h_now =
+              forward_units<S, C>(blocks, h == nullptr ? nullptr : h + at, states.cell(r, at),
+                                  p.kept == nullptr ? nullptr : p.kept + row * kept_width + at, H, lanes);
+          target.store(r, at, h_now, lanes);
         });
       }
     }
-    copy_columns(p.y + order.first_row(i) * H, p.h_n, H, {order.rows(i + 1), rows}, columns);
+    states.end(i, all, columns);
     if (i + 1 < s.steps) team.sync();
   }
+  states.finish(all, columns);
 }
 
-template <typename T, typename C>
-static void forward_packed(const RecurrenceForwardParams<T>& p, const Team& team) {
-  const RecurrenceSizes<T>& s = p.sizes;
+template <typename S>
+static void pack_weights(const RecurrenceForwardParams<S>& p, Compute<S>* packed, const Team& team) {
+  using T = Compute<S>;
+  with_cell(p.sizes.cell, [&](auto cell) {
+    using C = decltype(cell);
+    const RecurrenceSizes& s = p.sizes;
+    const int64_t H = s.hidden, P = s.output;
+    const int64_t gates = C::kGates * H;
+    const PackedWeights<T> sizes(s);
+    pack_transposed<T>([&](int64_t col) { return p.w_ih + (input_gate<C>(col / H) * H + col % H) * s.input; }, gates,
+                       s.input, team.share(panels_of<T>(gates)), packed);
+    for (int g = 0; g < C::kGates; ++g) {
+      pack_transposed<T>([&](int64_t col) { return p.w_hh + (g * H + col) * P; }, H, P, team.share(panels_of<T>(H)),
+                         packed + sizes.ih + g * sizes.hh_gate);
+    }
+    if (s.projected()) {
+      pack_transposed<T>([&](int64_t col) { return p.w_hr + col * H; }, P, H, team.share(panels_of<T>(P)),
+                         packed + sizes.ih + C::kGates * sizes.hh_gate);
+    }
+  });
+}
+
+template <typename S, typename C>
+static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team) {
+  using T = Compute<S>;
+  const RecurrenceSizes& s = p.sizes;
   const int64_t H = s.hidden, P = s.output;
   const int64_t gates = C::kGates * H;
   const bool projected = C::kHasCell && s.projected();
-  const Order<T> order{s};
-  const ForwardSpace<T> space(s);
-  T* packed_ih = p.workspace;
-  T* packed_hh = packed_ih + space.ih;
-  T* packed_hr = packed_hh + C::kGates * space.hh_gate;
-  T* bias = packed_hr + space.hr;
+  const Order order{s};
+  const PackedWeights<T> weights(s);
+  const T* packed_ih = p.packed;
+  const T* packed_hh = packed_ih + weights.ih;
+  const T* packed_hr = packed_hh + C::kGates * weights.hh_gate;
+  const ForwardSpace<S> space(s, team.size);
+  T* bias = p.workspace;
   T* block_z = bias + space.bias;
   T* step_m = block_z + space.z;
+  T* two_steps = step_m + space.m;
+  T* cells = two_steps + space.states;
+  T* left = cells + space.cells + team.rank * space.left;
 
-  pack_transposed([&](int64_t col) { return p.w_ih + (input_gate<C>(col / H) * H + col % H) * s.input; }, gates,
-                  s.input, team.share(panels_of<T>(gates)), packed_ih);
-  for (int g = 0; g < C::kGates; ++g) {
-    pack_transposed([&](int64_t col) { return p.w_hh + (g * H + col) * P; }, H, P, team.share(panels_of<T>(H)),
-                    packed_hh + g * space.hh_gate);
-  }
-  if (projected) {
-    pack_transposed([&](int64_t col) { return p.w_hr + col * H; }, P, H, team.share(panels_of<T>(P)), packed_hr);
-  }
   const Range biases = team.share(gates, kAlign);
   for (int64_t j = biases.begin; j < biases.end; ++j) {
     const int b = static_cast<int>(j / H);
-    bias[j] = p.b_ih == nullptr ? T(0) : p.b_ih[input_gate<C>(b) * H + j % H];
-    if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) bias[j] += p.b_hh[state_gate<C>(b) * H + j % H];
+    bias[j] = p.b_ih == nullptr ? T(0) : read(p.b_ih + input_gate<C>(b) * H + j % H);
+    if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) bias[j] += read(p.b_hh + state_gate<C>(b) * H + j % H);
   }
 
-  const Part part = part_of(s, team);
-  if (C::kHasCell) start_columns(p.c0, p.c_n, H, part.rows, part.columns);
+  const Part part = part_of<T>(s, team);
+  const States<S, C> states(p, two_steps, cells);
+  states.start(part.rows, part.columns, part.output_columns);
   const int64_t kept_width = kept_blocks(s.cell, projected) * H;
   // Pre-activations go where their gates will be kept, or the states be written; else where the next block's will, too.
-  T* const z_home = !C::kKeeps ? p.y : p.kept;
+  T* z_home = nullptr;
+  if constexpr (!kIsNarrow<S>) z_home = !C::kKeeps ? p.y : p.kept;
   const int64_t z_width = z_home == nullptr ? gates : (C::kKeeps ? kept_width : H);
-  const int64_t limit = block_rows(s);
+  const int64_t limit = block_rows<T>(s);
 
   for (int64_t begin = 0, end = 0; begin < s.steps; begin = end) {
     int64_t count = 0;
@@ -378,7 +501,7 @@ static void forward_packed(const RecurrenceForwardParams<T>& p, const Team& team
 
     team.sync();
     const Range rows = team.share(count, kRows);
-    long_product<T>({p.x + (first + rows.begin) * s.input, s.input}, rows.size(), s.input, packed_ih, gates,
+    long_product<T>(p.x + (first + rows.begin) * s.input, s.input, rows.size(), s.input, packed_ih, gates, left,
                     [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
                       store_part(z + (rows.begin + row) * z_width + col, value + load_part(bias + col, lanes), lanes);
                     });
@@ -386,12 +509,16 @@ static void forward_packed(const RecurrenceForwardParams<T>& p, const Team& team
 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first_row = order.first_row(i);
-      const int64_t carried = order.rows(i - 1);
       const Range all = intersect(part.rows, {0, order.rows(i)});
-      // The output of the cell; projected, it is not yet that of the step.
-      T* const m = !projected ? p.y + first_row * P
-                              : (p.kept == nullptr ? step_m : p.kept + first_row * kept_width + (C::kBlocks + 1) * H);
-      const int64_t m_width = projected && p.kept != nullptr ? kept_width : H;
+      const auto target = states.target(i);
+      S* const kept = p.kept == nullptr ? nullptr : p.kept + first_row * kept_width;
+      // The output of the cell, where it is not yet that of the step; what is kept of it may be the same.
+      S* const kept_m = kept == nullptr ? nullptr : kept + (C::kBlocks + 1) * H;
+      T* m = step_m;
+      int64_t m_width = H;
+      if constexpr (!kIsNarrow<S>) {
+        if (kept_m != nullptr) m = kept_m, m_width = kept_width;
+      }
       const auto finish = [&](const T* previous, int64_t r, int64_t col, Vec<T>(&values)[C::kGates], int lanes) {
         const T* z_row = z + (first_row - first + r) * z_width + col;
         Vec<T> blocks[C::kBlocks];
@@ -405,12 +532,19 @@ static void forward_packed(const RecurrenceForwardParams<T>& p, const Team& team
             if (p.b_hh != nullptr) blocks[b] += load_part(p.b_hh + g * H + col, lanes);
           }
         }
-        forward_units<T, C>(
-            blocks, previous == nullptr ? nullptr : previous + r * P + col, C::kHasCell ? p.c_n + r * H + col : nullptr,
-            p.kept == nullptr ? nullptr : p.kept + (first_row + r) * kept_width + col, H, m + r * m_width + col, lanes);
+        const Vec<T> h =
+            forward_units<S, C>(blocks, previous == nullptr ? nullptr : previous + col, states.cell(r, col),
+                                kept == nullptr ? nullptr : kept + r * kept_width + col, H, lanes);
+        if (!projected) return target.store(r, col, h, lanes);
+        store_part(m + r * m_width + col, h, lanes);
+        if constexpr (kIsNarrow<S>) {
+          if (kept_m != nullptr) store_part(kept_m + r * kept_width + col, h, lanes);
+        }
       };
-      // Rows whose state before is at `previous`, row 0 being that of batch row 0; null: zeros.
-      const auto step = [&](const T* previous, Range r) {
+      // Rows that all go on, or all join.
+      const auto step = [&](Range r) {
+        if (r.size() == 0) return;
+        const T* previous = states.before(i, r.begin);
         if (previous == nullptr) {
           for (int64_t row = r.begin; row < r.end; ++row) {
             for_each_vector<T>(part.columns.size(), [&](int64_t j, int lanes) {
@@ -421,40 +555,40 @@ static void forward_packed(const RecurrenceForwardParams<T>& p, const Team& team
           return;
         }
         gates_product<T, C::kGates>(
-            Rows<T>{previous + r.begin * P, P}, r.size(), P, packed_hh, space.hh_gate, H, part.panels,
+            Rows<T>{previous, P}, r.size(), P, packed_hh, weights.hh_gate, H, part.panels,
             [&](int64_t row, int64_t col) {
               const T* z_row = z + (first_row - first + r.begin + row) * z_width + col;
               for (int b = 0; b < C::kGates; ++b) __builtin_prefetch(z_row + b * H, 1);
             },
             [&](int64_t row, int64_t col, Vec<T>(&values)[C::kGates], int lanes) {
-              finish(previous, r.begin + row, col, values, lanes);
+              finish(previous + row * P, r.begin + row, col, values, lanes);
             });
       };
-      if (i > 0) step(p.y + order.first_row(i - 1) * P, intersect(all, {0, carried}));
-      step(p.h0, intersect(all, {carried, order.rows(i)}));
-      T* y = p.y + first_row * P;
+      step(intersect(all, {0, order.rows(i - 1)}));
+      step(intersect(all, {order.rows(i - 1), order.rows(i)}));
       if (projected) {
         if (part.barrier) team.sync();
         product<T>(
             Rows<T>{m + all.begin * m_width, m_width}, all.size(), H, packed_hr, P, part.output_panels,
             [](int64_t, int64_t) {},
             [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-              store_part(y + (all.begin + row) * P + col, value, lanes);
+              target.store(all.begin + row, col, value, lanes);
             });
       }
-      copy_columns(y, p.h_n, P, intersect(all, {order.rows(i + 1), order.rows(i)}), part.output_columns);
+      states.end(i, part.rows, part.output_columns);
       if (part.barrier) team.sync();
     }
   }
+  states.finish(part.rows, part.columns);
 }
 
 // The input of the recurrent product at each row of the sequence: the state before it. Rows are asked for in rising
 // order. Null where the state before is zero.
-template <typename T>
+template <typename S>
 class PreviousState {
  public:
-  PreviousState(const RecurrenceBackwardParams<T>& p, int64_t first) : p_(p), first_(first) {
-    const RecurrenceSizes<T>& s = p.sizes;
+  PreviousState(const RecurrenceBackwardParams<S>& p, int64_t first) : p_(p), first_(first) {
+    const RecurrenceSizes& s = p.sizes;
     int64_t high = s.steps - 1;
     while (t_ < high) {  // the last step that starts at or before `first`
       const int64_t middle = (t_ + high + 1) / 2;
@@ -466,8 +600,8 @@ class PreviousState {
     }
   }
 
-  const T* operator()(int64_t i) {
-    const RecurrenceSizes<T>& s = p_.sizes;
+  const S* operator()(int64_t i) {
+    const RecurrenceSizes& s = p_.sizes;
     const int64_t row = first_ + i;
     while (row >= s.row_offsets[t_ + 1]) ++t_;
     const int64_t r = row - s.row_offsets[t_];
@@ -479,29 +613,30 @@ class PreviousState {
   }
 
  private:
-  const RecurrenceBackwardParams<T>& p_;
+  const RecurrenceBackwardParams<S>& p_;
   int64_t first_;
   int64_t t_ = 0;
 };
 
 // A weight gradient: sum over the rows of the sequence of left(row)^T right(row).
-template <typename T>
+template <typename S>
 struct WeightGradient {
-  T* dw;           // [gates * height, width]; null: not wanted
+  Compute<S>* dw;  // [gates * height, width]; null: not wanted
   int64_t width;   // of a row of the right side
   int gates[4];    // which of its blocks of `height` rows each block of the left side belongs to; -1: none
   bool of_state;   // the right side is the state before, else `right`
-  const T* right;  // [N, width], `stride` apart
+  const S* right;  // [N, width], `stride` apart
   int64_t stride;
 };
 
 // Rows [rows) of the sequence, whose left sides lie at `left_rows`; on top of what the gradients hold if `more`.
 // Gradients that have the left side [*, blocks * height] in common are one product with their right sides side by side,
 // so that the left side is packed once.
-template <typename T, int kSides>
-static void weight_gradients(const RecurrenceBackwardParams<T>& p, Range rows, const T* left_rows, int64_t height,
-                             int blocks, const WeightGradient<T> (&sides)[kSides], bool more, T* space,
-                             const Team& team) {
+template <typename S, int kSides>
+static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, const Compute<S>* left_rows,
+                             int64_t height, int blocks, const WeightGradient<S> (&sides)[kSides], bool more,
+                             Compute<S>* space, const Team& team) {
+  using T = Compute<S>;
   const int64_t n = rows.size();
   const int64_t left_width = blocks * height;
   Range places[kSides];  // of each side among the panels of all
@@ -518,7 +653,7 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, Range rows, c
     heights = team.share(height, kRows);
   }
   if (n == 0) {
-    for (const WeightGradient<T>& side : sides) {
+    for (const WeightGradient<S>& side : sides) {
       if (side.dw == nullptr) continue;
       int used = 0;
       for (int b = 0; b < blocks; ++b) used += side.gates[b] >= 0;
@@ -543,11 +678,11 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, Range rows, c
           body(sides[j], Range{0, mine.size()}, columns, right + (mine.begin - group.begin) * kPanel<T> * depth);
         }
       };
-      for_each_side([&](const WeightGradient<T>& side, Range some, Range columns, T* packed) {
+      for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, T* packed) {
         for (int64_t j = some.begin; j < some.end; ++j) {
-          PreviousState<T> state(p, rows.begin + i);
-          const auto row = [&](int64_t k) -> const T* {
-            const T* source = side.of_state ? state(k) : side.right + (rows.begin + i + k) * side.stride;
+          PreviousState<S> state(p, rows.begin + i);
+          const auto row = [&](int64_t k) -> const S* {
+            const S* source = side.of_state ? state(k) : side.right + (rows.begin + i + k) * side.stride;
             return source == nullptr ? nullptr : source + columns.begin;
           };
           pack_rows<T>(row, columns.size(), depth, {j, j + 1}, packed);
@@ -558,7 +693,7 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, Range rows, c
           const Range some_height = intersect({r, r + kGradientHeight}, heights);
           pack_columns(left_rows + i * left_width, left_width, depth,
                        {b * height + some_height.begin, b * height + some_height.end}, left);
-          for_each_side([&](const WeightGradient<T>& side, Range some, Range columns, const T* packed) {
+          for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, const T* packed) {
             if (side.gates[b] < 0) return;
             T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
             product<T>(
@@ -575,16 +710,16 @@ static void weight_gradients(const RecurrenceBackwardParams<T>& p, Range rows, c
   }
 }
 
-// The gradients of both biases: sums of n rows of dz, on top of what they hold if `more`.
+// The gradients of both biases: sums of n rows of dz [n, blocks H], on top of what they hold if `more`. Null: not
+// wanted.
 template <typename T, typename C>
-static void bias_gradients(const RecurrenceBackwardParams<T>& p, const T* dz, int64_t n, bool more, const Team& team) {
+static void bias_gradients(const T* dz, int64_t n, int64_t H, T* of_input, T* of_state, bool more, const Team& team) {
   constexpr int64_t kSums = 8;
   constexpr int64_t kWidth = kSums * kLanes<T>;
-  const int64_t H = p.sizes.hidden;
   const Range columns = team.share(H, kLanes<T>);
   for (int b = 0; b < C::kBlocks; ++b) {
-    T* db_ih = p.db_ih == nullptr || b >= C::kGates ? nullptr : p.db_ih + input_gate<C>(b) * H;
-    T* db_hh = p.db_hh == nullptr || state_gate<C>(b) < 0 ? nullptr : p.db_hh + state_gate<C>(b) * H;
+    T* db_ih = of_input == nullptr || b >= C::kGates ? nullptr : of_input + input_gate<C>(b) * H;
+    T* db_hh = of_state == nullptr || state_gate<C>(b) < 0 ? nullptr : of_state + state_gate<C>(b) * H;
     if (db_ih == nullptr && db_hh == nullptr) continue;
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
       const int64_t width = columns.end - c < kWidth ? columns.end - c : kWidth;
@@ -606,12 +741,14 @@ static void bias_gradients(const RecurrenceBackwardParams<T>& p, const T* dz, in
 }
 
 // The backward pass, as one thread of the team sees it.
-template <typename T, typename C>
+template <typename S, typename C>
 class BackwardPass {
+  using T = Compute<S>;
+
  public:
-  BackwardPass(const RecurrenceBackwardParams<T>& p, const Team& team)
-      : p_(p), team_(team), part_(part_of(p.sizes, team)), projected_(C::kHasCell && p.sizes.projected()) {
-    const BackwardSpace<T> sizes(s_, team.size);
+  BackwardPass(const RecurrenceBackwardParams<S>& p, const Team& team)
+      : p_(p), team_(team), part_(part_of<T>(p.sizes, team)), projected_(C::kHasCell && p.sizes.projected()) {
+    const BackwardSpace<S> sizes(s_, team.size);
     packed_hh_ = p.workspace;
     packed_hr_ = packed_hh_ + sizes.hh;
     packed_ih_ = packed_hr_ + sizes.hr;
@@ -619,7 +756,16 @@ class BackwardPass {
     dh_ = carry_ + sizes.carry;
     block_ = {dh_ + sizes.dh, 0, 0, {s_.steps, s_.steps}};
     later_block_ = {block_.dz + sizes.dz, 0, 0, {s_.steps, s_.steps}};
-    space_ = later_block_.dz + sizes.dz + team.rank * kGradientBlock<T>;
+    T* sums = later_block_.dz + sizes.dz;
+    space_ = sums + sizes.sums + team.rank * kGradientBlock<T>;
+    for_each_gradient([&](T*& sum, S* result, int64_t n) {
+      if constexpr (kIsNarrow<S>) {
+        sum = result == nullptr ? nullptr : sums;
+        sums += n;
+      } else {
+        sum = result;
+      }
+    });
   }
 
   void run() {
@@ -636,6 +782,13 @@ class BackwardPass {
     } while (block_.steps.begin > 0);
     into_h0(0, intersect(part_.rows, {0, order_.rows(0)}));
     if (p_.dc0 != nullptr) copy_columns(carry_, p_.dc0, H, part_.rows, part_.columns);
+    if constexpr (kIsNarrow<S>) {
+      team_.sync();
+      for_each_gradient([&](T*& sum, S* result, int64_t n) {
+        const Range part = team_.share(n, kLanes<T>);
+        if (result != nullptr) convert(sum + part.begin, result + part.begin, part.size());
+      });
+    }
   }
 
  private:
@@ -646,6 +799,16 @@ class BackwardPass {
     int64_t rows;
     Range steps;  // its positions in the order
   };
+
+  // Calls body(its sum, the result, elements) for each gradient of weights and biases.
+  template <typename Body>
+  void for_each_gradient(Body body) {
+    body(dw_ih_, p_.dw_ih, gates_ * s_.input);
+    body(dw_hh_, p_.dw_hh, gates_ * P);
+    body(dw_hr_, p_.dw_hr, projected_ ? P * H : 0);
+    body(db_ih_, p_.db_ih, gates_);
+    body(db_hh_, p_.db_hh, gates_);
+  }
 
   void pack() {
     pack_rows<T>([&](int64_t i) { return p_.w_hh + i * P; }, P, gates_, team_.share(panels_of<T>(P)), packed_hh_);
@@ -680,11 +843,11 @@ class BackwardPass {
   T* dh_of(int64_t i, int64_t r) const { return dh_ + (order_.first_row(i) + r - block_.first) * P; }
 
   // The state of a row before position i; null: zeros.
-  const T* state_before(int64_t i, int64_t r) const {
+  const S* state_before(int64_t i, int64_t r) const {
     if (r < order_.rows(i - 1)) return p_.y + (order_.first_row(i - 1) + r) * P;
     return p_.h0 == nullptr ? nullptr : p_.h0 + r * P;
   }
-  const T* cell_before(int64_t i, int64_t r) const {
+  const S* cell_before(int64_t i, int64_t r) const {
     if (r < order_.rows(i - 1)) return p_.kept + (order_.first_row(i - 1) + r) * kept_width_ + C::kBlocks * H;
     return p_.c0 == nullptr ? nullptr : p_.c0 + r * H;
   }
@@ -695,18 +858,18 @@ class BackwardPass {
     Vec<T> blocks[C::kBlocks];
     Vec<T> h{}, h_before{}, c{}, c_before{}, carried{};
     if (C::kKeeps) {
-      const T* kept = p_.kept + row * kept_width_ + col;
+      const S* kept = p_.kept + row * kept_width_ + col;
       for (int b = 0; b < C::kBlocks; ++b) blocks[b] = load_part(kept + b * H, lanes);
       if (C::kHasCell) c = load_part(kept + C::kBlocks * H, lanes);
     } else {
       h = load_part(p_.y + row * P + col, lanes);
     }
     if (C::kReadsState) {
-      const T* before = state_before(i, r);
+      const S* before = state_before(i, r);
       if (before != nullptr) h_before = load_part(before + col, lanes);
     }
     if (C::kHasCell) {
-      const T* before = cell_before(i, r);
+      const S* before = cell_before(i, r);
       if (before != nullptr) c_before = load_part(before + col, lanes);
     }
     if (C::kCarries) carried = load_part(carry_ + r * H + col, lanes);
@@ -787,14 +950,14 @@ class BackwardPass {
   void products() {
     if (p_.dx != nullptr) {
       const Range rows = team_.share(block_.rows, kRows);
-      T* dx = p_.dx + (block_.first + rows.begin) * s_.input;
-      long_product<T>({block_.dz + rows.begin * dz_width_, dz_width_}, rows.size(), gates_, packed_ih_, s_.input,
-                      [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+      S* dx = p_.dx + (block_.first + rows.begin) * s_.input;
+      long_product<T>(block_.dz + rows.begin * dz_width_, dz_width_, rows.size(), gates_, packed_ih_, s_.input,
+                      static_cast<T*>(nullptr), [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
                         store_part(dx + row * s_.input + col, value, lanes);
                       });
     }
-    WeightGradient<T> of_input = {p_.dw_ih, s_.input, {}, false, p_.x, s_.input};
-    WeightGradient<T> of_state = {p_.dw_hh, P, {}, true, nullptr, 0};
+    WeightGradient<S> of_input = {dw_ih_, s_.input, {}, false, p_.x, s_.input};
+    WeightGradient<S> of_state = {dw_hh_, P, {}, true, nullptr, 0};
     for (int b = 0; b < C::kBlocks; ++b) {
       of_input.gates[b] = b < C::kGates ? input_gate<C>(b) : -1;
       of_state.gates[b] = state_gate<C>(b);
@@ -803,16 +966,16 @@ class BackwardPass {
     const bool more = block_.steps.end < s_.steps;
     weight_gradients(p_, rows, block_.dz, H, C::kBlocks, {of_input, of_state}, more, space_, team_);
     if (projected_) {
-      const WeightGradient<T> of_cell = {p_.dw_hr, H, {0}, false, p_.kept + (C::kBlocks + 1) * H, kept_width_};
+      const WeightGradient<S> of_cell = {dw_hr_, H, {0}, false, p_.kept + (C::kBlocks + 1) * H, kept_width_};
       weight_gradients(p_, rows, dh_, P, 1, {of_cell}, more, space_, team_);
     }
-    bias_gradients<T, C>(p_, block_.dz, block_.rows, more, team_);
+    bias_gradients<T, C>(block_.dz, block_.rows, H, db_ih_, db_hh_, more, team_);
   }
 
-  const RecurrenceBackwardParams<T>& p_;
-  const RecurrenceSizes<T>& s_ = p_.sizes;
+  const RecurrenceBackwardParams<S>& p_;
+  const RecurrenceSizes& s_ = p_.sizes;
   const Team& team_;
-  const Order<T> order_{s_};
+  const Order order_{s_};
   const Part part_;
   const bool projected_;
   const int64_t H = s_.hidden;
@@ -825,25 +988,30 @@ class BackwardPass {
   T* packed_ih_;
   T* carry_;
   T* dh_;  // [rows of a block, P] gradients of the states, where they are projected
+  T* dw_ih_;
+  T* dw_hh_;
+  T* dw_hr_;
+  T* db_ih_;
+  T* db_hh_;
   T* space_;
   Block block_;
   Block later_block_;  // the one that was at work before
 };
 
-template <typename T>
-static void recurrence_forward(const RecurrenceForwardParams<T>& p, const Team& team) {
+template <typename S>
+static void recurrence_forward(const RecurrenceForwardParams<S>& p, const Team& team) {
   with_cell(p.sizes.cell, [&](auto cell) {
     if (goes_direct(p.sizes)) {
-      forward_direct<T, decltype(cell)>(p, team);
+      forward_direct<S, decltype(cell)>(p, team);
     } else {
-      forward_packed<T, decltype(cell)>(p, team);
+      forward_packed<S, decltype(cell)>(p, team);
     }
   });
 }
 
-template <typename T>
-static void recurrence_backward(const RecurrenceBackwardParams<T>& p, const Team& team) {
-  with_cell(p.sizes.cell, [&](auto cell) { BackwardPass<T, decltype(cell)>(p, team).run(); });
+template <typename S>
+static void recurrence_backward(const RecurrenceBackwardParams<S>& p, const Team& team) {
+  with_cell(p.sizes.cell, [&](auto cell) { BackwardPass<S, decltype(cell)>(p, team).run(); });
 }
 
 }  // namespace LLM_EXT_LEVEL

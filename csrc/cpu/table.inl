@@ -2,23 +2,33 @@
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
-template <typename T>
-static constexpr KernelsOf<T> kKernelsOf = {
-    .recurrence_forward_workspace = recurrence_forward_workspace<T>,
-    .recurrence_backward_workspace = recurrence_backward_workspace<T>,
-    .recurrence_threads = recurrence_threads<T>,
-    .recurrence_forward = recurrence_forward<T>,
-    .recurrence_backward = recurrence_backward<T>,
-    .pool_threads = pool_threads<T>,
-    .pool_workspace = pool_workspace<T>,
-    .pool_forward = pool_forward<T>,
-    .pool_backward = pool_backward<T>,
-    .prefix_pool_workspace = prefix_pool_workspace<T>,
-    .prefix_pool_forward = prefix_pool_forward<T>,
-    .prefix_pool_backward = prefix_pool_backward<T>,
+template <typename S>
+static constexpr RecurrenceKernels<S> kRecurrenceKernels = {
+    .packed_size = packed_weights_size<S>,
+    .forward_workspace = recurrence_forward_workspace<S>,
+    .backward_workspace = recurrence_backward_workspace<S>,
+    .threads = recurrence_threads,
+    .pack = pack_weights<S>,
+    .forward = recurrence_forward<S>,
+    .backward = recurrence_backward<S>,
 };
 
-static constexpr Kernels kKernels = {LLM_EXT_LEVEL_NAME, kKernelsOf<float>, kKernelsOf<double>};
+template <typename T>
+static constexpr PoolKernels<T> kPoolKernels = {
+    .threads = pool_threads<T>,
+    .workspace = pool_workspace<T>,
+    .forward = pool_forward<T>,
+    .backward = pool_backward<T>,
+    .prefix_workspace = prefix_pool_workspace<T>,
+    .prefix_forward = prefix_pool_forward<T>,
+    .prefix_backward = prefix_pool_backward<T>,
+};
+
+static constexpr Kernels kKernels = {
+    LLM_EXT_LEVEL_NAME,
+    digest,
+    {kRecurrenceKernels<float>, kRecurrenceKernels<double>, kRecurrenceKernels<BFloat16>, kRecurrenceKernels<Float16>},
+    {kPoolKernels<float>, kPoolKernels<double>}};
 
 }  // namespace LLM_EXT_LEVEL
 }  // namespace llm_ext

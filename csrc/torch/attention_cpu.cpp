@@ -91,17 +91,17 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const Optiona
                                                   const OptionalTensor& scores, const OptionalTensor& lengths,
                                                   const OptionalTensor& mask) {
   constexpr const char* kOp = "attention_pool_forward";
-  return with_type(e, kOp, "e", [&](auto type) {
+  return with_type<float, double>(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
     check_one_source(kOp, u, scores);
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
     const Tensor c = empty({args.in.batch, args.in.dim}, kScalarType<T>);
     const Tensor lse = empty({args.in.batch}, kScalarType<T>);
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.pool_threads(args.in, max_threads());
-    const Tensor workspace = workspace_of<T>(kernel.pool_workspace(args.in, threads));
+    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const int threads = kernel.threads(args.in, max_threads());
+    const Tensor workspace = workspace_of<T>(kernel.workspace(args.in, threads));
     const PoolForwardParams<T> p = {args.in, mutable_data<T>(c), mutable_data<T>(lse), mutable_data<T>(workspace)};
-    run_team(threads, [&](const Team& team) { kernel.pool_forward(p, team); });
+    run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     return std::make_tuple(c, lse);
   });
 }
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
                                                            const Tensor& lse, bool need_de, bool need_du,
                                                            bool need_dscores) {
   constexpr const char* kOp = "attention_pool_backward";
-  return with_type(e, kOp, "e", [&](auto type) {
+  return with_type<float, double>(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
     check_one_source(kOp, u, scores);
     const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
@@ -125,9 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
     const Tensor de = need_de ? args.empty_like_e() : empty({0}, kScalarType<T>);
     const Output<T> du(need_du && u.has_value(), {in.dim});
     const Output<T> dscores(need_dscores && scores.has_value(), {in.batch, in.steps});
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.pool_threads(in, max_threads());
-    const Tensor workspace = workspace_of<T>(kernel.pool_workspace(in, threads));
+    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const int threads = kernel.threads(in, max_threads());
+    const Tensor workspace = workspace_of<T>(kernel.workspace(in, threads));
     const PoolBackwardParams<T> p = {in,
                                      c_in.get(),
                                      lse_in.get(),
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
                                      du.get(),
                                      dscores.get(),
                                      mutable_data<T>(workspace)};
-    run_team(threads, [&](const Team& team) { kernel.pool_backward(p, team); });
+    run_team(threads, [&](const Team& team) { kernel.backward(p, team); });
     return std::make_tuple(de, du.tensor(), dscores.tensor());
   });
 }
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
                                                                const OptionalTensor& mask, const OptionalTensor& l0,
                                                                const OptionalTensor& c0) {
   constexpr const char* kOp = "prefix_pool_forward";
-  return with_type(e, kOp, "e", [&](auto type) {
+  return with_type<float, double>(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
     check_one_source(kOp, u, scores);
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
@@ -160,9 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     const Tensor share = empty({in.batch, in.steps}, kScalarType<T>);
     const Tensor l_n = empty({in.batch}, kScalarType<T>);
     const Tensor c_n = empty({in.batch, in.dim}, kScalarType<T>);
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.pool_threads(in, max_threads());
-    const Tensor workspace = workspace_of<T>(kernel.prefix_pool_workspace(in, threads));
+    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const int threads = kernel.threads(in, max_threads());
+    const Tensor workspace = workspace_of<T>(kernel.prefix_workspace(in, threads));
     const PrefixPoolForwardParams<T> p = {in,
                                           l0_in.get(),
                                           c0_in.get(),
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
                                           mutable_data<T>(l_n),
                                           mutable_data<T>(c_n),
                                           mutable_data<T>(workspace)};
-    run_team(threads, [&](const Team& team) { kernel.prefix_pool_forward(p, team); });
+    run_team(threads, [&](const Team& team) { kernel.prefix_forward(p, team); });
     return std::make_tuple(c, share, l_n, c_n);
   });
 }
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
     const OptionalTensor& u, const OptionalTensor& c0, const Tensor& c, const Tensor& share, bool need_de, bool need_du,
     bool need_dscores, bool need_dstate) {
   constexpr const char* kOp = "prefix_pool_backward";
-  return with_type(e, kOp, "e", [&](auto type) {
+  return with_type<float, double>(e, kOp, "e", [&](auto type) {
     using T = decltype(type);
     const PoolArguments<T> args(kOp, e, u, {}, {}, {});
     const PoolInput<T>& in = args.in;
@@ -197,9 +197,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
     const Output<T> dscores(need_dscores, {in.batch, in.steps});
     const Output<T> dl0(need_dstate, {in.batch});
     const Output<T> dc0(need_dstate, {in.batch, in.dim});
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.pool_threads(in, max_threads());
-    const Tensor workspace = workspace_of<T>(kernel.prefix_pool_workspace(in, threads));
+    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const int threads = kernel.threads(in, max_threads());
+    const Tensor workspace = workspace_of<T>(kernel.prefix_workspace(in, threads));
     const PrefixPoolBackwardParams<T> p = {in,
                                            c0_in.get(),
                                            data<T>(c_rows),
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
                                            dl0.get(),
                                            dc0.get(),
                                            mutable_data<T>(workspace)};
-    run_team(threads, [&](const Team& team) { kernel.prefix_pool_backward(p, team); });
+    run_team(threads, [&](const Team& team) { kernel.prefix_backward(p, team); });
     return std::make_tuple(de, du.tensor(), dscores.tensor(), dl0.tensor(), dc0.tensor());
   });
 }

@@ -24,8 +24,24 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-template <typename T>
-constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+// How torch calls a type that tensors are stored as.
+template <typename S>
+constexpr ScalarType kScalarType = ScalarType::Float;
+template <>
+inline constexpr ScalarType kScalarType<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType kScalarType<Float16> = ScalarType::Half;
+
+template <typename S>
+constexpr const char* kTypeName = "float32";
+template <>
+inline constexpr const char* kTypeName<double> = "float64";
+template <>
+inline constexpr const char* kTypeName<BFloat16> = "bfloat16";
+template <>
+inline constexpr const char* kTypeName<Float16> = "float16";
 
 inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
   if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
@@ -99,13 +115,30 @@ inline void prefer_huge_pages(const Tensor& t, int64_t bytes) {
 #endif
 }
 
+// As the C interface of torch numbers it, and bytes of an element.
+struct TypeCode {
+  int32_t code;
+  int64_t bytes;
+};
+inline TypeCode type_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return {aoti_torch_dtype_float64(), 8};
+    case ScalarType::BFloat16:
+      return {aoti_torch_dtype_bfloat16(), 2};
+    case ScalarType::Half:
+      return {aoti_torch_dtype_float16(), 2};
+    default:
+      return {aoti_torch_dtype_float32(), 4};
+  }
+}
+
 inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  const int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  auto [code, bytes] = type_code(dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor t(handle);
-  int64_t bytes = dtype == ScalarType::Float ? 4 : 8;
   for (int64_t size : sizes) bytes *= size;  // all of our layouts are dense
   prefer_huge_pages(t, bytes);
   return t;
@@ -160,14 +193,15 @@ void run_team(int threads, const Kernel& kernel) {
   kernel(Team{0, 1, &barrier});
 }
 
-// Calls run(T{}) with the floating type of a tensor.
-template <typename Run>
+// Calls run(S{}) with that one of the types which a tensor is stored as.
+template <typename First, typename... Others, typename Run>
 auto with_type(const Tensor& t, const char* op, const char* name, const Run& run) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", name,
-                  " must be float32 or float64");
-  if (dtype == ScalarType::Double) return run(double{});
-  return run(float{});
+  if constexpr (sizeof...(Others) > 0) {
+    if (dtype != kScalarType<First>) return with_type<Others...>(t, op, name, run);
+  }
+  STD_TORCH_CHECK(dtype == kScalarType<First>, op, ": ", name, " must not be of this dtype");
+  return run(First{});
 }
 
 }  // namespace llm_ext

@@ -9,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "params.h"
 #include "torch/check.h"
+#include "torch/packed_weights.h"
 #include "torch/stable.h"
 
 namespace llm_ext {
@@ -61,8 +62,11 @@ struct Arguments {
 
 const OptionalTensor kNone;
 
-// Sizes and inputs that forward and backward have in common, checked; keeps dense copies alive for the call.
 template <typename T>
+constexpr int64_t kBytes = sizeof(T);
+
+// Sizes and inputs that forward and backward have in common, checked; keeps dense copies alive for the call.
+template <typename S>
 class Recurrence {
  public:
   explicit Recurrence(const Arguments& a)
@@ -83,47 +87,47 @@ class Recurrence {
   // x and y are [T, B, *] or, packed, [N, *].
   const Tensor& checked_rows(const char* name, const Tensor& t, int64_t width) const {
     if (packed_) {
-      check_tensor(t, op_, name, kScalarType<T>, {rows(), width});
+      check_tensor(t, op_, name, kScalarType<S>, {rows(), width});
     } else {
-      check_tensor(t, op_, name, kScalarType<T>, {sizes.steps, sizes.batch, width});
+      check_tensor(t, op_, name, kScalarType<S>, {sizes.steps, sizes.batch, width});
     }
     return t;
   }
 
   Tensor empty_rows(int64_t width) const {
-    if (packed_) return empty({rows(), width}, kScalarType<T>);
-    return empty({sizes.steps, sizes.batch, width}, kScalarType<T>);
+    if (packed_) return empty({rows(), width}, kScalarType<S>);
+    return empty({sizes.steps, sizes.batch, width}, kScalarType<S>);
   }
 
   // What is kept for the backward pass, [N, width] always.
   Tensor empty_kept(bool wanted) const {
-    return empty({wanted ? rows() : 0, kept_blocks(sizes.cell, sizes.projected()) * sizes.hidden}, kScalarType<T>);
+    return empty({wanted ? rows() : 0, kept_blocks(sizes.cell, sizes.projected()) * sizes.hidden}, kScalarType<S>);
   }
 
   // A state is [B, *], or [1, B, *] as torch.nn lays out the state of one layer; results take the shape of h0.
-  Input<T> state_input(const char* name, const OptionalTensor& t, int64_t width) const {
-    if (t.has_value() && t->dim() == 3) return Input<T>(t, op_, name, {1, sizes.batch, width});
-    return Input<T>(t, op_, name, {sizes.batch, width});
+  Input<S> state_input(const char* name, const OptionalTensor& t, int64_t width) const {
+    if (t.has_value() && t->dim() == 3) return Input<S>(t, op_, name, {1, sizes.batch, width});
+    return Input<S>(t, op_, name, {sizes.batch, width});
   }
 
-  Output<T> state_output(bool wanted, int64_t width) const {
-    if (layer_state_) return Output<T>(wanted, {1, sizes.batch, width});
-    return Output<T>(wanted, {sizes.batch, width});
+  Output<S> state_output(bool wanted, int64_t width) const {
+    if (layer_state_) return Output<S>(wanted, {1, sizes.batch, width});
+    return Output<S>(wanted, {sizes.batch, width});
   }
 
-  const T* x() const { return data<T>(x_); }
-  const T* h0() const { return h0_.get(); }
-  const T* c0() const { return c0_.get(); }
-  const T* w_ih() const { return w_ih_.get(); }
-  const T* w_hh() const { return w_hh_.get(); }
-  const T* w_hr() const { return w_hr_.get(); }
+  const S* x() const { return data<S>(x_); }
+  const S* h0() const { return h0_.get(); }
+  const S* c0() const { return c0_.get(); }
+  const S* w_ih() const { return w_ih_.get(); }
+  const S* w_hh() const { return w_hh_.get(); }
+  const S* w_hr() const { return w_hr_.get(); }
   int64_t rows() const { return offsets_.back(); }
 
  private:
-  RecurrenceSizes<T> fill_sizes(const Arguments& a) const {
+  RecurrenceSizes fill_sizes(const Arguments& a) const {
     STD_TORCH_CHECK(a.w_ih.dim() == 2 && a.w_ih.size(0) % gates_of(a.cell) == 0, op_, ": w_ih must be [G H, I], got ",
                     shape_text(a.w_ih));
-    RecurrenceSizes<T> s;
+    RecurrenceSizes s;
     s.cell = a.cell;
     s.steps = static_cast<int64_t>(offsets_.size()) - 1;
     if (packed_) {
@@ -150,26 +154,26 @@ class Recurrence {
   bool packed_;
 
  public:
-  const RecurrenceSizes<T> sizes;
+  const RecurrenceSizes sizes;
 
  private:
   Tensor x_;
-  Input<T> h0_;
-  Input<T> c0_;
-  Input<T> w_ih_;
-  Input<T> w_hh_;
-  Input<T> w_hr_;
+  Input<S> h0_;
+  Input<S> c0_;
+  Input<S> w_ih_;
+  Input<S> w_hh_;
+  Input<S> w_hr_;
   bool layer_state_;
 };
 
 // The state of a sequence of no steps is what it started from; likewise its gradient.
-template <typename T>
-void pass_state(int64_t elements, const T* from, T* to) {
+template <typename S>
+void pass_state(int64_t elements, const S* from, S* to) {
   if (to == nullptr) return;
   if (from != nullptr) {
-    std::memcpy(to, from, elements * sizeof(T));
+    std::memcpy(to, from, elements * sizeof(S));
   } else {
-    std::memset(to, 0, elements * sizeof(T));
+    std::memset(to, 0, elements * sizeof(S));
   }
 }
 
@@ -182,43 +186,63 @@ struct ForwardResults {
 };
 
 ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const OptionalTensor& b_hh, bool keep) {
-  return with_type(a.x, a.op, "x", [&](auto type) {
-    using T = decltype(type);
-    const Recurrence<T> r(a);
-    const RecurrenceSizes<T>& s = r.sizes;
-    const Input<T> b_ih_in(b_ih, a.op, "b_ih", {r.gates()});
-    const Input<T> b_hh_in(b_hh, a.op, "b_hh", {r.gates()});
+  return with_type<float, double, BFloat16, Float16>(a.x, a.op, "x", [&](auto type) {
+    using S = decltype(type);
+    const Recurrence<S> r(a);
+    const RecurrenceSizes& s = r.sizes;
+    const Input<S> b_ih_in(b_ih, a.op, "b_ih", {r.gates()});
+    const Input<S> b_hh_in(b_hh, a.op, "b_hh", {r.gates()});
     const Tensor y = r.empty_rows(s.output);
-    const Output<T> h_n = r.state_output(true, s.output);
-    std::optional<Output<T>> c_n;
+    const Output<S> h_n = r.state_output(true, s.output);
+    std::optional<Output<S>> c_n;
     if (s.cell == Cell::kLstm) c_n.emplace(r.state_output(true, s.hidden));
     OptionalTensor kept;
     if (kept_blocks(s.cell, false) > 0) kept = r.empty_kept(keep);
 
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.recurrence_threads(s, max_threads());
-    const int64_t space = kernel.recurrence_forward_workspace(s);
+    const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
+    const int threads = kernel.threads(s, max_threads());
+    constexpr ScalarType kComputed = kScalarType<Compute<S>>;
     OptionalTensor workspace;
-    if (space > 0) workspace = empty({space}, kScalarType<T>);
-    const RecurrenceForwardParams<T> p = {s,
-                                          r.x(),
-                                          r.h0(),
-                                          r.c0(),
-                                          r.w_ih(),
-                                          r.w_hh(),
-                                          b_ih_in.get(),
-                                          b_hh_in.get(),
-                                          r.w_hr(),
-                                          mutable_data<T>(y),
-                                          h_n.get(),
-                                          c_n ? c_n->get() : nullptr,
-                                          keep ? mutable_data<T>(*kept) : nullptr,
-                                          workspace ? mutable_data<T>(*workspace) : nullptr};
+    if (const int64_t space = kernel.forward_workspace(s, threads)) workspace = empty({space}, kComputed);
+    RecurrenceForwardParams<S> p = {s,
+                                    r.x(),
+                                    r.h0(),
+                                    r.c0(),
+                                    r.w_ih(),
+                                    r.w_hh(),
+                                    b_ih_in.get(),
+                                    b_hh_in.get(),
+                                    r.w_hr(),
+                                    mutable_data<S>(y),
+                                    h_n.get(),
+                                    c_n ? c_n->get() : nullptr,
+                                    keep ? mutable_data<S>(*kept) : nullptr,
+                                    nullptr,
+                                    workspace ? mutable_data<Compute<S>>(*workspace) : nullptr};
     if (s.steps == 0) {
       pass_state(s.batch * s.output, p.h0, p.h_n);
       pass_state(s.batch * s.hidden, p.c0, p.c_n);
+    } else if (const int64_t packed_size = kernel.packed_size(s)) {
+      const int64_t weights = r.gates() * s.input, of_state = r.gates() * s.output;
+      const Digest digest = digest_of(
+          {{p.w_ih, weights * kBytes<S>},
+           {p.w_hh, of_state * kBytes<S>},
+           {p.w_hr, s.projected() ? s.output * s.hidden * kBytes<S> : 0}},
+          {static_cast<int64_t>(s.cell), static_cast<int64_t>(kScalarType<S>), s.input, s.hidden, s.output}, threads);
+      OptionalTensor packed = packed_weights().find(digest);
+      const bool fresh = !packed.has_value();
+      if (fresh) packed = empty({packed_size}, kComputed);
+      p.packed = data<Compute<S>>(*packed);
+      run_team(threads, [&](const Team& team) {
+        if (fresh) {
+          kernel.pack(p, mutable_data<Compute<S>>(*packed), team);
+          team.sync();
+        }
+        kernel.forward(p, team);
+      });
+      if (fresh) packed_weights().offer(digest, *packed, packed_size * kBytes<Compute<S>>);
     } else {
-      run_team(threads, [&](const Team& team) { kernel.recurrence_forward(p, team); });
+      run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     }
     return ForwardResults{y, h_n.tensor(), c_n ? OptionalTensor(c_n->tensor()) : std::nullopt, kept};
   });
@@ -237,33 +261,33 @@ struct BackwardResults {
 BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
                          const OptionalTensor& grad_c_n, const Tensor& y, const OptionalTensor& kept,
                          const Needs& need) {
-  return with_type(a.x, a.op, "x", [&](auto type) {
-    using T = decltype(type);
-    const Recurrence<T> r(a);
-    const RecurrenceSizes<T>& s = r.sizes;
+  return with_type<float, double, BFloat16, Float16>(a.x, a.op, "x", [&](auto type) {
+    using S = decltype(type);
+    const Recurrence<S> r(a);
+    const RecurrenceSizes& s = r.sizes;
     const Tensor y_dense = dense(r.checked_rows("y", y, s.output));
     OptionalTensor grad_y_dense;
     if (grad_y.has_value()) grad_y_dense = dense(r.checked_rows("grad_y", *grad_y, s.output));
-    const Input<T> grad_h_n_in = r.state_input("grad_h_n", grad_h_n, s.output);
-    const Input<T> grad_c_n_in = r.state_input("grad_c_n", grad_c_n, s.hidden);
+    const Input<S> grad_h_n_in = r.state_input("grad_h_n", grad_h_n, s.output);
+    const Input<S> grad_c_n_in = r.state_input("grad_c_n", grad_c_n, s.hidden);
     const int64_t kept_width = kept_blocks(s.cell, s.projected()) * s.hidden;
-    const Input<T> kept_in(kept, a.op, "kept", {r.rows(), kept_width});
+    const Input<S> kept_in(kept, a.op, "kept", {r.rows(), kept_width});
 
-    const Output<T> none(false, {});
+    const Output<S> none(false, {});
     const Tensor dx = need.dx ? r.empty_rows(s.input) : none.tensor();
-    const Output<T> dh0 = r.state_output(need.dh0 && r.h0() != nullptr, s.output);
-    const Output<T> dc0 = r.state_output(need.dc0 && r.c0() != nullptr, s.hidden);
-    const Output<T> dw_ih(need.dw_ih, {r.gates(), s.input});
-    const Output<T> dw_hh(need.dw_hh, {r.gates(), s.output});
-    const Output<T> dw_hr(need.dw_hr && s.projected(), {s.output, s.hidden});
-    const Output<T> db_ih(need.db_ih, {r.gates()});
-    const Output<T> db_hh(need.db_hh, {r.gates()});
+    const Output<S> dh0 = r.state_output(need.dh0 && r.h0() != nullptr, s.output);
+    const Output<S> dc0 = r.state_output(need.dc0 && r.c0() != nullptr, s.hidden);
+    const Output<S> dw_ih(need.dw_ih, {r.gates(), s.input});
+    const Output<S> dw_hh(need.dw_hh, {r.gates(), s.output});
+    const Output<S> dw_hr(need.dw_hr && s.projected(), {s.output, s.hidden});
+    const Output<S> db_ih(need.db_ih, {r.gates()});
+    const Output<S> db_hh(need.db_hh, {r.gates()});
 
-    const KernelsOf<T>& kernel = kernels().of<T>();
-    const int threads = kernel.recurrence_threads(s, max_threads());
-    const Tensor workspace = empty({kernel.recurrence_backward_workspace(s, threads)}, kScalarType<T>);
-    const RecurrenceBackwardParams<T> p = {s,
-                                           grad_y_dense ? data<T>(*grad_y_dense) : nullptr,
+    const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
+    const int threads = kernel.threads(s, max_threads());
+    const Tensor workspace = empty({kernel.backward_workspace(s, threads)}, kScalarType<Compute<S>>);
+    const RecurrenceBackwardParams<S> p = {s,
+                                           grad_y_dense ? data<S>(*grad_y_dense) : nullptr,
                                            grad_h_n_in.get(),
                                            grad_c_n_in.get(),
                                            r.x(),
@@ -272,9 +296,9 @@ BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const
                                            r.w_ih(),
                                            r.w_hh(),
                                            r.w_hr(),
-                                           data<T>(y_dense),
+                                           data<S>(y_dense),
                                            kept_in.get(),
-                                           need.dx ? mutable_data<T>(dx) : nullptr,
+                                           need.dx ? mutable_data<S>(dx) : nullptr,
                                            dh0.get(),
                                            dc0.get(),
                                            dw_ih.get(),
@@ -282,12 +306,12 @@ BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const
                                            dw_hr.get(),
                                            db_ih.get(),
                                            db_hh.get(),
-                                           mutable_data<T>(workspace)};
+                                           mutable_data<Compute<S>>(workspace)};
     if (s.steps == 0) {
       pass_state(s.batch * s.output, p.grad_h_n, p.dh0);
       pass_state(s.batch * s.hidden, p.grad_c_n, p.dc0);
     }
-    run_team(threads, [&](const Team& team) { kernel.recurrence_backward(p, team); });
+    run_team(threads, [&](const Team& team) { kernel.backward(p, team); });
     return BackwardResults{
         dx, dh0.tensor(), dc0.tensor(), dw_ih.tensor(), dw_hh.tensor(), db_ih.tensor(), db_hh.tensor(), dw_hr.tensor()};
   });

@@ -1,0 +1,90 @@
+#include "torch/packed_weights.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "memory.h"
+
+namespace llm_ext {
+namespace {
+
+// Beyond these the entries that were used longest ago are forgotten.
+constexpr int64_t kMostBytes = 256 << 20;
+constexpr size_t kMostEntries = 64;
+
+}  // namespace
+
+Digest digest_of(std::initializer_list<Bytes> pieces, std::initializer_list<int64_t> numbers, int threads) {
+  const auto count = [](int64_t bytes) { return (bytes + kDigestPiece - 1) / kDigestPiece; };
+  std::vector<Digest> digests;
+  for (int64_t number : numbers) digests.push_back({static_cast<uint64_t>(number), 0});
+  size_t next = digests.size();
+  int64_t all = 0;
+  for (const Bytes& piece : pieces) all += count(piece.size);
+  digests.resize(next + all);
+  run_team(threads, [&](const Team& team) {
+    Digest* place = digests.data() + next;
+    for (const Bytes& piece : pieces) {
+      kernels().digest(piece.data, piece.size, place, team);
+      place += count(piece.size);
+    }
+  });
+  // The digest of the digests, until it is one.
+  do {
+    const int64_t bytes = static_cast<int64_t>(digests.size() * sizeof(Digest));
+    std::vector<Digest> fewer(count(bytes));
+    kernels().digest(digests.data(), bytes, fewer.data(), Team{0, 1, nullptr});
+    digests.swap(fewer);
+  } while (digests.size() > 1);
+  return digests.front();
+}
+
+OptionalTensor PackedWeightsStore::find(const Digest& digest) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock) return std::nullopt;
+  const auto found =
+      std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.digest == digest; });
+  if (found == entries_.end()) return std::nullopt;
+  entries_.splice(entries_.begin(), entries_, found);
+  return entries_.front().packed;
+}
+
+void PackedWeightsStore::offer(const Digest& digest, const Tensor& packed, int64_t bytes) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || bytes > kMostBytes) return;
+  const auto seen = std::find(seen_.begin(), seen_.end(), digest);
+  if (seen == seen_.end()) {
+    seen_.push_front(digest);
+    if (seen_.size() > kMostEntries) seen_.pop_back();
+    return;
+  }
+  seen_.erase(seen);
+  entries_.push_front({digest, packed, bytes});
+  bytes_ += bytes;
+  while (bytes_ > kMostBytes || entries_.size() > kMostEntries) {
+    bytes_ -= entries_.back().bytes;
+    entries_.pop_back();
+  }
+}
+
+void PackedWeightsStore::clear() {
+  const std::scoped_lock lock(mutex_);
+  entries_.clear();
+  seen_.clear();
+  bytes_ = 0;
+}
+
+int64_t PackedWeightsStore::bytes() {
+  const std::scoped_lock lock(mutex_);
+  return bytes_;
+}
+
+PackedWeightsStore& packed_weights() {
+  static PackedWeightsStore& store = *new PackedWeightsStore;  // never destroyed: torch may be gone before
+  return store;
+}
+
+int64_t remembered_bytes() { return packed_weights().bytes(); }
+void forget_weights() { packed_weights().clear(); }
+
+}  // namespace llm_ext

@@ -1,0 +1,56 @@
+// Weights as a kernel wants them, remembered from call to call.
+//
+// They are found again by a digest of the bytes that they were packed from, taken anew in every call. So there is
+// nothing to invalidate: however weights change (an optimizer, load_state_dict, a write through .data, numpy or another
+// process, a functional call with other tensors), they are other bytes, and are packed anew. Reading them takes a third
+// of the time of packing them, or less.
+//
+// What the digest cannot tell apart would go unnoticed: two sets of weights in 2^128.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <initializer_list>
+#include <list>
+#include <mutex>
+
+#include "cpu/kernels.h"
+#include "torch/check.h"
+
+namespace llm_ext {
+
+struct Bytes {
+  const void* data;
+  int64_t size;
+};
+
+// Of some pieces of memory and of numbers, read by so many threads.
+Digest digest_of(std::initializer_list<Bytes> pieces, std::initializer_list<int64_t> numbers, int threads);
+
+class PackedWeightsStore {
+ public:
+  // The packed form of the weights with this digest, if it is remembered.
+  OptionalTensor find(const Digest& digest);
+  // Remembers it, if these weights have been packed before: in training each set of weights is packed once.
+  void offer(const Digest& digest, const Tensor& packed, int64_t bytes);
+  void clear();
+  int64_t bytes();
+
+ private:
+  struct Entry {
+    Digest digest;
+    Tensor packed;
+    int64_t bytes;
+  };
+
+  // Never waited for: whoever does not get it packs for himself. So a process forked while it was held goes on.
+  std::mutex mutex_;
+  std::list<Entry> entries_;  // the one used last comes first
+  std::deque<Digest> seen_;   // packed lately, but not remembered
+  int64_t bytes_ = 0;
+};
+
+// That of the process.
+PackedWeightsStore& packed_weights();
+
+}  // namespace llm_ext
