@@ -14,7 +14,8 @@
 namespace llm_ext {
 
 // Reusable barrier for a known number of running threads. Spins, because the steps of a recurrence are microseconds
-// apart, and gives the core away when the wait grows long: then some thread of the team has no core.
+// apart, and gives the core away when the wait grows long: then some thread of the team has no core. It will have none
+// at the next step either, so whoever waited in vain makes the next waits shorter.
 class Barrier {
  public:
   void wait(int size) {
@@ -25,17 +26,22 @@ class Barrier {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
+    const int patience = patience_.load(std::memory_order_relaxed);
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
+      if (spins < patience) {
         pause();
       } else {
+        if (spins == patience && patience > kLeastSpins) {
+          patience_.store(patience / 2, std::memory_order_relaxed);
+        }
         yield();
       }
     }
   }
 
  private:
-  static constexpr int kSpins = 4000;  // some 50 to 100 us: longer than any step in which all threads have a core
+  static constexpr int kMostSpins = 4000;  // some 50 to 100 us: longer than any step in which all threads have a core
+  static constexpr int kLeastSpins = 32;
 
   static void pause() {
 #if defined(__x86_64__)
@@ -51,6 +57,7 @@ class Barrier {
   // Apart from each other: waiters read the phase while others still arrive.
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<int> patience_{kMostSpins};
 };
 
 struct Range {

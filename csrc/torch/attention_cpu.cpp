@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const Optiona
     const Tensor c = empty({args.in.batch, args.in.dim}, kScalarType<T>);
     const Tensor lse = empty({args.in.batch}, kScalarType<T>);
     const PoolKernels<T>& kernel = kernels().pool<T>();
-    const int threads = kernel.threads(args.in, max_threads());
+    const int threads = team_size(kernel.threads(args.in, max_threads()));
     const Tensor workspace = workspace_of<T>(kernel.workspace(args.in, threads));
     const PoolForwardParams<T> p = {args.in, mutable_data<T>(c), mutable_data<T>(lse), mutable_data<T>(workspace)};
     run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
     const Output<T> du(need_du && u.has_value(), {in.dim});
     const Output<T> dscores(need_dscores && scores.has_value(), {in.batch, in.steps});
     const PoolKernels<T>& kernel = kernels().pool<T>();
-    const int threads = kernel.threads(in, max_threads());
+    const int threads = team_size(kernel.threads(in, max_threads()));
     const Tensor workspace = workspace_of<T>(kernel.workspace(in, threads));
     const PoolBackwardParams<T> p = {in,
                                      c_in.get(),
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     const Tensor l_n = empty({in.batch}, kScalarType<T>);
     const Tensor c_n = empty({in.batch, in.dim}, kScalarType<T>);
     const PoolKernels<T>& kernel = kernels().pool<T>();
-    const int threads = kernel.threads(in, max_threads());
+    const int threads = team_size(kernel.threads(in, max_threads()));
     const Tensor workspace = workspace_of<T>(kernel.prefix_workspace(in, threads));
     const PrefixPoolForwardParams<T> p = {in,
                                           l0_in.get(),
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
     const Output<T> dl0(need_dstate, {in.batch});
     const Output<T> dc0(need_dstate, {in.batch, in.dim});
     const PoolKernels<T>& kernel = kernels().pool<T>();
-    const int threads = kernel.threads(in, max_threads());
+    const int threads = team_size(kernel.threads(in, max_threads()));
     const Tensor workspace = workspace_of<T>(kernel.prefix_workspace(in, threads));
     const PrefixPoolBackwardParams<T> p = {in,
                                            c0_in.get(),

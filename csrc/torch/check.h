@@ -16,6 +16,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "torch/cores.h"
 #include "torch/stable.h"
 
 namespace llm_ext {
@@ -177,15 +178,29 @@ inline int max_threads() {
 #endif
 }
 
+// A team has no use for threads without a core: at each barrier the others would wait until the system gives them one.
+inline int team_size(int wanted) {
+  if (wanted <= 1) return 1;
+  const int cores = usable_cores();
+  return cores > 0 && cores < wanted ? cores : wanted;
+}
+
 // Runs kernel(team) on at most `threads` threads of torch's own pool, and returns when all have finished. A barrier
 // needs threads that are known to run, so the team has the size that came, not the size that was asked for.
+//
+// All threads of the pool are called, as torch calls them, and those beyond the team go home at once: GCC's OpenMP ends
+// the threads that a smaller team leaves out, and the next op of torch would have to start them again.
 template <typename Kernel>
 void run_team(int threads, const Kernel& kernel) {
   Barrier barrier;
 #ifdef _OPENMP
   if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    kernel(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+#pragma omp parallel num_threads(max_threads())
+    {
+      const int size = threads < omp_get_num_threads() ? threads : omp_get_num_threads();
+      const int rank = omp_get_thread_num();
+      if (rank < size) kernel(Team{rank, size, &barrier});
+    }
     return;
   }
 #endif

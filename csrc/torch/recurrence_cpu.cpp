@@ -200,7 +200,7 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
     if (kept_blocks(s.cell, false) > 0) kept = r.empty_kept(keep);
 
     const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
-    const int threads = kernel.threads(s, max_threads());
+    const int threads = team_size(kernel.threads(s, max_threads()));
     constexpr ScalarType kComputed = kScalarType<Compute<S>>;
     OptionalTensor workspace;
     if (const int64_t space = kernel.forward_workspace(s, threads)) workspace = empty({space}, kComputed);
@@ -284,7 +284,7 @@ BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const
     const Output<S> db_hh(need.db_hh, {r.gates()});
 
     const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
-    const int threads = kernel.threads(s, max_threads());
+    const int threads = team_size(kernel.threads(s, max_threads()));
     const Tensor workspace = empty({kernel.backward_workspace(s, threads)}, kScalarType<Compute<S>>);
     const RecurrenceBackwardParams<S> p = {s,
                                            grad_y_dense ? data<S>(*grad_y_dense) : nullptr,
