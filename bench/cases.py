@@ -185,6 +185,35 @@ def _onnx(
     ]
 
 
+def half(cell: Cell, mode: str, B: int, T: int, I: int, H: int, bar: float | None = None) -> Case:  # noqa: E741
+    """In bfloat16, against our own layer in float32, on which `bar` is; small ones also against torch's in bfloat16.
+
+    A large one takes torch seconds where the machine has no arithmetic for bfloat16.
+    """
+    own_name = f"llm_ext.{cell.name}, float32"
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        training = mode == "training"
+        ours, other = _layers(cell, I, H, 1, dtype)
+        wide = copy.deepcopy(ours).float()
+        x = torch.randn(T, B, I, dtype=dtype, requires_grad=training)
+        g = torch.randn(T, B, H, dtype=dtype) if training else None
+
+        def on_torch(layer: Any, x: Tensor, g: Tensor | None) -> Callable[[], Call]:
+            return lambda: _call(lambda: layer(x), [x, *layer.parameters()], g)
+
+        wide_x, wide_g = x.detach().float().requires_grad_(training), None if g is None else g.float()
+        others = [Contestant(own_name, OURS, on_torch(wide, wide_x, wide_g))]
+        if B == 1:
+            others.append(Contestant(f"torch.nn.{cell.name}", "torch", on_torch(other, x, g)))
+        own = Contestant(f"llm_ext.{cell.name}", OURS, on_torch(ours, x, g))
+        return Contest(_recurrent_truth(cell, other, x, g), own, others)
+
+    name = f"recurrence/{_kind(cell, 'bfloat16', mode)}/{_sizes(B=B, T=T, I=I, H=H)}"
+    work = _gflop(cell, T * B, I, H, 1, mode)
+    return Case(name, build, mode == "training", work, "GFLOP", _bars({own_name: bar}), dtype=torch.bfloat16)
+
+
 def packed(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
     """Lengths T/4 to T as a PackedSequence; the ONNX libraries get them padded, with their lengths.
 
@@ -385,25 +414,46 @@ def model_training(B: int, T: int, V: int, E: int, H: int) -> Case:
     return Case(f"model/training/{_sizes(B=B, T=T, V=V, E=E, H=H)}", build, True, B * T / 1e3, "k token")
 
 
-def model_generation(B: int, tokens: int, V: int, E: int, H: int) -> Case:
-    """Greedy generation from a prompt of one token, checked token by token."""
+def model_generation(B: int, tokens: int, V: int, E: int, H: int, dtype: torch.dtype | None = None) -> Case:
+    """Greedy generation from a prompt of one token; each must be the best there, as near as its dtype can tell.
+
+    No token can cost less than to read the weights once, but for those of the embedding, of which it takes a row.
+    """
+    # Attention pooling knows float32 and float64 only.
+    attention = "hidden" if dtype is None else "none"
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
-        ours = llm_ext.LLM(V, E, H, V, 1, 0.0, dtype=dtype).eval()
+        ours = llm_ext.LLM(V, E, H, V, 1, 0.0, attention=attention, dtype=dtype).eval()
         other = plain.plain_model(ours)
         prompt = torch.randint(V, (B, 1))
+
+        exact = copy.deepcopy(other).double()
+
+        def regret(ids: Any) -> list[Tensor]:
+            with torch.no_grad():
+                scores, _ = exact(ids[:, :-1])
+            best, worst = scores.amax(-1), scores.amin(-1)
+            return [(best - scores.gather(-1, ids[:, 1:, None])[..., 0]) / (best - worst)]
 
         def generator(model: llm_ext.LLM) -> Callable[[], Call]:
             return lambda: lambda: model.generate(prompt, tokens, temperature=0)
 
         return Contest(
-            tensors(generator(copy.deepcopy(other).double())()()),
-            Contestant("llm_ext.LLM", "llm_ext", generator(ours)),
-            [Contestant("LLM on torch.nn.RNN", "torch", generator(other))],
+            [torch.zeros(B, tokens, dtype=torch.float64)],
+            Contestant("llm_ext.LLM", "llm_ext", generator(ours), regret),
+            [
+                Contestant("LLM on torch.nn.RNN", "torch", generator(other), regret),
+                _limit("weights read", lambda: limits.read(weights(ours) * dtype.itemsize // 4, tokens, threads)),
+            ],
         )
 
-    name = f"model/generation/{_sizes(B=B, T=tokens, V=V, E=E, H=H)}"
-    return Case(name, build, False, B * tokens / 1e3, "k token")
+    def weights(model: llm_ext.LLM) -> int:
+        parts = [part for part in (model.rnn, model.pool, model.head) if part is not None]
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+    kind = "generation" if dtype is None else f"{str(dtype).removeprefix('torch.')}-generation"
+    name = f"model/{kind}/{_sizes(B=B, T=tokens, V=V, E=E, H=H)}"
+    return Case(name, build, False, B * tokens / 1e3, "k token", dtype=dtype)
 
 
 # Of a recurrent layer: B, T, I, H.
@@ -442,6 +492,9 @@ def _recurrent_cases(cell: Cell) -> Iterator[Case]:
     yield recurrence(cell, "training", 32, 128, 256, 512, layers=2, bars={name: each})
     for mode in ("inference", "training"):
         yield packed(cell, mode, 32, 128, 256, 512)
+    for mode in ("inference", "training"):
+        for B, H in ((1, 512), (8, 512), (32, 512), (32, 1024)):
+            yield half(cell, mode, B, 128, H, H, bar=1.6 if B >= 8 else None)
     for B, H in ((8, 512), (32, 512), (64, 512), (32, 1024)):
         yield alone(cell, B, 128, H, bar=0.85)
     if cell is RNN:
@@ -481,6 +534,9 @@ CASES: tuple[Case, ...] = (
     prefix("training", 1, 8192, 512, bars=(10, 400)),
     model_training(32, 64, 65, 128, 512),
     model_generation(1, 128, 65, 128, 512),
+    model_generation(1, 128, 65, 128, 2048),
+    model_generation(1, 128, 65, 128, 512, torch.bfloat16),
+    model_generation(1, 128, 65, 128, 2048, torch.bfloat16),
     *(case for cell in CELLS for case in _scaling_cases(cell)),
 )
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from bench import timing
 
 # Largest difference over largest value of the truth, which is float64. float32 leaves room for gradients that
-# are sums of 8192 terms; a computation in bf16 or TF32 (errors from 1e-3) does not pass.
-TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
+# are sums of 8192 terms; a computation in bf16 or TF32 (errors from 1e-3) does not pass. bfloat16 has 8 bits.
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2}
 # The bars of the project are stated for this setting.
 BAR_THREADS, BAR_DTYPE = 2, torch.float32
 # Who takes part whatever `--peers` says, and is no rival: llm_ext put to use in another way, limits of the machine.

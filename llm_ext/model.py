@@ -51,7 +51,7 @@ class LLM(nn.Module):
         attn_dim: A, size of the attention space; by default the size of what is pooled, at most 128.
         score: "linear" or "tanh", see `AttentionPool`.
         device: of the parameters.
-        dtype: of the parameters, float32 or float64.
+        dtype: of the parameters, float32 or float64; without attention bfloat16 or float16, too.
 
     Raises:
         ValueError: a size, probability or name out of range.
@@ -134,7 +134,9 @@ class LLM(nn.Module):
             gates = torch.split(parameter.detach(), self.rnn.hidden_size)
             if name.startswith("weight_hh"):
                 for gate in gates:
-                    nn.init.orthogonal_(gate)
+                    # LAPACK knows no numbers of 16 bits.
+                    exact = torch.float32 if gate.dtype.itemsize == 2 else gate.dtype
+                    gate.copy_(nn.init.orthogonal_(torch.empty_like(gate, dtype=exact)))
             elif name.startswith("bias"):
                 nn.init.zeros_(parameter)
                 if name.startswith("bias_ih") and isinstance(self.rnn, LSTM):
@@ -167,8 +169,10 @@ class LLM(nn.Module):
 
     def _scores(self, features: Tensor) -> Tensor:
         """Scores [B, T, output_dim] from features [B, T, *]."""
-        # Drawing each unit anew at each position is slow on a CPU: a tenth of a training step.
-        return cast(Tensor, self.head(self.dropout(features.mT).mT))
+        if self.training:
+            # Drawing each unit anew at each position is slow on a CPU: a tenth of a training step.
+            features = self.dropout(features.mT).mT
+        return cast(Tensor, self.head(features))
 
     def _features(self, x: Tensor, state: LLMState | None) -> tuple[Tensor, LLMState]:
         """What the head reads, [B, T, H + D], and the state after x."""

@@ -71,7 +71,7 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)
 for _op in (_rnn_forward, _gru_forward, _lstm_forward):
     _register_autocast(_op)
 for _op in (_attention_pool_forward, _prefix_pool_forward):
-    _register_autocast(_op, torch.float32)  # as torch's own softmax
+    _register_autocast(_op, torch.float32)  # they know no 16 bits
 
 
 # ---- the Elman recurrence

@@ -1,6 +1,10 @@
 // Picks an instruction level at run time.
 #include "cpu/levels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -15,11 +19,14 @@ struct Level {
 };
 
 #if LLM_EXT_X86_LEVELS
-// The parts of x86-64-v3 and -v4 that the compiler may use in the regions above; older compilers cannot ask for the
-// level.
+// The parts of x86-64-v3 and -v4 that the compiler may use in level_*.cpp; older compilers cannot ask for the level.
+bool has_f16c() {
+  unsigned int a, b, c, d;  // not all compilers can ask for it by name
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("bmi2") && has_f16c();
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

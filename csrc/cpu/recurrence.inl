@@ -118,7 +118,7 @@ struct ForwardSpace {
         z(gates_of(s.cell) > 1 || kIsNarrow<S> ? aligned(most_block_rows<T>(s) * gates_of(s.cell) * s.hidden) : 0),
         m(s.projected() ? aligned(s.batch * s.hidden) : 0),
         states(kIsNarrow<S> ? aligned(2 * s.batch * s.output) : 0),
-        cells(kIsNarrow<S> ? aligned(s.batch * s.hidden) : 0),
+        cells(kIsNarrow<S> && s.cell == Cell::kLstm ? aligned(s.batch * s.hidden) : 0),
         left(kIsNarrow<S> ? aligned(rows_of_block<T>(s.input) * s.input) : 0),
         total(bias + z + m + states + cells + threads * left) {}
 

@@ -40,7 +40,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kMostSpins = 4000;  // some 50 to 100 us: longer than any step in which all threads have a core
+  static constexpr int kMostSpins = 4096;  // some 50 to 100 us: longer than any step in which all threads have a core
   static constexpr int kLeastSpins = 32;
 
   static void pause() {

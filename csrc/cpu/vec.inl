@@ -47,7 +47,13 @@ static inline void store(T* p, Vec<T> v) {
 
 // Of the 16 bits of a bfloat16, the upper half of a float32.
 static inline Vec<float> widen(Bits16 bits, BFloat16) {
+#if LLM_EXT_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif LLM_EXT_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
   return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
+#endif
 }
 
 static inline Bits16 narrow(Vec<float> v, BFloat16) {

@@ -35,15 +35,6 @@ inline constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
 template <>
 inline constexpr ScalarType kScalarType<Float16> = ScalarType::Half;
 
-template <typename S>
-constexpr const char* kTypeName = "float32";
-template <>
-inline constexpr const char* kTypeName<double> = "float64";
-template <>
-inline constexpr const char* kTypeName<BFloat16> = "bfloat16";
-template <>
-inline constexpr const char* kTypeName<Float16> = "float16";
-
 inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
   if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
   int64_t i = 0;

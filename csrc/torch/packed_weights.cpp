@@ -49,16 +49,22 @@ OptionalTensor PackedWeightsStore::find(const Digest& digest) {
   return entries_.front().packed;
 }
 
-void PackedWeightsStore::offer(const Digest& digest, const Tensor& packed, int64_t bytes) {
+bool PackedWeightsStore::expects(const Digest& digest) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock) return false;
+  const auto seen = std::find(seen_.begin(), seen_.end(), digest);
+  if (seen != seen_.end()) {
+    seen_.erase(seen);
+    return true;
+  }
+  seen_.push_front(digest);
+  if (seen_.size() > kMostEntries) seen_.pop_back();
+  return false;
+}
+
+void PackedWeightsStore::remember(const Digest& digest, const Tensor& packed, int64_t bytes) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (!lock || bytes > kMostBytes) return;
-  const auto seen = std::find(seen_.begin(), seen_.end(), digest);
-  if (seen == seen_.end()) {
-    seen_.push_front(digest);
-    if (seen_.size() > kMostEntries) seen_.pop_back();
-    return;
-  }
-  seen_.erase(seen);
   entries_.push_front({digest, packed, bytes});
   bytes_ += bytes;
   while (bytes_ > kMostBytes || entries_.size() > kMostEntries) {

@@ -2,8 +2,8 @@
 //
 // They are found again by a digest of the bytes that they were packed from, taken anew in every call. So there is
 // nothing to invalidate: however weights change (an optimizer, load_state_dict, a write through .data, numpy or another
-// process, a functional call with other tensors), they are other bytes, and are packed anew. Reading them takes a third
-// of the time of packing them, or less.
+// process, a functional call with other tensors), they are other bytes, and are packed anew. Reading them takes half of
+// the time of packing them, or less.
 //
 // What the digest cannot tell apart would go unnoticed: two sets of weights in 2^128.
 #pragma once
@@ -31,8 +31,11 @@ class PackedWeightsStore {
  public:
   // The packed form of the weights with this digest, if it is remembered.
   OptionalTensor find(const Digest& digest);
-  // Remembers it, if these weights have been packed before: in training each set of weights is packed once.
-  void offer(const Digest& digest, const Tensor& packed, int64_t bytes);
+  // Whether weights with this digest, not found, have been packed before and are worth remembering: in training each
+  // set of weights is packed once.
+  bool expects(const Digest& digest);
+  // Whoever remembers must have seen the digest before and after packing: the weights may belong to other threads, too.
+  void remember(const Digest& digest, const Tensor& packed, int64_t bytes);
   void clear();
   int64_t bytes();
 
@@ -43,7 +46,8 @@ class PackedWeightsStore {
     int64_t bytes;
   };
 
-  // Never waited for: whoever does not get it packs for himself. So a process forked while it was held goes on.
+  // The ops never wait for it: whoever does not get it packs for himself. So a process forked while it was held goes
+  // on.
   std::mutex mutex_;
   std::list<Entry> entries_;  // the one used last comes first
   std::deque<Digest> seen_;   // packed lately, but not remembered

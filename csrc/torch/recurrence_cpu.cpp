@@ -224,11 +224,15 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
       pass_state(s.batch * s.hidden, p.c0, p.c_n);
     } else if (const int64_t packed_size = kernel.packed_size(s)) {
       const int64_t weights = r.gates() * s.input, of_state = r.gates() * s.output;
-      const Digest digest = digest_of(
-          {{p.w_ih, weights * kBytes<S>},
-           {p.w_hh, of_state * kBytes<S>},
-           {p.w_hr, s.projected() ? s.output * s.hidden * kBytes<S> : 0}},
-          {static_cast<int64_t>(s.cell), static_cast<int64_t>(kScalarType<S>), s.input, s.hidden, s.output}, threads);
+      const auto digest_now = [&] {
+        const int64_t of_input = r.gates() * s.input, of_state = r.gates() * s.output;
+        return digest_of(
+            {{p.w_ih, of_input * kBytes<S>},
+             {p.w_hh, of_state * kBytes<S>},
+             {p.w_hr, s.projected() ? s.output * s.hidden * kBytes<S> : 0}},
+            {static_cast<int64_t>(s.cell), static_cast<int64_t>(kScalarType<S>), s.input, s.hidden, s.output}, threads);
+      };
+      const Digest digest = digest_now();
       OptionalTensor packed = packed_weights().find(digest);
       const bool fresh = !packed.has_value();
       if (fresh) packed = empty({packed_size}, kComputed);
@@ -240,7 +244,9 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
         }
         kernel.forward(p, team);
       });
-      if (fresh) packed_weights().offer(digest, *packed, packed_size * kBytes<Compute<S>>);
+      if (fresh && packed_weights().expects(digest) && digest_now() == digest) {
+        packed_weights().remember(digest, *packed, packed_size * kBytes<Compute<S>>);
+      }
     } else {
       run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     }
