@@ -80,7 +80,7 @@ def ratios(run: dict[str, Any], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel("time of the peer / time of llm_ext (black line: quartiles; black mark: the bar of the project)")
+    axes.set_xlabel("time of the peer / time of llm_ext\n(black line: quartiles; black mark: the bar of the project)")
     axes.set_title(_title(run), fontsize=9, loc="left")
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
