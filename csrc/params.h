@@ -79,8 +79,8 @@ struct RecurrenceForwardParams {
   S* h_n;                    // [B, P] out: the state after each row's last step
   S* c_n;                    // [B, H] LSTM, out: the cell state after each row's last step
   S* kept;                   // [N, kept_blocks H] out, for the backward pass; null: not wanted
-  const Compute<S>* packed;  // the weights as recurrence_pack() leaves them; null where recurrence_packed_size() is 0
-  Compute<S>* workspace;     // recurrence_forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  const Compute<S>* packed;  // the weights as pack() leaves them; null where packed_size() is 0
+  Compute<S>* workspace;     // forward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 template <typename S>
@@ -105,7 +105,7 @@ struct RecurrenceBackwardParams {
   S* dw_hr;               // [P, H] out; null: not wanted
   S* db_ih;               // [G H] out; null: not wanted
   S* db_hh;               // [G H] out; null: not wanted
-  Compute<S>* workspace;  // recurrence_backward_workspace() elements, aligned to 64 bytes; contents do not matter
+  Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 // Vectors e [B, T, D] to pool over T, and where their scores come from.
@@ -128,7 +128,7 @@ struct PoolForwardParams {
   PoolInput<T> in;
   T* c;          // [B, D] out: the pooled vector; 0 where no position takes part
   T* lse;        // [B] out: log of the sum of exp(score); -inf where no position takes part
-  T* workspace;  // pool_workspace() elements; contents do not matter
+  T* workspace;  // workspace() elements; contents do not matter
 };
 
 template <typename T>
@@ -141,7 +141,7 @@ struct PoolBackwardParams {
   T* de;              // out, laid out as e; null: not wanted
   T* du;              // [D] out; null: not wanted, or `scores` given
   T* dscores;         // [B, T] out; null: not wanted, or `u` given
-  T* workspace;       // pool_workspace() elements; contents do not matter
+  T* workspace;       // workspace() elements; contents do not matter
 };
 
 // The causal prefix form: c_t pools over the positions i <= t and an initial state.
@@ -154,7 +154,7 @@ struct PrefixPoolForwardParams {
   T* share;      // [B, T] out: a_t, the share of each position in c_t; 0 where it takes no part
   T* l_n;        // [B] out: the state after the last step
   T* c_n;        // [B, D] out
-  T* workspace;  // prefix_pool_workspace() elements; contents do not matter
+  T* workspace;  // prefix_workspace() elements; contents do not matter
 };
 
 // Lengths, mask and scores are not read: `share` knows all that follows from them.
@@ -172,7 +172,7 @@ struct PrefixPoolBackwardParams {
   T* dscores;         // [B, T] out; null: not wanted
   T* dl0;             // [B] out; null: not wanted
   T* dc0;             // [B, D] out; null: not wanted
-  T* workspace;       // prefix_pool_workspace() elements; contents do not matter
+  T* workspace;       // prefix_workspace() elements; contents do not matter
 };
 
 }  // namespace llm_ext

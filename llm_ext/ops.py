@@ -52,6 +52,7 @@ def _once_differentiable(op: str) -> None:
     torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup_context)
 
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 _autocast = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-call]
 
 
@@ -65,13 +66,6 @@ def _register_autocast(op: Any, dtype: torch.dtype | None = None) -> None:
 
     name = op.name().removeprefix("llm_ext::")
     _autocast.impl(name, cast, "AutocastCPU")  # type: ignore[no-untyped-call]
-
-
-_CAST = (torch.float32, torch.bfloat16, torch.float16)
-for _op in (_rnn_forward, _gru_forward, _lstm_forward):
-    _register_autocast(_op)
-for _op in (_attention_pool_forward, _prefix_pool_forward):
-    _register_autocast(_op, torch.float32)  # they know no 16 bits
 
 
 # ---- the Elman recurrence
@@ -139,6 +133,7 @@ def _rnn_forward_fake(
 
 
 torch.library.register_fake("llm_ext::rnn_forward", _rnn_forward_fake)
+_register_autocast(_rnn_forward)
 
 
 def _gradients(*tensors_and_needs: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:
@@ -268,6 +263,7 @@ def _gru_forward_fake(
 
 
 torch.library.register_fake("llm_ext::gru_forward", _gru_forward_fake)
+_register_autocast(_gru_forward)
 
 
 def _gru_backward_fake(
@@ -389,6 +385,7 @@ def _lstm_forward_fake(
 
 
 torch.library.register_fake("llm_ext::lstm_forward", _lstm_forward_fake)
+_register_autocast(_lstm_forward)
 
 
 def _lstm_backward_fake(
@@ -489,6 +486,7 @@ def _attention_pool_forward_fake(
 
 
 torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
+_register_autocast(_attention_pool_forward, torch.float32)  # it knows no 16 bits
 
 
 def _attention_pool_backward_fake(
@@ -589,6 +587,7 @@ def _prefix_pool_forward_fake(
 
 
 torch.library.register_fake("llm_ext::prefix_pool_forward", _prefix_pool_forward_fake)
+_register_autocast(_prefix_pool_forward, torch.float32)  # it knows no 16 bits
 
 
 def _prefix_pool_backward_fake(

@@ -462,8 +462,10 @@ def test_autocast_leaves_float64(kind: str) -> None:
     layer = getattr(llm_ext, kind)(3, 5, dtype=torch.float64)
     x = torch.randn(2, 3, dtype=torch.float64) if kind.endswith("Cell") else torch.randn(4, 2, 3, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(cases.flatten(layer(x))[0], cases.flatten(layer(x))[0])
-        assert cases.flatten(layer(x))[0].dtype == torch.float64
+        results = cases.flatten(layer(x))
+    for a, b in zip(results, cases.flatten(layer(x)), strict=True):
+        assert a.dtype == torch.float64
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)

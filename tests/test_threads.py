@@ -26,7 +26,6 @@ def run():
     results = []
     for layer in layers:
         for x in inputs:
-            layer.zero_grad()
             y = layer(x)[0]
             y = y.data if isinstance(y, torch.nn.utils.rnn.PackedSequence) else y
             gradients = torch.autograd.grad(y.sum(), list(layer.parameters()))
@@ -61,7 +60,7 @@ for threads in (2, 8, 1, 3, 16, 2, 1, 5):
 
 
 def test_more_threads_than_cores() -> None:
-    """Sixteen threads on one core, as under a quota: those who wait let the others run."""
+    """Sixteen threads on one core, as under a quota: the team takes no more than have a core."""
     run_python(
         """
 if hasattr(os, "sched_setaffinity"):
@@ -73,6 +72,7 @@ check(run(), expected)
 
 
 def test_calls_from_several_threads() -> None:
+    """Together they are more than there are cores: those who wait let the others run."""
     run_python(
         """
 torch.set_num_threads(3)
@@ -83,24 +83,9 @@ def call(i):
         if i % 2:
             torch.set_num_threads(1 + i)
         for _ in range(5):
-            with torch.no_grad():
-                for layer in layers:
-                    for x in inputs:
-                        layer(x)
-            check(run_own(), expected)
+            check(run(), expected)
     except Exception as failure:
         failures.append(failure)
-
-def run_own():
-    # As run(), but with gradients that no other thread sees.
-    results = []
-    for layer in layers:
-        parameters = list(layer.parameters())
-        for x in inputs:
-            y = layer(x)[0]
-            y = y.data if isinstance(y, torch.nn.utils.rnn.PackedSequence) else y
-            results += [y.detach(), *torch.autograd.grad(y.sum(), parameters)]
-    return results
 
 threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
 for thread in threads:

@@ -49,7 +49,8 @@ OptionalTensor PackedWeightsStore::find(const Digest& digest) {
   return entries_.front().packed;
 }
 
-bool PackedWeightsStore::expects(const Digest& digest) {
+bool PackedWeightsStore::expects(const Digest& digest, int64_t bytes) {
+  if (bytes > kMostBytes) return false;
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (!lock) return false;
   const auto seen = std::find(seen_.begin(), seen_.end(), digest);
@@ -64,7 +65,7 @@ bool PackedWeightsStore::expects(const Digest& digest) {
 
 void PackedWeightsStore::remember(const Digest& digest, const Tensor& packed, int64_t bytes) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock || bytes > kMostBytes) return;
+  if (!lock) return;
   entries_.push_front({digest, packed, bytes});
   bytes_ += bytes;
   while (bytes_ > kMostBytes || entries_.size() > kMostEntries) {

@@ -31,9 +31,9 @@ class PackedWeightsStore {
  public:
   // The packed form of the weights with this digest, if it is remembered.
   OptionalTensor find(const Digest& digest);
-  // Whether weights with this digest, not found, have been packed before and are worth remembering: in training each
-  // set of weights is packed once.
-  bool expects(const Digest& digest);
+  // Whether weights with this digest, not found, have been packed before and are worth remembering (in training each
+  // set of weights is packed once); if not, takes note that they have been now. `bytes`: of their packed form.
+  bool expects(const Digest& digest, int64_t bytes);
   // Whoever remembers must have seen the digest before and after packing: the weights may belong to other threads, too.
   void remember(const Digest& digest, const Tensor& packed, int64_t bytes);
   void clear();

@@ -223,7 +223,6 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
       pass_state(s.batch * s.output, p.h0, p.h_n);
       pass_state(s.batch * s.hidden, p.c0, p.c_n);
     } else if (const int64_t packed_size = kernel.packed_size(s)) {
-      const int64_t weights = r.gates() * s.input, of_state = r.gates() * s.output;
       const auto digest_now = [&] {
         const int64_t of_input = r.gates() * s.input, of_state = r.gates() * s.output;
         return digest_of(
@@ -244,8 +243,9 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
         }
         kernel.forward(p, team);
       });
-      if (fresh && packed_weights().expects(digest) && digest_now() == digest) {
-        packed_weights().remember(digest, *packed, packed_size * kBytes<Compute<S>>);
+      const int64_t bytes = packed_size * kBytes<Compute<S>>;
+      if (fresh && packed_weights().expects(digest, bytes) && digest_now() == digest) {
+        packed_weights().remember(digest, *packed, bytes);
       }
     } else {
       run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
