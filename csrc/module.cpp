@@ -12,7 +12,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of llm_ext; importing it registers the ops of torch.ops.llm_ext.";
   m.def(
       "simd_level", [] { return std::string(llm_ext::kernels().level); },
-      "The instruction level in use: baseline, avx2 or avx512.");
+      "The instruction level in use: baseline, avx2, avx512 or avx512_bf16.");
   m.def(
       "build_info",
       [] {

@@ -67,20 +67,20 @@ struct RecurrenceSizes {
 template <typename S>
 struct RecurrenceForwardParams {
   RecurrenceSizes sizes;
-  const S* x;                // [N, I]
-  const S* h0;               // [B, P] initial state; null: zeros
-  const S* c0;               // [B, H] LSTM: initial cell state; null: zeros
-  const S* w_ih;             // [G H, I]
-  const S* w_hh;             // [G H, P]
-  const S* b_ih;             // [G H]; null: zeros
-  const S* b_hh;             // [G H]; null: zeros
-  const S* w_hr;             // [P, H] LSTM: the projection; null exactly where P = H
-  S* y;                      // [N, P] out: every state
-  S* h_n;                    // [B, P] out: the state after each row's last step
-  S* c_n;                    // [B, H] LSTM, out: the cell state after each row's last step
-  S* kept;                   // [N, kept_blocks H] out, for the backward pass; null: not wanted
-  const Compute<S>* packed;  // the weights as pack() leaves them; null where packed_size() is 0
-  Compute<S>* workspace;     // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  const S* x;             // [N, I]
+  const S* h0;            // [B, P] initial state; null: zeros
+  const S* c0;            // [B, H] LSTM: initial cell state; null: zeros
+  const S* w_ih;          // [G H, I]
+  const S* w_hh;          // [G H, P]
+  const S* b_ih;          // [G H]; null: zeros
+  const S* b_hh;          // [G H]; null: zeros
+  const S* w_hr;          // [P, H] LSTM: the projection; null exactly where P = H
+  S* y;                   // [N, P] out: every state
+  S* h_n;                 // [B, P] out: the state after each row's last step
+  S* c_n;                 // [B, H] LSTM, out: the cell state after each row's last step
+  S* kept;                // [N, kept_blocks H] out, for the backward pass; null: not wanted
+  const void* packed;     // the weights as pack() leaves them; null where packed_size() is 0
+  Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 template <typename S>

@@ -9,7 +9,7 @@ import pytest
 
 import llm_ext._C
 
-LEVELS = ("avx2", "avx512")
+LEVELS = ("avx2", "avx512", "avx512_bf16")
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, of binutils")

@@ -678,5 +678,16 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
   if (p.du != nullptr) reduce_du(in.dim, p.workspace + 2 * size, kPrefixRows * size, p.du, team);
 }
 
+template <typename T>
+static constexpr PoolKernels<T> kPoolKernels = {
+    .threads = pool_threads<T>,
+    .workspace = pool_workspace<T>,
+    .forward = pool_forward<T>,
+    .backward = pool_backward<T>,
+    .prefix_workspace = prefix_pool_workspace<T>,
+    .prefix_forward = prefix_pool_forward<T>,
+    .prefix_backward = prefix_pool_backward<T>,
+};
+
 }  // namespace LLM_EXT_LEVEL
 }  // namespace llm_ext

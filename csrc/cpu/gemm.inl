@@ -3,6 +3,10 @@
 // A weight matrix with `cols` output columns and depth k is packed in panels of kPanel columns: panel[k][kPanel], so
 // that the micro-kernel streams it. The last panel is only as many vectors wide as it needs to be. Panel p starts at
 // p * kPanel * k.
+//
+// Weights of 16 bits stay as they are, and are widened as they are read. Where an instruction multiplies pairs of
+// bfloat16, two numbers of k lie beside each other for each column, panel[k / 2][kPanel][2], an odd k filled up with a
+// zero, and so do those of the left factor.
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
@@ -13,6 +17,14 @@ constexpr int kRows = 6;
 
 template <typename T>
 constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+
+// Numbers of k that lie together in a panel of R.
+template <typename R>
+constexpr int kPair = kSame<R, BFloat16> && kHasDot ? 2 : 1;
+
+// How the left factors of products with weights of S are stored.
+template <typename S>
+using Factor = Choose<kPair<S> == 2, S, Compute<S>>;
 
 // Rows of the left factor that are kept in the second-level cache (512 KB or more), beside the panel in use.
 // 64 and 128 KB are equal on Zen 3, 32 and 256 up to 5 % slower.
@@ -55,75 +67,103 @@ static inline int panel_vectors(int64_t cols, int64_t p) {
   return left >= kPanel<T> ? kPanelVectors : static_cast<int>(divide_up(left, kLanes<T>));
 }
 
-template <typename T>
-static inline int64_t packed_size(int64_t cols, int64_t k) {
-  return divide_up(cols, kLanes<T>) * kLanes<T> * k;
+// k filled up to whole pairs.
+template <typename R>
+static inline int64_t padded(int64_t k) {
+  return divide_up(k, kPair<R>) * kPair<R>;
 }
 
-// Packs panels [begin, end) of w^T, w being [cols, k]: panel[i][j] = w(p * kPanel + j)[i].
-template <typename T, typename Row>
-static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels, T* packed) {
+template <typename R>
+static inline int64_t packed_size(int64_t cols, int64_t k) {
+  constexpr int64_t kWide = kLanes<Compute<R>>;
+  return divide_up(cols, kWide) * kWide * padded<R>(k);
+}
+
+// Packs panels [begin, end) of w^T, w being [cols, k]: panel[i][j] = w(p * kPanel + j)[i], or pairs of such numbers.
+template <typename R, typename Row>
+static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels, R* packed) {
+  using T = Compute<R>;
+  using Unit = Choose<kPair<R> == 2, T, R>;  // a pair has the size of T, and passes for one
+  const int64_t units = divide_up(k, kPair<R>);
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const int vectors = panel_vectors<T>(cols, p);
-    T* panel = packed + p * kPanel<T> * k;
+    Unit* panel = reinterpret_cast<Unit*>(packed + p * kPanel<T> * padded<R>(k));
     // Down the columns in short runs: the lines read stay in the first-level cache while all columns pass.
     constexpr int64_t kRun = 4 * kLanes<T>;
-    for (int64_t begin = 0; begin < k; begin += kRun) {
-      const int64_t end = begin + kRun < k ? begin + kRun : k;
+    for (int64_t begin = 0; begin < units; begin += kRun) {
+      const int64_t end = begin + kRun < units ? begin + kRun : units;
       for (int v = 0; v < vectors; ++v) {
         const int64_t first = p * kPanel<T> + v * kLanes<T>;
         for (int64_t i = begin; i < end; i += kLanes<T>) {
           const int count = end - i < kLanes<T> ? static_cast<int>(end - i) : kLanes<T>;
+          const auto column = [&](int64_t col) {
+            if constexpr (kPair<R> == 2) {
+              const int64_t left = k - 2 * i;
+              return load_pairs(w(col) + 2 * i, left < 2 * count ? static_cast<int>(left) : 2 * count);
+            } else {
+              return load_part(w(col) + i, count);
+            }
+          };
           Vec<T> square[kLanes<T>];
 #pragma GCC unroll 16
-          for (int j = 0; j < kLanes<T>; ++j) {
-            square[j] = first + j < cols ? load_part(w(first + j) + i, count) : Vec<T>{};
-          }
+          for (int j = 0; j < kLanes<T>; ++j) square[j] = first + j < cols ? column(first + j) : Vec<T>{};
           transpose<T>(square);
-          T* target = panel + (i * vectors + v) * kLanes<T>;
-          for (int j = 0; j < count; ++j) store(target + j * vectors * kLanes<T>, square[j]);
+          Unit* target = panel + (i * vectors + v) * kLanes<T>;
+          for (int j = 0; j < count; ++j) store_exact(target + j * vectors * kLanes<T>, square[j]);
         }
       }
     }
   }
 }
 
-// Packs panels [begin, end) of k rows of `cols` columns: panel[i][j] = row(i)[p * kPanel + j]. row(i) may be null:
-// zeros. What is packed may be stored in any type.
-template <typename T, typename Row>
-static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, T* packed) {
+// Packs panels [begin, end) of k rows of `cols` columns: panel[i][j] = row(i)[p * kPanel + j], or pairs of such
+// numbers. row(i) may be null: zeros. Rows are asked for in rising order.
+template <typename R, typename Row>
+static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, R* packed) {
+  using T = Compute<R>;
+  using Unit = Choose<kPair<R> == 2, T, R>;
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const int vectors = panel_vectors<T>(cols, p);
     const int64_t first = p * kPanel<T>;
     const int64_t width = cols - first < vectors * kLanes<T> ? cols - first : vectors * kLanes<T>;
-    T* panel = packed + first * k;
-    for (int64_t i = 0; i < k; ++i) {
+    Unit* target = reinterpret_cast<Unit*>(packed + first * padded<R>(k));
+    for (int64_t i = 0; i < k; i += kPair<R>, target += vectors * kLanes<T>) {
       const auto* source = row(i);
-      T* target = panel + i * vectors * kLanes<T>;
+      const auto* partner = kPair<R> == 2 && i + 1 < k ? row(i + 1) : nullptr;
       for (int v = 0; v < vectors; ++v) {
         const int64_t left = width - v * kLanes<T>;
         const int lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
-        const Vec<T> value = source == nullptr ? Vec<T>{} : load_part(source + first + v * kLanes<T>, lanes);
-        store(target + v * kLanes<T>, value);
+        const int64_t at = first + v * kLanes<T>;
+        Vec<T> value = source == nullptr ? Vec<T>{} : load_part(source + at, lanes);
+        if constexpr (kPair<R> == 2) {
+          value = make_pairs(value, partner == nullptr ? Vec<T>{} : load_part(partner + at, lanes));
+        }
+        store_exact(target + v * kLanes<T>, value);
       }
     }
   }
 }
 
 // Packs columns [columns) of `depth` rows, `stride` apart, as the left factor of a product over those rows: in tiles of
-// kRows columns, as even as can be, tile[i][m] = row(i)[first column of the tile + m].
-template <typename T>
-static inline void pack_columns(const T* rows, int64_t stride, int64_t depth, Range columns, T* packed) {
+// kRows columns, as even as can be, tile[i][m] = row(i)[first column of the tile + m], or pairs of such numbers.
+template <typename L>
+static inline void pack_columns(const L* rows, int64_t stride, int64_t depth, Range columns, L* packed) {
   const Tiles tiles(columns.size());
   // Along the rows: the other way each row would be a line of the same few sets of the first-level cache.
-  for (int64_t i = 0; i < depth; ++i) {
-    const T* row = rows + i * stride + columns.begin;
-    for (int64_t j = 0; j < columns.size(); j += 64 / sizeof(T)) __builtin_prefetch(row + kRowsAhead * stride + j);
+  for (int64_t i = 0; i < depth; i += kPair<L>) {
+    const L* row = rows + i * stride + columns.begin;
+    for (int64_t j = 0; j < columns.size(); j += 64 / sizeof(L)) __builtin_prefetch(row + kRowsAhead * stride + j);
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const Range part = tiles[tile];
-      T* target = packed + part.begin * depth + i * part.size();
-      if (part.size() == kRows) {
-        __builtin_memcpy(target, row + part.begin, kRows * sizeof(T));  // of a known size: two moves
+      L* target = packed + part.begin * padded<L>(depth) + i * part.size();
+      if constexpr (kPair<L> == 2) {
+        const bool whole = i + 1 < depth;
+        for (int64_t m = 0; m < part.size(); ++m) {
+          target[2 * m] = row[part.begin + m];
+          target[2 * m + 1] = whole ? row[stride + part.begin + m] : L{};
+        }
+      } else if (part.size() == kRows) {
+        __builtin_memcpy(target, row + part.begin, kRows * sizeof(L));  // of a known size: two moves
       } else {
         for (int64_t m = 0; m < part.size(); ++m) target[m] = row[part.begin + m];
       }
@@ -132,55 +172,80 @@ static inline void pack_columns(const T* rows, int64_t stride, int64_t depth, Ra
 }
 
 // The left factor of a product: rows as they lie in memory, or what pack_columns has packed.
-template <typename T>
+template <typename L>
 struct Rows {
+  using Number = L;
   static constexpr bool kPacked = false;
-  const T* data;
+  const L* data;
   int64_t stride;
 
-  const T* tile(int64_t first, int64_t) const { return data + first * stride; }
+  const L* tile(int64_t first, int64_t) const { return data + first * stride; }
 };
-template <typename T>
+template <typename L>
 struct PackedColumns {
+  using Number = L;
   static constexpr bool kPacked = true;
   static constexpr int64_t stride = 0;  // a packed tile has its own
-  const T* data;
+  const L* data;
 
-  const T* tile(int64_t first, int64_t k) const { return data + first * k; }
+  const L* tile(int64_t first, int64_t k) const { return data + first * padded<L>(k); }
 };
 
 // sums[m][column] = sum over i of a(m, i) * panel[i][column]: the micro-kernel. a(m, i) is a[m * stride + i] or,
-// packed, a[i * M + m]. With few rows the sum is split over several sets of accumulators: a multiply-add takes four
-// cycles and two can start in each. `panel` is [k][NV vectors], `sums` [M][NV vectors] and overlaps neither factor.
-// k places from `ahead` on, `ahead_step` apart, are fetched and not read, whatever lies there.
+// packed, a[i * M + m]; of pairs, a[i / 2 * M + m][i % 2]. With few rows the sum is split over several sets of
+// accumulators: a multiply-add takes four cycles and two can start in each. `panel` is [k][NV vectors], or pairs,
+// `sums` [M][NV vectors] and overlaps neither factor. k places (pairs: half as many) from `ahead` on, `ahead_step`
+// apart, are fetched and not read, whatever lies there.
 //
 // It leaves its sums in memory, where the caller finishes them (bias, activation, derivative): so there is one
 // micro-kernel a shape, not one for each way to finish, and the detour is a few vectors after hundreds of
 // multiply-adds.
-template <typename T, int M, int NV, bool kPacked>
-__attribute__((noinline)) static void multiply(const T* a, int64_t stride, int64_t k, const T* panel, T* sums,
-                                               const T* ahead, int64_t ahead_step) {
+template <typename L, typename R, int M, int NV, bool kPacked>
+__attribute__((noinline)) static void multiply(const L* a, int64_t stride, int64_t k, const R* panel, Compute<R>* sums,
+                                               const R* ahead, int64_t ahead_step) {
+  using T = Compute<R>;
   constexpr int kSets = M * NV >= 8 ? 1 : (M * NV >= 4 ? 2 : 4);
   constexpr int kWidth = NV * kLanes<T>;
   Vec<T> acc[kSets][M][NV] = {};
   const auto accumulate = [&](Vec<T>(&set)[M][NV], int64_t i) {
-    Vec<T> b[NV];
+    const R* const right = panel + i * kWidth * kPair<R>;
     __builtin_prefetch(ahead + i * ahead_step);
+    if constexpr (kPair<R> == 1) {
+      Vec<T> b[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) b[v] = load(panel + i * kWidth + v * kLanes<T>);
+      for (int v = 0; v < NV; ++v) b[v] = load(right + v * kLanes<T>);
 #pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> left = broadcast(kPacked ? a[i * M + m] : a[m * stride + i]);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> left = broadcast(kPacked ? a[i * M + m] : a[m * stride + i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) set[m][v] += left * b[v];
+        for (int v = 0; v < NV; ++v) set[m][v] += left * b[v];
+      }
+    } else {
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        const L* const left = kPacked ? a + 2 * (i * M + m) : a + m * stride + 2 * i;
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) set[m][v] = dot(set[m][v], left, 2, right + 2 * v * kLanes<T>);
+      }
     }
   };
+  const int64_t units = kPacked ? divide_up(k, kPair<R>) : k / kPair<R>;
   int64_t i = 0;
-  for (; i + kSets <= k; i += kSets) {
+  for (; i + kSets <= units; i += kSets) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s) accumulate(acc[s], i + s);
   }
-  for (; i < k; ++i) accumulate(acc[0], i);
+  for (; i < units; ++i) accumulate(acc[0], i);
+  if (kPair<R> == 2 && !kPacked && k % 2 != 0) {  // the last of an odd number, not to be read as a pair
+    const R* const right = panel + i * kWidth * kPair<R>;
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (kPair<R> == 2) {
+          acc[0][m][v] = dot(acc[0][m][v], a + m * stride + k - 1, 1, right + 2 * v * kLanes<T>);
+        }
+      }
+    }
+  }
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
@@ -192,18 +257,18 @@ __attribute__((noinline)) static void multiply(const T* a, int64_t stride, int64
   }
 }
 
-template <typename T>
-using Multiply = void (*)(const T*, int64_t, int64_t, const T*, T*, const T*, int64_t);
+template <typename L, typename R>
+using Multiply = void (*)(const L*, int64_t, int64_t, const R*, Compute<R>*, const R*, int64_t);
 
 // The micro-kernel for m rows and nv vectors.
-template <typename T, bool kPacked>
-static inline Multiply<T> multiply_for(int m, int nv) {
-#define LLM_EXT_ROWS(NV)                                                                      \
-  {                                                                                           \
-    multiply<T, 1, NV, kPacked>, multiply<T, 2, NV, kPacked>, multiply<T, 3, NV, kPacked>,    \
-        multiply<T, 4, NV, kPacked>, multiply<T, 5, NV, kPacked>, multiply<T, 6, NV, kPacked> \
+template <typename L, typename R, bool kPacked>
+static inline Multiply<L, R> multiply_for(int m, int nv) {
+#define LLM_EXT_ROWS(NV)                                                                               \
+  {                                                                                                    \
+    multiply<L, R, 1, NV, kPacked>, multiply<L, R, 2, NV, kPacked>, multiply<L, R, 3, NV, kPacked>,    \
+        multiply<L, R, 4, NV, kPacked>, multiply<L, R, 5, NV, kPacked>, multiply<L, R, 6, NV, kPacked> \
   }
-  static constexpr Multiply<T> kTable[kPanelVectors][kRows] = {
+  static constexpr Multiply<L, R> kTable[kPanelVectors][kRows] = {
       LLM_EXT_ROWS(1),
       LLM_EXT_ROWS(2),
 #if LLM_EXT_VECTOR_BYTES == 64
@@ -218,13 +283,16 @@ static inline Multiply<T> multiply_for(int m, int nv) {
 // a [rows, k] times panels [begin, end) of kGates packed matrices with `cols` columns each, `gate_size` apart;
 // finish(row, column, values, lanes) takes the results, a vector of each gate at a time, and fetch(row, column) is told
 // beforehand where a row of a tile will need memory. Rows go in tiles; a panel stays in the cache for all of them.
-template <typename T, int kGates, typename Left, typename Fetch, typename Finish>
-static inline void gates_product(Left a, int64_t rows, int64_t k, const T* packed, int64_t gate_size, int64_t cols,
+template <int kGates, typename R, typename Left, typename Fetch, typename Finish>
+static inline void gates_product(Left a, int64_t rows, int64_t k, const R* packed, int64_t gate_size, int64_t cols,
                                  Range panels, Fetch fetch, Finish finish) {
+  using T = Compute<R>;
+  using L = typename Left::Number;
   constexpr int kSums = kRows * kPanel<T>;
   alignas(64) T sums[kGates * kSums];
   const Tiles tiles(rows);
-  const bool far = kGates * cols * k * static_cast<int64_t>(sizeof(T)) > kFarBytes && !Left::kPacked;
+  const int64_t depth = padded<R>(k);
+  const bool far = kGates * cols * depth * static_cast<int64_t>(sizeof(R)) > kFarBytes && !Left::kPacked;
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const int64_t first = p * kPanel<T>;
     const int64_t next = (p + 1 < panels.end ? p + 1 : panels.begin) * kPanel<T>;
@@ -234,15 +302,15 @@ static inline void gates_product(Left a, int64_t rows, int64_t k, const T* packe
       const Range part = tiles[tile];
       const int count = static_cast<int>(part.size());
       for (int64_t m = part.begin; m < part.end; ++m) fetch(m, first);
-      const Multiply<T> multiply = multiply_for<T, Left::kPacked>(count, vectors);
-      const T* left = a.tile(part.begin, k);
+      const Multiply<L, R> multiply = multiply_for<L, R, Left::kPacked>(count, vectors);
+      const L* left = a.tile(part.begin, k);
       for (int g = 0; g < kGates; ++g) {
-        const T* panel = packed + g * gate_size + first * k;
-        const T* ahead = panel + kPanelAhead / static_cast<int>(sizeof(T));
-        int64_t ahead_step = vectors * kLanes<T>;
+        const R* panel = packed + g * gate_size + first * depth;
+        const R* ahead = panel + kPanelAhead / static_cast<int>(sizeof(R));
+        int64_t ahead_step = vectors * kLanes<T> * kPair<R>;
         if (far && tile > 0) {  // each tile but the first its share of the next panel
           ahead_step /= tiles.count - 1;
-          ahead = packed + g * gate_size + next * k + (tile - 1) * k * ahead_step;
+          ahead = packed + g * gate_size + next * depth + (tile - 1) * (depth / kPair<R>)*ahead_step;
         }
         multiply(left, a.stride, k, panel, sums + g * kSums, ahead, ahead_step);
       }
@@ -259,39 +327,40 @@ static inline void gates_product(Left a, int64_t rows, int64_t k, const T* packe
 }
 
 // The same with one matrix; finish(row, column, value, lanes).
-template <typename T, typename Left, typename Fetch, typename Finish>
-static inline void product(Left a, int64_t rows, int64_t k, const T* packed, int64_t cols, Range panels, Fetch fetch,
+template <typename R, typename Left, typename Fetch, typename Finish>
+static inline void product(Left a, int64_t rows, int64_t k, const R* packed, int64_t cols, Range panels, Fetch fetch,
                            Finish finish) {
-  gates_product<T, 1>(
+  gates_product<1>(
       a, rows, k, packed, 0, cols, panels, fetch,
-      [&](int64_t row, int64_t col, Vec<T>(&value)[1], int lanes) { finish(row, col, value[0], lanes); });
+      [&](int64_t row, int64_t col, Vec<Compute<R>>(&value)[1], int lanes) { finish(row, col, value[0], lanes); });
 }
 
 // Rows of a left factor that a long product takes at a time.
-template <typename T>
+template <typename L>
 static inline int64_t rows_of_block(int64_t k) {
-  const int64_t fitting = kBlockBytes / static_cast<int64_t>(sizeof(T)) / (k + 1) / kRows * kRows;
+  const int64_t fitting = kBlockBytes / static_cast<int64_t>(sizeof(L)) / (k + 1) / kRows * kRows;
   return fitting > kRows ? fitting : kRows;
 }
 
 // The same for many rows, `stride` apart and stored as S, by blocks that stay in the second-level cache while all
-// panels pass. `space` has room for a block of rows of T; it is used only if S is another type.
-template <typename T, typename S, typename Finish>
-static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_t k, const T* packed, int64_t cols,
-                                T* space, Finish finish) {
+// panels pass. `space` has room for a block of rows of L; it is used only if S is another type.
+template <typename L, typename S, typename R, typename Finish>
+static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_t k, const R* packed, int64_t cols,
+                                L* space, Finish finish) {
   const auto nothing = [](int64_t, int64_t) {};
-  const int64_t block = rows_of_block<T>(k);
+  const int64_t block = rows_of_block<L>(k);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t count = rows - begin < block ? rows - begin : block;
-    Rows<T> left;
-    if constexpr (kIsNarrow<S>) {
+    Rows<L> left;
+    if constexpr (kSame<S, L>) {
+      left = {a + begin * stride, stride};
+    } else {
       for (int64_t i = 0; i < count; ++i) convert(a + (begin + i) * stride, space + i * k, k);
       left = {space, k};
-    } else {
-      left = {a + begin * stride, stride};
     }
-    product<T>(left, count, k, packed, cols, {0, panels_of<T>(cols)}, nothing,
-               [&](int64_t row, int64_t col, Vec<T> value, int lanes) { finish(begin + row, col, value, lanes); });
+    product(
+        left, count, k, packed, cols, {0, panels_of<Compute<R>>(cols)}, nothing,
+        [&](int64_t row, int64_t col, Vec<Compute<R>> value, int lanes) { finish(begin + row, col, value, lanes); });
   }
 }
 

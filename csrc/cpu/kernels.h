@@ -14,14 +14,14 @@ namespace llm_ext {
 // Of a recurrence whose tensors are stored as S.
 template <typename S>
 struct RecurrenceKernels {
-  // Elements of the packed weights and of workspace that the call needs, and the number of threads worth giving it (at
-  // most `threads`).
+  // Bytes of packed weights and elements of workspace that the call needs, and the number of threads worth giving it
+  // (at most `threads`).
   int64_t (*packed_size)(const RecurrenceSizes&);
   int64_t (*forward_workspace)(const RecurrenceSizes&, int threads);
   int64_t (*backward_workspace)(const RecurrenceSizes&, int threads);
   int (*threads)(const RecurrenceSizes&, int threads);
   // Packs the weights; depends on nothing but them, their sizes and the cell. `packed` of the params is not read.
-  void (*pack)(const RecurrenceForwardParams<S>&, Compute<S>* packed, const Team&);
+  void (*pack)(const RecurrenceForwardParams<S>&, void* packed, const Team&);
   void (*forward)(const RecurrenceForwardParams<S>&, const Team&);
   void (*backward)(const RecurrenceBackwardParams<S>&, const Team&);
 };
@@ -45,7 +45,7 @@ struct PoolKernels {
 };
 
 struct Kernels {
-  const char* level;  // "baseline", "avx2" or "avx512"
+  const char* level;  // "baseline", "avx2", "avx512" or "avx512_bf16"
   // Digests of `bytes` of memory, in pieces of kDigestPiece bytes, one for each.
   void (*digest)(const void* data, int64_t bytes, Digest* pieces, const Team&);
   std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,

@@ -9,12 +9,13 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace llm_ext {
 namespace {
 
 struct Level {
-  const Kernels& kernels;
+  Kernels kernels;
   bool supported;
 };
 
@@ -32,12 +33,20 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+Kernels with_bf16(Kernels kernels) {
+  kernels.level = "avx512_bf16";
+  std::get<RecurrenceKernels<BFloat16>>(kernels.recurrences) = avx512_bf16_recurrence;
+  return kernels;
+}
 #endif
 
 const Kernels& choose() {
   static const Level levels[] = {
   // From the highest down: the first supported one is the default.
 #if LLM_EXT_X86_LEVELS
+      {with_bf16(avx512_kernels), has_avx512_bf16()},
       {avx512_kernels, has_avx512()},
       {avx2_kernels, has_avx2()},
 #endif

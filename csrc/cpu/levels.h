@@ -32,6 +32,7 @@ extern const Kernels& baseline_kernels;
 #if LLM_EXT_X86_LEVELS
 extern const Kernels& avx2_kernels;
 extern const Kernels& avx512_kernels;
+extern const RecurrenceKernels<BFloat16>& avx512_bf16_recurrence;
 #endif
 
 }  // namespace llm_ext

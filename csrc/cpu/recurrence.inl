@@ -1,7 +1,7 @@
 // The recurrence over time, generic over the cell.
 //
 // Tensors are stored as S and computed in T: states and sums are T from step to step even where S has 16 bits, and the
-// results are rounded as they are stored.
+// results are rounded as they are stored. Left factors of products are Factor<S>, packed weights S.
 //
 // Forward: with the weights packed, a block of steps at a time, one product for the input projection and the loop over
 // time, which turns pre-activations into states. Backward: the loop over time backwards for dz, and after each block of
@@ -57,15 +57,15 @@ static inline double row_work(const RecurrenceSizes& s) {
   return s.projected() ? gates + static_cast<double>(s.hidden) * s.output : gates;
 }
 
-template <typename T>
+template <typename S>
 static inline Split choose_split(const RecurrenceSizes& s, int threads) {
   if (threads == 1) return Split::kOne;
   // Where sequences end early, rows would leave each thread fewer and fewer of them, tiles that starve the
   // micro-kernel. T128 B32 I256 H512 with lengths from T / 4 to T takes 13.7 ms by rows and 11.6 by columns (LSTM 57
   // and 48).
-  const bool near = row_work(s) * sizeof(T) <= kNearBytes;
+  const bool near = row_work(s) * sizeof(S) <= kNearBytes;
   if (of_one_length(s) && s.batch >= (kRowsPerThread - near) * threads) return Split::kRows;
-  if (panels_of<T>(s.hidden) >= threads && s.batch * row_work(s) >= kStepWorkPerThread * threads)
+  if (panels_of<Compute<S>>(s.hidden) >= threads && s.batch * row_work(s) >= kStepWorkPerThread * threads)
     return Split::kColumns;
   return s.batch >= threads ? Split::kRows : Split::kOne;
 }
@@ -94,13 +94,19 @@ static inline int64_t most_block_rows(const RecurrenceSizes& s) {
   return block_rows<T>(s) < total_rows(s) ? block_rows<T>(s) : total_rows(s);
 }
 
-// Where the packed weights of a forward pass lie. Sizes in elements of T.
-template <typename T>
+// Elements of T that hold n of F.
+template <typename T, typename F>
+static inline int64_t space_of(int64_t n) {
+  return aligned(divide_up(n * static_cast<int64_t>(sizeof(F)), sizeof(T)));
+}
+
+// Where the packed weights of a forward pass lie. Sizes in elements of R.
+template <typename R>
 struct PackedWeights {
   explicit PackedWeights(const RecurrenceSizes& s)
-      : ih(aligned(packed_size<T>(gates_of(s.cell) * s.hidden, s.input))),
-        hh_gate(aligned(packed_size<T>(s.hidden, s.output))),
-        hr(s.projected() ? aligned(packed_size<T>(s.output, s.hidden)) : 0),
+      : ih(aligned(packed_size<R>(gates_of(s.cell) * s.hidden, s.input))),
+        hh_gate(aligned(packed_size<R>(s.hidden, s.output))),
+        hr(s.projected() ? aligned(packed_size<R>(s.output, s.hidden)) : 0),
         total(ih + gates_of(s.cell) * hh_gate + hr) {}
 
   int64_t ih;       // those of the input
@@ -111,7 +117,7 @@ struct PackedWeights {
 
 template <typename S>
 static int64_t packed_weights_size(const RecurrenceSizes& s) {
-  return goes_direct(s) ? 0 : PackedWeights<Compute<S>>(s).total;
+  return goes_direct(s) ? 0 : PackedWeights<S>(s).total * sizeof(S);
 }
 
 // Where the forward pass puts what, besides its results. Sizes in elements of T.
@@ -120,10 +126,10 @@ struct ForwardSpace {
   ForwardSpace(const RecurrenceSizes& s, int threads)
       : bias(aligned(gates_of(s.cell) * s.hidden)),
         z(gates_of(s.cell) > 1 || kIsNarrow<S> ? aligned(most_block_rows<T>(s) * gates_of(s.cell) * s.hidden) : 0),
-        m(s.projected() ? aligned(s.batch * s.hidden) : 0),
+        m(s.projected() ? space_of<T, Factor<S>>(s.batch * s.hidden) : 0),
         states(kIsNarrow<S> ? aligned(2 * s.batch * s.output) : 0),
         cells(kIsNarrow<S> && s.cell == Cell::kLstm ? aligned(s.batch * s.hidden) : 0),
-        left(kIsNarrow<S> ? aligned(rows_of_block<T>(s.input) * s.input) : 0),
+        left(kSame<Factor<S>, S> ? 0 : aligned(rows_of_block<T>(s.input) * s.input)),
         total(bias + z + m + states + cells + threads * left) {}
 
   int64_t bias;    // of the input's blocks
@@ -131,7 +137,7 @@ struct ForwardSpace {
   int64_t m;       // output of a step before the projection, likewise
   int64_t states;  // the states of two steps, where y does not hold them as T
   int64_t cells;   // cell states, where c_n does not hold them as T
-  int64_t left;    // of each thread, a block of rows of the input, where x does not hold them as T
+  int64_t left;    // of each thread, a block of rows of the input, where x does not hold them as factors
   int64_t total;
 };
 
@@ -141,7 +147,7 @@ static int64_t recurrence_forward_workspace(const RecurrenceSizes& s, int thread
   return goes_direct(s) ? space.states + space.cells : space.total;
 }
 
-// Elements of both packed factors of a block of the weight gradients.
+// Factors, of both sides, of a block of the weight gradients.
 template <typename T>
 constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradientPanels * kPanel<T>);
 
@@ -149,14 +155,15 @@ constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradi
 template <typename S, typename T = Compute<S>>
 struct BackwardSpace {
   BackwardSpace(const RecurrenceSizes& s, int threads)
-      : hh(aligned(packed_size<T>(s.output, gates_of(s.cell) * s.hidden))),
-        hr(s.projected() ? aligned(packed_size<T>(s.hidden, s.output)) : 0),
-        ih(aligned(packed_size<T>(s.input, gates_of(s.cell) * s.hidden))),
+      : hh(space_of<T, S>(packed_size<S>(s.output, gates_of(s.cell) * s.hidden))),
+        hr(s.projected() ? space_of<T, S>(packed_size<S>(s.hidden, s.output)) : 0),
+        ih(space_of<T, S>(packed_size<S>(s.input, gates_of(s.cell) * s.hidden))),
         carry(gates_of(s.cell) > 1 ? aligned(s.batch * s.hidden) : 0),
-        dh(s.projected() ? aligned(most_rows(s) * s.output) : 0),
-        dz(aligned(most_rows(s) * blocks_of(s.cell) * s.hidden)),
+        dh(s.projected() ? space_of<T, Factor<S>>(most_rows(s) * s.output) : 0),
+        dz(space_of<T, Factor<S>>(most_rows(s) * blocks_of(s.cell) * s.hidden)),
         sums(kIsNarrow<S> ? aligned(gradients(s)) : 0),
-        total(hh + hr + ih + carry + dh + 2 * dz + sums + threads * kGradientBlock<T>) {}
+        block(space_of<T, Factor<S>>(kGradientBlock<T>)),
+        total(hh + hr + ih + carry + dh + 2 * dz + sums + threads * block) {}
 
   // Rows of a block of steps: what the weight gradients take at a time, but at least one step.
   static int64_t most_rows(const RecurrenceSizes& s) {
@@ -174,6 +181,7 @@ struct BackwardSpace {
   int64_t dh;     // gradients of the states of a block of steps, where they are projected
   int64_t dz;     // gradients of the pre-activations of a block of steps
   int64_t sums;   // gradients of weights and biases, where the results do not hold them as T
+  int64_t block;  // of each thread, a block of the weight gradients
   int64_t total;
 };
 
@@ -240,10 +248,11 @@ static inline Range columns_of(Range panels, int64_t cols) {
   return intersect({panels.begin * kPanel<T>, panels.end * kPanel<T>}, {0, cols});
 }
 
-template <typename T>
+template <typename S>
 static Part part_of(const RecurrenceSizes& s, const Team& team) {
+  using T = Compute<S>;
   Part part = {{0, s.batch}, {0, panels_of<T>(s.hidden)}, {}, {0, panels_of<T>(s.output)}, {}, false};
-  switch (choose_split<T>(s, team.size)) {
+  switch (choose_split<S>(s, team.size)) {
     case Split::kRows:
       part.rows = of_one_length(s)
                       ? team.share(s.batch)
@@ -327,8 +336,16 @@ class States {
     if constexpr (kIsNarrow<S>) {
       return i == 0 && p_.h0 == nullptr ? nullptr : place(i + 1, r);
     } else {
-      if (r < order_.rows(i - 1)) return p_.y + (order_.first_row(i - 1) + r) * s_.output;
-      return p_.h0 == nullptr ? nullptr : p_.h0 + r * s_.output;
+      return stored_before(i, r);
+    }
+  }
+
+  // The same, as the products read it.
+  const Factor<S>* factor_before(int64_t i, int64_t r) const {
+    if constexpr (kSame<Factor<S>, S>) {
+      return stored_before(i, r);
+    } else {
+      return before(i, r);
     }
   }
 
@@ -361,6 +378,11 @@ class States {
   }
 
  private:
+  const S* stored_before(int64_t i, int64_t r) const {
+    if (r < order_.rows(i - 1)) return p_.y + (order_.first_row(i - 1) + r) * s_.output;
+    return p_.h0 == nullptr ? nullptr : p_.h0 + r * s_.output;
+  }
+
   T* place(int64_t i, int64_t r) const {
     return kIsNarrow<S> ? two_steps_ + (i % 2 * s_.batch + r) * s_.output : nullptr;
   }
@@ -438,23 +460,25 @@ static void forward_direct(const RecurrenceForwardParams<S>& p, const Team& team
 }
 
 template <typename S>
-static void pack_weights(const RecurrenceForwardParams<S>& p, Compute<S>* packed, const Team& team) {
+static void pack_weights(const RecurrenceForwardParams<S>& p, void* place, const Team& team) {
   using T = Compute<S>;
+  using R = S;
+  R* const packed = static_cast<R*>(place);
   with_cell(p.sizes.cell, [&](auto cell) {
     using C = decltype(cell);
     const RecurrenceSizes& s = p.sizes;
     const int64_t H = s.hidden, P = s.output;
     const int64_t gates = C::kGates * H;
-    const PackedWeights<T> sizes(s);
-    pack_transposed<T>([&](int64_t col) { return p.w_ih + (input_gate<C>(col / H) * H + col % H) * s.input; }, gates,
-                       s.input, team.share(panels_of<T>(gates)), packed);
+    const PackedWeights<R> sizes(s);
+    pack_transposed([&](int64_t col) { return p.w_ih + (input_gate<C>(col / H) * H + col % H) * s.input; }, gates,
+                    s.input, team.share(panels_of<T>(gates)), packed);
     for (int g = 0; g < C::kGates; ++g) {
-      pack_transposed<T>([&](int64_t col) { return p.w_hh + (g * H + col) * P; }, H, P, team.share(panels_of<T>(H)),
-                         packed + sizes.ih + g * sizes.hh_gate);
+      pack_transposed([&](int64_t col) { return p.w_hh + (g * H + col) * P; }, H, P, team.share(panels_of<T>(H)),
+                      packed + sizes.ih + g * sizes.hh_gate);
     }
     if (s.projected()) {
-      pack_transposed<T>([&](int64_t col) { return p.w_hr + col * H; }, P, H, team.share(panels_of<T>(P)),
-                         packed + sizes.ih + C::kGates * sizes.hh_gate);
+      pack_transposed([&](int64_t col) { return p.w_hr + col * H; }, P, H, team.share(panels_of<T>(P)),
+                      packed + sizes.ih + C::kGates * sizes.hh_gate);
     }
   });
 }
@@ -462,22 +486,24 @@ static void pack_weights(const RecurrenceForwardParams<S>& p, Compute<S>* packed
 template <typename S, typename C>
 static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team) {
   using T = Compute<S>;
+  using R = S;
+  using L = Factor<S>;
   const RecurrenceSizes& s = p.sizes;
   const int64_t H = s.hidden, P = s.output;
   const int64_t gates = C::kGates * H;
   const bool projected = C::kHasCell && s.projected();
   const Order order{s};
-  const PackedWeights<T> weights(s);
-  const T* packed_ih = p.packed;
-  const T* packed_hh = packed_ih + weights.ih;
-  const T* packed_hr = packed_hh + C::kGates * weights.hh_gate;
+  const PackedWeights<R> weights(s);
+  const R* packed_ih = static_cast<const R*>(p.packed);
+  const R* packed_hh = packed_ih + weights.ih;
+  const R* packed_hr = packed_hh + C::kGates * weights.hh_gate;
   const ForwardSpace<S> space(s, team.size);
   T* bias = p.workspace;
   T* block_z = bias + space.bias;
-  T* step_m = block_z + space.z;
-  T* two_steps = step_m + space.m;
+  L* step_m = reinterpret_cast<L*>(block_z + space.z);
+  T* two_steps = block_z + space.z + space.m;
   T* cells = two_steps + space.states;
-  T* left = cells + space.cells + team.rank * space.left;
+  L* left = reinterpret_cast<L*>(cells + space.cells + team.rank * space.left);
 
   const Range biases = team.share(gates, kAlign);
   for (int64_t j = biases.begin; j < biases.end; ++j) {
@@ -486,7 +512,7 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
     if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) bias[j] += read(p.b_hh + state_gate<C>(b) * H + j % H);
   }
 
-  const Part part = part_of<T>(s, team);
+  const Part part = part_of<S>(s, team);
   const States<S, C> states(p, two_steps, cells);
   states.start(part.rows, part.columns, part.output_columns);
   const int64_t kept_width = kept_blocks(s.cell, projected) * H;
@@ -505,10 +531,10 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
 
     team.sync();
     const Range rows = team.share(count, kRows);
-    long_product<T>(p.x + (first + rows.begin) * s.input, s.input, rows.size(), s.input, packed_ih, gates, left,
-                    [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                      store_part(z + (rows.begin + row) * z_width + col, value + load_part(bias + col, lanes), lanes);
-                    });
+    long_product(p.x + (first + rows.begin) * s.input, s.input, rows.size(), s.input, packed_ih, gates, left,
+                 [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+                   store_part(z + (rows.begin + row) * z_width + col, value + load_part(bias + col, lanes), lanes);
+                 });
     team.sync();
 
     for (int64_t i = begin; i < end; ++i) {
@@ -518,7 +544,7 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
       S* const kept = p.kept == nullptr ? nullptr : p.kept + first_row * kept_width;
       // The output of the cell, where it is not yet that of the step; what is kept of it may be the same.
       S* const kept_m = kept == nullptr ? nullptr : kept + (C::kBlocks + 1) * H;
-      T* m = step_m;
+      L* m = step_m;
       int64_t m_width = H;
       if constexpr (!kIsNarrow<S>) {
         if (kept_m != nullptr) m = kept_m, m_width = kept_width;
@@ -549,7 +575,8 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
       const auto step = [&](Range r) {
         if (r.size() == 0) return;
         const T* previous = states.before(i, r.begin);
-        if (previous == nullptr) {
+        const L* factor = states.factor_before(i, r.begin);
+        if (factor == nullptr) {
           for (int64_t row = r.begin; row < r.end; ++row) {
             for_each_vector<T>(part.columns.size(), [&](int64_t j, int lanes) {
               Vec<T> zeros[C::kGates] = {};
@@ -558,8 +585,8 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
           }
           return;
         }
-        gates_product<T, C::kGates>(
-            Rows<T>{previous, P}, r.size(), P, packed_hh, weights.hh_gate, H, part.panels,
+        gates_product<C::kGates>(
+            Rows<L>{factor, P}, r.size(), P, packed_hh, weights.hh_gate, H, part.panels,
             [&](int64_t row, int64_t col) {
               const T* z_row = z + (first_row - first + r.begin + row) * z_width + col;
               for (int b = 0; b < C::kGates; ++b) __builtin_prefetch(z_row + b * H, 1);
@@ -572,8 +599,8 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
       step(intersect(all, {order.rows(i - 1), order.rows(i)}));
       if (projected) {
         if (part.barrier) team.sync();
-        product<T>(
-            Rows<T>{m + all.begin * m_width, m_width}, all.size(), H, packed_hr, P, part.output_panels,
+        product(
+            Rows<L>{m + all.begin * m_width, m_width}, all.size(), H, packed_hr, P, part.output_panels,
             [](int64_t, int64_t) {},
             [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
               target.store(all.begin + row, col, value, lanes);
@@ -637,10 +664,11 @@ struct WeightGradient {
 // Gradients that have the left side [*, blocks * height] in common are one product with their right sides side by side,
 // so that the left side is packed once.
 template <typename S, int kSides>
-static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, const Compute<S>* left_rows,
+static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, const Factor<S>* left_rows,
                              int64_t height, int blocks, const WeightGradient<S> (&sides)[kSides], bool more,
-                             Compute<S>* space, const Team& team) {
+                             Factor<S>* space, const Team& team) {
   using T = Compute<S>;
+  using L = Factor<S>;
   const int64_t n = rows.size();
   const int64_t left_width = blocks * height;
   Range places[kSides];  // of each side among the panels of all
@@ -666,8 +694,8 @@ static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, c
     }
     return;
   }
-  T* right = space;
-  T* left = space + kGradientDepth<T> * kGradientPanels * kPanel<T>;
+  L* right = space;
+  L* left = space + kGradientDepth<T> * kGradientPanels * kPanel<T>;
   for (int64_t i = 0; i < n; i += kGradientDepth<T>) {
     const int64_t depth = n - i < kGradientDepth<T> ? n - i : kGradientDepth<T>;
     for (int64_t begin = panels.begin; begin < panels.end; begin += kGradientPanels) {
@@ -679,17 +707,18 @@ static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, c
           if (mine.size() == 0) continue;
           const int64_t first = (mine.begin - places[j].begin) * kPanel<T>;
           const Range columns = intersect({first, first + mine.size() * kPanel<T>}, {0, sides[j].width});
-          body(sides[j], Range{0, mine.size()}, columns, right + (mine.begin - group.begin) * kPanel<T> * depth);
+          body(sides[j], Range{0, mine.size()}, columns,
+               right + (mine.begin - group.begin) * kPanel<T> * padded<L>(depth));
         }
       };
-      for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, T* packed) {
+      for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, L* packed) {
         for (int64_t j = some.begin; j < some.end; ++j) {
           PreviousState<S> state(p, rows.begin + i);
           const auto row = [&](int64_t k) -> const S* {
             const S* source = side.of_state ? state(k) : side.right + (rows.begin + i + k) * side.stride;
             return source == nullptr ? nullptr : source + columns.begin;
           };
-          pack_rows<T>(row, columns.size(), depth, {j, j + 1}, packed);
+          pack_rows(row, columns.size(), depth, {j, j + 1}, packed);
         }
       });
       for (int b = 0; b < blocks; ++b) {
@@ -697,11 +726,11 @@ static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, c
           const Range some_height = intersect({r, r + kGradientHeight}, heights);
           pack_columns(left_rows + i * left_width, left_width, depth,
                        {b * height + some_height.begin, b * height + some_height.end}, left);
-          for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, const T* packed) {
+          for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, const L* packed) {
             if (side.gates[b] < 0) return;
             T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
-            product<T>(
-                PackedColumns<T>{left}, some_height.size(), depth, packed, columns.size(), some,
+            product(
+                PackedColumns<L>{left}, some_height.size(), depth, packed, columns.size(), some,
                 [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
                 [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
                   T* out = target + m * side.width + col;
@@ -716,8 +745,8 @@ static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, c
 
 // The gradients of both biases: sums of n rows of dz [n, blocks H], on top of what they hold if `more`. Null: not
 // wanted.
-template <typename T, typename C>
-static void bias_gradients(const T* dz, int64_t n, int64_t H, T* of_input, T* of_state, bool more, const Team& team) {
+template <typename C, typename L, typename T>
+static void bias_gradients(const L* dz, int64_t n, int64_t H, T* of_input, T* of_state, bool more, const Team& team) {
   constexpr int64_t kSums = 8;
   constexpr int64_t kWidth = kSums * kLanes<T>;
   const Range columns = team.share(H, kLanes<T>);
@@ -748,20 +777,28 @@ static void bias_gradients(const T* dz, int64_t n, int64_t H, T* of_input, T* of
 template <typename S, typename C>
 class BackwardPass {
   using T = Compute<S>;
+  using R = S;
+  using L = Factor<S>;
 
  public:
   BackwardPass(const RecurrenceBackwardParams<S>& p, const Team& team)
-      : p_(p), team_(team), part_(part_of<T>(p.sizes, team)), projected_(C::kHasCell && p.sizes.projected()) {
+      : p_(p), team_(team), part_(part_of<S>(p.sizes, team)), projected_(C::kHasCell && p.sizes.projected()) {
     const BackwardSpace<S> sizes(s_, team.size);
-    packed_hh_ = p.workspace;
-    packed_hr_ = packed_hh_ + sizes.hh;
-    packed_ih_ = packed_hr_ + sizes.hr;
-    carry_ = packed_ih_ + sizes.ih;
-    dh_ = carry_ + sizes.carry;
-    block_ = {dh_ + sizes.dh, 0, 0, {s_.steps, s_.steps}};
-    later_block_ = {block_.dz + sizes.dz, 0, 0, {s_.steps, s_.steps}};
-    T* sums = later_block_.dz + sizes.dz;
-    space_ = sums + sizes.sums + team.rank * kGradientBlock<T>;
+    T* place = p.workspace;
+    const auto take = [&](int64_t elements) {
+      T* taken = place;
+      place += elements;
+      return taken;
+    };
+    packed_hh_ = reinterpret_cast<R*>(take(sizes.hh));
+    packed_hr_ = reinterpret_cast<R*>(take(sizes.hr));
+    packed_ih_ = reinterpret_cast<R*>(take(sizes.ih));
+    carry_ = take(sizes.carry);
+    dh_ = reinterpret_cast<L*>(take(sizes.dh));
+    block_ = {reinterpret_cast<L*>(take(sizes.dz)), 0, 0, {s_.steps, s_.steps}};
+    later_block_ = {reinterpret_cast<L*>(take(sizes.dz)), 0, 0, {s_.steps, s_.steps}};
+    T* sums = take(sizes.sums);
+    space_ = reinterpret_cast<L*>(place + team.rank * sizes.block);
     for_each_gradient([&](T*& sum, S* result, int64_t n) {
       if constexpr (kIsNarrow<S>) {
         sum = result == nullptr ? nullptr : sums;
@@ -798,7 +835,7 @@ class BackwardPass {
  private:
   // A block of steps, whose rows are neighbours.
   struct Block {
-    T* dz;          // [rows, blocks H]
+    L* dz;          // [rows, blocks H]
     int64_t first;  // its first row of the sequence
     int64_t rows;
     Range steps;  // its positions in the order
@@ -815,13 +852,13 @@ class BackwardPass {
   }
 
   void pack() {
-    pack_rows<T>([&](int64_t i) { return p_.w_hh + i * P; }, P, gates_, team_.share(panels_of<T>(P)), packed_hh_);
+    pack_rows([&](int64_t i) { return p_.w_hh + i * P; }, P, gates_, team_.share(panels_of<T>(P)), packed_hh_);
     if (projected_) {
-      pack_rows<T>([&](int64_t i) { return p_.w_hr + i * H; }, H, P, team_.share(panels_of<T>(H)), packed_hr_);
+      pack_rows([&](int64_t i) { return p_.w_hr + i * H; }, H, P, team_.share(panels_of<T>(H)), packed_hr_);
     }
     if (p_.dx != nullptr) {
-      pack_rows<T>([&](int64_t i) { return p_.w_ih + (input_gate<C>(i / H) * H + i % H) * s_.input; }, s_.input, gates_,
-                   team_.share(panels_of<T>(s_.input)), packed_ih_);
+      pack_rows([&](int64_t i) { return p_.w_ih + (input_gate<C>(i / H) * H + i % H) * s_.input; }, s_.input, gates_,
+                team_.share(panels_of<T>(s_.input)), packed_ih_);
     }
   }
 
@@ -840,11 +877,11 @@ class BackwardPass {
   }
 
   // Position i, batch row r. The step after the block's last is the first of the block that was at work before.
-  T* dz_of(int64_t i, int64_t r) const {
+  L* dz_of(int64_t i, int64_t r) const {
     const Block& block = i < block_.steps.end ? block_ : later_block_;
     return block.dz + (order_.first_row(i) + r - block.first) * dz_width_;
   }
-  T* dh_of(int64_t i, int64_t r) const { return dh_ + (order_.first_row(i) + r - block_.first) * P; }
+  L* dh_of(int64_t i, int64_t r) const { return dh_ + (order_.first_row(i) + r - block_.first) * P; }
 
   // The state of a row before position i; null: zeros.
   const S* state_before(int64_t i, int64_t r) const {
@@ -879,7 +916,7 @@ class BackwardPass {
     if (C::kCarries) carried = load_part(carry_ + r * H + col, lanes);
     C::template backward<T>(blocks, h, h_before, c, c_before, dh, carried);
     if (C::kCarries) store_part(carry_ + r * H + col, carried, lanes);
-    T* dz = dz_of(i, r) + col;
+    L* dz = dz_of(i, r) + col;
     for (int b = 0; b < C::kBlocks; ++b) store_part(dz + b * H, blocks[b], lanes);
   }
 
@@ -896,8 +933,8 @@ class BackwardPass {
   // dz of position i times the weights of the state, for rows r. They see its last blocks.
   template <typename Fetch, typename Store>
   void to_state(int64_t i, Range r, Fetch fetch, Store store) {
-    product<T>(Rows<T>{dz_of(i, r.begin) + dz_width_ - gates_, dz_width_}, r.size(), gates_, packed_hh_, P,
-               part_.output_panels, fetch, store);
+    product(Rows<L>{dz_of(i, r.begin) + dz_width_ - gates_, dz_width_}, r.size(), gates_, packed_hh_, P,
+            part_.output_panels, fetch, store);
   }
 
   void into_h0(int64_t i, Range r) {
@@ -920,7 +957,7 @@ class BackwardPass {
     for (int b = 0; b < kept_blocks(C::kCell, false); ++b) {
       __builtin_prefetch(p_.kept + row * kept_width_ + b * H + col);
     }
-    const T* dz = dz_of(i, r) + col;
+    const L* dz = dz_of(i, r) + col;
     for (int b = 0; b < C::kBlocks; ++b) __builtin_prefetch(dz + b * H, 1);
   }
 
@@ -942,8 +979,8 @@ class BackwardPass {
     }
     if (projected_) {
       if (part_.barrier) team_.sync();
-      product<T>(
-          Rows<T>{dh_of(i, all.begin), P}, all.size(), P, packed_hr_, H, part_.panels, [](int64_t, int64_t) {},
+      product(
+          Rows<L>{dh_of(i, all.begin), P}, all.size(), P, packed_hr_, H, part_.panels, [](int64_t, int64_t) {},
           [&](int64_t m, int64_t col, Vec<T> value, int lanes) { through_cell(i, all.begin + m, col, value, lanes); });
     }
     into_h0(i + 1, intersect(part_.rows, {order_.rows(i), later}));  // rows that joined there
@@ -955,10 +992,10 @@ class BackwardPass {
     if (p_.dx != nullptr) {
       const Range rows = team_.share(block_.rows, kRows);
       S* dx = p_.dx + (block_.first + rows.begin) * s_.input;
-      long_product<T>(block_.dz + rows.begin * dz_width_, dz_width_, rows.size(), gates_, packed_ih_, s_.input,
-                      static_cast<T*>(nullptr), [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                        store_part(dx + row * s_.input + col, value, lanes);
-                      });
+      long_product(block_.dz + rows.begin * dz_width_, dz_width_, rows.size(), gates_, packed_ih_, s_.input,
+                   static_cast<L*>(nullptr), [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+                     store_part(dx + row * s_.input + col, value, lanes);
+                   });
     }
     WeightGradient<S> of_input = {dw_ih_, s_.input, {}, false, p_.x, s_.input};
     WeightGradient<S> of_state = {dw_hh_, P, {}, true, nullptr, 0};
@@ -973,7 +1010,7 @@ class BackwardPass {
       const WeightGradient<S> of_cell = {dw_hr_, H, {0}, false, p_.kept + (C::kBlocks + 1) * H, kept_width_};
       weight_gradients(p_, rows, dh_, P, 1, {of_cell}, more, space_, team_);
     }
-    bias_gradients<T, C>(block_.dz, block_.rows, H, db_ih_, db_hh_, more, team_);
+    bias_gradients<C>(block_.dz, block_.rows, H, db_ih_, db_hh_, more, team_);
   }
 
   const RecurrenceBackwardParams<S>& p_;
@@ -987,17 +1024,17 @@ class BackwardPass {
   const int64_t gates_ = C::kGates * H;
   const int64_t dz_width_ = C::kBlocks * H;
   const int64_t kept_width_ = kept_blocks(s_.cell, projected_) * H;
-  T* packed_hh_;
-  T* packed_hr_;
-  T* packed_ih_;
+  R* packed_hh_;
+  R* packed_hr_;
+  R* packed_ih_;
   T* carry_;
-  T* dh_;  // [rows of a block, P] gradients of the states, where they are projected
+  L* dh_;  // [rows of a block, P] gradients of the states, where they are projected
   T* dw_ih_;
   T* dw_hh_;
   T* dw_hr_;
   T* db_ih_;
   T* db_hh_;
-  T* space_;
+  L* space_;
   Block block_;
   Block later_block_;  // the one that was at work before
 };
@@ -1017,6 +1054,18 @@ template <typename S>
 static void recurrence_backward(const RecurrenceBackwardParams<S>& p, const Team& team) {
   with_cell(p.sizes.cell, [&](auto cell) { BackwardPass<S, decltype(cell)>(p, team).run(); });
 }
+
+// A constant, as all tables: to choose between the levels must not run code of any of them.
+template <typename S>
+static constexpr RecurrenceKernels<S> kRecurrenceKernels = {
+    .packed_size = packed_weights_size<S>,
+    .forward_workspace = recurrence_forward_workspace<S>,
+    .backward_workspace = recurrence_backward_workspace<S>,
+    .threads = recurrence_threads,
+    .pack = pack_weights<S>,
+    .forward = recurrence_forward<S>,
+    .backward = recurrence_backward<S>,
+};
 
 }  // namespace LLM_EXT_LEVEL
 }  // namespace llm_ext

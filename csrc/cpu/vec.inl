@@ -3,6 +3,22 @@
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
+// Of the standard library's, no header of which may stand in a region of a level.
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+template <bool first, typename A, typename B>
+struct Choice {
+  using type = A;
+};
+template <typename A, typename B>
+struct Choice<false, A, B> {
+  using type = B;
+};
+template <bool first, typename A, typename B>
+using Choose = typename Choice<first, A, B>::type;
+
 template <typename T>
 struct VecType;
 template <>
@@ -112,6 +128,40 @@ static inline auto load_narrow(const S* p) {
 static inline Vec<float> load(const BFloat16* p) { return load_narrow(p); }
 static inline Vec<float> load(const Float16* p) { return load_narrow(p); }
 
+// Whether an instruction multiplies pairs of bfloat16.
+#ifdef LLM_EXT_DOT_BF16
+constexpr bool kHasDot = true;
+#else
+constexpr bool kHasDot = false;
+#endif
+
+// Pairs of bfloat16, one in each lane of 32 bits, the first in its lower half. They pass through registers as floats.
+static inline Vec<float> load_pairs(const BFloat16* p, int numbers) {  // 0 < numbers <= 2 kLanes, the others zero
+  Vec<float> pairs{};
+  if (numbers == 2 * kLanes<float>) {
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+  } else {
+    __builtin_memcpy(&pairs, p, numbers * sizeof(BFloat16));
+  }
+  return pairs;
+}
+
+// Of numbers that are bfloat16.
+static inline Vec<float> make_pairs(Vec<float> first, Vec<float> second) {
+  return (Vec<float>)(((Bits32)first >> 16) | (Bits32)second);
+}
+
+#ifdef LLM_EXT_DOT_BF16
+// To each lane the products of both halves of its pair with those of `left`, of which there are two or only the first.
+// Subnormal numbers count as zero.
+static inline Vec<float> dot(Vec<float> sum, const BFloat16* left, int numbers, const BFloat16* pairs) {
+  uint32_t both = 0;
+  __builtin_memcpy(&both, left, numbers * sizeof(BFloat16));
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(both)),
+                                      (__m512bh)_mm512_loadu_si512(pairs));
+}
+#endif
+
 // The first n lanes, 0 < n <= kLanes; the others read as zero and are not touched in memory.
 template <typename S, typename T = Compute<S>>
 static inline Vec<T> load_part(const S* p, int n) {
@@ -155,6 +205,17 @@ static inline void store_part(S* p, Vec<T> v, int n) {
 #else
     for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
+  }
+}
+
+// A whole vector of numbers that S holds exactly.
+template <typename S>
+static inline void store_exact(S* p, Vec<Compute<S>> v) {
+  if constexpr (kSame<S, BFloat16>) {
+    const Bits16 bits = __builtin_convertvector((Bits32)v >> 16, Bits16);
+    __builtin_memcpy(p, &bits, sizeof(bits));
+  } else {
+    store_part(p, v, kLanes<Compute<S>>);
   }
 }
 

@@ -222,7 +222,7 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
     if (s.steps == 0) {
       pass_state(s.batch * s.output, p.h0, p.h_n);
       pass_state(s.batch * s.hidden, p.c0, p.c_n);
-    } else if (const int64_t packed_size = kernel.packed_size(s)) {
+    } else if (const int64_t packed_bytes = kernel.packed_size(s)) {
       const auto digest_now = [&] {
         const int64_t of_input = r.gates() * s.input, of_state = r.gates() * s.output;
         return digest_of(
@@ -234,18 +234,17 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
       const Digest digest = digest_now();
       OptionalTensor packed = packed_weights().find(digest);
       const bool fresh = !packed.has_value();
-      if (fresh) packed = empty({packed_size}, kComputed);
-      p.packed = data<Compute<S>>(*packed);
+      if (fresh) packed = empty({packed_bytes}, ScalarType::Byte);
+      p.packed = data<uint8_t>(*packed);
       run_team(threads, [&](const Team& team) {
         if (fresh) {
-          kernel.pack(p, mutable_data<Compute<S>>(*packed), team);
+          kernel.pack(p, mutable_data<uint8_t>(*packed), team);
           team.sync();
         }
         kernel.forward(p, team);
       });
-      const int64_t bytes = packed_size * kBytes<Compute<S>>;
-      if (fresh && packed_weights().expects(digest, bytes) && digest_now() == digest) {
-        packed_weights().remember(digest, *packed, bytes);
+      if (fresh && packed_weights().expects(digest, packed_bytes) && digest_now() == digest) {
+        packed_weights().remember(digest, *packed, packed_bytes);
       }
     } else {
       run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
