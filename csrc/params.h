@@ -77,7 +77,7 @@ struct RecurrenceForwardParams {
   const S* w_hr;          // [P, H] LSTM: the projection; null exactly where P = H
   S* y;                   // [N, P] out: every state
   S* h_n;                 // [B, P] out: the state after each row's last step
-  S* c_n;                 // [B, H] LSTM, out: the cell state after each row's last step
+  S* c_n;                 // [B, H] LSTM, out: the cell state after each row's last step; may be c0
   S* kept;                // [N, kept_blocks H] out, for the backward pass; null: not wanted
   const void* packed;     // the weights as pack() leaves them; null where packed_size() is 0
   Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
+STACK_CELLS = (*NONLINEARITIES, "gru", "lstm")
 DTYPES = (torch.float32, torch.float64)
 RECURRENCE_DTYPES = (*DTYPES, torch.bfloat16, torch.float16)
 
@@ -160,6 +161,47 @@ def lstm(
     if (h0 is None) != (c0 is None):
         raise ArgumentError("lstm: h0 and c0 must be given together")
     _recurrence("lstm", 4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    bidirectional: bool,
+) -> None:
+    """Raise if the arguments of `ops.stack` do not fit together."""
+    if cell not in STACK_CELLS:
+        raise ValueError(f"stack: cell must be one of {STACK_CELLS}, got {cell!r}")
+    gates = {"gru": 3, "lstm": 4}.get(cell, 1)
+    directions, each = 1 + bidirectional, 2 + 2 * bias
+    rows = len(weights) // each
+    if rows == 0 or len(weights) % (each * directions):
+        per = f"{each} tensors for each layer" + (" and direction" if bidirectional else "")
+        raise ArgumentError(f"stack: weights must be {per}, got {len(weights)} tensors")
+    if cell == "lstm" and (h0 is None) != (c0 is None):
+        raise ArgumentError("stack: h0 and c0 must be given together")
+    if cell != "lstm" and c0 is not None:
+        raise ArgumentError(f"stack: c0 belongs to an LSTM, got one for {cell}")
+    _check("stack", "x", x, "T, B, I", (None, None, None), RECURRENCE_DTYPES)
+    hidden = None
+    for row in range(rows):
+        names = [f"weights[{row * each + i}]" for i in range(each)]
+        w_ih, w_hh, *biases = weights[row * each : (row + 1) * each]
+        like = ("x", x)
+        features = x.shape[2] if row < directions or hidden is None else directions * hidden
+        _check("stack", names[0], w_ih, f"{gates} H, I", (None, features), (x.dtype,), like)
+        if w_ih.shape[0] % gates or hidden not in (None, w_ih.shape[0] // gates):
+            raise ArgumentError(f"stack: {names[0]} must have {gates} H rows in every layer, got {list(w_ih.shape)}")
+        hidden = w_ih.shape[0] // gates
+        _check("stack", names[1], w_hh, f"{gates} H, H", (gates * hidden, hidden), (x.dtype,), like)
+        for name, b in zip(names[2:], biases, strict=True):
+            _check("stack", name, b, f"{gates} H", (gates * hidden,), (x.dtype,), like)
+    for name, state in (("h0", h0), ("c0", c0)):
+        if state is not None:
+            _check("stack", name, state, "L, B, H", (rows, x.shape[1], hidden), (x.dtype,), ("x", x))
 
 
 def pool(

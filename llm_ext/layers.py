@@ -118,6 +118,10 @@ class _Recurrent(nn.Module, Generic[State]):
     ) -> tuple[Tensor, State]:
         raise NotImplementedError
 
+    def _stack(self, x: Tensor, hx: State | None, weights: list[Tensor], both: bool) -> tuple[Tensor, State]:
+        """All layers at once, in both directions if so; without a derivative."""
+        raise NotImplementedError
+
     @property
     def _parts(self) -> Any:
         """What the state is made of, each tensor described by a `_Part`."""
@@ -165,6 +169,10 @@ class _Elman(_Recurrent[Tensor]):
             x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, nonlinearity=nonlinearity, reverse=reverse
         )
 
+    def _stack(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], both: bool) -> tuple[Tensor, Tensor]:
+        y, h_n, _ = ops.stack(self.nonlinearity, x, hx, None, weights, bias=self.bias, bidirectional=both)
+        return y, h_n
+
 
 class _GRU(_Recurrent[Tensor]):
     """The gated recurrent unit."""
@@ -177,6 +185,10 @@ class _GRU(_Recurrent[Tensor]):
         w_ih, w_hh, b_ih, b_hh, _ = weights
         return ops.gru(x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, reverse=reverse)
 
+    def _stack(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], both: bool) -> tuple[Tensor, Tensor]:
+        y, h_n, _ = ops.stack("gru", x, hx, None, weights, bias=self.bias, bidirectional=both)
+        return y, h_n
+
 
 class _LSTM(_Recurrent[Pair]):
     """The long short-term memory."""
@@ -188,6 +200,11 @@ class _LSTM(_Recurrent[Pair]):
     ) -> tuple[Tensor, Pair]:
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         return ops.lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=batch_sizes, reverse=reverse)
+
+    def _stack(self, x: Tensor, hx: Pair | None, weights: list[Tensor], both: bool) -> tuple[Tensor, Pair]:
+        h0, c0 = (None, None) if hx is None else hx
+        y, h_n, c_n = ops.stack("lstm", x, h0, c0, weights, bias=self.bias, bidirectional=both)
+        return y, (h_n, c_n)
 
     @property
     def _parts(self) -> tuple[_Part, _Part]:
@@ -333,6 +350,14 @@ class _Layers(_Recurrent[State]):
                 return y, self._each(lambda part: part.unsqueeze(0), h_n) if hx is None else h_n
             except checks.ArgumentError:
                 pass
+        if rows > 1 and batch_sizes is None and not self.proj_size and not (self.training and self.dropout > 0):
+            weights = [weight for row in self.all_weights for weight in row]
+            states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+            if not ops.records(x, *states, *weights):
+                try:
+                    return self._stack(x, hx, weights, self.bidirectional)
+                except (checks.ArgumentError, ValueError):  # a pair of three is no state either
+                    pass
         first = None
         if hx is not None:
             batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])

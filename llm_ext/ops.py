@@ -18,6 +18,7 @@ _gru_forward = _ops.gru_forward.default
 _gru_backward = _ops.gru_backward.default
 _lstm_forward = _ops.lstm_forward.default
 _lstm_backward = _ops.lstm_backward.default
+_stack_forward = _ops.stack_forward.default
 _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
 _prefix_pool_forward = _ops.prefix_pool_forward.default
@@ -40,14 +41,14 @@ def _explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoRe
     raise failure
 
 
-def _once_differentiable(op: str) -> None:
-    """Make differentiating through a backward op an error instead of a silently missing gradient."""
+def _not_differentiable(op: str, why: str = "second derivatives are not implemented") -> None:
+    """Make differentiating through an op an error instead of a silently missing gradient."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise RuntimeError(f"llm_ext: {op} has no derivative; second derivatives are not implemented")
+        raise RuntimeError(f"llm_ext: {op} has no derivative; {why}")
 
     torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup_context)
 
@@ -61,8 +62,14 @@ def _register_autocast(op: Any, dtype: torch.dtype | None = None) -> None:
 
     def cast(*args: Any) -> Any:
         target = torch.get_autocast_dtype("cpu") if dtype is None else dtype
+
+        def cast_one(arg: Any) -> Any:
+            if isinstance(arg, list):
+                return [cast_one(a) for a in arg]
+            return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in _CAST else arg
+
         with torch.autocast("cpu", enabled=False):
-            return op(*(a.to(target) if isinstance(a, Tensor) and a.dtype in _CAST else a for a in args))
+            return op(*map(cast_one, args))
 
     name = op.name().removeprefix("llm_ext::")
     _autocast.impl(name, cast, "AutocastCPU")  # type: ignore[no-untyped-call]
@@ -184,13 +191,13 @@ def _rnn_autograd(ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None) -> t
 
 
 torch.library.register_autograd("llm_ext::rnn_forward", _rnn_autograd, setup_context=_rnn_setup_context)
-_once_differentiable("rnn_backward")
+_not_differentiable("rnn_backward")
 
 
 # ---- GRU
 
 
-def _records(*tensors: Tensor | None) -> bool:
+def records(*tensors: Tensor | None) -> bool:
     """Whether autograd will record a call with these arguments: only then is anything kept for it."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -234,7 +241,7 @@ def gru(
     docs/recurrence.md.
     """
     try:
-        keep = _records(x, h0, w_ih, w_hh, b_ih, b_hh)
+        keep = records(x, h0, w_ih, w_hh, b_ih, b_hh)
         y, h_n, _kept = _gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, keep)
     except _FAILURES as failure:
         _explain(failure, checks.gru, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes)
@@ -304,7 +311,7 @@ def _gru_autograd(
 
 
 torch.library.register_autograd("llm_ext::gru_forward", _gru_autograd, setup_context=_gru_setup_context)
-_once_differentiable("gru_backward")
+_not_differentiable("gru_backward")
 
 
 # ---- LSTM
@@ -353,7 +360,7 @@ def lstm(
     """
     h0, c0 = (None, None) if state is None else state
     try:
-        keep = _records(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        keep = records(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         y, h_n, c_n, _kept = _lstm_forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, keep)
     except _FAILURES as failure:
         _explain(failure, checks.lstm, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
@@ -429,7 +436,70 @@ def _lstm_autograd(
 
 
 torch.library.register_autograd("llm_ext::lstm_forward", _lstm_autograd, setup_context=_lstm_setup_context)
-_once_differentiable("lstm_backward")
+_not_differentiable("lstm_backward")
+
+
+# ---- layers
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    *,
+    bias: bool = True,
+    bidirectional: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Several layers in one call, for inference: there is no derivative.
+
+    The same as one call of `rnn`, `gru` or `lstm` for each layer and direction, but where steps are too small to be
+    shared by threads, each thread runs layers (as a wavefront over time) or directions of its own.
+
+    Args:
+        cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
+        x: input [T, B, I].
+        h0: states before the first step, [L, B, H], 2 L if bidirectional; None for zeros.
+        c0: cell states of an LSTM in the same shape, given exactly where h0 is; None for the others.
+        weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer and direction, in the order of the states.
+        bias: whether there are biases.
+        bidirectional: a second direction reads the sequence backwards; outputs of both are concatenated.
+
+    Returns:
+        y [T, B, H] of the last layer (2 H if bidirectional), h_n [L, B, H], and c_n [L, B, H] of an LSTM, [0, B, H] of
+        the others.
+
+    Raises:
+        ValueError: an unknown cell, or a shape, number or device that does not fit.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
+    """
+    try:
+        y, h_n, c_n = _stack_forward(cell, x, h0, c0, weights, bias, bidirectional)
+    except _FAILURES as failure:
+        _explain(failure, checks.stack, cell, x, h0, c0, weights, bias, bidirectional)
+    return y, h_n, c_n
+
+
+def _stack_forward_fake(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.stack(cell, x, h0, c0, weights, bias, bidirectional)
+    T, B, _ = x.shape
+    H, rows = weights[1].shape[1], len(weights) // (2 + 2 * bias)
+    states = x.new_empty((rows, B, H))
+    return x.new_empty((T, B, (1 + bidirectional) * H)), states, x.new_empty((rows if cell == "lstm" else 0, B, H))
+
+
+torch.library.register_fake("llm_ext::stack_forward", _stack_forward_fake)
+_register_autocast(_stack_forward)
+_not_differentiable("stack_forward", "it is for inference")
 
 
 # ---- attention pooling
@@ -528,7 +598,7 @@ def _attention_pool_autograd(ctx: Any, grad_c: Tensor | None, grad_lse: Tensor |
 torch.library.register_autograd(
     "llm_ext::attention_pool_forward", _attention_pool_autograd, setup_context=_attention_pool_setup_context
 )
-_once_differentiable("attention_pool_backward")
+_not_differentiable("attention_pool_backward")
 
 
 # ---- causal prefix pooling
@@ -646,4 +716,4 @@ def _prefix_pool_autograd(
 torch.library.register_autograd(
     "llm_ext::prefix_pool_forward", _prefix_pool_autograd, setup_context=_prefix_pool_setup_context
 )
-_once_differentiable("prefix_pool_backward")
+_not_differentiable("prefix_pool_backward")

@@ -172,6 +172,54 @@ def lstm(
     return y, (h_n, c_n)
 
 
+def stack(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    *,
+    bias: bool = True,
+    bidirectional: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layers one upon the other, each reading the output of the one below.
+
+    Args:
+        cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
+        x: [T, B, I].
+        h0: [L, B, H], 2 L if bidirectional, or None for zeros.
+        c0: likewise, of an LSTM, given exactly where h0 is; None otherwise.
+        weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer and direction, in the order of the state.
+        bias: whether there are biases.
+        bidirectional: a second direction reads the sequence backwards; outputs of both are concatenated.
+
+    Returns:
+        y [T, B, H] (2 H) of the last layer, h_n [L, B, H], and c_n [L, B, H] of an LSTM, otherwise [0, B, H].
+    """
+    directions, each = 1 + bidirectional, 2 + 2 * bias
+    last: list[tuple[Tensor, ...]] = []
+    while len(last) * each < len(weights):
+        outputs = []
+        for reverse in (False, True)[:directions]:
+            row = len(last)
+            of_row = weights[row * each : (row + 1) * each]
+            h = None if h0 is None else h0[row]
+            if cell == "lstm":
+                state = None if h is None or c0 is None else (h, c0[row])
+                y, states = lstm(x, state, *of_row, reverse=reverse)
+            elif cell == "gru":
+                y, h_n = gru(x, h, *of_row, reverse=reverse)
+                states = (h_n, h_n[:0])
+            else:
+                y, h_n = rnn(x, h, *of_row, nonlinearity=cell, reverse=reverse)
+                states = (h_n, h_n[:0])
+            outputs.append(y)
+            last.append(states)
+        x = torch.cat(outputs, -1)
+    h_n, c_n = (torch.stack(parts) for parts in zip(*last, strict=True))
+    return x, h_n, c_n if cell == "lstm" else h_n[:0]
+
+
 def _admitted(e: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
     """Which positions take part, [B, T] bool."""
     admitted = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)

@@ -20,6 +20,9 @@ struct RecurrenceKernels {
   int64_t (*forward_workspace)(const RecurrenceSizes&, int threads);
   int64_t (*backward_workspace)(const RecurrenceSizes&, int threads);
   int (*threads)(const RecurrenceSizes&, int threads);
+  // Whether so many recurrences of these sizes that can run at once are better run by a thread each than one after the
+  // other by the whole team.
+  bool (*apart)(const RecurrenceSizes&, int recurrences, int threads);
   // Packs the weights; depends on nothing but them, their sizes and the cell. `packed` of the params is not read.
   void (*pack)(const RecurrenceForwardParams<S>&, void* packed, const Team&);
   void (*forward)(const RecurrenceForwardParams<S>&, const Team&);

@@ -13,6 +13,18 @@
 
 namespace llm_ext {
 
+// What a waiting thread does: little, or give the core away.
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+inline void yield() {
+#if defined(__unix__) || defined(__APPLE__)
+  sched_yield();
+#endif
+}
+
 // Reusable barrier for a known number of running threads. Spins, because the steps of a recurrence are microseconds
 // apart, and gives the core away when the wait grows long: then some thread of the team has no core. It will have none
 // at the next step either, so whoever waited in vain makes the next waits shorter.
@@ -43,21 +55,27 @@ class Barrier {
   static constexpr int kMostSpins = 4096;  // some 50 to 100 us: longer than any step in which all threads have a core
   static constexpr int kLeastSpins = 32;
 
-  static void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-  static void yield() {
-#if defined(__unix__) || defined(__APPLE__)
-    sched_yield();
-#endif
-  }
-
   // Apart from each other: waiters read the phase while others still arrive.
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<int> patience_{kMostSpins};
+};
+
+// How far one thread has come, for others to wait for.
+class Progress {
+ public:
+  void reach(int64_t place) { place_.store(place, std::memory_order_release); }
+
+  void await(int64_t place) const {
+    for (int spins = 0; place_.load(std::memory_order_acquire) < place; ++spins) {
+      spins < kMostSpins ? pause() : yield();
+    }
+  }
+
+ private:
+  static constexpr int kMostSpins = 4096;
+
+  alignas(64) std::atomic<int64_t> place_{0};
 };
 
 struct Range {

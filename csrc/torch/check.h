@@ -120,6 +120,8 @@ inline TypeCode type_code(ScalarType dtype) {
       return {aoti_torch_dtype_bfloat16(), 2};
     case ScalarType::Half:
       return {aoti_torch_dtype_float16(), 2};
+    case ScalarType::Byte:
+      return {aoti_torch_dtype_uint8(), 1};
     default:
       return {aoti_torch_dtype_float32(), 4};
   }

@@ -9,7 +9,7 @@
 #include "cpu/kernels.h"
 #include "params.h"
 #include "torch/check.h"
-#include "torch/packed_weights.h"
+#include "torch/launch.h"
 #include "torch/stable.h"
 
 namespace llm_ext {
@@ -61,9 +61,6 @@ struct Arguments {
 };
 
 const OptionalTensor kNone;
-
-template <typename T>
-constexpr int64_t kBytes = sizeof(T);
 
 // Sizes and inputs that forward and backward have in common, checked; keeps dense copies alive for the call.
 template <typename S>
@@ -166,17 +163,6 @@ class Recurrence {
   bool layer_state_;
 };
 
-// The state of a sequence of no steps is what it started from; likewise its gradient.
-template <typename S>
-void pass_state(int64_t elements, const S* from, S* to) {
-  if (to == nullptr) return;
-  if (from != nullptr) {
-    std::memcpy(to, from, elements * sizeof(S));
-  } else {
-    std::memset(to, 0, elements * sizeof(S));
-  }
-}
-
 // Results of a forward op; those that the op has not stay empty.
 struct ForwardResults {
   Tensor y;
@@ -199,11 +185,6 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
     OptionalTensor kept;
     if (kept_blocks(s.cell, false) > 0) kept = r.empty_kept(keep);
 
-    const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
-    const int threads = team_size(kernel.threads(s, max_threads()));
-    constexpr ScalarType kComputed = kScalarType<Compute<S>>;
-    OptionalTensor workspace;
-    if (const int64_t space = kernel.forward_workspace(s, threads)) workspace = empty({space}, kComputed);
     RecurrenceForwardParams<S> p = {s,
                                     r.x(),
                                     r.h0(),
@@ -218,36 +199,12 @@ ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const Opt
                                     c_n ? c_n->get() : nullptr,
                                     keep ? mutable_data<S>(*kept) : nullptr,
                                     nullptr,
-                                    workspace ? mutable_data<Compute<S>>(*workspace) : nullptr};
-    if (s.steps == 0) {
+                                    nullptr};
+    if (s.steps > 0) {
+      launch_forward(p);
+    } else {
       pass_state(s.batch * s.output, p.h0, p.h_n);
       pass_state(s.batch * s.hidden, p.c0, p.c_n);
-    } else if (const int64_t packed_bytes = kernel.packed_size(s)) {
-      const auto digest_now = [&] {
-        const int64_t of_input = r.gates() * s.input, of_state = r.gates() * s.output;
-        return digest_of(
-            {{p.w_ih, of_input * kBytes<S>},
-             {p.w_hh, of_state * kBytes<S>},
-             {p.w_hr, s.projected() ? s.output * s.hidden * kBytes<S> : 0}},
-            {static_cast<int64_t>(s.cell), static_cast<int64_t>(kScalarType<S>), s.input, s.hidden, s.output}, threads);
-      };
-      const Digest digest = digest_now();
-      OptionalTensor packed = packed_weights().find(digest);
-      const bool fresh = !packed.has_value();
-      if (fresh) packed = empty({packed_bytes}, ScalarType::Byte);
-      p.packed = data<uint8_t>(*packed);
-      run_team(threads, [&](const Team& team) {
-        if (fresh) {
-          kernel.pack(p, mutable_data<uint8_t>(*packed), team);
-          team.sync();
-        }
-        kernel.forward(p, team);
-      });
-      if (fresh && packed_weights().expects(digest, packed_bytes) && digest_now() == digest) {
-        packed_weights().remember(digest, *packed, packed_bytes);
-      }
-    } else {
-      run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     }
     return ForwardResults{y, h_n.tensor(), c_n ? OptionalTensor(c_n->tensor()) : std::nullopt, kept};
   });

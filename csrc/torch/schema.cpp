@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "bool need_db_hh, bool need_dw_hr) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, "
       "Tensor db_ih, Tensor db_hh, Tensor dw_hr)");
   m.def(
+      "stack_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bias, bool bidirectional) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
       "attention_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask) -> "
       "(Tensor c, Tensor lse)");
   m.def(
