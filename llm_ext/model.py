@@ -315,7 +315,7 @@ def sample(
     if temperature == 0:
         return scores.argmax(-1)
     if scores.dtype.itemsize == 2:
-        scores = scores.float()  # in 16 bits too many draws would be equal
+        scores = scores.float()  # so few bits leave many equal once noise is added
     ids = None
     if top_k is not None and top_k < scores.shape[-1]:
         scores, ids = scores.topk(top_k)
@@ -326,7 +326,7 @@ def sample(
         # A token stays if those better than it do not reach p yet: the best one always does.
         scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -math.inf)
     # With q from Exp(1) for each token, softmax(s)_i / q_i is the largest with probability softmax(s)_i: this is how
-    # torch.multinomial draws, too. Its logarithm needs no softmax, and a fifth of the time.
+    # torch.multinomial draws, too. The logarithm of it needs no softmax.
     noise = torch.empty_like(scores).exponential_(generator=generator).log_()
     drawn = torch.sub(scores, noise, alpha=temperature).argmax(-1)
     return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
