@@ -65,6 +65,10 @@ class AttentionPool(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.attn_dim}, score={self.score!r}, causal={self.causal}"
 
+    def fold(self) -> Tensor | None:
+        """Return u = Wᵀ v, [D], of a linear score: vᵀ W e = u·e. None for a tanh score, which does not fold."""
+        return self.v @ self.weight if self.bias is None else None
+
     def forward(
         self,
         e: Tensor,
@@ -72,6 +76,7 @@ class AttentionPool(nn.Module):
         mask: Tensor | None = None,
         return_weights: bool = False,
         state: State | None = None,
+        u: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
         """Pool e.
 
@@ -81,22 +86,26 @@ class AttentionPool(nn.Module):
             mask: [B, T] bool: True takes part; with `lengths`, a position needs both.
             return_weights: return α as well (which costs the memory of a T × T matrix a row when causal).
             state: when causal, (L [B], c [B, D]) as returned for what came before e; None at the start.
+            u: what `fold` has returned, for many calls with the same weights; None: it is formed in this call.
 
         Returns:
             c [B, D], or (c, α [B, T]); when causal (c [B, T, D], state), or (c, state, α [B, T, T]).
             Where nothing takes part both are 0. Given a state, α sums to less than 1: the rest is the past's.
 
         Raises:
-            ValueError: a shape or device that does not fit, or a state for a pool that is not causal.
+            ValueError: a shape or device that does not fit, a state for a pool that is not causal, or u for a tanh
+                score.
             TypeError: a dtype that does not fit.
         """
         if e.dim() != 3 or e.shape[2] != self.embed_dim:
             checks.fail_shape("AttentionPool", "e", "B, T, D", (None, None, self.embed_dim), e)
-        if self.bias is None:
-            # vᵀ W e = u·e: W e is never formed.
-            u, scores = (self.v @ self.weight).to(e.dtype), None
-        else:
-            u, scores = None, (torch.tanh(F.linear(e, self.weight, self.bias)) @ self.v).to(e.dtype)
+        scores = None
+        if self.bias is not None:
+            if u is not None:
+                raise ValueError("AttentionPool: u must be None with a tanh score, got a Tensor")
+            scores = (torch.tanh(F.linear(e, self.weight, self.bias)) @ self.v).to(e.dtype)
+        elif u is None:
+            u = (self.v @ self.weight).to(e.dtype)  # W e is never formed
 
         if self.causal:
             c, new_state = ops.prefix_pool(e, u, scores=scores, lengths=lengths, mask=mask, state=state)

@@ -664,14 +664,22 @@ class AffineEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def fold(self) -> Tensor:
+        """Return W + b, [V, E]: a row for each id."""
+        return self.weight + self.bias
+
+    def forward(self, ids: Tensor, table: Tensor | None = None) -> Tensor:
         """Look up ids [...] int64 and return [..., E].
+
+        Args:
+            ids: [...] int64.
+            table: what `fold` has returned, for many calls with the same weights; None: the rows are added up here.
 
         Raises:
             IndexError: an id outside 0 .. V - 1 (on the CPU; on another device as torch reports it).
         """
         try:
-            return F.embedding(ids, self.weight) + self.bias
+            return F.embedding(ids, self.weight) + self.bias if table is None else F.embedding(ids, table)
         except IndexError:
             expected, got = f"0 to {self.num_embeddings - 1}", f"{ids.min().item()} to {ids.max().item()}"
             raise IndexError(f"AffineEmbedding: ids must be from {expected}, got values from {got}") from None

@@ -14,6 +14,10 @@ from llm_ext.attention import AttentionPool
 from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding
 
 CELLS = ("rnn", "gru", "lstm")
+INTEGERS = (torch.int64, torch.int32)
+
+Embedding = Callable[..., Tensor]
+Pool = Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
 
 
 class LLMState(NamedTuple):
@@ -164,7 +168,11 @@ class LLM(nn.Module):
             TypeError: x is not of an integer dtype.
             IndexError: a token id outside 0 .. V - 1.
         """
-        features, state = self._features(x, state)
+        if x.dim() != 2:
+            raise ValueError(f"LLM: x must be [B, T], got {list(x.shape)}")
+        if x.dtype not in INTEGERS:
+            raise TypeError(f"LLM: x must be int64, got {x.dtype}".replace("torch.", ""))
+        features, state = self._features(x.t(), state, self.embedding, self.pool)
         return self._scores(features), state
 
     def _scores(self, features: Tensor) -> Tensor:
@@ -174,21 +182,23 @@ class LLM(nn.Module):
             features = self.dropout(features.mT).mT
         return cast(Tensor, self.head(features))
 
-    def _features(self, x: Tensor, state: LLMState | None) -> tuple[Tensor, LLMState]:
-        """What the head reads, [B, T, H + D], and the state after x."""
-        if x.dim() != 2:
-            raise ValueError(f"LLM: x must be [B, T], got {list(x.shape)}")
-        if x.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"LLM: x must be int64, got {x.dtype}".replace("torch.", ""))
+    def _features(
+        self,
+        ids: Tensor,
+        state: LLMState | None,
+        embedding: Embedding,
+        pool: Pool | None,
+    ) -> tuple[Tensor, LLMState]:
+        """What the head reads, [B, T, H + D], and the state after ids [T, B]."""
         hidden, attention, cell = (None, None, None) if state is None else state
-        embedded = self.embedding(x.t())  # [T, B, E]
+        embedded = embedding(ids)  # [T, B, E]
         h, last = self.rnn(embedded, hidden if cell is None else (hidden, cell))
         hidden, cell = last if isinstance(last, tuple) else (last, None)
-        if self.pool is None:
-            return h.transpose(0, 1), LLMState(hidden, None, cell)
-        pooled = h if self.attention == "hidden" else embedded
-        c, attention = self.pool(pooled.transpose(0, 1), state=attention)
-        return torch.cat((h.transpose(0, 1), c), -1), LLMState(hidden, attention, cell)
+        h = h.transpose(0, 1)
+        if pool is None:
+            return h, LLMState(hidden, None, cell)
+        c, attention = pool(h if self.attention == "hidden" else embedded.transpose(0, 1), state=attention)
+        return torch.cat((h, c), -1), LLMState(hidden, attention, cell)
 
     def generate(
         self,
@@ -221,7 +231,8 @@ class LLM(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield sampled ids [B] one by one, each for the cost of one step, however long the text before it.
 
-        Call `eval()` first, so that dropout is off.
+        Call `eval()` first, so that dropout is off. The weights must stay as they are until the last token: what can be
+        computed from them alone is computed once.
 
         Args:
             prompt_ids: [P] or [B, P] int64, at least one token.
@@ -233,9 +244,12 @@ class LLM(nn.Module):
 
         Raises:
             ValueError: an empty prompt, or a number out of range.
+            TypeError: prompt_ids is not of an integer dtype.
         """
         if prompt_ids.dim() not in (1, 2) or prompt_ids.shape[-1] == 0:
             raise ValueError(f"generate: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}")
+        if prompt_ids.dtype not in INTEGERS:
+            raise TypeError(f"generate: prompt_ids must be int64, got {prompt_ids.dtype}".replace("torch.", ""))
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
         if not 0 <= temperature < math.inf:
@@ -256,13 +270,38 @@ class LLM(nn.Module):
         top_p: float | None,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
-        ids = prompt_ids if prompt_ids.dim() == 2 else prompt_ids[None]
-        state = None
-        for _ in range(max_new_tokens):
-            features, state = self._features(ids, state)
-            sampled = sample(self._scores(features[:, -1:])[:, 0], temperature, top_k, top_p, generator)
+        ids = prompt_ids.t() if prompt_ids.dim() == 2 else prompt_ids[:, None]  # [T, B]
+        state: LLMState | None = None
+        embedding: Embedding = self.embedding
+        pool: Pool | None = self.pool
+        for n in range(max_new_tokens):
+            features, state = self._features(ids, state, embedding, pool)
+            if n == 0:
+                # Not before the layers have run once: a hook of theirs may make the weights.
+                features = features[:, -1:]
+                embedding, pool = self._folded(max_new_tokens)
+            sampled = sample(self._scores(features).select(1, 0), temperature, top_k, top_p, generator)
             yield sampled
-            ids = sampled[:, None]
+            ids = sampled.unsqueeze(0)
+
+    def _folded(self, steps: int) -> tuple[Embedding, Pool | None]:
+        """Embedding and pool for so many steps: what can be computed from their weights alone is computed once.
+
+        A layer whose forward is not known here, because it is of another class, stays as it is.
+        """
+        embedding: Embedding = self.embedding
+        pool: Pool | None = self.pool
+        # A table of all ids is worth making for as many steps.
+        if _runs(self.embedding, AffineEmbedding) and steps >= self.vocab_size:
+            embedding = partial(embedding, table=self.embedding.fold())
+        if self.pool is not None and _runs(self.pool, AttentionPool):
+            pool = partial(self.pool, u=self.pool.fold())
+        return embedding, pool
+
+
+def _runs(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer's forward is that of its kind, and not one that somebody else has put there."""
+    return getattr(layer.forward, "__func__", None) is kind.forward
 
 
 def sample(
@@ -275,14 +314,19 @@ def sample(
     """Draw one id [B] from each row of next-token scores [B, V]; the options are those of `LLM.stream`."""
     if temperature == 0:
         return scores.argmax(-1)
-    scores = scores / temperature
+    if scores.dtype.itemsize == 2:
+        scores = scores.float()  # so few bits leave many equal once noise is added
+    ids = None
     if top_k is not None and top_k < scores.shape[-1]:
-        best = scores.topk(top_k)
-        scores = torch.full_like(scores, -math.inf).scatter(-1, best.indices, best.values)
-    probabilities = torch.softmax(scores, -1)
+        scores, ids = scores.topk(top_k)
+    elif top_p is not None and top_p < 1:
+        scores, ids = scores.sort(-1, descending=True)
     if top_p is not None and top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
+        probabilities = torch.softmax(scores / temperature, -1)  # best first
         # A token stays if those better than it do not reach p yet: the best one always does.
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -math.inf)
+    # With q from Exp(1) for each token, softmax(s)_i / q_i is the largest with probability softmax(s)_i: this is how
+    # torch.multinomial draws, too. The logarithm of it needs no softmax.
+    noise = torch.empty_like(scores).exponential_(generator=generator).log_()
+    drawn = torch.sub(scores, noise, alpha=temperature).argmax(-1)
+    return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]

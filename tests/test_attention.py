@@ -60,6 +60,21 @@ def test_is_the_formula(
     cases.assert_same("prefix_pool" if causal else "attention_pool", run, by_hand, arguments)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_folded_once_for_many_calls(dtype: torch.dtype, causal: bool) -> None:
+    pool = llm_ext.AttentionPool(5, 3, causal=causal, dtype=dtype)
+    e = torch.randn(3, 17, 5, dtype=dtype)
+    u = pool.fold()
+    torch.testing.assert_close(e @ u, e @ pool.weight.T @ pool.v)
+    for given, formed in zip(pool(e, return_weights=True, u=u), pool(e, return_weights=True), strict=True):
+        torch.testing.assert_close(given, formed, rtol=0, atol=0)
+    tanh = llm_ext.AttentionPool(5, 3, "tanh", causal, dtype=dtype)
+    assert tanh.fold() is None
+    with pytest.raises(ValueError, match="u must be None with a tanh score"):
+        tanh(e, u=u)
+
+
 @pytest.mark.parametrize("score", ["linear", "tanh"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients(causal: bool, score: str) -> None:

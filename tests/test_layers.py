@@ -767,10 +767,13 @@ def test_affine_embedding_is_a_linear_map_of_one_hot_vectors() -> None:
     true_gradients = torch.autograd.grad(expected, [layer.weight, layer.bias], weights)
     torch.testing.assert_close(gradients, true_gradients)
     assert layer(ids[:0]).shape == (0, 4, 5)
+    assert torch.equal(layer(ids, layer.fold()), layer(ids))
     assert repr(layer) == "AffineEmbedding(7, 5)"
 
 
 @pytest.mark.parametrize("bad", [-1, 7])
 def test_affine_embedding_refuses_unknown_ids(bad: int) -> None:
-    with pytest.raises(IndexError, match="ids must be from 0 to 6, got values from"):
-        AffineEmbedding(7, 5)(torch.tensor([[3, bad]]))
+    layer = AffineEmbedding(7, 5)
+    for table in (None, layer.fold()):
+        with pytest.raises(IndexError, match="ids must be from 0 to 6, got values from"):
+            layer(torch.tensor([[3, bad]]), table)

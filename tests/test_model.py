@@ -5,6 +5,8 @@ import inspect
 import json
 import math
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import cases
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import llm_ext
+from llm_ext.layers import AffineEmbedding
 from llm_ext.model import sample
 
 V = 11
@@ -282,6 +285,118 @@ def test_one_step_a_token() -> None:
     assert steps == [7, 1, 1, 1, 1]
 
 
+def greedy(m: llm_ext.LLM, prompt: Tensor, tokens: int) -> Tensor:
+    """The best token of the whole text, again and again."""
+    ids = prompt
+    for _ in range(tokens):
+        ids = torch.cat((ids, m(ids)[0][:, -1:].argmax(-1)), 1)
+    return ids
+
+
+@pytest.mark.parametrize(("tokens", "tables"), [(V - 1, 0), (V, 1)])
+def test_what_weights_alone_decide_is_computed_once_a_stream(
+    tokens: int, tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the embedding only where there are as many tokens as ids."""
+    m = model().eval()
+    folded = []
+    for kind in (AffineEmbedding, llm_ext.AttentionPool):
+        fold = kind.fold
+        monkeypatch.setattr(kind, "fold", lambda layer, fold=fold: folded.append(type(layer)) or fold(layer))
+    prompt = torch.randint(V, (2, 7))
+    for times in (1, 2):
+        m.generate(prompt, tokens)
+        assert folded.count(AffineEmbedding) == tables * times
+        assert folded.count(llm_ext.AttentionPool) == times
+
+
+class Negative(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return -tensor
+
+
+class ThriceTheWords(AffineEmbedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+class ThricePooled(llm_ext.AttentionPool):
+    def forward(self, e: Tensor, *, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        c, state = super().forward(e, state=state)
+        return 3 * c, state
+
+
+def hook_layers(m: llm_ext.LLM) -> None:
+    m.embedding.register_forward_hook(lambda _, __, output: 3 * output)
+    m.embedding.register_forward_pre_hook(lambda _, arguments: ((arguments[0] + 1) % V,))
+    m.rnn.register_forward_hook(lambda _, __, output: (output[0] - 0.5, output[1]))
+    m.pool.register_forward_hook(lambda _, __, output: (3 * output[0], output[1]))
+    m.head.register_forward_hook(lambda _, __, output: -output)
+
+
+def hook_weights(m: llm_ext.LLM) -> None:
+    """As torch.nn.utils.spectral_norm: the weights are there only when the layers run."""
+
+    def put(whole: Tensor, layer: nn.Module, _: object) -> None:
+        layer.weight.data.copy_(whole)
+
+    for layer in (m.embedding, m.pool):
+        whole = layer.weight.detach().clone()
+        layer.weight.data.zero_()
+        layer.register_forward_pre_hook(partial(put, whole))
+
+
+def parametrize(m: llm_ext.LLM) -> None:
+    for layer, name in ((m.embedding, "bias"), (m.pool, "v"), (m.rnn, "weight_hh_l0"), (m.head, "weight")):
+        nn.utils.parametrize.register_parametrization(layer, name, Negative())
+
+
+def replace_layers(m: llm_ext.LLM) -> None:
+    for name, other in (
+        ("embedding", ThriceTheWords(V, 5, dtype=torch.float64)),
+        ("pool", ThricePooled(17, 17, causal=True, dtype=torch.float64)),
+    ):
+        other.load_state_dict(getattr(m, name).state_dict())
+        setattr(m, name, other)
+
+
+def replace_forward(m: llm_ext.LLM) -> None:
+    embed, pool = m.embedding.forward, m.pool.forward
+    m.embedding.forward = lambda ids: 3 * embed(ids)
+    m.pool.forward = lambda e, state: (pool(e, state=state)[0] + 1, pool(e, state=state)[1])
+
+
+@pytest.mark.parametrize("change", [hook_layers, hook_weights, parametrize, replace_layers, replace_forward])
+def test_generation_minds_changed_layers(change: Callable[[llm_ext.LLM], None]) -> None:
+    m = model().eval()
+    for parameter in m.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    prompt = torch.randint(V, (4, 3))
+    before = m.generate(prompt, 2 * V, temperature=0)
+    change(m)
+    after = m.generate(prompt, 2 * V, temperature=0)
+    assert torch.equal(after, greedy(m, prompt, 2 * V))
+    assert torch.equal(after, before) == (change is hook_weights)
+
+
+def test_generation_in_a_functional_call() -> None:
+    m, other = model().eval(), model().eval()
+    prompt = torch.randint(V, (3, 4))
+
+    class Generation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = m
+
+        def forward(self, prompt: Tensor) -> Tensor:
+            return self.model.generate(prompt, 2 * V, temperature=0)
+
+    weights = {f"model.{name}": parameter for name, parameter in other.named_parameters()}
+    ids = torch.func.functional_call(Generation(), weights, (prompt,))
+    assert torch.equal(ids, other.generate(prompt, 2 * V, temperature=0))
+    assert not torch.equal(ids, m.generate(prompt, 2 * V, temperature=0))
+
+
 def test_stream_is_generate() -> None:
     m = model().eval()
     prompt = torch.randint(V, (2, 3))
@@ -303,14 +418,15 @@ def test_stream_is_generate() -> None:
 
 
 def counts(scores: Tensor, **options: object) -> Tensor:
-    """How often each id was drawn, as a share."""
+    """How often each id was drawn, as a share; of rows [1, V]."""
     drawn = sample(scores.expand(20000, -1), generator=torch.Generator().manual_seed(0), **options)
     return torch.bincount(drawn, minlength=scores.shape[-1]) / 20000
 
 
-def test_sampling() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_sampling(dtype: torch.dtype) -> None:
     shares = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    scores = shares.log()[None]
+    scores = shares.log()[None].to(dtype) + 7  # what is added to all is nothing
     torch.testing.assert_close(counts(scores), shares, atol=0.02, rtol=0)
     sharper = shares.square() / shares.square().sum()
     torch.testing.assert_close(counts(scores, temperature=0.5), sharper, atol=0.02, rtol=0)
@@ -321,10 +437,23 @@ def test_sampling() -> None:
     torch.testing.assert_close(counts(scores, top_p=1.0), shares, atol=0.02, rtol=0)
     torch.testing.assert_close(counts(scores, top_k=9), shares, atol=0.02, rtol=0)
     only_best = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    # Of the best three 0.4 / 0.9 does not reach 0.75, and 0.7 / 0.9 does.
+    torch.testing.assert_close(counts(scores, top_k=3, top_p=0.75), best_two, atol=0.02, rtol=0)
+    sharp_two = torch.tensor([0, 16 / 25, 0, 9 / 25])
+    torch.testing.assert_close(counts(scores, temperature=0.5, top_k=2), sharp_two, atol=0.02, rtol=0)
+    # At temperature 0.5 the shares are 1, 16, 4 and 9 thirtieths.
+    torch.testing.assert_close(counts(scores, temperature=0.5, top_p=0.8), sharp_two, atol=0.02, rtol=0)
+    impossible = scores.where(shares != 0.2, -math.inf)
+    torch.testing.assert_close(counts(impossible), torch.tensor([1, 4, 0, 3]) / 8, atol=0.02, rtol=0)
+    assert torch.equal(counts(scores, temperature=1e-6), only_best)
     assert torch.equal(counts(scores, temperature=0), only_best)
     assert torch.equal(counts(scores, top_p=0.3), only_best)
     # Equal scores at the border of top_k: still no more than k.
-    assert (counts(torch.zeros(1, 4), top_k=2) > 0).sum() == 2
+    assert (counts(torch.zeros(1, 4, dtype=dtype), top_k=2) > 0).sum() == 2
+    # Of many equals none is preferred.
+    many = counts(torch.zeros(1, 500, dtype=dtype))
+    assert abs(many[:250].sum() - 0.5) < 0.015
+    assert many.max() < 90 / 20000
 
 
 BAD_CALLS = [
@@ -367,6 +496,12 @@ BAD_SAMPLING = [
     ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
 ]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_prompt_of_no_ids(method: str) -> None:
+    with pytest.raises(TypeError, match="prompt_ids must be int64, got float32"):
+        getattr(model(), method)(torch.zeros(3), 2)
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_SAMPLING)
