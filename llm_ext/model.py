@@ -245,6 +245,7 @@ class LLM(nn.Module):
         Raises:
             ValueError: an empty prompt, or a number out of range.
             TypeError: prompt_ids is not of an integer dtype.
+            RuntimeError: the scores are NaN, which is looked for at the first and the last token.
         """
         if prompt_ids.dim() not in (1, 2) or prompt_ids.shape[-1] == 0:
             raise ValueError(f"generate: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}")
@@ -280,7 +281,11 @@ class LLM(nn.Module):
                 # Not before the layers have run once: a hook of theirs may make the weights.
                 features = features[:, -1:]
                 embedding, pool = self._folded(max_new_tokens)
-            sampled = sample(self._scores(features).select(1, 0), temperature, top_k, top_p, generator)
+            scores = self._scores(features).select(1, 0)
+            # NaN stays in the state, so that the first and the last token show it.
+            if n in (0, max_new_tokens - 1) and scores.isnan().any():
+                raise RuntimeError(f"generate: the scores of token {n + 1} of {max_new_tokens} are not a number")
+            sampled = sample(scores, temperature, top_k, top_p, generator)
             yield sampled
             ids = sampled.unsqueeze(0)
 

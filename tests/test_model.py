@@ -464,6 +464,20 @@ BAD_CALLS = [
 ]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_scores_that_are_not_numbers(temperature: float) -> None:
+    """A sampled text must not come from NaN: neither at once nor when it appears later."""
+    net = model()
+    stream = net.stream(torch.zeros(1, 2, dtype=torch.int64), 5, temperature)
+    next(stream)
+    with torch.no_grad():
+        net.head.bias[0] = float("nan")
+    with pytest.raises(RuntimeError, match="token 5 of 5 are not a number"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="token 1 of 3 are not a number"):
+        net.generate(torch.zeros(2, dtype=torch.int64), 3, temperature)
+
+
 @pytest.mark.parametrize(("x", "error", "message"), BAD_CALLS)
 def test_bad_call(x: Tensor, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
