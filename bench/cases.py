@@ -144,6 +144,12 @@ def odd(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa:
     return recurrence(cell, mode, B, T, I, H, kind=_kind(cell, "odd", mode))
 
 
+def stacked(cell: Cell, B: int, T: int, H: int, bars: Mapping[str, float | None]) -> Case:
+    """Two layers with steps too small to be shared by threads."""
+    kind = _kind(cell, "stacked", "inference")
+    return recurrence(cell, "inference", B, T, H, H, layers=2, bars=bars, kind=kind, against=("torch", "jax"))
+
+
 FMA_PEAK, READ_U = "FMA peak", "U read"
 
 
@@ -495,6 +501,8 @@ def _recurrent_cases(cell: Cell) -> Iterator[Case]:
     for shape in SHAPES:
         yield recurrence(cell, "training", *shape, bars={name: MORE.get((cell.name, "training", *shape), each)})
     yield recurrence(cell, "training", 32, 128, 256, 512, layers=2, bars={name: each})
+    for H in (64, 128):  # layers at once
+        yield stacked(cell, 1, 256, H, bars={name: 1.0})
     for mode in ("inference", "training"):
         yield packed(cell, mode, 32, 128, 256, 512)
     for mode in ("inference", "training"):
