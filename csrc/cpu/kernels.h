@@ -32,7 +32,8 @@ struct RecurrenceKernels {
 // 128 bits that stand for some bytes.
 struct Digest {
   uint64_t a, b;
-  bool operator==(const Digest&) const = default;
+  // Written out: torch 2.11 builds in C++17.
+  bool operator==(const Digest& other) const { return a == other.a && b == other.b; }
 };
 constexpr int64_t kDigestPiece = 64 << 10;
 
