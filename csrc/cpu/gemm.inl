@@ -14,6 +14,11 @@ namespace LLM_EXT_LEVEL {
 // register file: 32 registers of AVX-512, 16 of the others.
 constexpr int kPanelVectors = LLM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kRows = 6;
+// Seven rows go in one tile as well, with two vectors of a panel at a time: 4 x 4 and 3 x 4 would read the panel twice
+// for too few multiply-adds. Zen 5, 7 rows: LSTM of H = 512 39 us a step instead of 46, of H = 1000 149 instead of 167;
+// from 8 rows on it is no quicker. Where there are but 16 registers neither.
+constexpr int kMostRows = LLM_EXT_VECTOR_BYTES == 64 ? 7 : kRows;
+constexpr int kVectorsOfMostRows = 2;
 
 template <typename T>
 constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
@@ -31,7 +36,10 @@ using Factor = Choose<kPair<S> == 2, S, Compute<S>>;
 constexpr int64_t kBlockBytes = 128 << 10;
 
 // How far ahead to fetch, in bytes of a panel and in rows to pack: what the machine does not foresee by itself at the
-// start of a page or a row. Together 3 % of a backward pass on Zen 3 (B32 T128 I512 H512).
+// start of a page or a row. Together 3 % of a backward pass on Zen 3 (B32 T128 I512 H512). Machines with AVX-512
+// foresee more, and are kept from it: on Zen 5, fetching panels makes B1 H512 3.8 us a step instead of 2.5, LSTM B32
+// H1024 670 instead of 600.
+constexpr bool kFetchesPanels = LLM_EXT_VECTOR_BYTES < 64;
 constexpr int kPanelAhead = 512;
 constexpr int64_t kRowsAhead = 8;
 // Packed weights of more bytes than this may not stay in any cache from step to step: then the next panel is fetched
@@ -41,9 +49,10 @@ constexpr int64_t kFarBytes = 6 << 20;
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// n rows in tiles of at most kRows, as even as can be; divides once.
+// n rows in tiles of at most kRows, or in a single one, as even as can be; divides once.
 struct Tiles {
-  explicit Tiles(int64_t n) : count(divide_up(n, kRows)), size(n / (count > 0 ? count : 1)), larger(n - size * count) {}
+  explicit Tiles(int64_t n)
+      : count(n == kMostRows ? 1 : divide_up(n, kRows)), size(n / (count > 0 ? count : 1)), larger(n - size * count) {}
 
   Range operator[](int64_t i) const {
     const int64_t begin = i * size + (i < larger ? i : larger);
@@ -200,32 +209,34 @@ struct PackedColumns {
 // It leaves its sums in memory, where the caller finishes them (bias, activation, derivative): so there is one
 // micro-kernel a shape, not one for each way to finish, and the detour is a few vectors after hundreds of
 // multiply-adds.
-template <typename L, typename R, int M, int NV, bool kPacked>
-__attribute__((noinline)) static void multiply(const L* a, int64_t stride, int64_t k, const R* panel, Compute<R>* sums,
-                                               const R* ahead, int64_t ahead_step) {
+//
+// Here for kCount of the vectors, from kFirst on.
+template <typename L, typename R, int M, int NV, int kFirst, int kCount, bool kPacked>
+static inline void multiply_vectors(const L* a, int64_t stride, int64_t k, const R* panel, Compute<R>* sums,
+                                    const R* ahead, int64_t ahead_step) {
   using T = Compute<R>;
-  constexpr int kSets = M * NV >= 8 ? 1 : (M * NV >= 4 ? 2 : 4);
+  constexpr int kSets = M * kCount >= 8 ? 1 : (M * kCount >= 4 ? 2 : 4);
   constexpr int kWidth = NV * kLanes<T>;
-  Vec<T> acc[kSets][M][NV] = {};
-  const auto accumulate = [&](Vec<T>(&set)[M][NV], int64_t i) {
-    const R* const right = panel + i * kWidth * kPair<R>;
-    __builtin_prefetch(ahead + i * ahead_step);
+  Vec<T> acc[kSets][M][kCount] = {};
+  const auto accumulate = [&](Vec<T>(&set)[M][kCount], int64_t i) {
+    const R* const right = panel + (i * kWidth + kFirst * kLanes<T>)*kPair<R>;
+    if (kFetchesPanels) __builtin_prefetch(ahead + i * ahead_step);
     if constexpr (kPair<R> == 1) {
-      Vec<T> b[NV];
+      Vec<T> b[kCount];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) b[v] = load(right + v * kLanes<T>);
-#pragma GCC unroll 6
+      for (int v = 0; v < kCount; ++v) b[v] = load(right + v * kLanes<T>);
+#pragma GCC unroll 7
       for (int m = 0; m < M; ++m) {
         const Vec<T> left = broadcast(kPacked ? a[i * M + m] : a[m * stride + i]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) set[m][v] += left * b[v];
+        for (int v = 0; v < kCount; ++v) set[m][v] += left * b[v];
       }
     } else {
-#pragma GCC unroll 6
+#pragma GCC unroll 7
       for (int m = 0; m < M; ++m) {
         const L* const left = kPacked ? a + 2 * (i * M + m) : a + m * stride + 2 * i;
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) set[m][v] = dot(set[m][v], left, 2, right + 2 * v * kLanes<T>);
+        for (int v = 0; v < kCount; ++v) set[m][v] = dot(set[m][v], left, 2, right + 2 * v * kLanes<T>);
       }
     }
   };
@@ -237,23 +248,34 @@ __attribute__((noinline)) static void multiply(const L* a, int64_t stride, int64
   }
   for (; i < units; ++i) accumulate(acc[0], i);
   if (kPair<R> == 2 && !kPacked && k % 2 != 0) {  // the last of an odd number, not to be read as a pair
-    const R* const right = panel + i * kWidth * kPair<R>;
+    const R* const right = panel + (i * kWidth + kFirst * kLanes<T>)*kPair<R>;
     for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < NV; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         if constexpr (kPair<R> == 2) {
           acc[0][m][v] = dot(acc[0][m][v], a + m * stride + k - 1, 1, right + 2 * v * kLanes<T>);
         }
       }
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 7
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
+    for (int v = 0; v < kCount; ++v) {
 #pragma GCC unroll 4
       for (int s = 1; s < kSets; ++s) acc[0][m][v] += acc[s][m][v];
-      store(sums + m * kWidth + v * kLanes<T>, acc[0][m][v]);
+      store(sums + m * kWidth + (kFirst + v) * kLanes<T>, acc[0][m][v]);
     }
+  }
+}
+
+// For all of them: at once, or so many at a time that there are registers for M rows.
+template <typename L, typename R, int M, int NV, bool kPacked>
+__attribute__((noinline)) static void multiply(const L* a, int64_t stride, int64_t k, const R* panel, Compute<R>* sums,
+                                               const R* ahead, int64_t ahead_step) {
+  constexpr int kCount = M <= kRows || NV <= kVectorsOfMostRows ? NV : kVectorsOfMostRows;
+  multiply_vectors<L, R, M, NV, 0, kCount, kPacked>(a, stride, k, panel, sums, ahead, ahead_step);
+  if constexpr (kCount < NV) {
+    multiply_vectors<L, R, M, NV, kCount, NV - kCount, kPacked>(a, stride, k, panel, sums, ahead, ahead_step);
   }
 }
 
@@ -263,39 +285,50 @@ using Multiply = void (*)(const L*, int64_t, int64_t, const R*, Compute<R>*, con
 // The micro-kernel for m rows and nv vectors.
 template <typename L, typename R, bool kPacked>
 static inline Multiply<L, R> multiply_for(int m, int nv) {
-#define LLM_EXT_ROWS(NV)                                                                               \
-  {                                                                                                    \
-    multiply<L, R, 1, NV, kPacked>, multiply<L, R, 2, NV, kPacked>, multiply<L, R, 3, NV, kPacked>,    \
-        multiply<L, R, 4, NV, kPacked>, multiply<L, R, 5, NV, kPacked>, multiply<L, R, 6, NV, kPacked> \
-  }
-  static constexpr Multiply<L, R> kTable[kPanelVectors][kRows] = {
-      LLM_EXT_ROWS(1),
-      LLM_EXT_ROWS(2),
+#define LLM_EXT_ROWS(NV)                                                                          \
+  multiply<L, R, 1, NV, kPacked>, multiply<L, R, 2, NV, kPacked>, multiply<L, R, 3, NV, kPacked>, \
+      multiply<L, R, 4, NV, kPacked>, multiply<L, R, 5, NV, kPacked>, multiply<L, R, 6, NV, kPacked>
+  static constexpr Multiply<L, R> kTable[kPanelVectors][kMostRows] = {
 #if LLM_EXT_VECTOR_BYTES == 64
-      LLM_EXT_ROWS(3),
-      LLM_EXT_ROWS(4),
+      {LLM_EXT_ROWS(1), multiply<L, R, 7, 1, kPacked>},
+      {LLM_EXT_ROWS(2), multiply<L, R, 7, 2, kPacked>},
+      {LLM_EXT_ROWS(3), multiply<L, R, 7, 3, kPacked>},
+      {LLM_EXT_ROWS(4), multiply<L, R, 7, 4, kPacked>},
+#else
+      {LLM_EXT_ROWS(1)},
+      {LLM_EXT_ROWS(2)},
 #endif
   };
 #undef LLM_EXT_ROWS
   return kTable[nv - 1][m - 1];
 }
 
-// a [rows, k] times panels [begin, end) of kGates packed matrices with `cols` columns each, `gate_size` apart;
+// Panels of a product, and whether to read them backwards. Whoever reads the same panels again should turn around each
+// time: what a cache still holds of them then comes first. It is only done for a single tile, whose time goes into
+// reading: on Zen 5 LSTM B1 H512 19.2 us a step instead of 20.6; with more tiles it is up to 2 % slower.
+struct Panels {
+  Range range;
+  bool backwards = false;
+};
+
+// a [rows, k] times panels of kGates packed matrices with `cols` columns each, `gate_size` apart;
 // finish(row, column, values, lanes) takes the results, a vector of each gate at a time, and fetch(row, column) is told
 // beforehand where a row of a tile will need memory. Rows go in tiles; a panel stays in the cache for all of them.
 template <int kGates, typename R, typename Left, typename Fetch, typename Finish>
 static inline void gates_product(Left a, int64_t rows, int64_t k, const R* packed, int64_t gate_size, int64_t cols,
-                                 Range panels, Fetch fetch, Finish finish) {
+                                 Panels panels, Fetch fetch, Finish finish) {
   using T = Compute<R>;
   using L = typename Left::Number;
-  constexpr int kSums = kRows * kPanel<T>;
+  constexpr int kSums = kMostRows * kPanel<T>;
   alignas(64) T sums[kGates * kSums];
   const Tiles tiles(rows);
   const int64_t depth = padded<R>(k);
   const bool far = kGates * cols * depth * static_cast<int64_t>(sizeof(R)) > kFarBytes && !Left::kPacked;
-  for (int64_t p = panels.begin; p < panels.end; ++p) {
+  const bool backwards = panels.backwards && tiles.count == 1;
+  for (int64_t i = panels.range.begin; i < panels.range.end; ++i) {
+    const int64_t p = backwards ? panels.range.end - 1 - (i - panels.range.begin) : i;
     const int64_t first = p * kPanel<T>;
-    const int64_t next = (p + 1 < panels.end ? p + 1 : panels.begin) * kPanel<T>;
+    const int64_t next = (p + 1 < panels.range.end ? p + 1 : panels.range.begin) * kPanel<T>;
     const int vectors = panel_vectors<T>(cols, p);
     const int64_t width = cols - first < kPanel<T> ? cols - first : kPanel<T>;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
@@ -328,7 +361,7 @@ static inline void gates_product(Left a, int64_t rows, int64_t k, const R* packe
 
 // The same with one matrix; finish(row, column, value, lanes).
 template <typename R, typename Left, typename Fetch, typename Finish>
-static inline void product(Left a, int64_t rows, int64_t k, const R* packed, int64_t cols, Range panels, Fetch fetch,
+static inline void product(Left a, int64_t rows, int64_t k, const R* packed, int64_t cols, Panels panels, Fetch fetch,
                            Finish finish) {
   gates_product<1>(
       a, rows, k, packed, 0, cols, panels, fetch,
@@ -359,7 +392,7 @@ static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_
       left = {space, k};
     }
     product(
-        left, count, k, packed, cols, {0, panels_of<Compute<R>>(cols)}, nothing,
+        left, count, k, packed, cols, Panels{{0, panels_of<Compute<R>>(cols)}}, nothing,
         [&](int64_t row, int64_t col, Vec<Compute<R>> value, int lanes) { finish(begin + row, col, value, lanes); });
   }
 }

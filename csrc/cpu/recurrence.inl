@@ -21,9 +21,13 @@ constexpr double kStepWorkPerThread = 8.0e3;
 // Fewer rows a thread than this leave the micro-kernel starved for loads: split the columns instead. B4 H512 on two
 // threads takes 25 us a step by columns and 34 by rows, B8 the same either way. Weights of the state up to so many
 // bytes are read so quickly that one row less will do: B6, LSTM of H = 34 2.2 us a step by columns and 1.6 by rows, of
-// H = 128 10.7 either way, of H = 512 148 and 165; Elman of H = 128 2.9 and 2.5.
+// H = 128 10.7 either way, of H = 512 148 and 165; Elman of H = 128 2.9 and 2.5. Weights of more than so many do not
+// stay in a second-level cache, and are better read half by each of two threads. On Zen 5 at B16, by columns and by
+// rows, LSTM of H = 512 72 and 77 us, GRU 54 and 57, Elman of H = 1024 69 and 73; at B24 the same either way.
 constexpr int64_t kRowsPerThread = 4;
 constexpr int64_t kNearBytes = 256 << 10;
+constexpr int64_t kRowsPerThreadFar = 9;
+constexpr int64_t kOutOfCacheBytes = 3 << 19;
 // The weight gradients are products over all rows of the sequence. A block of such a product is so many of those rows
 // deep (384 floats: 1 % quicker than 256), so many columns of dz high, whose packed form stays in the second-level
 // cache, and so many panels wide, so that little of dz is packed twice.
@@ -63,8 +67,9 @@ static inline Split choose_split(const RecurrenceSizes& s, int threads) {
   // Where sequences end early, rows would leave each thread fewer and fewer of them, tiles that starve the
   // micro-kernel. T128 B32 I256 H512 with lengths from T / 4 to T takes 13.7 ms by rows and 11.6 by columns (LSTM 57
   // and 48).
-  const bool near = row_work(s) * sizeof(S) <= kNearBytes;
-  if (of_one_length(s) && s.batch >= (kRowsPerThread - near) * threads) return Split::kRows;
+  const double bytes = row_work(s) * sizeof(S);
+  const int64_t rows = bytes > kOutOfCacheBytes ? kRowsPerThreadFar : kRowsPerThread - (bytes <= kNearBytes);
+  if (of_one_length(s) && s.batch >= rows * threads) return Split::kRows;
   if (panels_of<Compute<S>>(s.hidden) >= threads && s.batch * row_work(s) >= kStepWorkPerThread * threads)
     return Split::kColumns;
   return s.batch >= threads ? Split::kRows : Split::kOne;
@@ -599,7 +604,7 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
           return;
         }
         gates_product<C::kGates>(
-            Rows<L>{factor, P}, r.size(), P, packed_hh, weights.hh_gate, H, part.panels,
+            Rows<L>{factor, P}, r.size(), P, packed_hh, weights.hh_gate, H, Panels{part.panels, i % 2 != 0},
             [&](int64_t row, int64_t col) {
               const T* z_row = z + (first_row - first + r.begin + row) * z_width + col;
               for (int b = 0; b < C::kGates; ++b) __builtin_prefetch(z_row + b * H, 1);
@@ -613,8 +618,8 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
       if (projected) {
         if (part.barrier) team.sync();
         product(
-            Rows<L>{m + all.begin * m_width, m_width}, all.size(), H, packed_hr, P, part.output_panels,
-            [](int64_t, int64_t) {},
+            Rows<L>{m + all.begin * m_width, m_width}, all.size(), H, packed_hr, P,
+            Panels{part.output_panels, i % 2 != 0}, [](int64_t, int64_t) {},
             [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
               target.store(all.begin + row, col, value, lanes);
             });
@@ -743,7 +748,7 @@ static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, c
             if (side.gates[b] < 0) return;
             T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
             product(
-                PackedColumns<L>{left}, some_height.size(), depth, packed, columns.size(), some,
+                PackedColumns<L>{left}, some_height.size(), depth, packed, columns.size(), Panels{some},
                 [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
                 [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
                   T* out = target + m * side.width + col;
@@ -947,7 +952,7 @@ class BackwardPass {
   template <typename Fetch, typename Store>
   void to_state(int64_t i, Range r, Fetch fetch, Store store) {
     product(Rows<L>{dz_of(i, r.begin) + dz_width_ - gates_, dz_width_}, r.size(), gates_, packed_hh_, P,
-            part_.output_panels, fetch, store);
+            Panels{part_.output_panels, i % 2 != 0}, fetch, store);
   }
 
   void into_h0(int64_t i, Range r) {
@@ -993,7 +998,8 @@ class BackwardPass {
     if (projected_) {
       if (part_.barrier) team_.sync();
       product(
-          Rows<L>{dh_of(i, all.begin), P}, all.size(), P, packed_hr_, H, part_.panels, [](int64_t, int64_t) {},
+          Rows<L>{dh_of(i, all.begin), P}, all.size(), P, packed_hr_, H, Panels{part_.panels, i % 2 != 0},
+          [](int64_t, int64_t) {},
           [&](int64_t m, int64_t col, Vec<T> value, int lanes) { through_cell(i, all.begin + m, col, value, lanes); });
     }
     into_h0(i + 1, intersect(part_.rows, {order_.rows(i), later}));  // rows that joined there
