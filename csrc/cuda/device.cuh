@@ -1,7 +1,7 @@
 // The vocabulary that kernels are written in: which thread this is, shared memory, barriers, shuffles, flags between
 // blocks, copies, matrix fragments, arithmetic, and how a kernel is launched. The only file that includes CUDA's
-// headers or says PTX. tests/cuda_emulator has another one of the same name and contents for the CPU: what is added here is added
-// there.
+// headers or says PTX. tests/cuda_emulator has another one of the same name and contents for the CPU: what is added
+// here is added there.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@
 
 // A kernel of at most `threads` threads a block, one block a multiprocessor; what is called from kernels; and its
 // parameters, which are read where they lie.
-#define LLM_EXT_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define LLM_EXT_KERNEL(threads) __global__ __launch_bounds__(threads, 1)
 #define LLM_EXT_DEVICE __device__ __forceinline__
 #define LLM_EXT_PARAMS const __grid_constant__
 
@@ -124,7 +124,8 @@ LLM_EXT_DEVICE float round_to_tf32(float x) {
   return __uint_as_float(bits);
 }
 
-// float: relative error of exp below 2e-7 + 1e-7 |x|, of the quotient 2 units in the last place. double: exact to the last place.
+// float: relative error of exp below 2e-7 + 1e-7 |x|, of the quotient 2 units in the last place. double: exact to the
+// last place.
 LLM_EXT_DEVICE float exp_of(float x) { return __expf(x); }
 LLM_EXT_DEVICE double exp_of(double x) { return exp(x); }
 LLM_EXT_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
@@ -152,8 +153,8 @@ LLM_EXT_DEVICE void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weigh
         "r"(states.at[1]));
 }
 // Weights and states in TF32, as round_to_tf32 leaves them: rows r and r + 8 of the weights, four columns each.
-LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<float, 4>& weights_r, const Pack<float, 4>& weights_r8,
-                                      const Pack<float, 4>& states) {
+LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<float, 4>& weights_r,
+                                      const Pack<float, 4>& weights_r8, const Pack<float, 4>& states) {
 #pragma unroll
   for (int k = 0; k < 4; k += 2) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -167,10 +168,10 @@ LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<float, 4>& wei
 // How a kernel is launched.
 struct LaunchShape {
   unsigned grid_x = 1, grid_y = 1, grid_z = 1;
-  unsigned threads = 1;        // a block
-  unsigned cluster = 1;        // blocks a cluster, along x; grid_x is a multiple
-  size_t shared_bytes = 0;     // a block
-  bool all_resident = false;   // the launch fails unless all blocks run at the same time
+  unsigned threads = 1;       // a block
+  unsigned cluster = 1;       // blocks a cluster, along x; grid_x is a multiple
+  size_t shared_bytes = 0;    // a block
+  bool all_resident = false;  // the launch fails unless all blocks run at the same time
 };
 
 // Queues the kernel. Returns what went wrong, and leaves no error behind for others to find.
@@ -231,6 +232,15 @@ inline int query_device(int device, DeviceFacts* facts) {
   return error;
 }
 
+inline const char* error_text_of(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// Whether a CUDA graph is being captured from the stream.
+inline bool is_captured(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) cudaGetLastError();
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // How many clusters of this shape run at the same time on the current device; 0 where there are none.
 template <typename Params>
 int resident_clusters(void (*kernel)(Params), const LaunchShape& shape) {
@@ -247,8 +257,8 @@ int resident_clusters(void (*kernel)(Params), const LaunchShape& shape) {
   config.dynamicSmemBytes = shape.shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shape.shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
   if (error == cudaSuccess) error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (error != cudaSuccess) {

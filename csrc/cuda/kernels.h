@@ -3,9 +3,10 @@
 // A call covers one layer, one or both directions, in one launch. Products over the whole sequence are the caller's:
 // before the forward pass gates_x = x W_ih^T + b_ih, after the backward pass the gradients of weights, biases and x
 // from dz. The launchers queue work on a stream and never wait. They return a cudaError_t (0: queued), and leave no
-// error behind. Pointers are to the memory of the current device, aligned as the allocator leaves them: tensors of S to
-// 16 bytes, workspace to 256. Letters are those of params.h; rows of a sequence lie one after the other, N of them:
-// row t B + b of step t where nothing is packed, row_offsets[t] + b where it is.
+// error behind. Pointers are to the memory of the current device, aligned as the allocator leaves them, to
+// 256 bytes, but y and grad_y only to two elements (where H is odd, to one; so are their strides). Letters are those of
+// params.h; rows of a sequence lie one after the other, N of them: row t B + b of step t where nothing is packed,
+// row_offsets[t] + b where it is.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,7 @@ struct ForwardDirection {
   const S* gates_x;  // [N, G H] x W_ih^T + b_ih, gates in the order of the weights; not read beyond a row's length
   const S* w_hh;     // [G H, P]
   const S* w_hr;     // [P, H] LSTM: the projection; null exactly where P = H
-  const S* b_hh;     // [G H]; null: zeros
+  const S* b_hh;     // [G H] added to the product of the state; null: zeros, or, of Elman and LSTM, in gates_x already
   const S* h0;       // [B, P]; null: zeros
   const S* c0;       // [B, H] LSTM; null: zeros
   S* y;              // [N, P] out, rows y_stride apart: every state; 0 beyond a row's length
@@ -66,9 +67,9 @@ struct BackwardDirection {
   const S* y;             // [N, P], rows y_stride apart: what the forward returned
   int64_t y_stride;       // elements
   const S* kept;          // [N, kept_blocks H] what the forward returned; null where that is 0
-  S* dz;   // [N, blocks_of(cell) H] out: gradients of the pre-activations, blocks in the order of params.h (GRU n r z m,
-           // LSTM i f g o); 0 beyond a row's length
-  S* dh;   // [N, P] out: gradients of all states, for that of w_hr; null exactly where P = H; 0 beyond a row's length
+  S* dz;  // [N, blocks_of(cell) H] out: gradients of the pre-activations, blocks in the order of params.h (GRU n r z m,
+          // LSTM i f g o); 0 beyond a row's length
+  S* dh;  // [N, P] out: gradients of all states, for that of w_hr; null exactly where P = H; 0 beyond a row's length
   S* dh0;  // [B, P] out; null: not wanted
   S* dc0;  // [B, H] LSTM, out; null: not wanted
 };
@@ -89,6 +90,12 @@ int recurrence_backward(const RecurrenceBackward<S>& params, const Plan& plan, v
 
 // What make_plan() has to know about a device, which is made current if it is not. Slow: once for each device.
 int device_facts(int device, DeviceFacts* facts);
+
+// What an error of a launcher means, for a message.
+const char* error_text(int error);
+
+// Whether a CUDA graph is being captured from the stream.
+bool capturing(void* stream);
 
 }  // namespace cuda
 }  // namespace llm_ext
