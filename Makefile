@@ -1,6 +1,7 @@
 # make demo    set everything up and train a language model on the plays of Shakespeare
 # make test    set everything up and run the tests
 # make bench   set everything up, with the peers that are measured against, and run all benchmarks
+# make cuda-check    compile the CUDA kernels for all targets, and show what each takes of the device
 # make lint    ruff, mypy --strict, clang-format
 #
 # All work in .venv, made at the first call. TORCH=2.14.1 and the like choose another torch, PYTHON another interpreter.
@@ -14,9 +15,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 BUILT := $(VENV)/.built-torch-$(TORCH)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo bench lint format clean
+.PHONY: build test cuda-check demo bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -35,6 +36,9 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(PYTEST)
+
+cuda-check:
+	$(PYTHON) tests/cuda_check.py
 
 demo: $(BUILT)
 	$(BIN)/python examples/shakespeare/demo.py $(DEMO)

@@ -1,0 +1,262 @@
+"""The CUDA kernels of the recurrence in the emulator, against the reference: every route, cell and type, both passes.
+
+Each case runs with several seeds, so in several orders of its threads, and must give the same bits in all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import assert_close
+from cuda_emulator.program import DTYPES, ROOT, build, run, tensor
+from torch import Tensor
+
+from llm_ext import reference
+
+CELLS = ("tanh", "relu", "sigmoid", "gru", "lstm")
+GATES = {"gru": 3, "lstm": 4}
+KEPT = {"gru": 4, "lstm": 5}
+ROUTES = ("generic", "block", "cluster", "grid")
+# The blocks of dz that belong to the input, in the order of the weights, and those that belong to the state.
+INPUT_BLOCKS = {"gru": (1, 2, 0), "lstm": (0, 1, 2, 3)}
+STATE_BLOCKS = {"gru": (1, 2, 3), "lstm": (0, 1, 2, 3)}
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    route: str
+    cell: str
+    dtype: torch.dtype
+    T: int = 4
+    B: int = 5
+    H: int = 33
+    P: int | None = None
+    directions: int = 1
+    reverse: bool = False
+    rows: str = "full"  # or "lengths", "packed"
+    bare: bool = False  # no biases, no initial states, and nothing comes back but the gradient of y
+    tf32: bool = False
+    sm: int = 90
+    sm_count: int = 132
+    shared_bytes: int = 227 * 1024
+
+    def __str__(self) -> str:
+        sizes = f"T{self.T}-B{self.B}-H{self.H}" + (f"-P{self.P}" if self.P else "")
+        options = [name for name in ("reverse", "bare", "tf32") if getattr(self, name)]
+        options += ["both"] * (self.directions == 2) + [self.rows] * (self.rows != "full") + ["sm80"] * (self.sm == 80)
+        return "-".join([self.route, self.cell, str(self.dtype).removeprefix("torch."), sizes, *options])
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    """The kernels, and what runs them as a request asks."""
+    csrc = ROOT / "csrc" / "cuda"
+    return build("recurrence", [*csrc.glob("*.cu"), *csrc.glob("*.cpp"), ROOT / "tests/cuda_emulator/recurrence.cpp"])
+
+
+def lengths_of(case: Case) -> list[int]:
+    """Steps of each row: none, one and all of them, and what lies between; packed ones never rise and are not 0."""
+    if case.rows == "full":
+        return [case.T] * case.B
+    some = [case.T, 0, 1, max(case.T - 1, 0), case.T // 2]
+    lengths = [some[b % len(some)] for b in range(case.B)]
+    if case.rows == "lengths":
+        return lengths
+    return sorted((max(length, 1) for length in lengths), reverse=True)
+
+
+def places(case: Case, lengths: list[int], reverse: bool) -> list[list[int]]:
+    """For each row of the batch, its rows of the sequence in order of its own time."""
+    first = [t * case.B for t in range(case.T)]
+    if case.rows == "packed":
+        sizes = [sum(length > t for length in lengths) for t in range(case.T)]
+        first = [sum(sizes[:t]) for t in range(case.T)]
+    orders = [[first[t] + b for t in range(length)] for b, length in enumerate(lengths)]
+    return [order[::-1] for order in orders] if reverse else orders
+
+
+def inputs_of(case: Case, lengths: list[int]) -> dict[str, Tensor]:
+    """The tensors of a call by the names of the request. What must not be read holds NaN."""
+    generator = torch.Generator().manual_seed(0)
+    G, H, P, D = GATES.get(case.cell, 1), case.H, case.P or case.H, case.directions
+    N = sum(lengths) if case.rows == "packed" else case.T * case.B
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return ((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * scale).to(case.dtype)
+
+    tensors = {"grad_y": random(N, D * P)}
+    for d in range(D):
+        tensors[f"gates_x{d}"] = random(N, G * H, scale=1.5)
+        tensors[f"w_hh{d}"] = random(G * H, P, scale=(1.5 if case.cell != "relu" else 0.9) * P**-0.5)
+        if case.P is not None:
+            tensors[f"w_hr{d}"] = random(P, H, scale=1.5 * H**-0.5)
+        if not case.bare:
+            tensors |= {f"b_hh{d}": random(G * H, scale=0.5), f"h0{d}": random(case.B, P)}
+            tensors[f"grad_h_n{d}"] = random(case.B, P)
+            if case.cell == "lstm":
+                tensors |= {f"c0{d}": random(case.B, H), f"grad_c_n{d}": random(case.B, H)}
+    if case.rows == "lengths":
+        inside = {place for order in places(case, lengths, False) for place in order}
+        beyond = [place for place in range(N) if place not in inside]
+        for name, values in tensors.items():
+            if name.startswith(("gates_x", "grad_y")):
+                values[beyond] = float("nan")
+    return tensors
+
+
+@functools.cache
+def expected_of(case: Case) -> list[dict[str, Tensor]]:
+    """What the reference has to say in float64 of each direction, gradients included."""
+    lengths = lengths_of(case)
+    tensors = {name: value.double() for name, value in inputs_of(case, lengths).items()}
+    G, H, P = GATES.get(case.cell, 1), case.H, case.P or case.H
+    results = []
+    for d in range(case.directions):
+        of_d = {name[:-1]: value for name, value in tensors.items() if name.endswith(str(d))}
+        # The product of the input is the input: what reaches x is the gradient of the pre-activations.
+        shape = (-1, G * H) if case.rows == "packed" else (case.T, case.B, G * H)
+        grad_y = tensors["grad_y"].view(*shape[:-1], case.directions, P)[..., d, :].nan_to_num()
+        x = of_d["gates_x"].reshape(shape).nan_to_num().requires_grad_()
+        w_hh = of_d["w_hh"].requires_grad_()
+        b_hh = of_d.get("b_hh", torch.zeros(G * H, dtype=torch.float64)).requires_grad_()
+        h0 = of_d.get("h0", torch.zeros(case.B, P, dtype=torch.float64)).requires_grad_()
+        wanted = {"gates_x": x, "w_hh": w_hh, "b_hh": b_hh, "h0": h0}
+        options: dict[str, object] = {"reverse": case.reverse != bool(d)}
+        if case.rows == "packed":
+            options["batch_sizes"] = torch.tensor([sum(n > t for n in lengths) for t in range(case.T)])
+        elif case.rows == "lengths":
+            options["lengths"] = torch.tensor(lengths)
+        eye = torch.eye(G * H, dtype=torch.float64)
+        if case.cell == "lstm":
+            c0 = of_d.get("c0", torch.zeros(case.B, H, dtype=torch.float64)).requires_grad_()
+            wanted["c0"] = c0
+            w_hr = None
+            if case.P is not None:
+                w_hr = wanted["w_hr"] = of_d["w_hr"].requires_grad_()
+            y, (h_n, c_n) = reference.lstm(x, (h0, c0), eye, w_hh, None, b_hh, w_hr, **options)  # type: ignore[arg-type]
+            outputs = {"y": y, "h_n": h_n, "c_n": c_n}
+        elif case.cell == "gru":
+            y, h_n = reference.gru(x, h0, eye, w_hh, None, b_hh, **options)  # type: ignore[arg-type]
+            outputs = {"y": y, "h_n": h_n}
+        else:
+            y, h_n = reference.rnn(x, h0, eye, w_hh, None, b_hh, nonlinearity=case.cell, **options)  # type: ignore[arg-type]
+            outputs = {"y": y, "h_n": h_n}
+        loss = (y * grad_y).sum()
+        for name in ("h_n", "c_n"):
+            if f"grad_{name}" in of_d:
+                loss = loss + (outputs[name] * of_d[f"grad_{name}"]).sum()
+        gradients = torch.autograd.grad(loss, list(wanted.values()))
+        results.append(
+            {name: value.detach() for name, value in outputs.items()}
+            | {f"d{name}": value for name, value in zip(wanted, gradients, strict=True)}
+        )
+    return results
+
+
+def check(program: Path, case: Case) -> None:
+    """Run the case in the emulator and compare all that comes back."""
+    lengths = lengths_of(case)
+    G, H, P, D = GATES.get(case.cell, 1), case.H, case.P or case.H, case.directions
+    blocks, kept_blocks = (4 if G > 1 else 1), KEPT.get(case.cell, 0) + (case.P is not None)
+    tensors = inputs_of(case, lengths)
+    N = tensors["grad_y"].shape[0]
+    rows: dict[str, Tensor] = {}
+    if case.rows == "packed":
+        sizes = [sum(length > t for length in lengths) for t in range(case.T)]
+        rows["row_offsets"] = torch.tensor([sum(sizes[:t]) for t in range(case.T + 1)])
+    elif case.rows == "lengths":
+        # Out of range they are cut.
+        rows["lengths"] = torch.tensor([n + 3 if n == case.T else n - 2 if n == 0 else n for n in lengths])
+    answer = run(
+        program,
+        tensors
+        | rows
+        | {
+            "cell": CELLS.index(case.cell),
+            "type": DTYPES[case.dtype],
+            "route": ROUTES.index(case.route),
+            "steps": case.T,
+            "batch": case.B,
+            "hidden": H,
+            "output": P,
+            "directions": D,
+            "reverse": int(case.reverse),
+            "initial_gradients": int(not case.bare),
+            "allow_tf32": int(case.tf32),
+            "sm": case.sm,
+            "sm_count": case.sm_count,
+            "shared_bytes": case.shared_bytes,
+            "seed": sum(map(ord, str(case))),
+            "seeds": SEEDS,
+        },
+    )
+    for name in ("route", "backward_route"):
+        assert int.from_bytes(answer[name], "little") == ROUTES.index(case.route), f"{case} ran by another {name}"
+
+    op = case.cell if G > 1 else "rnn"
+    tolerance = f"{op}_tf32" if case.tf32 else op
+    y = tensor(answer["y"], case.dtype, N, D, P)
+    for d, expected in enumerate(expected_of(replace(case, route="", tf32=False, sm=0, sm_count=0, shared_bytes=0))):
+        order = places(case, lengths, case.reverse != bool(d))
+        inside = [place for row in order for place in row]
+        beyond = sorted(set(range(N)) - set(inside))
+        expected_y = expected["y"].reshape(N, P)
+        assert_close(tolerance, y[:, d], expected_y, "y")
+        assert not y[beyond, d].any(), "y is 0 beyond a row's length"
+        assert_close(tolerance, tensor(answer[f"h_n{d}"], case.dtype, case.B, P), expected["h_n"], "h_n")
+        if case.cell == "lstm":
+            assert_close(tolerance, tensor(answer[f"c_n{d}"], case.dtype, case.B, H), expected["c_n"], "c_n")
+
+        dz = tensor(answer[f"dz{d}"], case.dtype, N, blocks, H)
+        assert not dz[beyond].any(), "dz is 0 beyond a row's length"
+        dx = dz[:, INPUT_BLOCKS.get(case.cell, (0,))].reshape(N, G * H)
+        assert_close(f"{tolerance}_backward", dx, expected["dgates_x"].reshape(N, G * H), "dz of the input")
+        # What the caller makes of the rest, in float64: gradients of the weights and biases of the state.
+        dz_state = dz[:, STATE_BLOCKS.get(case.cell, (0,))].reshape(N, G * H).double()
+        h0 = tensors.get(f"h0{d}", torch.zeros(case.B, P)).double()
+        before = torch.zeros(N, P, dtype=torch.float64)
+        for b, row in enumerate(order):
+            for place, earlier in zip(row, [None, *row], strict=False):
+                before[place] = h0[b] if earlier is None else y[earlier, d].double()
+        derived = {"dw_hh": dz_state.T @ before, "db_hh": dz_state.sum(0)}
+        if case.P is not None:
+            dh = tensor(answer[f"dh{d}"], case.dtype, N, P)
+            assert not dh[beyond].any(), "dh is 0 beyond a row's length"
+            m = tensor(answer[f"kept{d}"], case.dtype, N, kept_blocks, H)[:, -1].double()
+            derived["dw_hr"] = dh[inside].double().T @ m[inside]
+        for name, value in derived.items():
+            assert_close(f"{tolerance}_backward", value.to(case.dtype), expected[name], name)
+        if not case.bare:
+            assert_close(
+                f"{tolerance}_backward", tensor(answer[f"dh0{d}"], case.dtype, case.B, P), expected["dh0"], "dh0"
+            )
+            if case.cell == "lstm":
+                dc0 = tensor(answer[f"dc0{d}"], case.dtype, case.B, H)
+                assert_close(f"{tolerance}_backward", dc0, expected["dc0"], "dc0")
+
+
+def generic_cases() -> list[Case]:
+    cases = [Case("generic", cell, dtype, rows="lengths") for cell in CELLS for dtype in DTYPES]
+    for i, cell in enumerate(("tanh", "gru", "lstm")):
+        dtype = list(DTYPES)[i]
+        cases += [
+            Case("generic", cell, dtype, H=17, directions=2),
+            Case("generic", cell, dtype, T=3, B=1, H=65, reverse=True),
+            Case("generic", cell, dtype, B=9, H=3, rows="packed", directions=2, reverse=True),
+            Case("generic", cell, dtype, T=1, B=1, H=1, bare=True),
+            Case("generic", cell, dtype, T=7, B=3, H=8, bare=True, sm=80),
+        ]
+    for rows in ("full", "lengths", "packed"):
+        cases.append(Case("generic", "lstm", torch.float64, H=17, P=5, rows=rows, directions=2))
+    cases += [Case("generic", "lstm", dtype, H=9, P=8, rows="lengths", reverse=True) for dtype in DTYPES]
+    return cases
+
+
+@pytest.mark.parametrize("case", generic_cases(), ids=str)
+def test_generic(program: Path, case: Case) -> None:
+    check(program, case)
