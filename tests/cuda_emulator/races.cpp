@@ -38,6 +38,7 @@ struct Region {
   std::vector<Cell> cells;
 };
 
+bool on = true;
 std::map<const void*, Region> regions;  // by their start
 Region* recent = nullptr;
 uint32_t launch_number = 0;
@@ -112,7 +113,7 @@ void watch(const void* start, size_t bytes, const Block* block) {
 
 void forget(const void* start) {
   const auto region = regions.find(start);
-  if (region->second.block) check_end(region->second, *region->second.block);
+  if (on && region->second.block) check_end(region->second, *region->second.block);
   // The address may come back as another's.
   for (auto flag = flags.begin(); flag != flags.end();) {
     const auto offset = static_cast<const unsigned char*>(flag->first) - region->second.start;
@@ -121,6 +122,8 @@ void forget(const void* start) {
   regions.erase(region);
   recent = nullptr;
 }
+
+void watching(bool wanted) { on = wanted; }
 
 void begin(size_t threads) {
   ++launch_number;
@@ -134,7 +137,7 @@ void begin(Knowledge& thread, size_t number) {
 }
 
 void access(const void* address, size_t bytes, bool writes, bool atomic, const void* line) {
-  Region* region = region_of(address);
+  Region* region = on ? region_of(address) : nullptr;
   if (!region) return;
   Knowledge& me = self().knowledge;
   const Access now = {me.number, me.time, atomic, line};

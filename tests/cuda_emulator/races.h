@@ -39,6 +39,9 @@ namespace races {
 void watch(const void* start, size_t bytes, const Block* block = nullptr);
 void forget(const void* start);
 
+// On unless it is turned off.
+void watching(bool on);
+
 // A launch comes after all that was before. Its threads know nothing of each other.
 void begin(size_t threads);
 void begin(Knowledge& thread, size_t number);
