@@ -18,12 +18,12 @@ NUMBERS = torch.arange(BLOCKS * THREADS, dtype=torch.float32)
 FAULTS = {
     "missing_block_barrier": r"race: (read|write) at faults.cu:\d+ and (read|write) at faults.cu:\d+ by block \d",
     "missing_barrier_before_write": r"race: ",
-    "write_beyond_global": r"heap-buffer-overflow[\s\S]*WRITE of size 4[\s\S]*write_beyond_global.* faults.cu:\d+"
-    r"|heap-buffer-overflow[\s\S]*WRITE of size 4[\s\S]*faults.cu:\d+",
+    "write_beyond_global": r"heap-buffer-overflow[\s\S]*WRITE of size 4[\s\S]*faults.cu:\d+",
     "read_beyond_global": r"heap-buffer-overflow[\s\S]*READ of size 4[\s\S]*faults.cu:\d+",
     "write_beyond_shared": r"heap-buffer-overflow[\s\S]*WRITE of size 4[\s\S]*faults.cu:\d+",
     "misaligned": r"an access of 16 bytes at faults.cu:\d+ is not aligned",
-    "deadlock_at_barrier": r"deadlock\n[\s\S]*threads 5 ended[\s\S]*threads 0-4, 6-63 wait: block_barrier at faults.cu:\d+",
+    "deadlock_at_barrier": r"deadlock\n[\s\S]* threads 5 ended"
+    r"[\s\S]* threads 0-4, 6-63 wait: block_barrier at faults.cu:\d+",
     "deadlock_of_flags": r"deadlock\n[\s\S]*threads 0 wait: await_flag at faults.cu:\d+",
     "deadlock_of_cluster": r"deadlock\n[\s\S]*threads 0-63 wait: cluster_wait at faults.cu:\d+",
     "flag_before_data": r"race: ",
@@ -88,13 +88,11 @@ def test_same_seed_same_order(program: Path) -> None:
     """A fault that was found is found again."""
 
     def of(seed: int) -> torch.Tensor:
-        return launch(program, "missing_block_barrier", faulty=True, seed=seed, races=False)
+        found = launch(program, "missing_block_barrier", faulty=True, seed=seed, races=False)
+        return found.nan_to_num(-1)
 
-    assert torch.equal(
-        of(1),
-        of(1),
-    ) or torch.equal(of(1).nan_to_num(-1), of(1).nan_to_num(-1))
-    assert not torch.equal(of(1).nan_to_num(-1), of(2).nan_to_num(-1))
+    assert torch.equal(of(1), of(1))
+    assert not torch.equal(of(1), of(2))
 
 
 def test_products_of_fragments(program: Path) -> None:

@@ -24,6 +24,8 @@ ROUTES = ("generic", "block", "cluster", "grid")
 # The blocks of dz that belong to the input, in the order of the weights, and those that belong to the state.
 INPUT_BLOCKS = {"gru": (1, 2, 0), "lstm": (0, 1, 2, 3)}
 STATE_BLOCKS = {"gru": (1, 2, 3), "lstm": (0, 1, 2, 3)}
+# What lies there for both directions, one behind the other.
+BOTH = ("h0", "c0", "grad_h_n", "grad_c_n")
 SEEDS = 3
 
 
@@ -80,6 +82,17 @@ def places(case: Case, lengths: list[int], reverse: bool) -> list[list[int]]:
     return [order[::-1] for order in orders] if reverse else orders
 
 
+def rows_of(case: Case, lengths: list[int]) -> dict[str, Tensor]:
+    """How the request says which rows there are."""
+    if case.rows == "packed":
+        sizes = [sum(length > t for length in lengths) for t in range(case.T)]
+        return {"row_offsets": torch.tensor([sum(sizes[:t]) for t in range(case.T + 1)])}
+    if case.rows == "lengths":
+        # Out of range they are cut.
+        return {"lengths": torch.tensor([n + 3 if n == case.T else n - 2 if n == 0 else n for n in lengths])}
+    return {}
+
+
 def inputs_of(case: Case, lengths: list[int]) -> dict[str, Tensor]:
     """The tensors of a call by the names of the request. What must not be read holds NaN."""
     generator = torch.Generator().manual_seed(0)
@@ -96,10 +109,11 @@ def inputs_of(case: Case, lengths: list[int]) -> dict[str, Tensor]:
         if case.P is not None:
             tensors[f"w_hr{d}"] = random(P, H, scale=1.5 * H**-0.5)
         if not case.bare:
-            tensors |= {f"b_hh{d}": random(G * H, scale=0.5), f"h0{d}": random(case.B, P)}
-            tensors[f"grad_h_n{d}"] = random(case.B, P)
-            if case.cell == "lstm":
-                tensors |= {f"c0{d}": random(case.B, H), f"grad_c_n{d}": random(case.B, H)}
+            tensors[f"b_hh{d}"] = random(G * H, scale=0.5)
+    if not case.bare:
+        tensors |= {"h0": random(D, case.B, P), "grad_h_n": random(D, case.B, P)}
+        if case.cell == "lstm":
+            tensors |= {"c0": random(D, case.B, H), "grad_c_n": random(D, case.B, H)}
     if case.rows == "lengths":
         inside = {place for order in places(case, lengths, False) for place in order}
         beyond = [place for place in range(N) if place not in inside]
@@ -117,7 +131,8 @@ def expected_of(case: Case) -> list[dict[str, Tensor]]:
     G, H, P = GATES.get(case.cell, 1), case.H, case.P or case.H
     results = []
     for d in range(case.directions):
-        of_d = {name[:-1]: value for name, value in tensors.items() if name.endswith(str(d))}
+        of_d = {name[:-1]: value for name, value in tensors.items() if name.endswith(str(d)) and name not in BOTH}
+        of_d |= {name: tensors[name][d] for name in BOTH if name in tensors}
         # The product of the input is the input: what reaches x is the gradient of the pre-activations.
         shape = (-1, G * H) if case.rows == "packed" else (case.T, case.B, G * H)
         grad_y = tensors["grad_y"].view(*shape[:-1], case.directions, P)[..., d, :].nan_to_num()
@@ -165,17 +180,10 @@ def check(program: Path, case: Case) -> None:
     blocks, kept_blocks = (4 if G > 1 else 1), KEPT.get(case.cell, 0) + (case.P is not None)
     tensors = inputs_of(case, lengths)
     N = tensors["grad_y"].shape[0]
-    rows: dict[str, Tensor] = {}
-    if case.rows == "packed":
-        sizes = [sum(length > t for length in lengths) for t in range(case.T)]
-        rows["row_offsets"] = torch.tensor([sum(sizes[:t]) for t in range(case.T + 1)])
-    elif case.rows == "lengths":
-        # Out of range they are cut.
-        rows["lengths"] = torch.tensor([n + 3 if n == case.T else n - 2 if n == 0 else n for n in lengths])
     answer = run(
         program,
         tensors
-        | rows
+        | rows_of(case, lengths)
         | {
             "cell": CELLS.index(case.cell),
             "type": DTYPES[case.dtype],
@@ -208,35 +216,34 @@ def check(program: Path, case: Case) -> None:
         expected_y = expected["y"].reshape(N, P)
         assert_close(tolerance, y[:, d], expected_y, "y")
         assert not y[beyond, d].any(), "y is 0 beyond a row's length"
-        assert_close(tolerance, tensor(answer[f"h_n{d}"], case.dtype, case.B, P), expected["h_n"], "h_n")
+        assert_close(tolerance, tensor(answer["h_n"], case.dtype, D, case.B, P)[d], expected["h_n"], "h_n")
         if case.cell == "lstm":
-            assert_close(tolerance, tensor(answer[f"c_n{d}"], case.dtype, case.B, H), expected["c_n"], "c_n")
+            assert_close(tolerance, tensor(answer["c_n"], case.dtype, D, case.B, H)[d], expected["c_n"], "c_n")
 
-        dz = tensor(answer[f"dz{d}"], case.dtype, N, blocks, H)
+        dz = tensor(answer[f"dz_{d}"], case.dtype, N, blocks, H)
         assert not dz[beyond].any(), "dz is 0 beyond a row's length"
         dx = dz[:, INPUT_BLOCKS.get(case.cell, (0,))].reshape(N, G * H)
         assert_close(f"{tolerance}_backward", dx, expected["dgates_x"].reshape(N, G * H), "dz of the input")
         # What the caller makes of the rest, in float64: gradients of the weights and biases of the state.
         dz_state = dz[:, STATE_BLOCKS.get(case.cell, (0,))].reshape(N, G * H).double()
-        h0 = tensors.get(f"h0{d}", torch.zeros(case.B, P)).double()
+        h0 = tensors["h0"][d].double() if "h0" in tensors else torch.zeros(case.B, P, dtype=torch.float64)
         before = torch.zeros(N, P, dtype=torch.float64)
         for b, row in enumerate(order):
             for place, earlier in zip(row, [None, *row], strict=False):
                 before[place] = h0[b] if earlier is None else y[earlier, d].double()
         derived = {"dw_hh": dz_state.T @ before, "db_hh": dz_state.sum(0)}
         if case.P is not None:
-            dh = tensor(answer[f"dh{d}"], case.dtype, N, P)
+            dh = tensor(answer[f"dh_{d}"], case.dtype, N, P)
             assert not dh[beyond].any(), "dh is 0 beyond a row's length"
-            m = tensor(answer[f"kept{d}"], case.dtype, N, kept_blocks, H)[:, -1].double()
+            m = tensor(answer["kept"], case.dtype, D, N, kept_blocks, H)[d, :, -1].double()
             derived["dw_hr"] = dh[inside].double().T @ m[inside]
         for name, value in derived.items():
             assert_close(f"{tolerance}_backward", value.to(case.dtype), expected[name], name)
         if not case.bare:
-            assert_close(
-                f"{tolerance}_backward", tensor(answer[f"dh0{d}"], case.dtype, case.B, P), expected["dh0"], "dh0"
-            )
+            dh0 = tensor(answer["dh0"], case.dtype, D, case.B, P)[d]
+            assert_close(f"{tolerance}_backward", dh0, expected["dh0"], "dh0")
             if case.cell == "lstm":
-                dc0 = tensor(answer[f"dc0{d}"], case.dtype, case.B, H)
+                dc0 = tensor(answer["dc0"], case.dtype, D, case.B, H)[d]
                 assert_close(f"{tolerance}_backward", dc0, expected["dc0"], "dc0")
 
 
@@ -260,3 +267,41 @@ def generic_cases() -> list[Case]:
 @pytest.mark.parametrize("case", generic_cases(), ids=str)
 def test_generic(program: Path, case: Case) -> None:
     check(program, case)
+
+
+@pytest.fixture(scope="session")
+def rows_program() -> Path:
+    return build("rows", [ROOT / "csrc/cuda/rows.cu", ROOT / "tests/cuda_emulator/rows.cpp"])
+
+
+@pytest.mark.parametrize("rows", ["full", "lengths", "packed"])
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_rows_are_copied(rows_program: Path, rows: str, shift: int) -> None:
+    """Each row is that of the step before, the same or after, or of `first`; by words of 2, 4, 8 and 16 bytes."""
+    for seed, (width, gap, with_first) in enumerate([(1, 0, True), (2, 2, False), (12, 0, True), (40, 8, True)]):
+        case = Case("", "tanh", torch.int16, T=4, B=5, H=width, rows=rows)
+        lengths = lengths_of(case)
+        N = sum(lengths) if rows == "packed" else case.T * case.B
+        generator = torch.Generator().manual_seed(seed)
+        source = torch.randint(1, 1000, (N, width + gap), generator=generator, dtype=torch.int16)
+        first = torch.randint(1, 1000, (case.B, width), generator=generator, dtype=torch.int16)
+        expected = torch.zeros(N, width, dtype=torch.int16)
+        for b, row in enumerate(places(case, lengths, False)):
+            for t, place in enumerate(row):
+                if 0 <= t + shift < len(row):
+                    expected[place] = source[row[t + shift], :width]
+                elif with_first:
+                    expected[place] = first[b]
+        request: dict[str, Tensor | int | None] = {
+            "seed": seed,
+            "steps": case.T,
+            "batch": case.B,
+            "shift": shift,
+            "rows": N,
+            "row_bytes": 2 * width,
+            "from": source.flatten()[: N * (width + gap) - gap],  # nothing behind the last row
+            "from_stride": 2 * (width + gap),
+            "first": first if with_first else None,
+        }
+        found = tensor(run(rows_program, request | rows_of(case, lengths))["to"], torch.int16, N, width)
+        assert torch.equal(found, expected), f"width {width}"

@@ -19,8 +19,6 @@ int run_on_device(const Launch& l) {
   return 0;
 }
 
-namespace {
-
 uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -32,6 +30,8 @@ float float_of(uint32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
+
+namespace {
 
 // From -1 to 1, by the bits of x.
 float error_of(float x) { return static_cast<float>(static_cast<int32_t>(bits_of(x) * 2654435761u)) / 2147483648.0f; }
@@ -75,17 +75,16 @@ float quotient_approximately(float a, float b) {
 namespace {
 
 // What one lane brings, and takes: its registers of a, b and the sum.
-template <typename A, int na, int nb>
 struct Fragment {
-  A a[na], b[nb];
+  uint32_t a[4], b[2];
   float sum[4];
 };
 
-template <typename F, typename Multiply>
-void together(float (&sum)[4], const F& given, Place place, Multiply multiply) {
+template <typename Multiply>
+void together(float (&sum)[4], const Fragment& given, Place place, Multiply multiply) {
   const std::function<void(Slots)> last = [&](Slots slots) {
-    F fragments[kWarp];
-    for (unsigned lane = 0; lane < kWarp; ++lane) memcpy(&fragments[lane], slots[lane], sizeof(F));
+    Fragment fragments[kWarp];
+    for (unsigned lane = 0; lane < kWarp; ++lane) memcpy(&fragments[lane], slots[lane], sizeof(Fragment));
     multiply(fragments);
     for (unsigned lane = 0; lane < kWarp; ++lane) memcpy(slots[lane], fragments[lane].sum, sizeof sum);
   };
@@ -93,8 +92,8 @@ void together(float (&sum)[4], const F& given, Place place, Multiply multiply) {
 }
 
 // sum [16, 8] += a [16, K] b [K, 8]; each lane holds (r, 2 q), (r, 2 q + 1), (r + 8, 2 q), (r + 8, 2 q + 1) of the sum.
-template <int K, typename F>
-void add_product(F (&fragments)[kWarp], const float (&a)[16][K], const float (&b)[K][8]) {
+template <int K>
+void add_product(Fragment (&fragments)[kWarp], const float (&a)[16][K], const float (&b)[K][8]) {
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -108,12 +107,11 @@ void add_product(F (&fragments)[kWarp], const float (&a)[16][K], const float (&b
 
 void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t),
                   Place place) {
-  using F = Fragment<uint32_t, 4, 2>;
-  F given;
+  Fragment given;
   memcpy(given.a, a, sizeof a);
   memcpy(given.b, b, sizeof b);
   memcpy(given.sum, sum, sizeof sum);
-  together(sum, given, place, [&](F(&fragments)[kWarp]) {
+  together(sum, given, place, [&](Fragment(&fragments)[kWarp]) {
     float wide_a[16][16], wide_b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int r = lane / 4, q = lane % 4;
@@ -127,18 +125,17 @@ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   });
 }
 
-void mma_m16n8k8_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2], Place place) {
-  using F = Fragment<float, 4, 2>;
-  F given;
+void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place) {
+  Fragment given;
   memcpy(given.a, a, sizeof a);
   memcpy(given.b, b, sizeof b);
   memcpy(given.sum, sum, sizeof sum);
-  together(sum, given, place, [&](F(&fragments)[kWarp]) {
+  together(sum, given, place, [&](Fragment(&fragments)[kWarp]) {
     float wide_a[16][8], wide_b[8][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int r = lane / 4, q = lane % 4;
       // The instruction does not look at the low 13 bits.
-      const auto part = [](float x) { return float_of(bits_of(x) & ~0x1fffu); };
+      const auto part = [](uint32_t bits) { return float_of(bits & ~0x1fffu); };
       for (int i = 0; i < 4; ++i) wide_a[r + i % 2 * 8][q + i / 2 * 4] = part(fragments[lane].a[i]);
       for (int i = 0; i < 2; ++i) wide_b[q + i * 4][r] = part(fragments[lane].b[i]);
     }

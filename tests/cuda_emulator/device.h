@@ -19,6 +19,8 @@ extern Device device;
 // Runs the launch, or returns the cudaError_t of a device that refuses it.
 int run_on_device(const Launch& launch);
 
+uint32_t bits_of(float x);
+float float_of(uint32_t bits);
 float float_of_bfloat16(uint16_t bits);
 float float_of_float16(uint16_t bits);
 // Rounded to nearest, ties to even.
@@ -35,6 +37,6 @@ float quotient_approximately(float a, float b);
 // are float.
 void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t),
                   Place place);
-void mma_m16n8k8_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2], Place place);
+void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place);
 
 }  // namespace emulator

@@ -193,10 +193,10 @@ constexpr Test kTests[] = {
 
 // One warp multiplies what lies in its lanes' registers.
 struct ProductParams {
-  const Pack<uint32_t, 4>* a;  // [32]
-  const Pack<uint32_t, 2>* b;  // [32]
-  const Pack<float, 4>* tf32;  // [3, 32]
-  Pack<float, 4>* sums;        // [3, 32] of bfloat16, float16 and TF32; in and out
+  const Pack<uint32_t, 4>* a;     // [32]
+  const Pack<uint32_t, 2>* b;     // [32]
+  const Pack<uint32_t, 4>* tf32;  // [3, 32]
+  Pack<float, 4>* sums;           // [3, 32] of bfloat16, float16 and TF32; in and out
 };
 
 LLM_EXT_KERNEL(32) void products(LLM_EXT_PARAMS ProductParams p) {
@@ -223,7 +223,7 @@ int main(int, char** arguments) {
     shape.threads = 32;
     const size_t bytes = request.bytes("sums");
     const ProductParams p = {request.data<const Pack<uint32_t, 4>>("a"), request.data<const Pack<uint32_t, 2>>("b"),
-                             request.data<const Pack<float, 4>>("tf32"), request.data<Pack<float, 4>>("sums")};
+                             request.data<const Pack<uint32_t, 4>>("tf32"), request.data<Pack<float, 4>>("sums")};
     if (launch(products, shape, p, nullptr)) return 1;
     answer.add("sums", p.sums, bytes);
   } else {

@@ -71,23 +71,33 @@ void run(const Records& request, Problem problem, int64_t rows, bool keep, Outpu
   const int64_t T = problem.steps, B = problem.batch, H = problem.hidden, P = problem.output;
   const bool lstm = problem.cell == Cell::kLstm, projected = P != H;
   const int D = problem.directions;
-  const int64_t kept = kept_blocks(problem.cell, projected) * H;
+  const int64_t kept_width = kept_blocks(problem.cell, projected) * H;
   const RecurrenceShape shape = {
       problem.cell, T, B, H, P, D, request.data<const int64_t>("lengths"), request.data<const int64_t>("row_offsets")};
   const auto in = [&](const char* name, int d) { return request.data<const S>(name + std::to_string(d)); };
+  // Of both directions one behind the other, as the caller has them: the second is aligned to its elements only.
+  const auto in_both = [&](const char* name, int d, int64_t each) {
+    const S* both = request.data<const S>(name);
+    return both ? both + d * each : nullptr;
+  };
   const auto reverse = [&](int d) { return request.number("reverse", 0) != d; };
 
   RecurrenceForward<S> forward = {};
   forward.shape = shape;
   S* y = out.add<S>("y", rows * D * P);  // of both directions side by side
+  S* h_n = out.add<S>("h_n", D * B * P);
+  S* c_n = lstm ? out.add<S>("c_n", D * B * H) : nullptr;
+  S* kept = keep && kept_width ? out.add<S>("kept", D * rows * kept_width) : nullptr;
   for (int d = 0; d < D; ++d) {
-    const std::string suffix = std::to_string(d);
     ForwardDirection<S>& f = forward.direction[d];
-    f = {reverse(d),  in("gates_x", d), in("w_hh", d), in("w_hr", d), in("b_hh", d), in("h0", d),
-         in("c0", d), y + d * P,        D * P,         nullptr,       nullptr,       nullptr};
-    f.h_n = out.add<S>("h_n" + suffix, B * P);
-    if (lstm) f.c_n = out.add<S>("c_n" + suffix, B * H);
-    if (keep && kept) f.kept = out.add<S>("kept" + suffix, rows * kept);
+    f = {reverse(d), in("gates_x", d), in("w_hh", d), in("w_hr", d), in("b_hh", d)};
+    f.h0 = in_both("h0", d, B * P);
+    f.c0 = in_both("c0", d, B * H);
+    f.y = y + d * P;
+    f.y_stride = D * P;
+    f.h_n = h_n + d * B * P;
+    f.c_n = c_n ? c_n + d * B * H : nullptr;
+    f.kept = kept ? kept + d * rows * kept_width : nullptr;
   }
   problem.pass = Pass::kForward;
   const Plan plan = plan_of(request, problem);
@@ -102,33 +112,27 @@ void run(const Records& request, Problem problem, int64_t rows, bool keep, Outpu
 
   RecurrenceBackward<S> backward = {};
   backward.shape = shape;
+  const bool initial = request.number("initial_gradients", 1) != 0;
+  S* dh0 = initial ? out.add<S>("dh0", D * B * P) : nullptr;
+  S* dc0 = initial && lstm ? out.add<S>("dc0", D * B * H) : nullptr;
   for (int d = 0; d < D; ++d) {
     const std::string suffix = std::to_string(d);
     const ForwardDirection<S>& f = forward.direction[d];
-    const S* grad_y = request.data<const S>("grad_y");  // of both directions side by side
     BackwardDirection<S>& b = backward.direction[d];
-    b = {f.reverse,
-         grad_y ? grad_y + d * P : nullptr,
-         D * P,
-         in("grad_h_n", d),
-         in("grad_c_n", d),
-         f.w_hh,
-         f.w_hr,
-         f.h0,
-         f.c0,
-         f.y,
-         f.y_stride,
-         f.kept,
-         nullptr,
-         nullptr,
-         nullptr,
-         nullptr};
-    b.dz = out.add<S>("dz" + suffix, rows * blocks_of(problem.cell) * H);
-    if (projected) b.dh = out.add<S>("dh" + suffix, rows * P);
-    if (request.number("initial_gradients", 1)) {
-      b.dh0 = out.add<S>("dh0" + suffix, B * P);
-      if (lstm) b.dc0 = out.add<S>("dc0" + suffix, B * H);
-    }
+    b = {f.reverse, in_both("grad_y", d, P), D * P};
+    b.grad_h_n = in_both("grad_h_n", d, B * P);
+    b.grad_c_n = in_both("grad_c_n", d, B * H);
+    b.w_hh = f.w_hh;
+    b.w_hr = f.w_hr;
+    b.h0 = f.h0;
+    b.c0 = f.c0;
+    b.y = f.y;
+    b.y_stride = f.y_stride;
+    b.kept = f.kept;
+    b.dz = out.add<S>("dz_" + suffix, rows * blocks_of(problem.cell) * H);
+    b.dh = projected ? out.add<S>("dh_" + suffix, rows * P) : nullptr;
+    b.dh0 = dh0 ? dh0 + d * B * P : nullptr;
+    b.dc0 = dc0 ? dc0 + d * B * H : nullptr;
   }
   problem.pass = Pass::kBackward;
   const Plan backward_plan = plan_of(request, problem);
@@ -160,7 +164,7 @@ void run_all(const Records& request, const Problem& problem, Answer& answer) {
     for (const Output& output : outputs.all())
       for (const Output& expected : first.all())
         // What is kept is undefined beyond a row's length.
-        if (output.name == expected.name && output.name.rfind("kept", 0) != 0 &&
+        if (output.name == expected.name && output.name != "kept" &&
             memcmp(output.data, expected.data, output.bytes) != 0)
           emulator::fault(output.name + " depends on the order of the threads, or on whether gates are kept");
     outputs.free();

@@ -68,6 +68,8 @@ inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return emulator::float_of_bfloat16(x.bits); }
 inline float widen(Float16 x) { return emulator::float_of_float16(x.bits); }
+inline uint32_t bits_of(float x) { return emulator::bits_of(x); }
+inline float float_of(uint32_t bits) { return emulator::float_of(bits); }
 template <typename S>
 S narrow(Compute<S> x) {
   if constexpr (std::is_same_v<S, BFloat16>) {
@@ -97,11 +99,11 @@ inline void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, cons
   const uint32_t a[4] = {weights.at[0], weights.at[2], weights.at[1], weights.at[3]};
   emulator::mma_m16n8k16(sum, a, states.at, emulator::float_of_float16, {"multiply_add", file, line});
 }
-inline void multiply_add_tf32(float (&sum)[4], const Pack<float, 4>& weights_r, const Pack<float, 4>& weights_r8,
-                              const Pack<float, 4>& states, LLM_EXT_LINE) {
+inline void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& weights_r, const Pack<uint32_t, 4>& weights_r8,
+                              const Pack<uint32_t, 4>& states, LLM_EXT_LINE) {
   for (int k = 0; k < 4; k += 2) {
-    const float a[4] = {weights_r.at[k], weights_r8.at[k], weights_r.at[k + 1], weights_r8.at[k + 1]};
-    const float b[2] = {states.at[k], states.at[k + 1]};
+    const uint32_t a[4] = {weights_r.at[k], weights_r8.at[k], weights_r.at[k + 1], weights_r8.at[k + 1]};
+    const uint32_t b[2] = {states.at[k], states.at[k + 1]};
     emulator::mma_m16n8k8_tf32(sum, a, b, {"multiply_add_tf32", file, line});
   }
 }
