@@ -106,6 +106,8 @@ LLM_EXT_DEVICE float widen(float x) { return x; }
 LLM_EXT_DEVICE double widen(double x) { return x; }
 LLM_EXT_DEVICE float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 LLM_EXT_DEVICE float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+LLM_EXT_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+LLM_EXT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // Rounds to nearest, ties to even.
 template <typename S>
 LLM_EXT_DEVICE S narrow(Compute<S> x) {
@@ -152,16 +154,15 @@ LLM_EXT_DEVICE void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weigh
       : "r"(weights.at[0]), "r"(weights.at[2]), "r"(weights.at[1]), "r"(weights.at[3]), "r"(states.at[0]),
         "r"(states.at[1]));
 }
-// Weights and states in TF32, as round_to_tf32 leaves them: rows r and r + 8 of the weights, four columns each.
-LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<float, 4>& weights_r,
-                                      const Pack<float, 4>& weights_r8, const Pack<float, 4>& states) {
+// The same of float in TF32, as round_to_tf32 leaves them: the four columns of row r, those of row r + 8, the states'.
+LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& row, const Pack<uint32_t, 4>& row_8,
+                                      const Pack<uint32_t, 4>& states) {
 #pragma unroll
   for (int k = 0; k < 4; k += 2) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(__float_as_uint(weights_r.at[k])), "r"(__float_as_uint(weights_r8.at[k])),
-          "r"(__float_as_uint(weights_r.at[k + 1])), "r"(__float_as_uint(weights_r8.at[k + 1])),
-          "r"(__float_as_uint(states.at[k])), "r"(__float_as_uint(states.at[k + 1])));
+        : "r"(row.at[k]), "r"(row_8.at[k]), "r"(row.at[k + 1]), "r"(row_8.at[k + 1]), "r"(states.at[k]),
+          "r"(states.at[k + 1]));
   }
 }
 

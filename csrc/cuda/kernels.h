@@ -21,7 +21,7 @@ constexpr int kMaxDirections = 2;
 
 struct RecurrenceShape {
   Cell cell;
-  int64_t steps;               // T, at least 1
+  int64_t steps;               // T, at least 1, below 2^31
   int64_t batch;               // B: rows of the longest step, at least 1
   int64_t hidden;              // H, at least 1
   int64_t output;              // P; smaller than H where an LSTM projects
@@ -88,14 +88,14 @@ int recurrence_forward(const RecurrenceForward<S>& params, const Plan& plan, voi
 template <typename S>
 int recurrence_backward(const RecurrenceBackward<S>& params, const Plan& plan, void* stream);
 
-// What make_plan() has to know about a device, which is made current if it is not. Slow: once for each device.
+// What make_plan() has to know about a device, which must be the current one. Slow: once for each device.
 int device_facts(int device, DeviceFacts* facts);
 
 // What an error of a launcher means, for a message.
 const char* error_text(int error);
 
 // Whether a CUDA graph is being captured from the stream.
-bool capturing(void* stream);
+bool is_capturing(void* stream);
 
 }  // namespace cuda
 }  // namespace llm_ext
