@@ -46,11 +46,14 @@ class Case:
     sm: int = 90
     sm_count: int = 132
     shared_bytes: int = 227 * 1024
+    # Of a plan that the rule need not choose: blocks a team, warps that share a sum, rows a tile, tiles a block.
+    plan: tuple[int, int, int, int] | None = None
 
     def __str__(self) -> str:
         sizes = f"T{self.T}-B{self.B}-H{self.H}" + (f"-P{self.P}" if self.P else "")
         options = [name for name in ("reverse", "bare", "tf32") if getattr(self, name)]
         options += ["both"] * (self.directions == 2) + [self.rows] * (self.rows != "full") + ["sm80"] * (self.sm == 80)
+        options += ["plan" + "_".join(map(str, self.plan))] if self.plan else []
         return "-".join([self.route, self.cell, str(self.dtype).removeprefix("torch."), sizes, *options])
 
 
@@ -179,11 +182,15 @@ def check(program: Path, case: Case) -> None:
     G, H, P, D = GATES.get(case.cell, 1), case.H, case.P or case.H, case.directions
     blocks, kept_blocks = (4 if G > 1 else 1), KEPT.get(case.cell, 0) + (case.P is not None)
     tensors = inputs_of(case, lengths)
+    plan = (
+        {} if case.plan is None else dict(zip(("parts", "k_parts", "tile_rows", "row_tiles"), case.plan, strict=True))
+    )
     N = tensors["grad_y"].shape[0]
     answer = run(
         program,
         tensors
         | rows_of(case, lengths)
+        | plan
         | {
             "cell": CELLS.index(case.cell),
             "type": DTYPES[case.dtype],
@@ -209,7 +216,7 @@ def check(program: Path, case: Case) -> None:
     op = case.cell if G > 1 else "rnn"
     tolerance = f"{op}_tf32" if case.tf32 else op
     y = tensor(answer["y"], case.dtype, N, D, P)
-    for d, expected in enumerate(expected_of(replace(case, route="", tf32=False, sm=0, sm_count=0, shared_bytes=0))):
+    for d, expected in enumerate(expected_of(replace(case, route="", tf32=False, sm=0, plan=None))):
         order = places(case, lengths, case.reverse != bool(d))
         inside = [place for row in order for place in row]
         beyond = sorted(set(range(N)) - set(inside))
@@ -266,6 +273,45 @@ def generic_cases() -> list[Case]:
 
 @pytest.mark.parametrize("case", generic_cases(), ids=str)
 def test_generic(program: Path, case: Case) -> None:
+    check(program, case)
+
+
+# Types of the routes that hold U on the chip; float32 as such and as TF32.
+TILE_TYPES = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False))
+
+
+def tile_cases() -> list[Case]:
+    cases = []
+    for route, parts in (("block", 1), ("cluster", 2), ("grid", 2)):
+        for cell in ("tanh", "gru", "lstm"):
+            for dtype, tf32 in TILE_TYPES:
+                # Units that do not fill their tiles, rows neither, several tiles a block, blocks a batch; both ways.
+                some = Case(route, cell, dtype, tf32=tf32, H=34, rows="lengths", directions=2)
+                cases.append(replace(some, plan=(parts, 2, 2, 2)))
+                # More tiles of weights than registers hold.
+                cases.append(
+                    replace(
+                        some,
+                        T=3,
+                        H=98,
+                        directions=1,
+                        reverse=True,
+                        plan=(max(parts, 2) if route != "block" else 1, 1, 8, 1),
+                    )
+                )
+            dtype, tf32 = TILE_TYPES[len(cases) % len(TILE_TYPES)]
+            cases += [
+                Case(route, cell, dtype, tf32=tf32, B=9, H=34, rows="packed", directions=2, plan=(parts, 1, 4, 2)),
+                Case(route, cell, dtype, tf32=tf32, T=5, B=3, H=64, bare=True, plan=(parts, 1, 8, 1)),
+                Case(route, cell, dtype, tf32=tf32, T=1, B=1, H=2 * parts * 16, plan=(parts, 1, 2, 1)),
+            ]
+        for cell in ("relu", "sigmoid"):
+            cases.append(Case(route, cell, torch.bfloat16, H=34, rows="lengths", plan=(parts, 1, 8, 1)))
+    return cases
+
+
+@pytest.mark.parametrize("case", tile_cases(), ids=str)
+def test_tiles(program: Path, case: Case) -> None:
     check(program, case)
 
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/tiles.h"
 #include "device.h"
 #include "records.h"
 
@@ -62,6 +63,22 @@ Plan plan_of(const Records& request, const Problem& problem) {
   DeviceFacts facts;
   expect(device_facts(0, &facts), "device_facts");
   const int64_t route = request.number("route", -1);
+  if (request.has("parts")) {  // a plan that the rule need not choose
+    Plan plan;
+    plan.route = static_cast<Route>(route);
+    plan.tf32 = problem.allow_tf32 && problem.type == Type::kFloat32;
+    plan.parts = static_cast<int>(request.number("parts"));
+    plan.groups = static_cast<int>((problem.hidden + plan.parts * kTileUnits - 1) / (plan.parts * kTileUnits));
+    plan.k_parts = static_cast<int>(request.number("k_parts"));
+    plan.tile_rows = static_cast<int>(request.number("tile_rows"));
+    plan.row_tiles = static_cast<int>(request.number("row_tiles"));
+    const int64_t rows = plan.tile_rows * plan.row_tiles;
+    plan.row_groups = static_cast<int>((problem.batch + rows - 1) / rows);
+    plan.shared_bytes = tile_layout(problem, plan).bytes;
+    if (plan.shared_bytes > facts.shared_bytes || plan.groups * plan.k_parts > max_warps(problem.type))
+      emulator::fault("the plan asked for does not fit");
+    return plan;
+  }
   return route < 0 ? make_plan(problem, facts) : make_plan(problem, facts, static_cast<Route>(route));
 }
 
