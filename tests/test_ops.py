@@ -7,13 +7,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DTYPES, HALF_DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
+from cases import DTYPES, HALF_DTYPES, assert_close, batch_sizes_of, spread
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from recurrences import (
+    CELLS,
+    GRU,
+    KINDS,
+    LSTM,
+    PROJECTED,
+    RNN,
+    Cell,
+    cell_functions,
+    cell_inputs,
+    compare,
+    leaf,
+)
 from torch import Tensor
 
 import llm_ext
@@ -51,97 +63,6 @@ POOL_SIZES = [  # B, T, D
     (1, 300, 520),
     (1, 1100, 65),
 ]
-
-
-def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-
-
-def compare(
-    op: str,
-    function: Callable[..., tuple[Tensor, ...]],
-    truth: Callable[..., tuple[Tensor, ...]],
-    inputs: dict[str, Tensor],
-    gradients: bool = True,
-) -> None:
-    """Results and gradients of `function` against `truth` in float64 on the same numbers."""
-    doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-    actual, expected = function(**inputs), truth(**doubles)
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(op, a, b, f"result {i}")
-    weights = [torch.randn_like(b) for b in expected]
-    used = [i for i, b in enumerate(expected) if b.requires_grad]
-    if not used or not gradients:
-        return
-    grads = torch.autograd.grad(
-        [actual[i] for i in used],
-        list(inputs.values()),
-        [weights[i].to(actual[i].dtype) for i in used],
-        allow_unused=True,
-    )
-    truths = torch.autograd.grad(
-        [expected[i] for i in used], list(doubles.values()), [weights[i] for i in used], allow_unused=True
-    )
-    for name, a, b in zip(inputs, grads, truths, strict=True):
-        a = torch.zeros_like(inputs[name]) if a is None else a
-        b = torch.zeros_like(doubles[name]) if b is None else b
-        assert_close(f"{op}_backward", a, b, f"gradient of {name}")
-
-
-class Cell(NamedTuple):
-    """A recurrence: its op, its gates, the option of its op, and whether its output is projected."""
-
-    op: str
-    gates: int
-    nonlinearity: str | None = None
-    projected: bool = False
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, [self.op, self.nonlinearity, "projected" if self.projected else None]))
-
-
-RNN, GRU, LSTM = Cell("rnn", 1), Cell("gru", 3), Cell("lstm", 4)
-PROJECTED = Cell("lstm", 4, projected=True)
-CELLS = [*(Cell("rnn", 1, name) for name in NONLINEARITIES), GRU, LSTM, PROJECTED]
-# One of each kind, for tests in which the nonlinearity makes no difference.
-KINDS = [RNN, GRU, LSTM, PROJECTED]
-
-
-def cell_inputs(
-    cell: Cell, x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, state: bool = True, bias: bool = True
-) -> dict[str, Tensor]:
-    G, I = cell.gates, x_shape[-1]  # noqa: E741
-    P = max(1, H // 3) if cell.projected else H
-    inputs = {"x": leaf(*x_shape, dtype=dtype), "w_ih": leaf(G * H, I, dtype=dtype, scale=max(I, 1) ** -0.5)}
-    inputs["w_hh"] = leaf(G * H, P, dtype=dtype, scale=P**-0.5)
-    if cell.projected:
-        inputs["w_hr"] = leaf(P, H, dtype=dtype, scale=H**-0.5)
-    if state:
-        inputs["h0"] = leaf(B, P, dtype=dtype)
-        if cell.op == "lstm":
-            inputs["c0"] = leaf(B, H, dtype=dtype)
-    if bias:
-        inputs |= {"b_ih": leaf(G * H, dtype=dtype), "b_hh": leaf(G * H, dtype=dtype)}
-    return inputs
-
-
-def cell_functions(cell: Cell, **options: object) -> list[Callable[..., tuple[Tensor, ...]]]:
-    """The op and its reference, both taking tensors by name and returning (y, h_n) or (y, h_n, c_n)."""
-
-    def bind(module: object) -> Callable[..., tuple[Tensor, ...]]:
-        function = getattr(module, cell.op)
-        options_of_cell = {"nonlinearity": cell.nonlinearity} if cell.nonlinearity else {}
-
-        def run(
-            x: Tensor, w_ih: Tensor, w_hh: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, **others: Tensor
-        ) -> tuple[Tensor, ...]:
-            state = h0 if cell.op != "lstm" or h0 is None else (h0, c0)
-            y, last = function(x, state, w_ih, w_hh, **others, **options_of_cell, **options)
-            return (y, *last) if cell.op == "lstm" else (y, last)
-
-        return run
-
-    return [bind(ops), bind(reference)]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -196,7 +117,8 @@ def test_recurrence_keeps_nothing_for_an_evaluation(cell: Cell) -> None:
     if cell.op != "rnn":
         name = f"{cell.op}_forward"
         arguments = [inputs["x"], inputs["h0"], *([inputs["c0"]] if "c0" in inputs else []), inputs["w_ih"]]
-        arguments += [inputs["w_hh"], None, None, *([inputs.get("w_hr")] if cell.op == "lstm" else []), None, False]
+        arguments += [inputs["w_hh"], None, None, *([inputs.get("w_hr")] if cell.op == "lstm" else [])]
+        arguments += [None, None, False, False]
         for keep, rows in ((False, 0), (True, 7 * 40)):
             assert len(getattr(torch.ops.llm_ext, name)(*arguments, keep)[-1]) == rows
 
@@ -456,29 +378,52 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
     gy, gh, dx, dw_ih, dw_hh, gc, gl, de, du = g
     time_major = leaf(6, 2, 3, dtype=torch.float64).transpose(0, 1)
     return [
-        ("rnn_forward", (x, h0, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)),
-        ("rnn_forward", (x, None, w_ih, w_hh, None, None, None, "relu", True)),
+        ("rnn_forward", (x, h0, w_ih, w_hh, b_ih, b_hh, None, None, "tanh", False, False)),
+        ("rnn_forward", (x, None, w_ih, w_hh, None, None, None, None, "relu", True, False)),
         (
             "rnn_forward",
-            (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, "sigmoid", False),
+            (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, None, "sigmoid", False, False),
         ),
-        ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, "tanh", False)),
-        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, *[True] * 6)),
-        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, *[False, True] * 3)),
-        ("gru_forward", (x, h0, *gru, None, False, True)),
-        ("gru_forward", (x, None, *gru[:2], None, None, None, True, True)),
-        ("gru_forward", (packed, h0.detach()[None].requires_grad_(), *gru, sizes, False, True)),
-        ("gru_forward", (dx, gh, *(t.detach() for t in gru), None, False, False)),
-        ("gru_backward", (gy, gh, dx, gh, *dgru[:2], gy, kept[:, :20], None, False, *[True] * 6)),
-        ("gru_backward", (gy, None, dx, None, *dgru[:2], gy, kept[:, :20], None, True, *[False, True] * 3)),
-        ("lstm_forward", (x, h0, h0, *lstm, None, None, False, True)),
-        ("lstm_forward", (x, None, None, *lstm[:2], None, None, None, None, True, True)),
-        ("lstm_forward", (packed, p0, h0, lstm[0], w_hp, *lstm[2:], w_hr, sizes, False, True)),
-        ("lstm_forward", (dx, gh, gh, *(t.detach() for t in lstm), None, None, False, False)),
-        ("lstm_backward", (gy, gh, gh, dx, gh, gh, *dlstm[:2], None, gy, kept[:, :25], None, False, *[True] * 8)),
+        ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, None, "tanh", False, False)),
+        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, None, "tanh", False, False, *[True] * 6)),
+        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, None, "relu", True, False, *[False, True] * 3)),
+        ("gru_forward", (x, h0, *gru, None, None, False, False, True)),
+        ("gru_forward", (x, None, *gru[:2], None, None, None, None, True, False, True)),
+        ("gru_forward", (packed, h0.detach()[None].requires_grad_(), *gru, sizes, None, False, False, True)),
+        ("gru_forward", (dx, gh, *(t.detach() for t in gru), None, None, False, False, False)),
+        ("gru_backward", (gy, gh, dx, gh, *dgru[:2], gy, kept[:, :20], None, None, False, False, *[True] * 6)),
+        (
+            "gru_backward",
+            (gy, None, dx, None, *dgru[:2], gy, kept[:, :20], None, None, True, False, *[False, True] * 3),
+        ),
+        ("lstm_forward", (x, h0, h0, *lstm, None, None, None, False, False, True)),
+        ("lstm_forward", (x, None, None, *lstm[:2], None, None, None, None, None, True, False, True)),
+        ("lstm_forward", (packed, p0, h0, lstm[0], w_hp, *lstm[2:], w_hr, sizes, None, False, False, True)),
+        ("lstm_forward", (dx, gh, gh, *(t.detach() for t in lstm), None, None, None, False, False, False)),
         (
             "lstm_backward",
-            (gp, None, None, dx, None, None, dlstm[0], dw_hp, dw_hr, gp, kept, None, True, *[False, True] * 4),
+            (gy, gh, gh, dx, gh, gh, *dlstm[:2], None, gy, kept[:, :25], None, None, False, False, *[True] * 8),
+        ),
+        (
+            "lstm_backward",
+            (
+                gp,
+                None,
+                None,
+                dx,
+                None,
+                None,
+                dlstm[0],
+                dw_hp,
+                dw_hr,
+                gp,
+                kept,
+                None,
+                None,
+                True,
+                False,
+                *[False, True] * 4,
+            ),
         ),
         ("attention_pool_forward", (e, u, None, None, None)),
         ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
