@@ -56,6 +56,15 @@ TOLERANCE = {
     ("prefix_pool_backward", torch.float64): 1e-11,
     ("model", torch.float64): 1e-11,
 }
+# Where the kernels of a device round more. In 16 bits those of CUDA read pre-activations, and multiply states and dz,
+# that were rounded, as matrix units want them; in float16 an LSTM that forgets little adds up the errors of many steps.
+TOLERANCE_ON = {
+    "cuda": {
+        **{(cell, torch.bfloat16): 2e-2 for cell in ("rnn", "gru", "lstm")},
+        **{(cell, torch.float16): 2.5e-3 for cell in ("rnn", "gru", "lstm")},
+        **{(f"{cell}_backward", torch.float16): 1e-2 for cell in ("rnn", "gru", "lstm")},
+    }
+}
 
 
 def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result") -> None:
@@ -71,7 +80,8 @@ def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result"
     if a.numel() == 0:
         return
     error = (a - b).abs().max().item()
-    allowed = TOLERANCE[op, actual.dtype] * max(1.0, b.abs().max().item())
+    tolerance = TOLERANCE_ON.get(actual.device.type, {}).get((op, actual.dtype), TOLERANCE[op, actual.dtype])
+    allowed = tolerance * max(1.0, b.abs().max().item())
     assert error <= allowed, f"{op}: {what} is off by {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -313,7 +313,7 @@ class Layer {
   // From memory that is pinned, so that nobody waits; the allocator of torch keeps it until the copy is done.
   Tensor offsets_on_device() const {
     // The graph would read that memory again when it is replayed, and others have it by then.
-    STD_TORCH_CHECK(!cuda::capturing(on_.stream), op_,
+    STD_TORCH_CHECK(!cuda::is_capturing(on_.stream), op_,
                     ": batch_sizes cannot be captured in a CUDA graph; give padded sequences with lengths");
     const std::vector<int64_t>& offsets = common().offsets();
     const int64_t sizes[] = {static_cast<int64_t>(offsets.size())};
