@@ -182,9 +182,9 @@ class Layer {
     const Input<S> kept_in = common().input("kept", kept, {directions() * rows(), kept_width()});
     const bool need_dh0 = given[0].need.dh0 && common().h0() != nullptr;
     const bool need_dc0 = given[0].need.dc0 && common().c0() != nullptr;
-    const Tensor none = llm_ext::empty({0}, kScalarType<S>, common().place);
-    const Tensor dx = given[0].need.dx ? common().empty_rows(s.input) : none;
-    const Tensor dh0 = need_dh0 ? new_states(s.output) : none, dc0 = need_dc0 ? new_states(s.hidden) : none;
+    const Tensor dx = given[0].need.dx ? common().empty_rows(s.input) : nothing();
+    const Tensor dh0 = need_dh0 ? new_states(s.output) : nothing();
+    const Tensor dc0 = need_dc0 ? new_states(s.hidden) : nothing();
 
     cuda::RecurrenceBackward<S> call = {shape(), {}, nullptr};
     std::deque<Input<S>> states;
@@ -269,6 +269,8 @@ class Layer {
   Tensor x() const { return matrix(common().x_tensor(), rows(), sizes().input); }
   Tensor w_ih_of(const Recurrence<S>& r) const { return matrix(r.w_ih_tensor(), r.gates(), sizes().input); }
 
+  // In place of a result that is not wanted; no two results may be the same tensor.
+  Tensor nothing() const { return llm_ext::empty({0}, kScalarType<S>, common().place); }
   Tensor new_matrix(int64_t rows, int64_t columns) const {
     return llm_ext::empty({rows, columns}, kScalarType<S>, common().place);
   }
@@ -472,9 +474,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(const std::stri
     const std::vector<ForwardArguments> given = {both.forward(0, batch_sizes, lengths, tf32),
                                                  both.forward(1, batch_sizes, lengths, tf32)};
     ForwardResults r = Layer<decltype(type)>(given).forward(given, keep);
-    // An output may not be missing.
-    const Tensor none = empty({0}, kScalarType<decltype(type)>, place_of(x));
-    return std::tuple<Tensor, Tensor, Tensor, Tensor>{r.y, r.h_n, r.c_n.value_or(none), r.kept.value_or(none)};
+    const auto or_nothing = [&](const OptionalTensor& t) {
+      return t ? *t : empty({0}, kScalarType<decltype(type)>, place_of(x));
+    };
+    return std::tuple<Tensor, Tensor, Tensor, Tensor>{r.y, r.h_n, or_nothing(r.c_n), or_nothing(r.kept)};
   });
 }
 
