@@ -29,8 +29,12 @@ FAULTS = {
     "flag_before_data": r"race: ",
     "flag_without_barrier": r"race: ",
     "race_of_blocks": r"race: write at faults.cu:\d+ and write at faults.cu:\d+ by block \d thread 0",
-    "missing_cluster_wait": r"race: |may not have started when its shared memory is touched at faults.cu:\d+",
-    "block_ends_too_early": r"may have ended when its shared memory is touched at faults.cu:\d+|heap-use-after-free",
+    "send_before_start": r"no mailbox was opened there|may not have started when its shared memory is touched",
+    "send_where_others_read": r"race: (write at device.cuh:\d+ < faults.cu:\d+.* and read at|read at) faults.cu:\d+",
+    "send_to_one_place": r"race: ",
+    "mail_of_two_phases": r"race: |told twice in one phase|deadlock\n",
+    "read_before_mail": r"race: |a block ended before its mail had arrived",
+    "deadlock_of_mail": r"deadlock\n[\s\S]* threads 0-63 wait: await_mail at faults.cu:\d+",
     "read_before_copy_lands": r"use-after-poison[\s\S]*faults.cu:\d+",
     "copy_nobody_waits_for": r"a thread ended before its asynchronous copies had landed",
     "lanes_apart": r"the lanes of a warp went apart",
@@ -101,12 +105,10 @@ def test_products_of_fragments(program: Path) -> None:
     weights, states = (torch.randn(shape, generator=generator) for shape in ((16, 16), (8, 16)))
     sums = torch.randn(3, 16, 8, generator=generator)
 
-    def spread(tile: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
-        """Of each lane 4 r + q: columns 4 q to 4 q + 3 of rows r + rows, one after the other; [32, 4 rows]."""
-        lanes = [
-            torch.cat([tile[lane // 4 + row, lane % 4 * 4 : lane % 4 * 4 + 4] for row in rows]) for lane in range(32)
-        ]
-        return torch.stack(lanes)
+    def lanes(tile: torch.Tensor, *numbers: tuple[int, int]) -> torch.Tensor:
+        """Of each lane 4 r + q the numbers (r + row, 4 q + column), one after the other."""
+        r, q = torch.arange(32) // 4, torch.arange(32) % 4
+        return torch.stack([tile[r + row, 4 * q + column] for row, column in numbers], 1)
 
     def places(tile: torch.Tensor) -> torch.Tensor:
         r, q = torch.arange(32) // 4, torch.arange(32) % 4
@@ -115,12 +117,19 @@ def test_products_of_fragments(program: Path) -> None:
     def tf32(tile: torch.Tensor) -> torch.Tensor:
         return (tile.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
+    halves = [(row, column) for first in (0, 2) for row in (0, 8) for column in (first, first + 1)]
     for number, dtype in enumerate((torch.bfloat16, torch.float16)):
         request = {
             "test": -2,
-            "a": spread(weights.to(dtype), (0, 8)),
-            "b": spread(states.to(dtype), (0,)),
-            "tf32": torch.cat([spread(tile, (row,)) for tile, row in ((weights, 0), (weights, 8), (states, 0))]),
+            "a": lanes(weights.to(dtype), *halves),
+            "b": lanes(states.to(dtype), *((0, k) for k in range(4))),
+            "tf32": torch.cat(
+                [
+                    lanes(weights, (0, 0), (8, 0), (0, 1), (8, 1)),
+                    lanes(weights, (0, 2), (8, 2), (0, 3), (8, 3)),
+                    lanes(states, (0, 0), (0, 1), (0, 2), (0, 3)),
+                ]
+            ),
             "sums": torch.cat([places(tile) for tile in sums]),
         }
         found = tensor(run(program, request)["sums"], torch.float32, 3, 32, 4)

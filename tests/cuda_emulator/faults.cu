@@ -119,21 +119,50 @@ LLM_EXT_KERNEL(kThreads) void race_of_blocks(LLM_EXT_PARAMS Params p) {
   if (p.faulty && i == 0) p.out[0] = p.in[0];
 }
 
-// Every thread takes what the other block of the cluster has left.
-LLM_EXT_DEVICE void exchange_in_cluster(const Params& p, bool wait, bool stay) {
-  float* shared = reinterpret_cast<float*>(shared_memory());
-  shared[thread_index()] = p.in[block_start() + thread_index()];
-  cluster_arrive();
-  if (wait) cluster_wait();
-  p.out[block_start() + thread_index()] = in_block(shared, 1 - block_x() % 2)[thread_index()];
-  if (!wait) cluster_wait();
-  if (stay) {
+// The blocks of a cluster, two by two, send each other their numbers three times, to two mailboxes and two places in
+// turn: who sends for the third time has had the second from the other, which had read the first by then. Faults are
+// planted by what is left out.
+struct Leave {
+  bool start = false, barrier = false, second_place = false, second_mailbox = false, wait = false, tell = false;
+};
+LLM_EXT_DEVICE void exchange_in_cluster(const Params& p, Leave out) {
+  auto* mailboxes = reinterpret_cast<Mailbox*>(shared_memory());
+  auto* places = reinterpret_cast<Pack<uint32_t, 4>*>(shared_memory() + 16);
+  const auto* numbers = reinterpret_cast<const Pack<uint32_t, 4>*>(p.in + block_start());
+  const int i = thread_index(), other = 1 - block_x() % 2;
+  if (i < 2) open_mailbox(mailboxes + i);
+  if (!out.start) {
     cluster_arrive();
     cluster_wait();
   }
+  block_barrier();
+  float sum = 0;
+  for (int n = 0; n < 3; ++n) {
+    const int turn = n % 2;
+    auto* mailbox = mailboxes + (out.second_mailbox ? 0 : turn);
+    auto* place = places + (out.second_place ? 0 : turn) * kThreads / 4;
+    if (i == 0 && !(out.tell && n == 1)) expect_mail(mailbox, kThreads * sizeof(float));
+    if (i % 4 == 0) send(place + i / 4, numbers[i / 4], mailbox, other);
+    if (!(out.wait && n == 1)) await_mail(mailbox, out.second_mailbox ? n % 2 : n / 2);
+    sum += reinterpret_cast<const float*>(place)[(i + 7) % kThreads];
+    if (!out.barrier) block_barrier();
+  }
+  p.out[block_start() + i] = sum;
 }
-LLM_EXT_KERNEL(kThreads) void missing_cluster_wait(LLM_EXT_PARAMS Params p) { exchange_in_cluster(p, !p.faulty, true); }
-LLM_EXT_KERNEL(kThreads) void block_ends_too_early(LLM_EXT_PARAMS Params p) { exchange_in_cluster(p, true, !p.faulty); }
+LLM_EXT_KERNEL(kThreads) void send_before_start(LLM_EXT_PARAMS Params p) {
+  exchange_in_cluster(p, {.start = p.faulty});
+}
+LLM_EXT_KERNEL(kThreads) void send_where_others_read(LLM_EXT_PARAMS Params p) {
+  exchange_in_cluster(p, {.barrier = p.faulty});
+}
+LLM_EXT_KERNEL(kThreads) void send_to_one_place(LLM_EXT_PARAMS Params p) {
+  exchange_in_cluster(p, {.second_place = p.faulty});
+}
+LLM_EXT_KERNEL(kThreads) void mail_of_two_phases(LLM_EXT_PARAMS Params p) {
+  exchange_in_cluster(p, {.second_mailbox = p.faulty});
+}
+LLM_EXT_KERNEL(kThreads) void read_before_mail(LLM_EXT_PARAMS Params p) { exchange_in_cluster(p, {.wait = p.faulty}); }
+LLM_EXT_KERNEL(kThreads) void deadlock_of_mail(LLM_EXT_PARAMS Params p) { exchange_in_cluster(p, {.tell = p.faulty}); }
 
 LLM_EXT_DEVICE void copy_and_read(const Params& p, bool wait_before, bool wait_after) {
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -184,8 +213,12 @@ constexpr Test kTests[] = {
     LLM_EXT_TEST(flag_before_data, 1, true),
     LLM_EXT_TEST(flag_without_barrier, 1, true),
     LLM_EXT_TEST(race_of_blocks, 1, false),
-    LLM_EXT_TEST(missing_cluster_wait, 2, false),
-    LLM_EXT_TEST(block_ends_too_early, 2, false),
+    LLM_EXT_TEST(send_before_start, 2, false),
+    LLM_EXT_TEST(send_where_others_read, 2, false),
+    LLM_EXT_TEST(send_to_one_place, 2, false),
+    LLM_EXT_TEST(mail_of_two_phases, 2, false),
+    LLM_EXT_TEST(read_before_mail, 2, false),
+    LLM_EXT_TEST(deadlock_of_mail, 2, false),
     LLM_EXT_TEST(read_before_copy_lands, 1, false),
     LLM_EXT_TEST(copy_nobody_waits_for, 1, false),
     LLM_EXT_TEST(lanes_apart, 1, false),
@@ -232,7 +265,7 @@ int main(int, char** arguments) {
     shape.grid_x = 4;
     shape.threads = kThreads;
     shape.cluster = test.cluster;
-    shape.shared_bytes = kThreads * sizeof(float);
+    shape.shared_bytes = (test.cluster > 1 ? 16 : 0) + test.cluster * kThreads * sizeof(float);
     shape.all_resident = test.all_resident;
     const size_t bytes = request.bytes("in");
     float* out = static_cast<float*>(emulator::device_memory(bytes));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_emulator"
 # The emulator's device.cuh stands before that of csrc. A GPU rounds a * b + c once only where the source says fma.
-FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fmax-errors=5", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
 ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 # Every access of a kernel is a call, which the linker leads to races.cpp first.
@@ -69,14 +70,18 @@ def _object(source: Path, flags: list[str], headers: bytes) -> Path:
     return target
 
 
-def build(name: str, sources: Iterable[Path]) -> Path:
-    """The program `name` made of `sources` and the emulator, built at most once for the same text."""
+def build(name: str, sources: Iterable[Path], before: Path | None = None) -> Path:
+    """The program `name` made of `sources` and the emulator, built at most once for the same text.
+
+    Headers are looked for in `before` first, if it is given.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
-    folders = [ROOT / "csrc" / "cuda", HERE]
+    folders = [ROOT / "csrc" / "cuda", HERE, *([before] if before else [])]
     paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
     headers = b"".join(path.read_bytes() for path in sorted([*paths, ROOT / "csrc" / "params.h"]))
+    flags = [*([f"-I{before}"] if before else []), *FLAGS]
     # The largest first, so that none of them is left for last.
-    jobs = [(source, [*FLAGS, *KERNEL]) for source in sorted(sources, key=lambda path: -path.stat().st_size)]
+    jobs = [(source, [*flags, *KERNEL]) for source in sorted(sources, key=lambda path: -path.stat().st_size)]
     jobs += [(source, [*FLAGS, "-O2"]) for source in RUNTIME]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda job: _object(*job, headers), jobs))
@@ -89,6 +94,19 @@ def build(name: str, sources: Iterable[Path]) -> Path:
         _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
         partial.rename(program)
     return program
+
+
+def _with_lines(report: str) -> str:
+    """The report, with places in the program as lines, from the innermost of what was inlined to the outermost."""
+
+    def lines(place: re.Match[str]) -> str:
+        command = ["addr2line", "--basenames", "--inlines", "--exe", place[1], place[2]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = re.findall(r"^\w\S*:\d+", done.stdout, re.MULTILINE)
+        return " < ".join(found) if found else place[0]
+
+    # addr2line comes with the linker.
+    return re.sub(r"\((/[^()\s]+)\+(0x[0-9a-f]+)\)", lines, report) if shutil.which("addr2line") else report
 
 
 def _bytes(value: Tensor | int) -> bytes:
@@ -119,7 +137,7 @@ def run(program: Path, request: Mapping[str, Tensor | int | None], timeout: floa
             env=os.environ | ENVIRONMENT,
         )
         if done.returncode != 0:
-            raise KernelError(f"{program.name} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+            raise KernelError(f"{program.name} ended with {done.returncode}\n{_with_lines(done.stderr)}")
         data, answer = answered.read_bytes(), {}
     place = 0
     while place < len(data):

@@ -55,11 +55,11 @@ Region* region_of(const void* address) {
   return recent = &region;
 }
 
+// As a place in a module, which program.py turns into lines. It is where the call before the access returns to.
 std::string line_of(const void* pc) {
-  char text[512] = "";
-  __sanitizer_symbolize_pc(const_cast<void*>(pc), "%s:%l", text, sizeof text);
-  const char* name = strrchr(text, '/');
-  return name ? name + 1 : text;
+  char text[1024] = "";
+  __sanitizer_symbolize_pc(static_cast<char*>(const_cast<void*>(pc)) - 1, "(%m+%o)", text, sizeof text);
+  return text;
 }
 
 std::string name_of(uint32_t thread) {
@@ -136,24 +136,23 @@ void begin(Knowledge& thread, size_t number) {
   thread.known = nothing;
 }
 
-void access(const void* address, size_t bytes, bool writes, bool atomic, const void* line) {
-  Region* region = on ? region_of(address) : nullptr;
-  if (!region) return;
-  Knowledge& me = self().knowledge;
-  const Access now = {me.number, me.time, atomic, line};
-  const std::vector<uint32_t>& known = *me.known;
+namespace {
+
+void check(Region& region, const Access& now, const std::vector<uint32_t>& known, const void* address, size_t bytes,
+           bool writes) {
   const auto before = [&](const Access& a) {
     return a.thread == kNobody || a.thread == now.thread || known[a.thread] >= a.time || (a.atomic && now.atomic);
   };
   if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && reinterpret_cast<uintptr_t>(address) % bytes != 0)
-    fault("an access of " + std::to_string(bytes) + " bytes at " + line_of(line) + " is not aligned to as many");
-  if (region->block && region->block != self().block && known[region->block->number * launch().threads] == 0)
-    fault("block " + std::to_string(region->block->number) +
-          " may not have started when its shared memory is touched at " + line_of(line));
-  const size_t first = static_cast<size_t>(static_cast<const unsigned char*>(address) - region->start);
-  const size_t last = std::min(first + bytes, region->bytes);
+    fault("an access of " + std::to_string(bytes) + " bytes at " + line_of(now.line) + " is not aligned to as many");
+  if (region.block && region.block->number != now.thread / launch().threads &&
+      known[region.block->number * launch().threads] == 0)
+    fault("block " + std::to_string(region.block->number) +
+          " may not have started when its shared memory is touched at " + line_of(now.line));
+  const size_t first = static_cast<size_t>(static_cast<const unsigned char*>(address) - region.start);
+  const size_t last = std::min(first + bytes, region.bytes);
   for (size_t i = first / kGranule; i * kGranule < last; ++i) {
-    Cell& cell = region->cells[i];
+    Cell& cell = region.cells[i];
     if (cell.launch != launch_number) {
       cell = {};
       cell.launch = launch_number;
@@ -171,6 +170,20 @@ void access(const void* address, size_t bytes, bool writes, bool atomic, const v
       mine = now;
     }
   }
+}
+
+}  // namespace
+
+void access(const void* address, size_t bytes, bool writes, bool atomic, const void* line) {
+  Region* region = on ? region_of(address) : nullptr;
+  if (!region) return;
+  const Knowledge& me = self().knowledge;
+  check(*region, {me.number, me.time, atomic, line}, *me.known, address, bytes, writes);
+}
+
+void write_for(const Arrival& asker, const void* address, size_t bytes, const void* line) {
+  Region* region = on ? region_of(address) : nullptr;
+  if (region) check(*region, {asker.number, asker.time, false, line}, *asker.known, address, bytes, true);
 }
 
 Arrival arrive(Knowledge& thread) { return {thread.number, thread.time++, thread.known}; }

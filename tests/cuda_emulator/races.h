@@ -46,8 +46,10 @@ void watching(bool on);
 void begin(size_t threads);
 void begin(Knowledge& thread, size_t number);
 
-// Atomic accesses (relaxed ones too) do not race with each other. `line` is an address in the code.
+// Atomic accesses do not race with each other. `line` is an address in the code.
 void access(const void* address, size_t bytes, bool writes, bool atomic, const void* line);
+// A write on behalf of a thread, that knew and knows no more than when it asked for it.
+void write_for(const Arrival& asker, const void* address, size_t bytes, const void* line);
 
 // What all who have arrived together know.
 Arrival arrive(Knowledge& thread);

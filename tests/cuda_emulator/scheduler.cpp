@@ -53,8 +53,6 @@ constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 32 * kPage;
 // At most so many threads of a grid that is not cooperative are in flight, if one cluster has not more.
 constexpr int kThreadsInFlight = 2048;
-// Looks at flags without anybody having done anything else meanwhile, after which nobody ever will.
-constexpr int kRoundsOfPolls = 64;
 
 // Ready threads, the highest key first.
 using Ready = std::priority_queue<std::pair<uint64_t, Thread*>>;
@@ -63,8 +61,9 @@ struct State {
   uint64_t random = 1;
   const Launch* launch = nullptr;
   Ready ready;
-  std::vector<Thread*> pollers;
-  uint64_t events = 0;  // what a poller may be waiting for
+  std::map<const uint32_t*, std::vector<Thread*>> flags;  // who waits for which
+  std::vector<Mail> mail;                                 // on its way
+  uint64_t late_mail = 0;                                 // of 4, how many pieces do not arrive at once
   bool uniform = true;
   Thread* current = nullptr;
   Meeting grid;
@@ -203,9 +202,9 @@ void end_thread() {
   Block& block = *thread->block;
   if (!thread->copies.empty()) fault("a thread ended before its asynchronous copies had landed");
   if (thread->arrived) fault("a thread ended between cluster_arrive and cluster_wait");
-  ++state.events;
-  // Gone with its block: distributed shared memory must not be touched any more.
   if (--block.live == 0) {
+    for (const Mail& mail : state.mail)
+      if (mail.block == &block) fault("a block ended before its mail had arrived");
     free_shared(block);
     --block.cluster->live;
   }
@@ -273,39 +272,62 @@ void start_cluster(size_t number) {
   state.clusters.push_back(std::move(cluster));
 }
 
+void wake(std::vector<Thread*>& threads) {
+  for (Thread* thread : threads) make_ready(thread);
+  threads.clear();
+}
+
 // Calls last() when all of the meeting have come, and only then goes on.
 template <typename Last>
 void wait_for_all(Meeting& meeting, Place place, Last last) {
   Thread* thread = state.current;
   thread->place = place;
-  ++state.events;
   if (meeting.waiting.empty()) meeting.place = place;
   meeting.waiting.push_back(thread);
   if (meeting.waiting.size() == meeting.expected) {
     last();
-    for (Thread* each : meeting.waiting) make_ready(each);
-    meeting.waiting.clear();
+    wake(meeting.waiting);
   }
   suspend();
 }
 
 // Lets others run, perhaps, after something that they may wait for.
 void offer() {
-  ++state.events;
   if (draw(2)) return;
   make_ready(state.current);
   suspend();
 }
 
-// Between two looks at something that another thread has yet to do.
-void poll() {
-  // Most of the time when all others wait, but now and then before: a flag may be raised too early.
-  if (draw(4) == 0) {
-    state.ready.emplace(0, state.current);
-  } else {
-    state.pollers.push_back(state.current);
-  }
-  suspend();
+void end_phase_if_all_is_here(Mailbox& mailbox) {
+  if (!mailbox.told || mailbox.pending != 0) return;
+  mailbox.told = false;
+  mailbox.known[mailbox.phase++ % 2] = races::meet(mailbox.arrivals);
+  mailbox.arrivals.clear();
+  wake(mailbox.waiting);
+}
+
+void deliver(size_t i) {
+  std::swap(state.mail[i], state.mail.back());
+  const Mail mail = state.mail.back();
+  state.mail.pop_back();
+  races::write_for(mail.sender, mail.to, sizeof mail.words, mail.line);
+  memcpy(mail.to, mail.words, sizeof mail.words);
+  mail.mailbox->pending -= sizeof mail.words;
+  mail.mailbox->arrivals.push_back(mail.sender);
+  end_phase_if_all_is_here(*mail.mailbox);
+}
+
+size_t place_in_shared(const Block& block, const void* address, size_t bytes, Place place) {
+  const auto offset = static_cast<const unsigned char*>(address) - block.shared;
+  if (offset < 0 || offset + bytes > state.launch->shared_bytes) fault("not in shared memory", place);
+  return static_cast<size_t>(offset);
+}
+
+Mailbox& mailbox_of(Block& block, size_t at, Place place, const void* line) {
+  const auto mailbox = block.mailboxes.find(at);
+  if (mailbox == block.mailboxes.end()) fault("no mailbox was opened there", place);
+  races::access(block.shared + at, sizeof(uint64_t), false, true, line);
+  return mailbox->second;
 }
 
 }  // namespace
@@ -344,8 +366,7 @@ void run(const Launch& l) {
   for (size_t i = 0; i < clusters; ++i) order[i] = i;
   for (size_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[draw(i)]);
 
-  uint64_t events = 0;
-  int rounds = 0;
+  state.late_mail = draw(5);
   while (true) {
     auto& live = state.clusters;
     live.erase(std::remove_if(live.begin(), live.end(), [](const auto& cluster) { return cluster->live == 0; }),
@@ -356,11 +377,9 @@ void run(const Launch& l) {
     }
     if (live.empty()) break;
     if (state.ready.empty()) {
-      rounds = events == state.events ? rounds + 1 : 0;
-      events = state.events;
-      if (state.pollers.empty() || rounds > kRoundsOfPolls) deadlock();
-      for (Thread* thread : state.pollers) make_ready(thread);
-      state.pollers.clear();
+      if (state.mail.empty()) deadlock();
+      deliver(draw(state.mail.size()));
+      continue;
     }
     leave(&state.host, &state.host_fake_stack);
   }
@@ -387,8 +406,7 @@ void cluster_arrive(Place place) {
   if (barrier.arrivals.size() == barrier.expected) {
     barrier.known[barrier.phase++ % 2] = races::meet(barrier.arrivals);
     barrier.arrivals.clear();
-    for (Thread* each : barrier.waiting) make_ready(each);
-    barrier.waiting.clear();
+    wake(barrier.waiting);
   }
   offer();
 }
@@ -423,30 +441,76 @@ Slots exchange(const void* given, size_t bytes, Place place, const std::function
 }
 
 void raise_flag(uint32_t* flag, uint32_t value) {
-  Thread& thread = *state.current;
   offer();
   races::access(flag, sizeof *flag, true, true, __builtin_return_address(0));
-  races::release(thread.knowledge, flag);
+  races::release(state.current->knowledge, flag);
   *flag = value;
+  const auto waiting = state.flags.find(flag);
+  if (waiting != state.flags.end()) wake(waiting->second);
   offer();
 }
 
 void await_flag(const uint32_t* flag, uint32_t value, Place place) {
-  Thread& thread = *state.current;
-  thread.place = place;
   offer();
   races::access(flag, sizeof *flag, false, true, __builtin_return_address(0));
-  while (*static_cast<const volatile uint32_t*>(flag) < value) poll();
-  races::acquire(thread.knowledge, flag);
+  state.current->place = place;
+  while (*flag < value) {
+    state.flags[flag].push_back(state.current);
+    suspend();
+  }
+  races::acquire(state.current->knowledge, flag);
 }
 
-void* in_block(void* mine, int rank, Place place) {
-  const Block& own = *state.current->block;
-  const auto& blocks = own.cluster->blocks;
+void open_mailbox(void* mailbox, Place place) {
+  Block& block = *state.current->block;
+  const size_t at = place_in_shared(block, mailbox, sizeof(uint64_t), place);
+  if (!block.mailboxes.try_emplace(at).second) fault("opened twice", place);
+  races::access(mailbox, sizeof(uint64_t), true, false, __builtin_return_address(0));
+}
+
+void expect_mail(void* mailbox, int bytes, Place place) {
+  Block& block = *state.current->block;
+  offer();
+  Mailbox& box =
+      mailbox_of(block, place_in_shared(block, mailbox, sizeof(uint64_t), place), place, __builtin_return_address(0));
+  if (box.told) fault("told twice in one phase", place);
+  box.told = true;
+  box.pending += bytes;
+  box.arrivals.push_back(races::arrive(state.current->knowledge));
+  end_phase_if_all_is_here(box);
+  offer();
+}
+
+void await_mail(void* mailbox, int parity, Place place) {
+  Block& block = *state.current->block;
+  Mailbox& box =
+      mailbox_of(block, place_in_shared(block, mailbox, sizeof(uint64_t), place), place, __builtin_return_address(0));
+  state.current->place = place;
+  while (box.phase % 2 == static_cast<uint64_t>(parity)) {
+    box.waiting.push_back(state.current);
+    suspend();
+  }
+  if (box.phase > 0) races::learn(state.current->knowledge, box.known[(box.phase - 1) % 2]);
+}
+
+void send(void* to, const void* words, void* mailbox, int rank, Place place) {
+  Thread& thread = *state.current;
+  const auto& blocks = thread.block->cluster->blocks;
   if (rank < 0 || static_cast<size_t>(rank) >= blocks.size()) fault("no such block in the cluster", place);
-  const auto offset = static_cast<unsigned char*>(mine) - own.shared;
-  if (offset < 0 || static_cast<size_t>(offset) > state.launch->shared_bytes) fault("not in shared memory", place);
-  return blocks[rank]->shared + offset;
+  if (reinterpret_cast<uintptr_t>(to) % 16) fault("not aligned", place);
+  Block& other = *blocks[rank];
+  if (other.live == 0) fault("the other block has ended", place);
+  Mail mail;
+  memcpy(mail.words, words, sizeof mail.words);
+  mail.to = other.shared + place_in_shared(*thread.block, to, sizeof mail.words, place);
+  mail.block = &other;
+  mail.mailbox = &mailbox_of(other, place_in_shared(*thread.block, mailbox, sizeof(uint64_t), place), place,
+                             __builtin_return_address(0));
+  mail.sender = races::arrive(thread.knowledge);
+  mail.line = __builtin_return_address(0);
+  state.mail.push_back(mail);
+  if (draw(4) >= state.late_mail) deliver(state.mail.size() - 1);
+  offer();
 }
 
 void copy_async(void* to, const void* from, size_t bytes, Place place) {

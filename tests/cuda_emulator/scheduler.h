@@ -1,8 +1,8 @@
 // Runs the threads of a grid as fibers on one thread of the host, in an order drawn from a seed.
 //
-// A thread runs until it waits (at a barrier, in an exchange of its warp, for a flag) or offers to be interrupted (at
-// a flag); then another one runs. What none of the waiting threads can end is a deadlock, and is reported with the
-// place where each thread waits.
+// A thread runs until it waits (at a barrier, in an exchange of its warp, for a flag or mail) or offers to be
+// interrupted (where it has done something that others wait for); then another one runs. If none can, that is a
+// deadlock, and is reported with the place where each thread waits.
 #pragma once
 
 #include <cstddef>
@@ -63,6 +63,26 @@ struct SplitBarrier {
   std::vector<Thread*> waiting;
 };
 
+// Counts bytes that arrive, phase by phase.
+struct Mailbox {
+  uint64_t phase = 0;   // number of phases that have ended
+  bool told = false;    // how many bytes are expected in this one
+  int64_t pending = 0;  // expected and not yet here; negative if they come before it is told
+  std::vector<Arrival> arrivals;
+  Known known[2];  // of this phase and the one before, by the last bit
+  std::vector<Thread*> waiting;
+};
+
+// 16 bytes on their way to another block.
+struct Mail {
+  unsigned char words[16];
+  unsigned char* to;
+  Block* block;  // where that is
+  Mailbox* mailbox;
+  Arrival sender;
+  const void* line;
+};
+
 struct Cluster;
 
 struct Block {
@@ -73,6 +93,7 @@ struct Block {
   size_t live = 0;                  // threads that have not ended
   unsigned char* shared = nullptr;  // exactly shared_bytes, with ASan's red zones around; gone when all threads ended
   Meeting barrier;
+  std::map<size_t, Mailbox> mailboxes;  // by their place in shared memory
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Thread>> threads;
 };
@@ -135,8 +156,11 @@ Slots exchange(const void* given, size_t bytes, Place place, const std::function
 void raise_flag(uint32_t* flag, uint32_t value);
 void await_flag(const uint32_t* flag, uint32_t value, Place place);
 
-// The same place in the shared memory of another block of the cluster.
-void* in_block(void* mine, int rank, Place place);
+// Mailboxes in shared memory; bytes arrive some time after they were sent.
+void open_mailbox(void* mailbox, Place place);
+void expect_mail(void* mailbox, int bytes, Place place);
+void await_mail(void* mailbox, int parity, Place place);
+void send(void* to, const void* words, void* mailbox, int rank, Place place);
 
 // A copy to shared memory, which lands when it is waited for. Until then ASan forbids to touch the place it goes to.
 void copy_async(void* to, const void* from, size_t bytes, Place place);

@@ -40,9 +40,20 @@ inline void block_barrier(LLM_EXT_LINE) { emulator::block_barrier({"block_barrie
 inline void cluster_arrive(LLM_EXT_LINE) { emulator::cluster_arrive({"cluster_arrive", file, line}); }
 inline void cluster_wait(LLM_EXT_LINE) { emulator::cluster_wait({"cluster_wait", file, line}); }
 
-template <typename T>
-T* in_block(T* shared, int rank, LLM_EXT_LINE) {
-  return static_cast<T*>(emulator::in_block(shared, rank, {"in_block", file, line}));
+struct alignas(8) Mailbox {
+  uint64_t bits;
+};
+inline void open_mailbox(Mailbox* mailbox, LLM_EXT_LINE) {
+  emulator::open_mailbox(mailbox, {"open_mailbox", file, line});
+}
+inline void expect_mail(Mailbox* mailbox, int bytes, LLM_EXT_LINE) {
+  emulator::expect_mail(mailbox, bytes, {"expect_mail", file, line});
+}
+inline void await_mail(Mailbox* mailbox, int parity, LLM_EXT_LINE) {
+  emulator::await_mail(mailbox, parity, {"await_mail", file, line});
+}
+inline void send(Pack<uint32_t, 4>* to, const Pack<uint32_t, 4>& words, Mailbox* mailbox, int rank, LLM_EXT_LINE) {
+  emulator::send(to, &words, mailbox, rank, {"send", file, line});
 }
 
 template <typename T>
@@ -91,21 +102,17 @@ inline double tanh_of(double x) { return std::tanh(x); }
 // The registers go to the instruction in the order in which csrc/cuda/device.cuh names them.
 inline void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states, BFloat16,
                          LLM_EXT_LINE) {
-  const uint32_t a[4] = {weights.at[0], weights.at[2], weights.at[1], weights.at[3]};
-  emulator::mma_m16n8k16(sum, a, states.at, emulator::float_of_bfloat16, {"multiply_add", file, line});
+  emulator::mma_m16n8k16(sum, weights.at, states.at, emulator::float_of_bfloat16, {"multiply_add", file, line});
 }
 inline void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states, Float16,
                          LLM_EXT_LINE) {
-  const uint32_t a[4] = {weights.at[0], weights.at[2], weights.at[1], weights.at[3]};
-  emulator::mma_m16n8k16(sum, a, states.at, emulator::float_of_float16, {"multiply_add", file, line});
+  emulator::mma_m16n8k16(sum, weights.at, states.at, emulator::float_of_float16, {"multiply_add", file, line});
 }
-inline void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& weights_r, const Pack<uint32_t, 4>& weights_r8,
+inline void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& first, const Pack<uint32_t, 4>& second,
                               const Pack<uint32_t, 4>& states, LLM_EXT_LINE) {
-  for (int k = 0; k < 4; k += 2) {
-    const uint32_t a[4] = {weights_r.at[k], weights_r8.at[k], weights_r.at[k + 1], weights_r8.at[k + 1]};
-    const uint32_t b[2] = {states.at[k], states.at[k + 1]};
-    emulator::mma_m16n8k8_tf32(sum, a, b, {"multiply_add_tf32", file, line});
-  }
+  const emulator::Place place = {"multiply_add_tf32", file, line};
+  emulator::mma_m16n8k8_tf32(sum, first.at, {states.at[0], states.at[1]}, place);
+  emulator::mma_m16n8k8_tf32(sum, second.at, {states.at[2], states.at[3]}, place);
 }
 
 struct LaunchShape {
