@@ -310,6 +310,83 @@ def tile_cases() -> list[Case]:
     return cases
 
 
+def chosen_cases() -> list[Case]:
+    """Plans that the rule makes for small devices: of few multiprocessors, of little shared memory."""
+    cases = []
+    for route in ("block", "cluster", "grid"):
+        for i, (dtype, tf32) in enumerate(TILE_TYPES):
+            cell = ("gru", "lstm", "tanh", "gru")[i]
+            some = Case(route, cell, dtype, tf32=tf32, T=3, B=21, H=80)
+            cases.append(replace(some, rows="lengths", sm_count=6))
+            cases.append(replace(some, B=6, rows="packed", directions=2, sm_count=8, shared_bytes=100_000))
+        if route != "cluster":
+            cases.append(Case(route, "lstm", torch.float16, B=4, H=50, sm=80, sm_count=6, shared_bytes=163 * 1024))
+    # As many blocks as a cluster can have, and a number of blocks that divides nothing.
+    cases.append(Case("cluster", "gru", torch.bfloat16, T=3, B=3, H=250, plan=(16, 1, 8, 1)))
+    cases.append(Case("grid", "gru", torch.bfloat16, T=3, B=3, H=150, plan=(5, 4, 8, 1)))
+    # A sum that eight warps share, and more tiles than shares.
+    cases.append(Case("cluster", "tanh", torch.bfloat16, T=3, B=9, H=130, plan=(8, 8, 2, 3)))
+    cases.append(Case("block", "tanh", torch.float32, T=3, B=9, H=30, plan=(1, 4, 2, 5)))
+    return cases
+
+
+@pytest.mark.parametrize("case", chosen_cases(), ids=str)
+def test_chosen_plans(program: Path, case: Case) -> None:
+    check(program, case)
+
+
+@pytest.fixture(scope="session")
+def plans_program() -> Path:
+    csrc = ROOT / "csrc" / "cuda"
+    return build("plans", [*csrc.glob("*.cu"), *csrc.glob("*.cpp"), ROOT / "tests/cuda_emulator/plans.cpp"])
+
+
+@pytest.mark.parametrize(
+    ("sm", "sm_count", "shared_bytes"), [(75, 40, 64), (80, 108, 163), (90, 132, 227), (90, 7, 40)]
+)
+def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, shared_bytes: int) -> None:
+    """Whatever is to be run: a plan covers all units and rows, and the device can launch it."""
+    sizes = [(T, B, H) for T in (1, 100) for B in (1, 7, 64, 1000) for H in (1, 2, 34, 65, 256, 512, 1000, 2560)]
+    problems = [
+        (CELLS.index(cell), backward, type_, T, B, H, H // 2 if projected else H, directions, tf32, route)
+        for cell in ("tanh", "gru", "lstm")
+        for backward in (0, 1)
+        for type_, tf32 in ((0, 0), (0, 1), (1, 0), (2, 0), (3, 0))
+        for T, B, H in sizes
+        for projected in ((False, True) if cell == "lstm" and H == 34 else (False,))
+        for directions in (1, 2)
+        for route in (-1, *range(len(ROUTES)))
+    ]
+    request = {"sm": sm, "sm_count": sm_count, "shared_bytes": shared_bytes * 1024, "problems": torch.tensor(problems)}
+    answer = run(plans_program, request)
+    for i, problem in enumerate(problems):
+        _, _, type_, _, B, H, P, directions, allow_tf32, wanted = problem
+        plan = tensor(answer[str(i)], torch.int64, 10).tolist()
+        route, tf32, parts, groups, k_parts, tile_rows, row_tiles, row_groups, shared, workspace = plan
+        what = f"{problem} by {plan}"
+        assert wanted in (-1, route) or route == 0, what
+        if type_ == DTYPES[torch.float64] or H % 2 or H != P or sm < 80:
+            assert route == 0, what
+        if route == 0:
+            assert workspace > 0, what
+            continue
+        assert tf32 == (allow_tf32 and type_ == 0), what
+        assert parts * groups * 16 >= H, what
+        assert row_groups * row_tiles * tile_rows >= B, what
+        assert 1 <= tile_rows <= 8, what
+        assert shared <= shared_bytes * 1024, what
+        assert groups * k_parts * 32 <= (256 if type_ == 0 else 512), what
+        assert k_parts & (k_parts - 1) == 0, what
+        if ROUTES[route] == "block":
+            assert parts == 1, what
+        elif ROUTES[route] == "cluster":
+            assert sm >= 90, what
+            assert parts in (2, 4, 8, 16), what
+        else:  # all blocks run at the same time
+            assert parts * row_groups * directions <= sm_count, what
+            assert workspace > 0, what
+
+
 @pytest.mark.parametrize("case", tile_cases(), ids=str)
 def test_tiles(program: Path, case: Case) -> None:
     check(program, case)
