@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="only list the cases")
     threads = min(2, len(os.sched_getaffinity(0)))
     add("--threads", type=_positive(int), default=threads, help="of every contestant")
-    add("--seconds", type=_positive(float), help="about how long to measure a case; by default 8, on cuda 0.4")
+    add("--seconds", type=_positive(float), help="about how long to measure a case; by default 8, on cuda 0.25")
     add("--rounds", type=_positive(int), default=11, help="turns of each contestant at most")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of all numbers")
     add("--peers", metavar="A,B", help="libraries to compare with; by default all")
@@ -154,7 +154,7 @@ def main(
     settings = contest.Settings(
         threads=options.threads,
         dtype=getattr(torch, options.dtype),
-        seconds=options.seconds or (0.4 if on_cuda else 8.0),
+        seconds=options.seconds or (0.25 if on_cuda else 8.0),
         rounds=options.rounds,
         libraries=libraries,
         absent=[*peers.absent(options.device), *([] if on_cuda or limits.absent() is None else [contest.LIMIT])],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -328,19 +329,21 @@ def test_out_of_memory_is_said_and_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool: str) -> None:
     """compute-sanitizer finds nothing in small calls by every route."""
-    import shutil
-
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not there")
+    # Each tensor is an allocation of its own, so that no neighbour hides a wrong access. Of others' kernels nothing.
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=llm_ext"]
     run = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL_CALLS],
+        [*command, sys.executable, "-c", SMALL_CALLS],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=200,
         check=False,
     )
+    if "Device not supported" in run.stdout + run.stderr:
+        pytest.skip("compute-sanitizer does not support this machine")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
