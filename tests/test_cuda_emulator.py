@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator.program import ROOT, KernelError, build, run, tensor
+from test_cuda_kernels import Case, check, recurrence_sources
 
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 BLOCKS, THREADS = 4, 64
@@ -136,3 +137,33 @@ def test_products_of_fragments(program: Path) -> None:
         exact = weights.to(dtype).float() @ states.to(dtype).float().T
         torch.testing.assert_close(found[number], places(sums[number] + exact), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found[2], places(sums[2] + tf32(weights) @ tf32(states).T), rtol=1e-5, atol=1e-5)
+
+
+# A line of a real kernel that is taken out, and what must be said then.
+LINES = [
+    ("recurrence_generic.cu", "block_barrier", Case("generic", "lstm", torch.bfloat16, H=17, P=5), r"race: "),
+    ("tiles.cuh", "block_barrier", Case("block", "gru", torch.bfloat16, H=34, plan=(1, 2, 2, 2)), r"race: "),
+    ("tiles.cuh", "await_mail", Case("cluster", "gru", torch.bfloat16, H=34, plan=(2, 2, 2, 2)), r"race: "),
+    ("tiles.cuh", "await_flag", Case("grid", "gru", torch.bfloat16, H=34, plan=(2, 2, 2, 2)), r"race: "),
+    ("tiles.cuh", "raise_flag", Case("grid", "gru", torch.bfloat16, H=34, plan=(2, 2, 2, 2)), r"deadlock\n"),
+    ("tiles.cuh", "copy_async_wait", Case("grid", "gru", torch.bfloat16, H=34, plan=(2, 2, 2, 2)), r"use-after-poison"),
+]
+
+
+@pytest.mark.parametrize(("file", "call", "case", "said"), LINES, ids=[f"{line[0]}-{line[1]}" for line in LINES])
+def test_a_real_kernel_without_a_line(tmp_path: Path, file: str, call: str, case: Case, said: str) -> None:
+    """Where a call of this name stands last in the file."""
+    csrc = ROOT / "csrc" / "cuda"
+    text = (csrc / file).read_text()
+    last = list(re.finditer(rf"\b{call}\([^;]*\);", text))[-1]
+    changed = tmp_path / "cuda"
+    changed.mkdir()
+    (changed / file).write_text(text[: last.start()] + ";" + text[last.end() :])
+    kernels = "recurrence_tiles_bf16.cu" if file == "tiles.cuh" else file
+    if kernels != file:
+        (changed / kernels).write_text((csrc / kernels).read_text())
+    sources = [source for source in recurrence_sources() if source.name != kernels]
+    program = build("changed", [*sources, changed / kernels], changed=tmp_path)
+    with pytest.raises(KernelError) as found:
+        check(program, case)
+    assert re.search(said, str(found.value)), str(found.value)

@@ -57,11 +57,18 @@ class Case:
         return "-".join([self.route, self.cell, str(self.dtype).removeprefix("torch."), sizes, *options])
 
 
+def kernel_sources() -> list[Path]:
+    return [path for path in sorted((ROOT / "csrc" / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+
+
+def recurrence_sources() -> list[Path]:
+    """The kernels, and what runs them as a request asks."""
+    return [*kernel_sources(), ROOT / "tests/cuda_emulator/recurrence.cpp"]
+
+
 @pytest.fixture(scope="session")
 def program() -> Path:
-    """The kernels, and what runs them as a request asks."""
-    csrc = ROOT / "csrc" / "cuda"
-    return build("recurrence", [*csrc.glob("*.cu"), *csrc.glob("*.cpp"), ROOT / "tests/cuda_emulator/recurrence.cpp"])
+    return build("recurrence", recurrence_sources())
 
 
 def lengths_of(case: Case) -> list[int]:
@@ -337,8 +344,7 @@ def test_chosen_plans(program: Path, case: Case) -> None:
 
 @pytest.fixture(scope="session")
 def plans_program() -> Path:
-    csrc = ROOT / "csrc" / "cuda"
-    return build("plans", [*csrc.glob("*.cu"), *csrc.glob("*.cpp"), ROOT / "tests/cuda_emulator/plans.cpp"])
+    return build("plans", [*kernel_sources(), ROOT / "tests/cuda_emulator/plans.cpp"])
 
 
 @pytest.mark.parametrize(

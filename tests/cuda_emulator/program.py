@@ -56,12 +56,12 @@ def _run(command: list[str]) -> None:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
 
 
-def _object(source: Path, flags: list[str], headers: bytes) -> Path:
+def _object(source: Path, flags: list[str], headers: bytes, folder: Path) -> Path:
     """`source` compiled, unless it was before with the same flags, text and headers."""
     key = hashlib.sha256(headers + source.read_bytes() + repr((str(source), flags)).encode()).hexdigest()[:20]
-    target = BUILD / f"{source.name}-{key}.o"
+    target = folder / f"{source.name}-{key}.o"
     if not target.exists():
-        for stale in BUILD.glob(f"{source.name}-" + "?" * 20 + ".o"):
+        for stale in folder.glob(f"{source.name}-" + "?" * 20 + ".o"):
             stale.unlink()
         partial = target.with_suffix(f".{os.getpid()}.partial")
         language = ["-x", "c++"] if source.suffix == ".cu" else []
@@ -70,21 +70,30 @@ def _object(source: Path, flags: list[str], headers: bytes) -> Path:
     return target
 
 
-def build(name: str, sources: Iterable[Path], before: Path | None = None) -> Path:
+def _headers(*folders: Path) -> bytes:
+    paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh")]
+    return b"".join(path.read_bytes() for path in paths)
+
+
+def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Path:
     """The program `name` made of `sources` and the emulator, built at most once for the same text.
 
-    Headers are looked for in `before` first, if it is given.
+    Sources in the folder `changed` look for headers there first.
     """
-    BUILD.mkdir(parents=True, exist_ok=True)
-    folders = [ROOT / "csrc" / "cuda", HERE, *([before] if before else [])]
-    paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
-    headers = b"".join(path.read_bytes() for path in sorted([*paths, ROOT / "csrc" / "params.h"]))
-    flags = [*([f"-I{before}"] if before else []), *FLAGS]
+    common = _headers(ROOT / "csrc" / "cuda", HERE) + (ROOT / "csrc" / "params.h").read_bytes()
+    jobs = []
     # The largest first, so that none of them is left for last.
-    jobs = [(source, [*flags, *KERNEL]) for source in sorted(sources, key=lambda path: -path.stat().st_size)]
-    jobs += [(source, [*FLAGS, "-O2"]) for source in RUNTIME]
+    for source in sorted(sources, key=lambda path: -path.stat().st_size):
+        if changed is not None and source.is_relative_to(changed):
+            headers = common + _headers(changed)
+            jobs.append((source, [f"-I{changed}", *FLAGS, *KERNEL], headers, BUILD / "changed"))
+        else:
+            jobs.append((source, [*FLAGS, *KERNEL], common, BUILD))
+    jobs += [(source, [*FLAGS, "-O2"], common, BUILD) for source in RUNTIME]
+    for folder in {job[-1] for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
     program = BUILD / f"{name}-{key}"
     if not program.exists():
