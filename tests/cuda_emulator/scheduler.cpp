@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <queue>
-#include <set>
 
 #ifndef __x86_64__
 #error "the emulator switches fibers in the assembly of x86-64"
@@ -66,7 +65,6 @@ struct State {
   uint64_t late_mail = 0;                                 // of 4, how many pieces do not arrive at once
   bool uniform = true;
   Thread* current = nullptr;
-  Meeting grid;
   std::vector<std::unique_ptr<Cluster>> clusters;  // in flight
   std::vector<Stack*> stacks;                      // not in use
   Thread* ended = nullptr;                         // whose stack can be taken back
@@ -244,7 +242,6 @@ void start_cluster(size_t number) {
   for (unsigned rank = 0; rank < l.cluster; ++rank) {
     auto block = std::make_unique<Block>();
     block->cluster = cluster.get();
-    block->rank = rank;
     block->x = static_cast<unsigned>(number % row * l.cluster + rank);
     block->y = static_cast<unsigned>(number / row % l.grid_y);
     block->z = static_cast<unsigned>(number / row / l.grid_y);
@@ -336,7 +333,6 @@ void seed(uint64_t value) { state.random = value * 0x9e3779b97f4a7c15u + 1; }
 const Launch& launch() { return *state.launch; }
 Thread& self() { return *state.current; }
 bool running() { return state.current != nullptr; }
-Meeting& grid_meeting() { return state.grid; }
 
 void fault(const std::string& why, Place place) {
   std::string where;
@@ -515,9 +511,7 @@ void send(void* to, const void* words, void* mailbox, int rank, Place place) {
 
 void copy_async(void* to, const void* from, size_t bytes, Place place) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) fault("not aligned", place);
-  const Block& own = *state.current->block;
-  const auto offset = static_cast<unsigned char*>(to) - own.shared;
-  if (offset < 0 || offset + bytes > state.launch->shared_bytes) fault("not to the block's shared memory", place);
+  place_in_shared(*state.current->block, to, bytes, place);
   if (__asan_region_is_poisoned(const_cast<void*>(from), bytes)) fault("reads out of bounds", place);
   if (__asan_region_is_poisoned(to, bytes)) fault("goes where another copy has yet to land", place);
   races::access(to, bytes, true, false, __builtin_return_address(0));

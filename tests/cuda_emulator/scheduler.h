@@ -89,7 +89,6 @@ struct Block {
   Cluster* cluster = nullptr;
   unsigned x = 0, y = 0, z = 0;
   size_t number = 0;                // within the grid
-  unsigned rank = 0;                // within the cluster
   size_t live = 0;                  // threads that have not ended
   unsigned char* shared = nullptr;  // exactly shared_bytes, with ASan's red zones around; gone when all threads ended
   Meeting barrier;
