@@ -246,3 +246,17 @@ def test_refusals(emulated: types.ModuleType) -> None:
     # Of the kernels' own: what checks.py has nothing against.
     with pytest.raises(ValueError, match="gru: batch_sizes must be positive and never rise"):
         cell_functions(GRU, batch_sizes=torch.tensor([1, 2]))[0](**(inputs | {"x": torch.zeros(3, 4)}))
+
+
+@every_kind
+def test_compiles_whole(cell: Cell) -> None:
+    """One node, lengths or not; the flag for TF32 is read while compiling."""
+    for rows in (None, torch.tensor([4, 0, 2])):
+        inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float32)
+        function, _ = cell_functions(cell, lengths=rows)
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        results = [[*f(**inputs)] for f in (function, compiled)]
+        results = [[*t, *torch.autograd.grad(t[0].square().sum(), list(inputs.values()))] for t in results]
+        for a, b in zip(*results, strict=True):
+            assert_close(f"{cell.op}_backward", a, b)

@@ -594,6 +594,19 @@ def test_gated_cells_refuse(
         op(arguments.pop("x"), arguments.pop("state"), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (NotImplementedError("Could not run"), NotImplementedError, "no kernel of this op for cpu; built with"),
+        (RuntimeError("out of memory: no 8 bytes to be had on cuda:0"), torch.OutOfMemoryError, "no 8 bytes"),
+        (RuntimeError("something else"), RuntimeError, "something else"),
+    ],
+)
+def test_failures_that_no_check_finds(failure: Exception, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        ops._explain(failure, lambda x: None, torch.zeros(1))
+
+
 @every_device
 @pytest.mark.parametrize("cell", [RNN, GRU, LSTM], ids=str)
 @pytest.mark.parametrize("sizes", [[2, 3], [2, 0], [3, -1, 3], [2, 1], [5, 1]])
