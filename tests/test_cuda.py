@@ -286,6 +286,22 @@ def test_compiles_whole(bidirectional: bool, kind: str) -> None:
         assert_close(kind.lower(), a, b)
 
 
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_model(cell: str) -> None:
+    """A language model without attention runs where its weights are: the same scores, the same text."""
+    model = llm_ext.LLM(20, 8, 48, 20, 2, 0.0, cell=cell, attention="none", dtype=torch.float64)
+    ids = torch.randint(20, (3, 7))
+    scores, state = model(ids)
+    text = model.generate(ids, 12, temperature=0)
+    model.cuda()
+    on_gpu, state_on_gpu = model(ids.cuda())
+    assert_close("model", on_gpu.cpu(), scores)
+    assert_close("model", state_on_gpu.hidden.cpu(), state.hidden)
+    on_gpu.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.generate(ids.cuda(), 12, temperature=0).cpu(), text)
+
+
 # ---- errors
 
 
