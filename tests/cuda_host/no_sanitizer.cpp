@@ -11,10 +11,14 @@ void __asan_poison_memory_region(const volatile void*, size_t) {}
 void __asan_unpoison_memory_region(const volatile void*, size_t) {}
 void* __real_memcpy(void* to, const void* from, size_t bytes) { return std::memcpy(to, from, bytes); }
 void* __real_memset(void* to, int value, size_t bytes) { return std::memset(to, value, bytes); }
-#define ACCESS(name) \
-  void __real___asan_##name(const void*) {}
-ACCESS(load1)
-ACCESS(load2) ACCESS(load4) ACCESS(load8) ACCESS(load16) ACCESS(store1) ACCESS(store2) ACCESS(store4) ACCESS(store8)
-    ACCESS(store16) void __real___asan_loadN(const void*, size_t) {}
+#define ACCESS(bytes)                            \
+  void __real___asan_load##bytes(const void*) {} \
+  void __real___asan_store##bytes(const void*) {}
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+void __real___asan_loadN(const void*, size_t) {}
 void __real___asan_storeN(const void*, size_t) {}
 }
