@@ -26,8 +26,8 @@ struct HalfArithmetic {
 
   LLM_EXT_DEVICE static void pack(const Operand (&low)[4], const Operand (&high)[4], Words (&weights)[kPacks]) {
     weights[0].at[0] = low[0].bits | static_cast<uint32_t>(low[1].bits) << 16;
-    weights[0].at[1] = low[2].bits | static_cast<uint32_t>(low[3].bits) << 16;
-    weights[0].at[2] = high[0].bits | static_cast<uint32_t>(high[1].bits) << 16;
+    weights[0].at[1] = high[0].bits | static_cast<uint32_t>(high[1].bits) << 16;
+    weights[0].at[2] = low[2].bits | static_cast<uint32_t>(low[3].bits) << 16;
     weights[0].at[3] = high[2].bits | static_cast<uint32_t>(high[3].bits) << 16;
   }
 
@@ -60,8 +60,8 @@ struct Tf32Arithmetic {
   LLM_EXT_DEVICE static void pack(const Operand (&low)[4], const Operand (&high)[4], Words (&weights)[kPacks]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      weights[0].at[k] = bits_of(low[k]);
-      weights[1].at[k] = bits_of(high[k]);
+      weights[k / 2].at[k % 2 * 2] = bits_of(low[k]);
+      weights[k / 2].at[k % 2 * 2 + 1] = bits_of(high[k]);
     }
   }
 
@@ -111,7 +111,7 @@ struct FloatArithmetic {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const float weight = float_of(weights[t][half].at[k]);
+            const float weight = float_of(weights[t][k / 2].at[k % 2 * 2 + half]);
             sums[t][half * kTileRows + n] += weight * first.at[k];
             sums[t][half * kTileRows + n + 1] += weight * second.at[k];
           }

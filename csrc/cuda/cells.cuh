@@ -45,7 +45,8 @@ LLM_EXT_DEVICE T sigmoid_of(T x) {
 }
 
 // h = f(z). The derivative needs only the output: tanh' = 1 - h^2, relu' = (h > 0), sigmoid' = h (1 - h). Which f is
-// decided when it runs, since compiled apart the three would be three times the kernels.
+// decided when it runs, without a branch, since compiled apart the three would be three times the kernels: sigmoid is
+// tanh of half its argument, halved and raised.
 struct Elman {
   static constexpr int kGates = 1;
   static constexpr int kBlocks = 1;
@@ -60,21 +61,19 @@ struct Elman {
   // Blocks in: pre-activations; out: what the backward pass needs. Returns h.
   template <typename T>
   LLM_EXT_DEVICE T forward(T (&z)[1], T, T&) const {
-    if (cell == Cell::kRnnTanh) return tanh_of(z[0]);
-    if (cell == Cell::kRnnRelu) return z[0] < T(0) ? T(0) : z[0];  // in this order NaN stays NaN
-    return sigmoid_of(z[0]);
+    const T scale = cell == Cell::kRnnSigmoid ? T(0.5) : T(1);
+    const T shift = cell == Cell::kRnnSigmoid ? T(0.5) : T(0);
+    const T squashed = scale * tanh_of(scale * z[0]) + shift;
+    const T rectified = z[0] < T(0) ? T(0) : z[0];  // in this order NaN stays NaN
+    return cell == Cell::kRnnRelu ? rectified : squashed;
   }
 
   // Blocks in: what the forward pass kept; out: gradients of the pre-activations. `carry` passes from step to step.
   template <typename T>
   LLM_EXT_DEVICE void backward(T (&z)[1], T h, T, T, T, T dh, T&) const {
-    if (cell == Cell::kRnnTanh) {
-      z[0] = dh * (T(1) - h * h);
-    } else if (cell == Cell::kRnnRelu) {
-      z[0] = h > T(0) ? dh : T(0);
-    } else {
-      z[0] = dh * (h * (T(1) - h));
-    }
+    const T squashed = dh * ((cell == Cell::kRnnSigmoid ? h : T(1)) - h * h);
+    const T rectified = h > T(0) ? dh : T(0);
+    z[0] = cell == Cell::kRnnRelu ? rectified : squashed;
   }
 };
 

@@ -61,13 +61,54 @@ LLM_EXT_DEVICE void cluster_wait() {
 #endif
 }
 
-// The same place in the shared memory of the block of that rank in the cluster.
-template <typename T>
-LLM_EXT_DEVICE T* in_block(T* shared, int rank) {
+// Counts bytes that arrive from other blocks of the cluster, phase by phase; it lies in shared memory.
+struct alignas(8) Mailbox {
+  uint64_t bits;
+};
+
+// One thread, once. Others may send after a barrier of the cluster that follows.
+LLM_EXT_DEVICE void open_mailbox(Mailbox* mailbox) {
 #if __CUDA_ARCH__ >= 900
-  return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
-#else
-  return shared;
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mailbox));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(at) : "memory");
+#endif
+}
+// One thread, once in each phase: how many bytes arrive in it. Some may have come already.
+LLM_EXT_DEVICE void expect_mail(Mailbox* mailbox, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mailbox));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#endif
+}
+// Waits for the end of the phase of this parity, 0 first, then 1, 0 and so on: its bytes have been told and are here.
+// Any thread, any number of times, but before the phase after it can end.
+LLM_EXT_DEVICE void await_mail(Mailbox* mailbox, int parity) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mailbox));
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(at), "r"(parity)
+        : "memory");
+  } while (!done);
+#endif
+}
+// Stores 16 bytes in the shared memory of the block of that rank in the cluster, and counts them in its mailbox, at
+// some time before the end of the phase. `to` and `mailbox` are the same places in this block. Nothing else is ordered:
+// no fence that would wait for other stores.
+LLM_EXT_DEVICE void send(Pack<uint32_t, 4>* to, const Pack<uint32_t, 4>& words, Mailbox* mailbox, int rank) {
+#if __CUDA_ARCH__ >= 900
+  unsigned data = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  unsigned box = static_cast<unsigned>(__cvta_generic_to_shared(mailbox));
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(data) : "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(box) : "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(data),
+               "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3]), "r"(box)
+               : "memory");
 #endif
 }
 
@@ -135,34 +176,36 @@ LLM_EXT_DEVICE double quotient(double a, double b) { return a / b; }
 LLM_EXT_DEVICE double tanh_of(double x) { return tanh(x); }
 
 // Matrix fragments. Lane 4 r + q (r < 8, q < 4) holds
-//   of a tile of weights [16 x 16]: row r, columns 4 q to 4 q + 3, then row r + 8, the same columns;
-//   of a tile of states [8 x 16]: row r, columns 4 q to 4 q + 3;
-//   of their product [16 x 8], weights times transposed states: (r, 2 q), (r, 2 q + 1), (r + 8, 2 q), (r + 8, 2 q + 1).
+//   of a tile of weights [16 x 16]: columns 4 q and 4 q + 1 of row r, then of row r + 8, then columns 4 q + 2 and 4 q +
+//   3 of row r, and of row r + 8; of a tile of states [8 x 16]: row r, columns 4 q to 4 q + 3; of their product [16 x
+//   8], weights times transposed states: (r, 2 q), (r, 2 q + 1), (r + 8, 2 q), (r + 8, 2 q + 1).
 // The sum over columns may have any order, so these are the fragments of mma with columns in another order, the same on
 // both sides. All lanes of the warp take part. Products are exact, sums are float.
 LLM_EXT_DEVICE void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states,
                                  BFloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(weights.at[0]), "r"(weights.at[2]), "r"(weights.at[1]), "r"(weights.at[3]), "r"(states.at[0]),
+      : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[0]),
         "r"(states.at[1]));
 }
 LLM_EXT_DEVICE void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states,
                                  Float16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(weights.at[0]), "r"(weights.at[2]), "r"(weights.at[1]), "r"(weights.at[3]), "r"(states.at[0]),
+      : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[0]),
         "r"(states.at[1]));
 }
-// The same of float in TF32, as round_to_tf32 leaves them: the four columns of row r, those of row r + 8, the states'.
-LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& row, const Pack<uint32_t, 4>& row_8,
+// The same of float in TF32, as round_to_tf32 leaves them, in two halves: columns 4 q and 4 q + 1, row r and row r + 8
+// in turn, then columns 4 q + 2 and 4 q + 3.
+LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& first, const Pack<uint32_t, 4>& second,
                                       const Pack<uint32_t, 4>& states) {
 #pragma unroll
-  for (int k = 0; k < 4; k += 2) {
+  for (int half = 0; half < 2; ++half) {
+    const Pack<uint32_t, 4>& weights = half == 0 ? first : second;
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(row.at[k]), "r"(row_8.at[k]), "r"(row.at[k + 1]), "r"(row_8.at[k + 1]), "r"(states.at[k]),
-          "r"(states.at[k + 1]));
+        : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[2 * half]),
+          "r"(states.at[2 * half + 1]));
   }
 }
 

@@ -134,7 +134,9 @@ TileLayout tile_layout(const Problem& p, const Plan& plan) {
   layout.padded = static_cast<int>(padded);
   layout.k_tiles = static_cast<int>(columns / kTileColumns);
   layout.k_each = static_cast<int>(ceil_div(layout.k_tiles, plan.k_parts));
-  layout.k_shared = std::max(0, layout.k_each - held_columns(p.pass, static_cast<int>(tiles)));
+  layout.k_shared = std::max(0, layout.k_each - kHeldTiles / tiles_of(p));
+  layout.parts = static_cast<int>(ceil_div(padded, plan.groups * kTileUnits));
+  while ((16 << layout.piece_bits) < plan.groups * kTileUnits * size) ++layout.piece_bits;
   // An odd number of column tiles, so that rows of states lie in different banks.
   layout.stride = static_cast<int>(columns + (columns % 32 == 0 ? 16 : 0));
 
@@ -149,7 +151,8 @@ TileLayout tile_layout(const Problem& p, const Plan& plan) {
   const int64_t sum_buffers = plan.k_parts == 1 ? 0 : (plan.row_tiles > 1 ? 2 : 1);
   layout.sums = place(sum_buffers * warps * tiles * kWarpLanes * 16);
   layout.carried = place(carries(p) ? plan.row_tiles * plan.groups * kWarpLanes * 16 : 0);
-  layout.lengths = place(plan.row_tiles * kTileRows * 4);
+  layout.mailboxes = place(2 * 8);
+  layout.lengths = place(plan.row_tiles * (kTileRows + 1) * 4);
   layout.bytes = static_cast<int>(std::min<int64_t>(at, int64_t{1} << 30));
   return layout;
 }

@@ -41,9 +41,9 @@ struct Plan {
   Route route = Route::kGeneric;
   bool tf32 = false;
   // All but generic. A block has `groups` groups of 16 units, and `row_tiles` tiles of tile_rows batch rows.
-  int parts = 1;       // blocks that share the units
+  int parts = 1;       // blocks that share the units; the last may have none
   int groups = 0;      // groups of 16 units a block
-  int k_parts = 1;     // warps that share the sum of one group
+  int k_parts = 1;     // warps that share the sum of one group, a power of two
   int tile_rows = 0;   // batch rows a tile, 8 at most
   int row_tiles = 0;   // tiles a block
   int row_groups = 0;  // times that U is on the chip, each for other batch rows

@@ -144,7 +144,9 @@ void generic_forward(LLM_EXT_PARAMS GenericParams<RecurrenceForward<S>> p) {
       const T h_before[1] = {C::kReadsState ? h_now[row * output + u] : T(0)};
       T c[1] = {scratch.c[row * hidden + u]};
       T h[1];
-      step.run(cell, shape, d, place, unit, product, h_before, c, h);
+      T blocks[C::kBlocks][1];
+      step.compute(cell, product, h_before, c, blocks, h);
+      step.keep(shape, d, place, unit, blocks, c, h);
       if constexpr (C::kHasCell) {
         scratch.c[row * hidden + u] = c[0];
         if (s == length - 1) d.c_n[b * hidden + u] = narrow<S>(c[0]);
@@ -228,7 +230,8 @@ void generic_backward(LLM_EXT_PARAMS GenericParams<RecurrenceBackward<S>> p) {
       const T dh[1] = {gradient};
       T carry[1] = {scratch.carry[r * hidden + u]};
       T dz[C::kBlocks][1];
-      step.run(cell, shape, d, place, unit, dh, carry, dz);
+      step.compute(cell, dh, carry, dz);
+      step.write(shape, d, place, unit, dz);
       scratch.carry[r * hidden + u] = carry[0];
 #pragma unroll
       for (int g = 0; g < C::kGates; ++g) dz_now[r * width + g * hidden + u] = dz[C::kBlocks - C::kGates + g][0];

@@ -71,44 +71,46 @@ struct ForwardStep {
     for (int g = 0; g < C::kGates; ++g) gates[g] = load<n>(at + g * shape.hidden);
   }
 
-  // From the product of the state, [gate][unit], to the state h, before its projection if there is one; c in and out.
-  LLM_EXT_DEVICE void run(const C& cell, const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t place,
-                          int unit, const Compute<S> (&product)[C::kGates][n], const Compute<S> (&h_before)[n],
-                          Compute<S> (&c)[n], Compute<S> (&h)[n]) const {
+  // From the product of the state, [gate][unit], to gates and the state h, before its projection if there is one; c in
+  // and out. Touches no memory, so that several steps are computed side by side.
+  LLM_EXT_DEVICE void compute(const C& cell, const Compute<S> (&product)[C::kGates][n], const Compute<S> (&h_before)[n],
+                              Compute<S> (&c)[n], Compute<S> (&blocks)[C::kBlocks][n], Compute<S> (&h)[n]) const {
     using T = Compute<S>;
-    T kept[C::kBlocks][n];
 #pragma unroll
     for (int e = 0; e < n; ++e) {
-      T blocks[C::kBlocks];
+      T of_unit[C::kBlocks];
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) {
-        blocks[b] = b < C::kGates ? widen(gates[input_gate<C>(b)].at[e]) : T(0);
-        if (b >= C::kBlocks - C::kGates) blocks[b] += product[state_gate<C>(b)][e];
+        of_unit[b] = b < C::kGates ? widen(gates[input_gate<C>(b)].at[e]) : T(0);
+        if (b >= C::kBlocks - C::kGates) of_unit[b] += product[state_gate<C>(b)][e];
       }
-      h[e] = cell.forward(blocks, h_before[e], c[e]);
+      h[e] = cell.forward(of_unit, h_before[e], c[e]);
 #pragma unroll
-      for (int b = 0; b < C::kBlocks; ++b) kept[b][e] = blocks[b];
+      for (int b = 0; b < C::kBlocks; ++b) blocks[b][e] = of_unit[b];
     }
+  }
+
+  // Writes what is kept.
+  LLM_EXT_DEVICE static void keep(const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t place, int unit,
+                                  const Compute<S> (&blocks)[C::kBlocks][n], const Compute<S> (&c)[n],
+                                  const Compute<S> (&h)[n]) {
     if constexpr (C::kKept > 0) {
-      if (d.kept != nullptr) {
-        const bool projected = shape.output != shape.hidden;
-        S* at = d.kept + place * ((C::kKept + projected) * shape.hidden) + unit;
+      if (d.kept == nullptr) return;
+      const bool projected = shape.output != shape.hidden;
+      S* at = d.kept + place * ((C::kKept + projected) * shape.hidden) + unit;
 #pragma unroll
-        for (int b = 0; b < C::kBlocks; ++b) store<n>(at + b * shape.hidden, kept[b]);
-        if constexpr (C::kHasCell) store<n>(at + C::kBlocks * shape.hidden, c);
-        if (projected) store<n>(at + C::kKept * shape.hidden, h);
-      }
+      for (int b = 0; b < C::kBlocks; ++b) store<n>(at + b * shape.hidden, blocks[b]);
+      if constexpr (C::kHasCell) store<n>(at + C::kBlocks * shape.hidden, c);
+      if (projected) store<n>(at + C::kKept * shape.hidden, h);
     }
   }
 };
 
 template <typename C, typename S, int n>
 struct BackwardStep {
-  Pack<S, n> grad_y;
   Pack<S, n> kept[C::kKept > 0 ? C::kKept : 1];  // of an Elman cell: its output
   Pack<S, n> before;                             // GRU: the state before; LSTM: the cell state before
 
-  // All but grad_y, which belongs to the step before the projection.
   LLM_EXT_DEVICE void load_at(const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t b, int length, int s,
                               int64_t place, int unit) {
     const int64_t hidden = shape.hidden;
@@ -128,10 +130,9 @@ struct BackwardStep {
     }
   }
 
-  // From dh, gradient of the state before its projection, to dz; carry in and out.
-  LLM_EXT_DEVICE void run(const C& cell, const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t place,
-                          int unit, const Compute<S> (&dh)[n], Compute<S> (&carry)[n],
-                          Compute<S> (&dz)[C::kBlocks][n]) const {
+  // From dh, gradient of the state before its projection, to dz; carry in and out. Touches no memory.
+  LLM_EXT_DEVICE void compute(const C& cell, const Compute<S> (&dh)[n], Compute<S> (&carry)[n],
+                              Compute<S> (&dz)[C::kBlocks][n]) const {
     using T = Compute<S>;
 #pragma unroll
     for (int e = 0; e < n; ++e) {
@@ -144,6 +145,10 @@ struct BackwardStep {
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) dz[b][e] = blocks[b];
     }
+  }
+
+  LLM_EXT_DEVICE static void write(const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t place, int unit,
+                                   const Compute<S> (&dz)[C::kBlocks][n]) {
     S* at = d.dz + place * (C::kBlocks * shape.hidden) + unit;
 #pragma unroll
     for (int b = 0; b < C::kBlocks; ++b) store<n>(at + b * shape.hidden, dz[b]);

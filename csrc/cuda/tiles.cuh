@@ -20,9 +20,8 @@
 //            of the cluster ends the step. Two buffers in turn, so one barrier does.
 //   grid     each block writes its part into the workspace (it stays in the second-level cache) and raises a flag for
 //            this tile of rows; who needs the tile awaits the flags of all parts and copies it. There is no barrier of
-//            the grid: a block that works at one tile does not wait for those who work at another. Nobody can write
-//            over what is still read: a buffer is written again two steps later, which needs everybody's part of the
-//            step between, and everybody gives that after having read.
+//            the grid: a block that works at one tile does not wait for those who work at another. Two buffers in turn,
+//            as in a cluster.
 //
 // Counted, for a block and step of one tile of rows: 2 x 16 x 16 x 8 operations for each of its groups x k_tiles x
 // tiles tiles of weights; shared memory read: 512 bytes (16 bits) or 1 KB for each tile of weights that is not in
@@ -58,9 +57,18 @@ struct TileParams {
 
 // A row of the batch as the kernel sees it; length is -1 where there is none.
 struct Row {
-  int b;
+  int64_t b;
   int length;
 };
+
+// Of a thread: its rows of a tile, what it owns of a product (unit e of row i at 2 e + i), and what it carries (unit e
+// of row i at 2 i + e).
+struct OwnRows {
+  int64_t first_b;
+  int length[kOwnRows];
+};
+using Sums = float[kUnits * kOwnRows];
+using Carried = Pack<float, kUnits * kOwnRows>;
 
 // The forward pass: tiles of weights are the gates of a group, the sum goes over h.
 template <typename A, typename C>
@@ -68,9 +76,11 @@ struct ForwardJob {
   using Arithmetic = A;
   using S = typename A::Stored;
   using Call = RecurrenceForward<S>;
-  static constexpr Pass kPass = Pass::kForward;
   static constexpr int kTiles = C::kGates;
   static constexpr int kOperands = 1;  // blocks of H operands a row
+  struct Operands {
+    Pack<typename A::Operand, kUnits> at[kOperands];
+  };
   static constexpr bool kCarries = C::kReadsState || C::kHasCell;
   static constexpr int kExtraSteps = 0;
 
@@ -137,28 +147,44 @@ struct ForwardJob {
     for (int g = 0; g < C::kGates; ++g) prefetch(at + g * shape.hidden);
   }
 
-  LLM_EXT_DEVICE void run(const Row& row, int s, const Inputs& inputs, const float (&sums)[kTiles][kUnits],
-                          float (&carried)[kUnits], float (&operands)[kOperands][kUnits]) const {
-    float product[kTiles][kUnits], c[kUnits], h[kUnits];
+  // The step of both rows side by side, so that neither waits for the other; only what is active is written.
+  LLM_EXT_DEVICE void run(const OwnRows& rows, int s, const Inputs (&inputs)[kOwnRows], const Sums (&sums)[kTiles],
+                          Carried& carried, Operands (&operands)[kOwnRows]) const {
+    float bias[kTiles][kUnits];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       // Always in the first-level cache, where it costs no registers.
-      const Pack<S, kUnits> bias = load_or_zeros<kUnits>(d.b_hh, t * shape.hidden + unit);
+      const Pack<S, kUnits> of_gate = load_or_zeros<kUnits>(d.b_hh, t * shape.hidden + unit);
 #pragma unroll
-      for (int e = 0; e < kUnits; ++e) product[t][e] = sums[t][e] + widen(bias.at[e]);
+      for (int e = 0; e < kUnits; ++e) bias[t][e] = widen(of_gate.at[e]);
+    }
+    float blocks[kOwnRows][C::kBlocks][kUnits], c[kOwnRows][kUnits], h[kOwnRows][kUnits];
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      float product[kTiles][kUnits], h_before[kUnits];
+#pragma unroll
+      for (int e = 0; e < kUnits; ++e) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) product[t][e] = sums[t][kOwnRows * e + i] + bias[t][e];
+        c[i][e] = h_before[e] = carried.at[kUnits * i + e];
+      }
+      inputs[i].step.compute(cell, product, h_before, c[i], blocks[i], h[i]);
     }
 #pragma unroll
-    for (int e = 0; e < kUnits; ++e) c[e] = carried[e];
-    inputs.step.run(cell, shape, d, inputs.place, unit, product, carried, c, h);
-    store(d.y + inputs.place * d.y_stride + unit, h);
-    if (s == row.length - 1) {
-      store(d.h_n + row.b * shape.hidden + unit, h);
-      if constexpr (C::kHasCell) store(d.c_n + row.b * shape.hidden + unit, c);
-    }
+    for (int i = 0; i < kOwnRows; ++i) {
+      if (s >= rows.length[i]) continue;
 #pragma unroll
-    for (int e = 0; e < kUnits; ++e) {
-      carried[e] = C::kHasCell ? c[e] : h[e];
-      operands[0][e] = h[e];
+      for (int e = 0; e < kUnits; ++e) {
+        carried.at[kUnits * i + e] = C::kHasCell ? c[i][e] : h[i][e];
+        operands[i].at[0].at[e] = A::operand(h[i][e]);
+      }
+      store(d.y + inputs[i].place * d.y_stride + unit, h[i]);
+      inputs[i].step.keep(shape, d, inputs[i].place, unit, blocks[i], c[i], h[i]);
+      if (s == rows.length[i] - 1) {
+        const int64_t at = (rows.first_b + i) * shape.hidden + unit;
+        store(d.h_n + at, h[i]);
+        if constexpr (C::kHasCell) store(d.c_n + at, c[i]);
+      }
     }
   }
 };
@@ -170,9 +196,11 @@ struct BackwardJob {
   using Arithmetic = A;
   using S = typename A::Stored;
   using Call = RecurrenceBackward<S>;
-  static constexpr Pass kPass = Pass::kBackward;
   static constexpr int kTiles = 1;
   static constexpr int kOperands = C::kGates;
+  struct Operands {
+    Pack<typename A::Operand, kUnits> at[kOperands];
+  };
   static constexpr bool kCarries = C::kCarries;
   static constexpr int kExtraSteps = 1;
 
@@ -239,33 +267,51 @@ struct BackwardJob {
     for (int k = 0; k < C::kKept; ++k) prefetch(d.kept + (place * C::kKept + k) * shape.hidden + unit);
   }
 
-  LLM_EXT_DEVICE void run(const Row& row, int s, const Inputs& inputs, const float (&sums)[kTiles][kUnits],
-                          float (&carried)[kUnits], float (&operands)[kOperands][kUnits]) const {
-    const int64_t at = row.b * shape.hidden + unit;
-    float dh[kUnits];
+  LLM_EXT_DEVICE void run(const OwnRows& rows, int s, const Inputs (&inputs)[kOwnRows], const Sums (&sums)[kTiles],
+                          Carried& carried, Operands (&operands)[kOwnRows]) const {
+    float dh[kOwnRows][kUnits], carry[kOwnRows][kUnits], dz[kOwnRows][C::kBlocks][kUnits];
 #pragma unroll
-    for (int e = 0; e < kUnits; ++e) dh[e] = sums[0][e];
-    // What comes back to a row's last state from outside; a row of no steps gives it to its initial state.
-    if (s == row.length - 1) {
-      const auto given = load_or_zeros<kUnits>(d.grad_h_n, at);
+    for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
-      for (int e = 0; e < kUnits; ++e) dh[e] += widen(given.at[e]);
+      for (int e = 0; e < kUnits; ++e) {
+        dh[i][e] = sums[0][kOwnRows * e + i] + widen(inputs[i].grad_y.at[e]);
+        carry[i][e] = carried.at[kUnits * i + e];
+      }
+      // What comes back to a row's last state from outside, once; a row of no steps gives it to its initial state.
+      if (s == rows.length[i] - 1 && rows.length[i] >= 0 && d.grad_h_n != nullptr) {
+        const auto given = load<kUnits>(d.grad_h_n + (rows.first_b + i) * shape.hidden + unit);
+#pragma unroll
+        for (int e = 0; e < kUnits; ++e) dh[i][e] += widen(given.at[e]);
+      }
     }
-    if (s < 0) {
+    if (s < 0) {  // the product was for the initial state
 #pragma unroll
-      for (int e = 0; e < kUnits; ++e) dh[e] += C::kCarries && !C::kHasCell ? carried[e] : 0.0f;
-      store_if_wanted(d.dh0, at, dh);
-      if constexpr (C::kHasCell) store_if_wanted(d.dc0, at, carried);
+      for (int i = 0; i < kOwnRows; ++i) {
+        if (rows.length[i] < 0) continue;
+        const int64_t at = (rows.first_b + i) * shape.hidden + unit;
+#pragma unroll
+        for (int e = 0; e < kUnits; ++e) dh[i][e] += C::kCarries && !C::kHasCell ? carry[i][e] : 0.0f;
+        if (d.dh0 != nullptr) store(d.dh0 + at, dh[i]);
+        if constexpr (C::kHasCell) {
+          if (d.dc0 != nullptr) store(d.dc0 + at, carry[i]);
+        }
+      }
       return;
     }
 #pragma unroll
-    for (int e = 0; e < kUnits; ++e) dh[e] += widen(inputs.grad_y.at[e]);
-    float dz[C::kBlocks][kUnits];
-    inputs.step.run(cell, shape, d, inputs.place, unit, dh, carried, dz);
+    for (int i = 0; i < kOwnRows; ++i) inputs[i].step.compute(cell, dh[i], carry[i], dz[i]);
 #pragma unroll
-    for (int o = 0; o < kOperands; ++o) {
+    for (int i = 0; i < kOwnRows; ++i) {
+      if (s >= rows.length[i]) continue;
 #pragma unroll
-      for (int e = 0; e < kUnits; ++e) operands[o][e] = dz[C::kBlocks - C::kGates + o][e];
+      for (int e = 0; e < kUnits; ++e) {
+        carried.at[kUnits * i + e] = carry[i][e];
+#pragma unroll
+        for (int o = 0; o < kOperands; ++o) {
+          operands[i].at[o].at[e] = A::operand(dz[i][C::kBlocks - C::kGates + o][e]);
+        }
+      }
+      inputs[i].step.write(shape, d, inputs[i].place, unit, dz[i]);
     }
   }
 };
@@ -276,7 +322,7 @@ struct Weights {
   using A = typename Job::Arithmetic;
   using Operand = typename A::Operand;
   static constexpr int kTiles = Job::kTiles;
-  static constexpr int kHeld = held_columns(Job::kPass, kTiles);  // column tiles in registers
+  static constexpr int kHeld = kHeldTiles / kTiles;  // column tiles in registers
   // Sums that follow each other wait for each other; two chains where there are too few tiles to fill the wait.
   static constexpr int kChains = kTiles < 3 && A::kSums == 4 ? 2 : 1;
 
@@ -360,51 +406,62 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
   using A = typename Job::Arithmetic;
   using Operand = typename A::Operand;
   constexpr int kTiles = Job::kTiles;
+  constexpr int kPiece = 16 / sizeof(Operand);  // operands that are copied at once
   const TileLayout& layout = p.layout;
   const RecurrenceShape& shape = p.call.shape;
   const int lane = lane_index(), r = lane / 4, q = lane % 4;
   const int warp = warp_index(), group = warp % p.groups, k_part = warp / p.groups;
   const int part = block_x(), padded = layout.padded, stride = layout.stride;
-  const int part_units = p.groups * kTileUnits;
-  const int group_unit = part * part_units + group * kTileUnits, unit = group_unit + kUnits * r;
-  const bool has_units = unit < shape.hidden;
   const int columns = layout.k_tiles * kTileColumns;
-  const bool grid = p.route == Route::kGrid;
+  const int part_unit = part * p.groups * kTileUnits;  // the first of this block
+  const int group_unit = part_unit + group * kTileUnits, unit = group_unit + kUnits * r;
+  const bool has_units = unit < shape.hidden;
+  const bool grid = p.route == Route::kGrid, cluster = p.route == Route::kCluster;
+  const bool shares_sum = p.k_parts > 1;
 
-  Operand* states = reinterpret_cast<Operand*>(shared_memory() + layout.states);
-  Pack<float, 4>* sum_slots = reinterpret_cast<Pack<float, 4>*>(shared_memory() + layout.sums);
-  Pack<float, 4>* carried_slots = reinterpret_cast<Pack<float, 4>*>(shared_memory() + layout.carried);
-  int* lengths = reinterpret_cast<int*>(shared_memory() + layout.lengths);
-  const int buffer_states = (grid ? 1 : p.row_tiles) * kTileRows * stride;
-  const int buffers = grid ? 1 : 2;
+  unsigned char* shared = shared_memory();
+  Operand* states = reinterpret_cast<Operand*>(shared + layout.states);
+  Pack<float, 4>* sum_slots = reinterpret_cast<Pack<float, 4>*>(shared + layout.sums) + lane;
+  Carried* carried_slots = reinterpret_cast<Carried*>(shared + layout.carried) + group * kWarpThreads + lane;
+  Mailbox* mailboxes = reinterpret_cast<Mailbox*>(shared + layout.mailboxes);
+  int* lengths = reinterpret_cast<int*>(shared + layout.lengths);
+  int* tile_lengths = lengths + p.row_tiles * kTileRows;  // the longest row of each tile, -1 if it has none
+  const int tile_states = kTileRows * stride;
+  const int buffer_states = (grid ? 1 : p.row_tiles) * tile_states;
 
   const Job job(p.call, unit);
-  const auto row_at = [&](int slot) {
-    const int tile = slot / kTileRows, in_tile = slot % kTileRows;
-    const int b = (block_y() * p.row_tiles + tile) * p.tile_rows + in_tile;
-    return Row{b, lengths[slot]};
+  const auto row_at = [&](int tile, int in_tile) {
+    const int64_t b = (static_cast<int64_t>(block_y()) * p.row_tiles + tile) * p.tile_rows + in_tile;
+    return Row{b, lengths[tile * kTileRows + in_tile]};
   };
 
   for (int slot = thread_index(); slot < p.row_tiles * kTileRows; slot += thread_count()) {
-    const int b = row_at(slot).b;
-    const bool exists = slot % kTileRows < p.tile_rows && b < shape.batch;
-    lengths[slot] = exists ? length_of(shape, b) : -1;
+    const int in_tile = slot % kTileRows;
+    const int64_t b = row_at(slot / kTileRows, in_tile).b;
+    lengths[slot] = in_tile < p.tile_rows && b < shape.batch ? length_of(shape, b) : -1;
   }
-  for (int i = thread_index(); i < buffers * buffer_states; i += thread_count()) states[i] = A::operand(0.0f);
+  for (int i = thread_index(); i < (grid ? 1 : 2) * buffer_states; i += thread_count()) states[i] = Operand{};
+  if (cluster && thread_index() < 2) open_mailbox(mailboxes + thread_index());
   block_barrier();
 
-  int steps = -1;
-  for (int slot = 0; slot < p.row_tiles * kTileRows; ++slot) {
-    const Row row = row_at(slot);
-    steps = row.length > steps ? row.length : steps;
-    if (row.length < 0) continue;
-    const int from = part * part_units, to = from + part_units;
-    job.clear(row, from, to < job.hidden ? to : job.hidden);
+  int steps = -1;  // of the longest row
+  for (int tile = 0; tile < p.row_tiles; ++tile) {
+    int longest = -1;
+    for (int in_tile = 0; in_tile < p.tile_rows; ++in_tile) {
+      const Row row = row_at(tile, in_tile);
+      longest = row.length > longest ? row.length : longest;
+      const int end = part_unit + p.groups * kTileUnits;
+      if (row.length >= 0) job.clear(row, part_unit, end < job.hidden ? end : job.hidden);
+    }
+    if (thread_index() == 0) tile_lengths[tile] = longest;
+    steps = longest > steps ? longest : steps;
   }
-  // The states that the first product of a tile reads, into the buffer from there on.
+  // The states that the first product of a tile reads.
   const auto fill_first = [&](int tile, Operand* to) {
+#pragma unroll 1
     for (int in_tile = warp; in_tile < kTileRows; in_tile += warp_count()) {
-      const Row row = row_at(tile * kTileRows + in_tile);
+      const Row row = row_at(tile, in_tile);
+#pragma unroll 1
       for (int k = lane; k < columns; k += kWarpThreads) {
         const int block = k / padded;
         to[in_tile * stride + k] = A::operand(job.first_operand(row, block, k - block * padded));
@@ -412,66 +469,69 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
     }
   };
   if (!grid) {
-    for (int tile = 0; tile < p.row_tiles; ++tile) fill_first(tile, states + tile * kTileRows * stride);
+    for (int tile = 0; tile < p.row_tiles; ++tile) fill_first(tile, states + tile * tile_states);
   }
   for (int tile = k_part; tile < p.row_tiles; tile += p.k_parts) {
-    Pack<float, 4> carried = {};
+    Carried carried = {};
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
-      const Row row = row_at(tile * kTileRows + kOwnRows * q + i);
+      const Row row = row_at(tile, kOwnRows * q + i);
       float values[kUnits] = {};
       if (row.length >= 0 && has_units) job.start(row, values);
 #pragma unroll
       for (int e = 0; e < kUnits; ++e) carried.at[kUnits * i + e] = values[e];
     }
-    if constexpr (Job::kCarries) carried_slots[(tile * p.groups + group) * kWarpThreads + lane] = carried;
+    if constexpr (Job::kCarries) carried_slots[tile * p.groups * kWarpThreads] = carried;
   }
 
   Weights<Job> weights;
   weights.first = k_part * layout.k_each;
   weights.count = layout.k_tiles - weights.first < layout.k_each ? layout.k_tiles - weights.first : layout.k_each;
-  weights.shared = reinterpret_cast<Words*>(shared_memory() + layout.weights) +
-                   warp * layout.k_shared * kTiles * A::kPacks * kWarpThreads;
+  weights.shared =
+      reinterpret_cast<Words*>(shared + layout.weights) + warp * layout.k_shared * kTiles * A::kPacks * kWarpThreads;
   weights.fill(job, group_unit, padded);
 
-  // Where blocks of a grid meet: of this direction and these rows of the batch.
-  const int64_t team = static_cast<int64_t>(block_z()) * grid_y() + block_y();
-  const int64_t exchange_states = static_cast<int64_t>(p.row_tiles) * kTileRows * columns;
-  Operand* exchange = static_cast<Operand*>(p.exchange) + team * 2 * exchange_states;
-  uint32_t* flags = p.flags + team * p.row_tiles * p.parts;
+  // Where blocks of a grid meet: of this direction, these rows of the batch, and this tile. Found again at every use,
+  // which costs less than registers.
+  const auto exchange_at = [&](int buffer, int tile) {
+    const int64_t team = static_cast<int64_t>(block_z()) * grid_y() + block_y();
+    return static_cast<Operand*>(p.exchange) + ((team * 2 + buffer) * p.row_tiles + tile) * (kTileRows * columns);
+  };
+  const auto flags_at = [&](int tile) {
+    const int64_t team = static_cast<int64_t>(block_z()) * grid_y() + block_y();
+    return p.flags + (team * p.row_tiles + tile) * p.parts;
+  };
 
   block_barrier();
-  if (p.route == Route::kCluster) {  // all blocks have begun, and have their first states
+  if (cluster) {  // all blocks have begun, and their mailboxes are open
     cluster_arrive();
     cluster_wait();
   }
+  if (part >= layout.parts) return;
 
   const int passes = steps + Job::kExtraSteps;
-  int tiles_done = 0;
+  int sum_buffer = 0;
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
     const int s = Job::step_of(pass, steps);
     const bool last = pass == passes - 1;
     Operand* now = states + (grid ? 0 : pass % 2 * buffer_states);
-    Operand* next = grid ? exchange + (pass + 1) % 2 * exchange_states : states + (pass + 1) % 2 * buffer_states;
-    const int next_stride = grid ? columns : stride;
+    Operand* next = states + (pass + 1) % 2 * buffer_states;
 
+    int turn = 0;  // whose step it is: tile % k_parts
 #pragma unroll 1
-    for (int tile = 0; tile < p.row_tiles; ++tile) {
-      int tile_steps = -1;
-#pragma unroll
-      for (int i = 0; i < kTileRows; ++i) {
-        const int length = lengths[tile * kTileRows + i];
-        tile_steps = length > tile_steps ? length : tile_steps;
-      }
-      if (s >= tile_steps) continue;  // all its rows have ended, or, backward, none has begun
+    for (int tile = 0; tile < p.row_tiles; ++tile, turn = turn + 1 == p.k_parts ? 0 : turn + 1) {
+      const int tile_length = tile_lengths[tile];
+      if (s >= tile_length) continue;  // all its rows have ended, or, backward, none has begun
+      const bool own_turn = turn == k_part;
 
-      const bool owner = tile % p.k_parts == k_part && has_units;
-      typename Job::Inputs inputs[kOwnRows];
-      if (owner) {
+      OwnRows rows = {row_at(tile, kOwnRows * q).b, {-1, -1}};
+      typename Job::Inputs inputs[kOwnRows] = {};
+      if (own_turn && has_units) {
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
-          const Row row = row_at(tile * kTileRows + kOwnRows * q + i);
+          const Row row = row_at(tile, kOwnRows * q + i);
+          rows.length[i] = row.length;
           if (s >= row.length) continue;
           job.load_inputs(row, s, inputs[i]);
           // One thread asks for each 32 bytes.
@@ -479,44 +539,46 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
         }
       }
 
-      Operand* tile_states = now + (grid ? 0 : tile * kTileRows * stride);
-      const int before = Job::passes_before(pass, steps, tile_steps);
+      const int before = Job::passes_before(pass, steps, tile_length);
+      const Operand* operands = now + (grid ? 0 : tile * tile_states);
       if (grid) {
         if (before == 0) {
-          fill_first(tile, tile_states);
+          fill_first(tile, now);
         } else {
-          for (int i = thread_index(); i < p.parts; i += thread_count()) await_flag(flags + tile * p.parts + i, before);
+          for (int i = thread_index(); i < layout.parts; i += thread_count()) await_flag(flags_at(tile) + i, before);
           block_barrier();
-          const Operand* from = exchange + pass % 2 * exchange_states + tile * kTileRows * columns;
-          constexpr int kPiece = 16 / sizeof(Operand);
+          const Operand* from = exchange_at(pass % 2, tile);
+#pragma unroll 1
           for (int row = warp; row < kTileRows; row += warp_count()) {
             for (int k = lane * kPiece; k < columns; k += kWarpThreads * kPiece) {
-              copy_async(tile_states + row * stride + k, from + row * columns + k);
+              copy_async(now + row * stride + k, from + row * columns + k);
             }
           }
           copy_async_wait();
         }
         block_barrier();
+      } else if (cluster && pass > 0) {
+        await_mail(mailboxes + pass % 2, (pass - 1) / 2 % 2);
       }
 
-      float sums[kTiles][4];
-      weights.product(tile_states, stride, p.tile_rows, sums);
+      Sums sums[kTiles];
+      weights.product(operands, stride, p.tile_rows, sums);
 
-      if (p.k_parts > 1) {
-        const int warps = p.groups * p.k_parts;
-        Pack<float, 4>* slots =
-            sum_slots + (p.row_tiles > 1 ? tiles_done % 2 : 0) * warps * kTiles * kWarpThreads + lane;
-        ++tiles_done;
-        if (tile % p.k_parts != k_part) {
+      if (shares_sum) {
+        // Every warp but the one whose turn it is leaves its part; two buffers in turn, so one barrier does.
+        Pack<float, 4>* slots = sum_slots + sum_buffer * p.groups * p.k_parts * kTiles * kWarpThreads;
+        sum_buffer = p.row_tiles > 1 ? 1 - sum_buffer : 0;
+        if (!own_turn) {
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
             slots[(warp * kTiles + t) * kWarpThreads] = {sums[t][0], sums[t][1], sums[t][2], sums[t][3]};
           }
         }
         block_barrier();
-        if (tile % p.k_parts == k_part) {
-          for (int other = 0; other < p.k_parts; ++other) {
-            if (other == k_part) continue;
+        if (own_turn) {
+#pragma unroll 1
+          for (int i = 1; i < p.k_parts; ++i) {
+            const int other = k_part ^ i;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
               const Pack<float, 4> theirs = slots[((other * p.groups + group) * kTiles + t) * kWarpThreads];
@@ -527,69 +589,64 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
         }
       }
 
-      if (tile % p.k_parts == k_part && unit < padded) {
-        Pack<float, 4>* slot = carried_slots + (tile * p.groups + group) * kWarpThreads + lane;
-        Pack<float, 4> carried = {};
-        if constexpr (Job::kCarries) carried = *slot;
+      if (own_turn && unit < padded) {
+        // Rows and units that have no part in the step give zeros: nothing that is not a number may come from there.
+        typename Job::Operands given_on[kOwnRows] = {};
+        if (has_units) {
+          Carried* slot = carried_slots + tile * p.groups * kWarpThreads;
+          Carried carried = {};
+          if constexpr (Job::kCarries) carried = *slot;
+          job.run(rows, s, inputs, sums, carried, given_on);
+          if constexpr (Job::kCarries) *slot = carried;
+        }
+        if (!last) {
+          const int next_stride = grid ? columns : stride;
+          Operand* to = grid ? exchange_at((pass + 1) % 2, tile) : next + tile * tile_states;
+          to += kOwnRows * q * next_stride + unit;
 #pragma unroll
-        for (int i = 0; i < kOwnRows; ++i) {
-          const int in_tile = kOwnRows * q + i;
-          const Row row = row_at(tile * kTileRows + in_tile);
-          float operands[Job::kOperands][kUnits] = {};
-          if (has_units && s < row.length) {
-            float own[kTiles][kUnits], values[kUnits];
+          for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
-            for (int e = 0; e < kUnits; ++e) {
-#pragma unroll
-              for (int t = 0; t < kTiles; ++t) own[t][e] = sums[t][2 * e + i];
-              values[e] = carried.at[kUnits * i + e];
+            for (int o = 0; o < Job::kOperands; ++o) {
+              *reinterpret_cast<Pack<Operand, kUnits>*>(to + i * next_stride + o * padded) = given_on[i].at[o];
             }
-            job.run(row, s, inputs[i], own, values, operands);
-#pragma unroll
-            for (int e = 0; e < kUnits; ++e) carried.at[kUnits * i + e] = values[e];
-          }
-          if (last) continue;
-          // Rows that have no part in the step give zeros: nothing that is not a number may come from there.
-          Operand* to = next + (tile * kTileRows + in_tile) * next_stride + unit;
-#pragma unroll
-          for (int o = 0; o < Job::kOperands; ++o) {
-            Pack<Operand, kUnits> pair;
-#pragma unroll
-            for (int e = 0; e < kUnits; ++e) pair.at[e] = A::operand(operands[o][e]);
-            *reinterpret_cast<Pack<Operand, kUnits>*>(to + o * padded) = pair;
           }
         }
-        if constexpr (Job::kCarries) *slot = carried;
       }
 
       if (grid) {
         block_barrier();
-        if (thread_index() == 0 && !last) raise_flag(flags + tile * p.parts + part, before + 1);
+        if (thread_index() == 0 && !last) raise_flag(flags_at(tile) + part, before + 1);
       }
     }
 
     if (grid || last) continue;
     block_barrier();
-    if (p.route == Route::kBlock) continue;
+    if (!cluster) continue;
 
-    // This block's part of the next states, 16 bytes at a time, into all other blocks of the cluster.
-    constexpr int kPiece = 16 / sizeof(Operand);
-    const int from = part * part_units;
-    const int pieces = (from + part_units < padded ? part_units : padded - from) / kPiece;  // a row and block; or none
-    for (int peer = warp; peer < p.parts; peer += warp_count()) {
+    // This block's part of the next states into all other blocks, and theirs into this one. A row has `pieces` pieces
+    // in each block of operands; lanes are dealt out as if it had 2^piece_bits.
+    const int part_units = p.groups * kTileUnits;
+    const int pieces = (padded - part_unit < part_units ? padded - part_unit : part_units) / kPiece;
+    Mailbox* mailbox = mailboxes + (pass + 1) % 2;
+    if (thread_index() == 0) {
+      const int got = (padded - pieces * kPiece) * Job::kOperands * p.row_tiles * kTileRows;
+      expect_mail(mailbox, got * static_cast<int>(sizeof(Operand)));
+    }
+#pragma unroll 1
+    for (int peer = warp; peer < layout.parts; peer += warp_count()) {
       if (peer == part) continue;
-      Operand* to = in_block(next, peer);
-      for (int i = lane; i < pieces * p.row_tiles * kTileRows; i += kWarpThreads) {
-        const int slot = i / pieces;
+#pragma unroll 1
+      for (int i = lane; i < p.row_tiles * kTileRows << layout.piece_bits; i += kWarpThreads) {
+        const int slot = i >> layout.piece_bits, piece = i - (slot << layout.piece_bits);
+        if (piece >= pieces) continue;
+        Operand* at = next + slot * stride + part_unit + piece * kPiece;
 #pragma unroll
         for (int o = 0; o < Job::kOperands; ++o) {
-          const int at = slot * stride + o * padded + from + (i - slot * pieces) * kPiece;
-          *reinterpret_cast<Words*>(to + at) = *reinterpret_cast<const Words*>(next + at);
+          Words* words = reinterpret_cast<Words*>(at + o * padded);
+          send(words, *words, mailbox, peer);
         }
       }
     }
-    cluster_arrive();
-    cluster_wait();
   }
 }
 

@@ -14,25 +14,26 @@ constexpr int kTileRows = 8;      // rows of the batch a tile, at most
 
 // Warps a block, at most: 16 have 128 registers a thread, 8 have 255.
 constexpr int max_warps(Type type) { return type == Type::kFloat32 ? 8 : 16; }
-// Column tiles of weights that a warp holds in registers, `tiles` tiles of weights each: up to 64 registers of a thread
-// in 16 bits, 128 in 32, and no more than leave the rest of the kernel without a spill (make cuda-check).
-constexpr int held_columns(Pass pass, int tiles) {
-  return pass == Pass::kBackward ? 12 : (tiles == 1 ? 16 : (tiles == 3 ? 4 : 3));
-}
+// Tiles of weights that a warp holds in registers: 48 registers of a thread in 16 bits, 96 in 32. More of them, and
+// some kernel would spill (make cuda-check).
+constexpr int kHeldTiles = 12;
 constexpr int64_t bytes_of(Type type) { return type == Type::kFloat64 ? 8 : (type == Type::kFloat32 ? 4 : 2); }
 
 // Shapes and places in the shared memory of a block, in bytes where not said otherwise.
 struct TileLayout {
-  int padded;    // H, up to whole tiles
-  int k_tiles;   // tiles of columns of the whole sum
-  int k_each;    // of them, those of a warp
-  int k_shared;  // of those, how many stay in shared memory because registers are full
-  int stride;    // operands from one row of the states to the next
-  int states;    // [1 or 2 buffers][row_tiles or 1][kTileRows][stride] operands: h, or dz backward
-  int weights;   // [warps][k_shared][tiles][lanes]
-  int sums;      // [1 or 2 buffers][warps][tiles][lanes] sums on their way from warp to warp; nothing if k_parts is 1
-  int carried;   // [row_tiles][groups][lanes] what passes from step to step in float
-  int lengths;   // [row_tiles][kTileRows] int
+  int padded;      // H, up to whole tiles
+  int k_tiles;     // tiles of columns of the whole sum
+  int k_each;      // of them, those of a warp
+  int k_shared;    // of those, how many stay in shared memory because registers are full
+  int parts;       // of the blocks that share the units, those that have any
+  int piece_bits;  // 2^piece_bits pieces of 16 bytes have room for a block's part of a row of operands
+  int stride;      // operands from one row of the states to the next
+  int states;      // [1 or 2 buffers][row_tiles or 1][kTileRows][stride] operands: h, or dz backward
+  int weights;     // [warps][k_shared][tiles][lanes]
+  int sums;        // [1 or 2 buffers][warps][tiles][lanes] sums on their way from warp to warp; nothing if k_parts is 1
+  int carried;     // [row_tiles][groups][lanes] what passes from step to step in float
+  int mailboxes;   // [2] of 8 bytes
+  int lengths;     // [row_tiles][kTileRows] int, then [row_tiles]
   int bytes;
 };
 
