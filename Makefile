@@ -1,9 +1,11 @@
 # make demo    set everything up and train a language model on the plays of Shakespeare
 # make test    set everything up and run the tests
 # make bench   set everything up, with the peers that are measured against, and run all benchmarks
+# make cuda-check    compile the CUDA kernels for all targets, and show what each takes of the device
+# make gpu     on a machine with a GPU, with what PYTHON has there: build, test on the GPU and measure, without a network
 # make lint    ruff, mypy --strict, clang-format
 #
-# All work in .venv, made at the first call. TORCH=2.14.1 and the like choose another torch, PYTHON another interpreter.
+# All but gpu and cuda-check work in .venv, made at the first call. TORCH=2.14.1 and the like choose another torch, PYTHON another interpreter.
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -14,9 +16,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 BUILT := $(VENV)/.built-torch-$(TORCH)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo bench lint format clean
+.PHONY: build test cuda-check gpu demo bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -35,6 +37,23 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(PYTEST)
+
+cuda-check:
+	$(PYTHON) tests/cuda_check.py
+
+# torch with CUDA, nvcc of the same CUDA, g++; and of Python packages, besides those that torch needs:
+GPU_NEEDS := setuptools wheel ninja pybind11 numpy pytest hypothesis
+GPU_TESTS := tests/test_lengths.py tests/test_ops.py tests/test_layers.py tests/test_cuda.py
+
+# Measured whatever the tests say, or if they hang: such a machine is not always at hand.
+gpu:
+	@$(PYTHON) -c "import importlib.util, sys; \
+	    missing = [n for n in '$(GPU_NEEDS)'.split() if importlib.util.find_spec(n) is None]; \
+	    sys.exit('make gpu needs, of Python packages: ' + ' '.join(missing) if missing else None)"
+	LLM_EXT_CUDA=1 $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -c "import llm_ext; print('llm_ext is built:', llm_ext.build_info())"
+	timeout 300 $(PYTHON) -m pytest -rs --durations=5 -k cuda $(GPU_TESTS) $(PYTEST); tested=$$?; \
+	    $(PYTHON) -m bench --device cuda $(BENCH) --json && exit $$tested
 
 demo: $(BUILT)
 	$(BIN)/python examples/shakespeare/demo.py $(DEMO)

@@ -1,4 +1,7 @@
-"""The command line: `python -m bench` lists the cases, `python -m bench PATTERN…` runs them."""
+"""The command line: `python -m bench` lists the cases, `python -m bench PATTERN…` runs them.
+
+`python -m bench --device cuda` runs those of a GPU, all of them if no pattern is given.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import argparse
 import fnmatch
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+import llm_ext
 from bench import contest, limits, peers, plot, report
 from bench.contest import Case, Mean
 
@@ -57,6 +62,17 @@ def listing(cases: Sequence[Case], means: Sequence[Mean] = ()) -> str:
     return "\n".join((*lines, HELP))
 
 
+# --json without a file.
+DEFAULT = Path("-")
+
+
+def default_file(device: str) -> Path:
+    """Return where a run without a name is written: bench/results, named after the machine."""
+    name = torch.cuda.get_device_name() if device == "cuda" else report.machine()["cpu"]
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{device}-{words}.json"
+
+
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
@@ -77,13 +93,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("patterns", nargs="*", metavar="PATTERN", help="all, a group, or part of a name (* and ? match)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure; on cuda, without a pattern all")
+    add("--list", action="store_true", help="only list the cases")
     threads = min(2, len(os.sched_getaffinity(0)))
     add("--threads", type=_positive(int), default=threads, help="of every contestant")
-    add("--seconds", type=_positive(float), default=8.0, help="about how long to measure a case")
+    add("--seconds", type=_positive(float), help="about how long to measure a case; by default 8, on cuda 0.25")
     add("--rounds", type=_positive(int), default=11, help="turns of each contestant at most")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of all numbers")
-    add("--peers", default=",".join(peers.LIBRARIES), metavar="A,B", help="libraries to compare with")
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--peers", metavar="A,B", help="libraries to compare with; by default all")
+    add("--json", type=Path, nargs="?", const=DEFAULT, metavar="FILE", help="write everything measured")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
     add("--curves", type=Path, metavar="FILE.svg", help=f"draw time against B, H and T; of the cases of {plot.CURVES}")
     return result
@@ -99,9 +117,15 @@ def main(
     """
     command = parser()
     options = command.parse_args(arguments)
-    libraries = [word for word in options.peers.split(",") if word]
-    if unknown := sorted({*libraries} - {*peers.LIBRARIES}):
-        command.error(f"--peers must be some of {','.join(peers.LIBRARIES)}, got {','.join(unknown)}")
+    on_cuda = options.device == "cuda"
+    known = peers.of_device(options.device)
+    libraries = [*known] if options.peers is None else [word for word in options.peers.split(",") if word]
+    if unknown := sorted({*libraries} - {*known}):
+        command.error(f"--peers must be some of {','.join(known)}, got {','.join(unknown)}")
+    if on_cuda and not options.list and (not torch.cuda.is_available() or llm_ext.build_info()["cuda"] is None):
+        command.error("--device cuda needs a GPU, and llm_ext built with CUDA (llm_ext.build_info())")
+    if options.json == DEFAULT:
+        options.json = default_file(options.device)
     drawings = [path for path in (options.plot, options.curves) if path is not None]
     for path in (options.json, *drawings):
         if path is not None and not path.absolute().parent.is_dir():
@@ -111,14 +135,17 @@ def main(
     peers.prepare(options.threads)
     if cases is None:
         # Only now: what a library reads from the environment has been set.
-        from bench.cases import CASES, MEANS
+        if on_cuda:
+            from bench.cuda import CASES, MEANS
+        else:
+            from bench.cases import CASES, MEANS
 
         cases, means = CASES, MEANS
-    if not options.patterns:
+    if options.list or not (options.patterns or on_cuda):
         print(listing(cases, means))
         return 0
     try:
-        selected = chosen(cases, options.patterns)
+        selected = chosen(cases, options.patterns or ["all"])
     except ValueError as error:
         command.error(str(error))
     if options.curves is not None and not any(case.group == plot.CURVES for case in selected):
@@ -127,10 +154,11 @@ def main(
     settings = contest.Settings(
         threads=options.threads,
         dtype=getattr(torch, options.dtype),
-        seconds=options.seconds,
+        seconds=options.seconds or (0.25 if on_cuda else 8.0),
         rounds=options.rounds,
         libraries=libraries,
-        absent=[*peers.absent(), *([] if limits.absent() is None else [contest.LIMIT])],
+        absent=[*peers.absent(options.device), *([] if on_cuda or limits.absent() is None else [contest.LIMIT])],
+        device=options.device,
     )
     run = report.start(vars(settings) | {"dtype": options.dtype})
     print(report.header(run))

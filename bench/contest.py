@@ -17,9 +17,11 @@ from bench import timing
 
 # Largest difference over largest value of the truth, which is float64. float32 leaves room for gradients that
 # are sums of 8192 terms; a computation in bf16 or TF32 (errors from 1e-3) does not pass. bfloat16 has 8 bits.
-TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TF32_TOLERANCE = 2e-2  # factors of 11 bits
 # The bars of the project are stated for this setting.
 BAR_THREADS, BAR_DTYPE = 2, torch.float32
+BAR_GPU = "H200"
 # Who takes part whatever `--peers` says, and is no rival: llm_ext put to use in another way, limits of the machine.
 OURS, LIMIT = "llm_ext", "limit"
 
@@ -73,6 +75,7 @@ class Case:
     bars: by name of a peer, the ratio that the project has set itself.
     threads: if not those of the settings.
     dtype: if not that of the settings.
+    tf32: whether products of float32 on CUDA may round their factors, those of all contestants.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Case:
     bars: Mapping[str, float] = field(default_factory=dict)
     threads: int | None = None
     dtype: torch.dtype | None = None
+    tf32: bool = False
 
     @property
     def group(self) -> str:
@@ -106,7 +110,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure; `libraries` are the words of `--peers` that take part, `absent` those not installed."""
+    """How to measure; `libraries` are the words of `--peers` that take part, `absent` those not installed.
+
+    `device` is "cpu" or "cuda".
+    """
 
     threads: int
     dtype: torch.dtype
@@ -114,10 +121,13 @@ class Settings:
     rounds: int
     libraries: Sequence[str]
     absent: Sequence[str] = ()
+    device: str = "cpu"
 
 
 def barred(settings: Settings) -> bool:
-    """Return whether these are the settings that the bars of the project are stated for."""
+    """Return whether these are the settings, or this the GPU, that the bars of the project are stated for."""
+    if settings.device == "cuda":
+        return BAR_GPU in torch.cuda.get_device_name()
     return settings.dtype == BAR_DTYPE and settings.threads == BAR_THREADS
 
 
@@ -171,12 +181,16 @@ def run(case: Case, settings: Settings) -> Entry:
     """Hold a contest and return its entry of the report (see bench/results/README.md)."""
     threads = case.threads or settings.threads
     dtype = case.dtype or settings.dtype
-    tolerance = TOLERANCE[dtype]
+    tolerance = TF32_TOLERANCE if case.tf32 else TOLERANCE[dtype]
     work = case.work * dtype.itemsize / 4 if case.unit == "GB" else case.work
     torch.compiler.reset()
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    if settings.device == "cuda":
+        # torch's own default is TF32 for the layers of cuDNN, and not for products.
+        for of in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn):
+            of.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         contest = case.build(dtype, threads)
         calls: dict[str, timing.Call] = {}
@@ -198,7 +212,9 @@ def run(case: Case, settings: Settings) -> Entry:
                     calls[contestant.name] = peer
                 peers.append(entry | {"bar": case.bars.get(contestant.name) if barred(settings) else None})
             if call is not None:
-                turns = timing.take_turns({contest.ours.name: call, **calls}, settings.seconds, settings.rounds)
+                turns = timing.take_turns(
+                    {contest.ours.name: call, **calls}, settings.seconds, settings.rounds, settings.device
+                )
     finally:
         torch.set_num_threads(before)
 

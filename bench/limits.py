@@ -105,3 +105,33 @@ def measure(threads: int) -> dict[str, Any]:
         "fma_gflop_per_s": gflop / best["fma"] if reason is None else None,
         "absent": reason,
     }
+
+
+# What the products of a GPU are measured in: a dtype, and whether factors of float32 may be rounded to TF32.
+PRODUCTS = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+}
+
+
+def measure_cuda() -> dict[str, Any]:
+    """Measure the limits of the current GPU now, each at its best.
+
+    Returns:
+        copy_gb_per_s (read and written), and product_tflop_per_s, of torch, by name of `PRODUCTS`.
+    """
+    clock = timing.clock_of("cuda")
+    source = torch.ones(256 * 2**20, device="cuda")
+    target = torch.empty_like(source)
+    size = 8192
+    products = {}
+    for name, (dtype, tf32) in PRODUCTS.items():
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        a, b = torch.randn(2, size, size, device="cuda").to(dtype)
+        out = torch.empty_like(a)
+        seconds = min(clock.block(functools.partial(torch.mm, a, b, out=out), 3) for _ in range(5))
+        products[name] = 2 * size**3 / seconds / 1e12
+    seconds = min(clock.block(functools.partial(target.copy_, source), 5) for _ in range(5))
+    return {"copy_gb_per_s": 2 * source.nbytes / seconds / 1e9, "product_tflop_per_s": products}

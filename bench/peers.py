@@ -24,17 +24,29 @@ LIBRARIES = {
     "openvino": ("openvino", "onnx"),
     "jax": ("jax", "jaxlib"),
 }
+# Of a GPU.
+CUDA_LIBRARIES = {
+    "torch": ("torch",),
+    "compile": ("torch",),
+    "haste": ("haste_pytorch",),
+    "flashrnn": ("flashrnn",),
+}
 
 
-def absent() -> list[str]:
-    """Return the words of `LIBRARIES` that are not installed."""
-    return [word for word, names in LIBRARIES.items() if not all(map(importlib.util.find_spec, names))]
+def of_device(device: str) -> dict[str, tuple[str, ...]]:
+    """Return the words of --peers, and the modules each needs."""
+    return CUDA_LIBRARIES if device == "cuda" else LIBRARIES
 
 
-def versions() -> dict[str, str | None]:
-    """Return the version of each module of `LIBRARIES`, None where it is not installed."""
+def absent(device: str = "cpu") -> list[str]:
+    """Return the words of `of_device` that are not installed."""
+    return [word for word, names in of_device(device).items() if not all(map(importlib.util.find_spec, names))]
+
+
+def versions(device: str = "cpu") -> dict[str, str | None]:
+    """Return the version of each module of `of_device`, None where it is not installed."""
     found: dict[str, str | None] = {}
-    for name in sorted({name for modules in LIBRARIES.values() for name in modules}):
+    for name in sorted({name for modules in of_device(device).values() for name in modules}):
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
     return found
 
@@ -194,3 +206,29 @@ def _jax_call(
 
         run = jax.jit(train)
     return lambda: jax.block_until_ready(run(*inputs))
+
+
+def haste_layer(cell: Cell, layer: Any) -> Any:
+    """Return the layer of Haste, float32, with the weights of a torch layer of one layer and direction."""
+    haste = importlib.import_module("haste_pytorch")
+    other = getattr(haste, cell.name)(layer.input_size, layer.hidden_size).cuda()
+    other.from_native_weights(*layer.parameters())
+    return other
+
+
+def flashrnn_call(cell: Cell, layer: Any, x: Tensor) -> Call:
+    """Return FlashRNN in inference over W x + b of a torch LSTM of one layer and direction, which is not timed."""
+    flashrnn = importlib.import_module("flashrnn").flashrnn
+    B, H = x.shape[1], layer.hidden_size
+    w_ih, w_hh, b_ih, b_hh = (parameter.detach() for parameter in layer.parameters())
+    wx = torch.nn.functional.linear(x, w_ih).transpose(0, 1).reshape(B, len(x), cell.gates, 1, H).contiguous()
+    r = w_hh.view(cell.gates, H, H).transpose(1, 2).reshape(cell.gates, 1, H, H).contiguous()
+    b = (b_ih + b_hh).view(cell.gates, 1, H)
+    name = str(x.dtype).removeprefix("torch.")
+
+    def call() -> Tensor:
+        states, _ = flashrnn(wx, r, b, function=cell.name.lower(), backend="cuda_fused", dtype=name)
+        y: Tensor = states[0].reshape(B, len(x), H).transpose(0, 1)
+        return y
+
+    return call

@@ -10,35 +10,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import llm_ext
 from bench import limits, peers
 from bench.contest import LIMIT, OURS
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """Return what the times depend on."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    return {
+    found: dict[str, Any] = {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "load": os.getloadavg()[0],
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": gpu.name,
+            "memory_gb": round(gpu.total_memory / 1e9, 1),
+            "multiprocessors": gpu.multi_processor_count,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+        }
+    return found
 
 
-def versions() -> dict[str, Any]:
+def versions(device: str = "cpu") -> dict[str, Any]:
     """Return who is compared: python, llm_ext and how it was built, and every peer (None: not installed)."""
-    return {
+    found: dict[str, Any] = {
         "python": platform.python_version(),
         "llm_ext": llm_ext.__version__,
         "build_info": llm_ext.build_info(),
-        "peers": peers.versions(),
+        "peers": peers.versions(device),
     }
+    if device == "cuda":
+        found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _cpu_lines(at_best: dict[str, Any]) -> list[str]:
+    return [
+        f"Copy {at_best['copy_gb_per_s']:.0f} GB/s (read and write), "
+        f"matrix product {at_best['product_gflop_per_s']:.0f} GFLOP/s, at best",
+        f"Read {at_best['read_gb_per_s']:.0f} GB/s, FMA peak {at_best['fma_gflop_per_s']:.0f} GFLOP/s, at best"
+        if at_best["absent"] is None
+        else f"No FMA peak and no reads: {at_best['absent']}",
+    ]
+
+
+def _gpu_lines(gpu: dict[str, Any], at_best: dict[str, Any], cudnn: int) -> list[str]:
+    products = ", ".join(f"{name} {rate:.0f}" for name, rate in at_best["product_tflop_per_s"].items())
+    return [
+        f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_gb']:.0f} GB, cuDNN {cudnn}",
+        f"Copy {at_best['copy_gb_per_s']:.0f} GB/s (read and write), matrix products {products} TFLOP/s, at best",
+    ]
 
 
 def header(run: dict[str, Any]) -> str:
@@ -49,18 +81,17 @@ def header(run: dict[str, Any]) -> str:
     at_best = run["limits"]
     lines = [
         f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']:.0f} GB, {here['system']}, load {here['load']:.1f}",
-        f"Copy {at_best['copy_gb_per_s']:.0f} GB/s (read and write), "
-        f"matrix product {at_best['product_gflop_per_s']:.0f} GFLOP/s, at best",
-        f"Read {at_best['read_gb_per_s']:.0f} GB/s, FMA peak {at_best['fma_gflop_per_s']:.0f} GFLOP/s, at best"
-        if at_best["absent"] is None
-        else f"No FMA peak and no reads: {at_best['absent']}",
+        *(_gpu_lines(here["gpu"], at_best, found["cudnn"]) if "gpu" in here else _cpu_lines(at_best)),
         f"llm_ext {found['llm_ext']} ({build}), Python {found['python']}",
         f"Peers: {', '.join(others)}",
     ]
     if absent := [word for word in settings["libraries"] if word in settings["absent"]]:
         lines.append(f"Left out, not installed (pip install --no-build-isolation '.[bench]'): {', '.join(absent)}")
+    where = f"{settings['threads']} threads, {settings['dtype']}"
+    if settings["device"] == "cuda":
+        where = "Events in the stream of the GPU; dtypes are those of the cases"
     lines += [
-        f"{settings['threads']} threads, {settings['dtype']}. Times: median of the turns [quartiles].",
+        f"{where}. Times: median of the turns [quartiles].",
         "Ratio: the same of the ratios within each round. On a shared machine times drift and ratios hold.",
     ]
     return "\n".join(lines)
@@ -154,9 +185,9 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": 1,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine(),
-        "versions": versions(),
-        "limits": limits.measure(settings["threads"]),
+        "machine": machine(settings["device"]),
+        "versions": versions(settings["device"]),
+        "limits": limits.measure_cuda() if settings["device"] == "cuda" else limits.measure(settings["threads"]),
         "settings": settings,
         "cases": [],
         "means": [],

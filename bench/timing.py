@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 Call = Callable[[], Any]
 
 MIN_ROUNDS = 3
@@ -71,38 +73,73 @@ def wait_until_quiet() -> None:
             return
 
 
-def block(call: Call, calls: int) -> float:
-    """Return seconds a call, over a block of calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
+class Clock:
+    """How time is taken on the CPU."""
+
+    def block(self, call: Call, calls: int) -> float:
+        """Return seconds a call, over a block of calls."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    def quiet(self) -> None:
+        """Wait until nothing of the turn before goes on."""
+        wait_until_quiet()
 
 
-def estimate(call: Call) -> float:
+class CudaClock(Clock):
+    """How time is taken on a GPU: by events in its stream, from before the first call to after the last.
+
+    Where the GPU has done a call before Python has queued the next one, the time is Python's.
+    """
+
+    def block(self, call: Call, calls: int) -> float:
+        """Return seconds a call, over a block of calls."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()  # type: ignore[no-untyped-call]
+        for _ in range(calls):
+            call()
+        end.record()  # type: ignore[no-untyped-call]
+        end.synchronize()  # type: ignore[no-untyped-call]
+        return float(start.elapsed_time(end)) / 1e3 / calls  # type: ignore[no-untyped-call]
+
+    def quiet(self) -> None:
+        """Wait until nothing of the turn before goes on."""
+        torch.cuda.synchronize()
+
+
+def clock_of(device: str) -> Clock:
+    """Return the clock of a type of device."""
+    return CudaClock() if device == "cuda" else Clock()
+
+
+def estimate(call: Call, clock: Clock) -> float:
     """Return about how many seconds one call takes."""
-    seconds = block(call, 1)
+    seconds = clock.block(call, 1)
     calls = 1
     while seconds * calls < 0.02:
         calls *= 4
-        seconds = block(call, calls)
+        seconds = clock.block(call, calls)
     return seconds
 
 
-def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int) -> Turns:
+def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: str = "cpu") -> Turns:
     """Time contestants in turns.
 
     Args:
         calls: what each contestant does; the first, to whom the others are compared, is in every round.
         seconds: about how long to measure altogether.
         rounds: how many; a contestant too slow for its share of the time sits some out, but has `MIN_ROUNDS`.
+        device: where they do it, "cpu" or "cuda".
     """
+    clock = clock_of(device)
     names = list(calls)
     turn = seconds / (rounds * len(names))
     once, count, every = {}, {}, {}
     for name in names:
-        wait_until_quiet()
-        once[name] = estimate(calls[name])
+        clock.quiet()
+        once[name] = estimate(calls[name], clock)
         count[name] = max(1, round(turn / once[name]))
         every[name] = max(1, min(math.ceil(once[name] / turn), (rounds - 1) // (MIN_ROUNDS - 1)))
     every[names[0]] = 1
@@ -117,10 +154,10 @@ def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int) -> Turns:
             shuffle(names)
             for name in names:
                 if i % every[name] == 0:
-                    wait_until_quiet()
+                    clock.quiet()
                     if once[name] < LONG_CALL:
-                        block(calls[name], math.ceil(count[name] / 4))
-                    measured[name][i] = block(calls[name], count[name])
+                        clock.block(calls[name], math.ceil(count[name] / 4))
+                    measured[name][i] = clock.block(calls[name], count[name])
     finally:
         gc.enable()
     return Turns({**measured}, count)

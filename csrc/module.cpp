@@ -25,7 +25,11 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = "unknown";
 #endif
         info["torch"] = LLM_EXT_TORCH_VERSION;
+#ifdef LLM_EXT_CUDA_VERSION
+        info["cuda"] = LLM_EXT_CUDA_VERSION;
+#else
         info["cuda"] = py::none();
+#endif
 #ifdef _OPENMP
         info["openmp"] = true;
 #else

@@ -61,6 +61,12 @@ def _has_values(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu
 
 
+def _check_lengths(op: str, lengths: Tensor, T: int) -> None:
+    """Raise if a length is not from 0 to T."""
+    if _has_values(lengths) and any(not 0 <= length <= T for length in lengths.tolist()):
+        raise ArgumentError(f"{op}: lengths must be from 0 to T = {T}, got {lengths.tolist()}")
+
+
 def _recurrence(
     op: str,
     gates: int,
@@ -73,6 +79,7 @@ def _recurrence(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
 ) -> None:
     """Raise if the arguments of a recurrence do not fit together; w_ih is [gates * H, I]."""
     G = "" if gates == 1 else f"{gates} "
@@ -91,7 +98,12 @@ def _recurrence(
     if batch_sizes is None:
         _check(op, "x", x, "T, B, I", (None, None, I), same, like)
         batch = x.shape[1]
+        if lengths is not None:
+            _check(op, "lengths", lengths, "B", (batch,), (torch.int64,), ("x", x))
+            _check_lengths(op, lengths, x.shape[0])
     else:
+        if lengths is not None:
+            raise ArgumentError(f"{op}: lengths belong to a padded x [T, B, I], got batch_sizes too")
         _check(op, "x", x, "N, I", (None, I), same, like)
         _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
         if not batch_sizes.is_cpu:
@@ -125,12 +137,13 @@ def rnn(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     nonlinearity: str,
 ) -> None:
     """Raise if the arguments of `ops.rnn` do not fit together."""
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"rnn: nonlinearity must be one of {NONLINEARITIES}, got {nonlinearity!r}")
-    _recurrence("rnn", 1, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+    _recurrence("rnn", 1, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, lengths)
 
 
 def gru(
@@ -141,9 +154,10 @@ def gru(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
 ) -> None:
     """Raise if the arguments of `ops.gru` do not fit together."""
-    _recurrence("gru", 3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes)
+    _recurrence("gru", 3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, lengths)
 
 
 def lstm(
@@ -156,11 +170,45 @@ def lstm(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
 ) -> None:
     """Raise if the arguments of `ops.lstm` do not fit together."""
     if (h0 is None) != (c0 is None):
         raise ArgumentError("lstm: h0 and c0 must be given together")
-    _recurrence("lstm", 4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    _recurrence("lstm", 4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
+
+
+def bidirectional(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    """Raise if the arguments of `ops.bidirectional` do not fit together."""
+    op = "bidirectional"
+    if cell not in STACK_CELLS:
+        raise ValueError(f"{op}: cell must be one of {STACK_CELLS}, got {cell!r}")
+    each = 2 + 2 * bias
+    if len(weights) != 2 * each and not (cell == "lstm" and len(weights) == 2 * each + 2):
+        raise ArgumentError(f"{op}: weights must be {each} tensors for each direction, got {len(weights)} tensors")
+    if cell == "lstm" and (h0 is None) != (c0 is None):
+        raise ArgumentError(f"{op}: h0 and c0 must be given together")
+    if cell != "lstm" and c0 is not None:
+        raise ArgumentError(f"{op}: c0 belongs to an LSTM, got one for {cell}")
+    for name, state in (("h0", h0), ("c0", c0)):
+        if state is not None and (state.dim() != 3 or state.shape[0] != 2):
+            fail_shape(op, name, "2, B, H", (2, None, None), state)
+    each = len(weights) // 2
+    for d in range(2):
+        w_ih, w_hh, *others = weights[d * each : (d + 1) * each]
+        b_ih, b_hh = others[:2] if bias else (None, None)
+        w_hr = others[-1] if len(others) % 2 else None
+        h, c = (None if state is None else state[d] for state in (h0, c0))
+        _recurrence(op, {"gru": 3, "lstm": 4}.get(cell, 1), x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
 
 
 def stack(
@@ -226,8 +274,7 @@ def pool(
         _check(op, "scores", scores, "B, T", (B, T), same, like)
     if lengths is not None:
         _check(op, "lengths", lengths, "B", (B,), (torch.int64,), like)
-        if _has_values(lengths) and any(not 0 <= length <= T for length in lengths.tolist()):
-            raise ArgumentError(f"{op}: lengths must be from 0 to T = {T}, got {lengths.tolist()}")
+        _check_lengths(op, lengths, T)
     if mask is not None:
         _check(op, "mask", mask, "B, T", (B, T), (torch.bool,), like)
     if state is not None:

@@ -91,7 +91,13 @@ class _Recurrent(nn.Module, Generic[State]):
             nn.init.uniform_(parameter, -bound, bound)
 
     def _run(
-        self, row: int, x: Tensor, state: State | None, batch_sizes: Tensor | None = None, reverse: bool = False
+        self,
+        row: int,
+        x: Tensor,
+        state: State | None,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        reverse: bool = False,
     ) -> tuple[Tensor, State]:
         """One cell over x [T, B, I], or over packed rows [N, I]."""
         # Looked up in every call anew: functional_call puts other tensors in the places of the parameters. Written out,
@@ -111,15 +117,47 @@ class _Recurrent(nn.Module, Generic[State]):
             # A parametrization or weight_norm has made an attribute of one.
             found = (None if name is None else getattr(self, name) for name in self._names[row])
             weights = cast(Weights, tuple(found))
-        return self._op(x, state, weights, batch_sizes, reverse)
+        return self._op(x, state, weights, batch_sizes, lengths, reverse)
 
     def _op(
-        self, x: Tensor, state: State | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+        self,
+        x: Tensor,
+        state: State | None,
+        weights: Weights,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, State]:
+        raise NotImplementedError
+
+    @property
+    def _cell(self) -> str:
+        """The name of the cell in the ops of several."""
         raise NotImplementedError
 
     def _stack(self, x: Tensor, hx: State | None, weights: list[Tensor], both: bool) -> tuple[Tensor, State]:
         """All layers at once, in both directions if so; without a derivative."""
+        h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
+        y, h_n, c_n = ops.stack(self._cell, x, h0, c0, weights, bias=self.bias, bidirectional=both)
+        return y, self._state_of(h_n, c_n)
+
+    def _both(
+        self,
+        layer: int,
+        x: Tensor,
+        hx: State | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """Both directions of one layer at once."""
+        h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
+        weights = [getattr(self, name) for row in (2 * layer, 2 * layer + 1) for name in self._names[row] if name]
+        options: Any = {"bias": self.bias, "batch_sizes": batch_sizes, "lengths": lengths}
+        y, h_n, c_n = ops.bidirectional(self._cell, x, h0, c0, weights, **options)
+        return y, self._state_of(h_n, c_n)
+
+    def _state_of(self, h: Tensor, c: Tensor) -> State:
+        """The state with these parts; c is of an LSTM."""
         raise NotImplementedError
 
     @property
@@ -161,17 +199,34 @@ class _Elman(_Recurrent[Tensor]):
             raise ValueError(f"{op}: nonlinearity must be one of {names}, got {nonlinearity!r}")
 
     def _op(
-        self, x: Tensor, state: Tensor | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        weights: Weights,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         w_ih, w_hh, b_ih, b_hh, _ = weights
-        nonlinearity = self.nonlinearity
         return ops.rnn(
-            x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, nonlinearity=nonlinearity, reverse=reverse
+            x,
+            state,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            nonlinearity=self.nonlinearity,
+            reverse=reverse,
         )
 
-    def _stack(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], both: bool) -> tuple[Tensor, Tensor]:
-        y, h_n, _ = ops.stack(self.nonlinearity, x, hx, None, weights, bias=self.bias, bidirectional=both)
-        return y, h_n
+    @property
+    def _cell(self) -> str:
+        return self.nonlinearity
+
+    def _state_of(self, h: Tensor, c: Tensor) -> Tensor:
+        return h
 
 
 class _GRU(_Recurrent[Tensor]):
@@ -180,14 +235,23 @@ class _GRU(_Recurrent[Tensor]):
     _gates = 3
 
     def _op(
-        self, x: Tensor, state: Tensor | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        weights: Weights,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         w_ih, w_hh, b_ih, b_hh, _ = weights
-        return ops.gru(x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, reverse=reverse)
+        return ops.gru(x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, lengths=lengths, reverse=reverse)
 
-    def _stack(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], both: bool) -> tuple[Tensor, Tensor]:
-        y, h_n, _ = ops.stack("gru", x, hx, None, weights, bias=self.bias, bidirectional=both)
-        return y, h_n
+    @property
+    def _cell(self) -> str:
+        return "gru"
+
+    def _state_of(self, h: Tensor, c: Tensor) -> Tensor:
+        return h
 
 
 class _LSTM(_Recurrent[Pair]):
@@ -196,15 +260,25 @@ class _LSTM(_Recurrent[Pair]):
     _gates = 4
 
     def _op(
-        self, x: Tensor, state: Pair | None, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+        self,
+        x: Tensor,
+        state: Pair | None,
+        weights: Weights,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, Pair]:
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
-        return ops.lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=batch_sizes, reverse=reverse)
+        return ops.lstm(
+            x, state, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=batch_sizes, lengths=lengths, reverse=reverse
+        )
 
-    def _stack(self, x: Tensor, hx: Pair | None, weights: list[Tensor], both: bool) -> tuple[Tensor, Pair]:
-        h0, c0 = (None, None) if hx is None else hx
-        y, h_n, c_n = ops.stack("lstm", x, h0, c0, weights, bias=self.bias, bidirectional=both)
-        return y, (h_n, c_n)
+    @property
+    def _cell(self) -> str:
+        return "lstm"
+
+    def _state_of(self, h: Tensor, c: Tensor) -> Pair:
+        return h, c
 
     @property
     def _parts(self) -> tuple[_Part, _Part]:
@@ -287,18 +361,25 @@ class _Layers(_Recurrent[State]):
         return ", ".join(words)
 
     @overload
-    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]: ...
+    def forward(
+        self, input: Tensor, hx: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]: ...
 
     @overload
     def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
 
-    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, State]:
         """Run the network over a sequence.
 
         Args:
             input: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
             hx: first hidden states [L, B, H], or [L, H] without a batch, 2 L if bidirectional, or None for zeros; of
                 an LSTM the hidden states, with P for H if projected, and the cell states in a tuple.
+            lengths: steps of each row of a padded batch, [B] int64 on the device of `input`, from 0 to T, in any order;
+                on CUDA nothing waits for them. Beyond them the output is 0, and the states are those after the last
+                step of each row. Not with a PackedSequence, which has its own, or without a batch.
 
         Returns:
             The hidden states of the last layer, in the layout of `input` with H (or P; twice that if bidirectional)
@@ -309,17 +390,23 @@ class _Layers(_Recurrent[State]):
             TypeError: an argument of the wrong type.
         """
         if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise checks.ArgumentError(
+                    f"{type(self).__name__}: lengths belong to a Tensor, got a PackedSequence too"
+                )
             return self._packed(input, hx)
         if input.dim() == 3 and not self.batch_first:
-            return self._walk(input, hx)
+            return self._walk(input, hx, lengths=lengths)
 
         shape = input.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             letters = "B, T, I" if self.batch_first else "T, B, I"
             checks.fail_shape(type(self).__name__, "input", letters, (None, None, self.input_size), input)
         if len(shape) == 3:
-            output, h_n = self._walk(input.transpose(0, 1), hx)
+            output, h_n = self._walk(input.transpose(0, 1), hx, lengths=lengths)
             return output.transpose(0, 1), h_n
+        if lengths is not None:
+            raise checks.ArgumentError(f"{type(self).__name__}: lengths belong to a batch, got input {list(shape)}")
         if hx is not None:
             self._check_state(hx, ("L",), (len(self._names),))
             hx = self._each(lambda part: part.unsqueeze(1), hx)
@@ -339,18 +426,21 @@ class _Layers(_Recurrent[State]):
             h_n = self._each(lambda part: part.index_select(1, unsorted_indices), h_n)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
 
-    def _walk(self, x: Tensor, hx: State | None, batch_sizes: Tensor | None = None) -> tuple[Tensor, State]:
+    def _walk(
+        self, x: Tensor, hx: State | None, batch_sizes: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """All layers over x [T, B, I], or over packed rows [N, I]."""
         rows = len(self._names)
         if rows == 1 and (hx is None or self._is_state(hx, 3)):
             # The one step of a generation is mostly Python: neither lists nor loops for it, and no check that the op
             # makes too. What that refuses goes the long way, whose checks have the better words.
             try:
-                y, h_n = self._run(0, x, hx, batch_sizes)
+                y, h_n = self._run(0, x, hx, batch_sizes, lengths)
                 return y, self._each(lambda part: part.unsqueeze(0), h_n) if hx is None else h_n
             except checks.ArgumentError:
                 pass
-        if rows > 1 and batch_sizes is None and not self.proj_size and not (self.training and self.dropout > 0):
+        whole = batch_sizes is None and lengths is None  # no row ends before the others
+        if rows > 1 and whole and not self.proj_size and not (self.training and self.dropout > 0):
             weights = [weight for row in self.all_weights for weight in row]
             states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
             if not ops.records(x, *states, *weights):
@@ -367,10 +457,16 @@ class _Layers(_Recurrent[State]):
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
+            if self.bidirectional and x.is_cuda:
+                begin = len(last)
+                state = None if hx is None else self._each(itemgetter(slice(begin, begin + 2)), hx)
+                x, h_n = self._both(layer, x, state, batch_sizes, lengths)
+                last += (self._each(itemgetter(d), h_n) for d in range(2))
+                continue
             outputs = []
             for direction in range(rows // self.num_layers):
                 state = None if first is None else self._each(itemgetter(len(last)), first)
-                y, h_n = self._run(len(last), x, state, batch_sizes, reverse=direction == 1)
+                y, h_n = self._run(len(last), x, state, batch_sizes, lengths, reverse=direction == 1)
                 outputs.append(y)
                 last.append(h_n)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

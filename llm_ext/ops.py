@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-import llm_ext._C  # noqa: F401  (importing it registers the ops)
+import llm_ext._C  # importing it registers the ops
 from llm_ext import checks
 
 _ops = torch.ops.llm_ext
@@ -18,6 +19,8 @@ _gru_forward = _ops.gru_forward.default
 _gru_backward = _ops.gru_backward.default
 _lstm_forward = _ops.lstm_forward.default
 _lstm_backward = _ops.lstm_backward.default
+_bidirectional_forward = _ops.bidirectional_forward.default
+_bidirectional_backward = _ops.bidirectional_backward.default
 _stack_forward = _ops.stack_forward.default
 _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
@@ -38,6 +41,12 @@ def _explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoRe
         check(*args)
     except Exception as explanation:
         raise explanation from None
+    if isinstance(failure, NotImplementedError):
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        built = "without CUDA" if llm_ext._C.build_info()["cuda"] is None else "with CUDA"
+        raise NotImplementedError(f"llm_ext: no kernel of this op for {device}; built {built}") from None
+    if "out of memory" in str(failure):
+        raise torch.OutOfMemoryError(str(failure)) from None
     raise failure
 
 
@@ -60,19 +69,72 @@ _autocast = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-
 def _register_autocast(op: Any, dtype: torch.dtype | None = None) -> None:
     """Under autocast run `op` in autocast's dtype, or in `dtype`, as torch does: float64 stays what it is."""
 
-    def cast(*args: Any) -> Any:
-        target = torch.get_autocast_dtype("cpu") if dtype is None else dtype
+    def cast_on(device: str) -> Callable[..., Any]:
+        def cast(*args: Any) -> Any:
+            target = torch.get_autocast_dtype(device) if dtype is None else dtype
 
-        def cast_one(arg: Any) -> Any:
-            if isinstance(arg, list):
-                return [cast_one(a) for a in arg]
-            return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in _CAST else arg
+            def cast_one(arg: Any) -> Any:
+                if isinstance(arg, list):
+                    return [cast_one(a) for a in arg]
+                return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in _CAST else arg
 
-        with torch.autocast("cpu", enabled=False):
-            return op(*map(cast_one, args))
+            with torch.autocast(device, enabled=False):
+                return op(*map(cast_one, args))
+
+        return cast
 
     name = op.name().removeprefix("llm_ext::")
-    _autocast.impl(name, cast, "AutocastCPU")  # type: ignore[no-untyped-call]
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _autocast.impl(name, cast_on(device), key)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matmul_tf32() -> bool:
+    """Whether torch may round the factors of float32 products on CUDA to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _on_cuda(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_cuda
+
+
+def _tf32(x: Tensor) -> bool:
+    """Whether the products of a recurrence over x may use TF32: as torch's own."""
+    return _on_cuda(x) and x.dtype == torch.float32 and _matmul_tf32()
+
+
+def _by_packing(
+    x: Tensor,
+    state: tuple[Tensor | None, ...],
+    features: tuple[int, ...],
+    lengths: Tensor,
+    run: Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A recurrence over padded rows: packed, run, and padded with zeros again. The CPU's kernels read no lengths.
+
+    Args:
+        x: [T, B, I].
+        state: before the first step, each part [B, *] or [1, B, *], or None for zeros.
+        features: of each part of the state.
+        lengths: [B].
+        run: of packed rows [N, I], the state of the rows that have steps, and batch_sizes: y [N, *] and the last state.
+    """
+    T, B, _ = x.shape
+    order = lengths.argsort(descending=True, stable=True)
+    rows = order[: int(lengths.count_nonzero())]  # a row without steps cannot be packed
+    if len(rows) > 0:
+        data, batch_sizes, _, _ = pack_padded_sequence(x.index_select(1, rows), lengths[rows])
+    else:
+        data, batch_sizes = x[:, :0].flatten(0, 1), lengths[:0]
+    first = [x.new_zeros(B, size) if part is None else part for part, size in zip(state, features, strict=True)]
+    y, last = run(data, [part.index_select(-2, rows) for part in first], batch_sizes)
+    if len(rows) > 0:
+        y, _ = pad_packed_sequence(PackedSequence(y, batch_sizes), total_length=T)
+    else:
+        y = y.view(T, 0, y.shape[-1])
+    y = y.new_zeros(T, B, y.shape[-1]).index_copy(1, rows, y)
+    # Under autocast the state comes back in another dtype.
+    return y, tuple(part.to(new.dtype).index_copy(-2, rows, new) for part, new in zip(first, last, strict=True))
 
 
 # ---- the Elman recurrence
@@ -87,6 +149,7 @@ def rnn(
     b_hh: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     nonlinearity: str = "tanh",
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -103,6 +166,8 @@ def rnn(
         b_ih: [H] or None.
         b_hh: [H] or None.
         batch_sizes: rows of each step, int64 [T] on the CPU, positive and never rising, as in a PackedSequence.
+        lengths: steps of each row of a padded x, int64 [B] on its device, from 0 to T, in any order; beyond them y is
+            0. On CUDA only the kernel looks at them, and takes a wrong one as the nearest right one.
         nonlinearity: f, "tanh", "relu" or "sigmoid".
         reverse: run from the last step to the first; y[t] still belongs to x[t].
 
@@ -116,10 +181,20 @@ def rnn(
 
     Source: J. Elman, "Finding structure in time", 1990; gradients in docs/recurrence.md.
     """
+    if lengths is not None and not _on_cuda(x):
+        checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity)
+
+        def run(x: Tensor, state: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            options: Any = {"batch_sizes": sizes, "nonlinearity": nonlinearity, "reverse": reverse}
+            y, h_n = rnn(x, state[0], w_ih, w_hh, b_ih, b_hh, **options)
+            return y, (h_n,)
+
+        y, (h_n,) = _by_packing(x, (h0,), (w_hh.shape[1],), lengths, run)
+        return y, h_n
     try:
-        y, h_n = _rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse)
+        y, h_n = _rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity, reverse, _tf32(x))
     except _FAILURES as failure:
-        _explain(failure, checks.rnn, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
+        _explain(failure, checks.rnn, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity)
     return y, h_n
 
 
@@ -131,10 +206,12 @@ def _rnn_forward_fake(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     nonlinearity: str,
     reverse: bool,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
-    checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
+    checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity)
     H = w_hh.shape[0]
     return x.new_empty((*x.shape[:-1], H)), x.new_empty((x.shape[1], H) if h0 is None else h0.shape)
 
@@ -165,8 +242,10 @@ def _rnn_backward_fake(
     w_hh: Tensor,
     y: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     nonlinearity: str,
     reverse: bool,
+    tf32: bool,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     bias = w_ih.new_empty(w_ih.shape[0])
@@ -177,17 +256,17 @@ torch.library.register_fake("llm_ext::rnn_backward", _rnn_backward_fake)
 
 
 def _rnn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, nonlinearity, reverse = inputs
+    x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, lengths, nonlinearity, reverse, tf32 = inputs
     y, _h_n = output
-    ctx.save_for_backward(x, h0, w_ih, w_hh, y, batch_sizes)
-    ctx.options = nonlinearity, reverse
+    ctx.save_for_backward(x, h0, w_ih, w_hh, y, batch_sizes, lengths)
+    ctx.options = nonlinearity, reverse, tf32
     ctx.set_materialize_grads(False)
 
 
 def _rnn_autograd(ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:6]
     gradients = _rnn_backward(grad_y, grad_h_n, *ctx.saved_tensors, *ctx.options, *needs)
-    return *_wanted(gradients, needs), None, None, None
+    return *_wanted(gradients, needs), None, None, None, None, None
 
 
 torch.library.register_autograd("llm_ext::rnn_forward", _rnn_autograd, setup_context=_rnn_setup_context)
@@ -211,6 +290,7 @@ def gru(
     b_hh: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """GRU over a whole sequence, one direction of one layer.
@@ -227,6 +307,8 @@ def gru(
         b_ih: [3 H] or None.
         b_hh: [3 H] or None.
         batch_sizes: rows of each step, int64 [T] on the CPU, positive and never rising, as in a PackedSequence.
+        lengths: steps of each row of a padded x, int64 [B] on its device, from 0 to T, in any order; beyond them y is
+            0. On CUDA only the kernel looks at them, and takes a wrong one as the nearest right one.
         reverse: run from the last step to the first; y[t] still belongs to x[t].
 
     Returns:
@@ -240,11 +322,20 @@ def gru(
     Source: Cho et al., arXiv 1406.1078, with the reset applied after the product, as in torch and cuDNN; gradients in
     docs/recurrence.md.
     """
+    if lengths is not None and not _on_cuda(x):
+        checks.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths)
+
+        def run(x: Tensor, state: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            y, h_n = gru(x, state[0], w_ih, w_hh, b_ih, b_hh, batch_sizes=sizes, reverse=reverse)
+            return y, (h_n,)
+
+        y, (h_n,) = _by_packing(x, (h0,), (w_hh.shape[1],), lengths, run)
+        return y, h_n
     try:
         keep = records(x, h0, w_ih, w_hh, b_ih, b_hh)
-        y, h_n, _kept = _gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, keep)
+        y, h_n, _kept = _gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, reverse, _tf32(x), keep)
     except _FAILURES as failure:
-        _explain(failure, checks.gru, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes)
+        _explain(failure, checks.gru, x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths)
     return y, h_n
 
 
@@ -256,10 +347,12 @@ def _gru_forward_fake(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     reverse: bool,
+    tf32: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    checks.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes)
+    checks.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths)
     H = w_hh.shape[1]
     N = x.shape[:-1].numel() if keep else 0
     return (
@@ -283,7 +376,9 @@ def _gru_backward_fake(
     y: Tensor,
     kept: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     reverse: bool,
+    tf32: bool,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     bias = w_ih.new_empty(w_ih.shape[0])
@@ -294,10 +389,10 @@ torch.library.register_fake("llm_ext::gru_backward", _gru_backward_fake)
 
 
 def _gru_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, reverse, _keep = inputs
+    x, h0, w_ih, w_hh, _b_ih, _b_hh, batch_sizes, lengths, reverse, tf32, _keep = inputs
     y, _h_n, kept = output
-    ctx.save_for_backward(x, h0, w_ih, w_hh, y, kept, batch_sizes)
-    ctx.reverse = reverse
+    ctx.save_for_backward(x, h0, w_ih, w_hh, y, kept, batch_sizes, lengths)
+    ctx.options = reverse, tf32
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
 
@@ -306,8 +401,8 @@ def _gru_autograd(
     ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None, _grad_kept: None
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:6]
-    gradients = _gru_backward(grad_y, grad_h_n, *ctx.saved_tensors, ctx.reverse, *needs)
-    return *_wanted(gradients, needs), None, None, None
+    gradients = _gru_backward(grad_y, grad_h_n, *ctx.saved_tensors, *ctx.options, *needs)
+    return *_wanted(gradients, needs), None, None, None, None, None
 
 
 torch.library.register_autograd("llm_ext::gru_forward", _gru_autograd, setup_context=_gru_setup_context)
@@ -327,6 +422,7 @@ def lstm(
     w_hr: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """LSTM over a whole sequence, one direction of one layer.
@@ -345,6 +441,8 @@ def lstm(
         b_hh: [4 H] or None.
         w_hr: projection of the output, [P, H] with P < H, or None.
         batch_sizes: rows of each step, int64 [T] on the CPU, positive and never rising, as in a PackedSequence.
+        lengths: steps of each row of a padded x, int64 [B] on its device, from 0 to T, in any order; beyond them y is
+            0. On CUDA only the kernel looks at them, and takes a wrong one as the nearest right one.
         reverse: run from the last step to the first; y[t] still belongs to x[t].
 
     Returns:
@@ -359,11 +457,22 @@ def lstm(
     "Learning to forget", 2000; the projection: Sak et al., arXiv 1402.1128; gradients in docs/recurrence.md.
     """
     h0, c0 = (None, None) if state is None else state
+    if lengths is not None and not _on_cuda(x):
+        checks.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
+
+        def run(x: Tensor, state: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            h0, c0 = state
+            return lstm(x, (h0, c0), w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=sizes, reverse=reverse)
+
+        y, (h_n, c_n) = _by_packing(x, (h0, c0), (w_hh.shape[1], w_hh.shape[0] // 4), lengths, run)
+        return y, (h_n, c_n)
     try:
         keep = records(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        y, h_n, c_n, _kept = _lstm_forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse, keep)
+        y, h_n, c_n, _kept = _lstm_forward(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reverse, _tf32(x), keep
+        )
     except _FAILURES as failure:
-        _explain(failure, checks.lstm, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+        _explain(failure, checks.lstm, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
     return y, (h_n, c_n)
 
 
@@ -377,10 +486,12 @@ def _lstm_forward_fake(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     reverse: bool,
+    tf32: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    checks.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    checks.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
     H, P = w_ih.shape[0] // 4, w_hh.shape[1]
     N = x.shape[:-1].numel() if keep else 0
     return (
@@ -408,7 +519,9 @@ def _lstm_backward_fake(
     y: Tensor,
     kept: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     reverse: bool,
+    tf32: bool,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     bias = w_ih.new_empty(w_ih.shape[0])
@@ -419,10 +532,10 @@ torch.library.register_fake("llm_ext::lstm_backward", _lstm_backward_fake)
 
 
 def _lstm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr, batch_sizes, reverse, _keep = inputs
+    x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr, batch_sizes, lengths, reverse, tf32, _keep = inputs
     y, _h_n, _c_n, kept = output
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, w_hr, y, kept, batch_sizes)
-    ctx.reverse = reverse
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, w_hr, y, kept, batch_sizes, lengths)
+    ctx.options = reverse, tf32
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
 
@@ -431,8 +544,8 @@ def _lstm_autograd(
     ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _grad_kept: None
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:8]
-    gradients = _lstm_backward(grad_y, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.reverse, *needs)
-    return *_wanted(gradients, needs), None, None, None
+    gradients = _lstm_backward(grad_y, grad_h_n, grad_c_n, *ctx.saved_tensors, *ctx.options, *needs)
+    return *_wanted(gradients, needs), None, None, None, None, None
 
 
 torch.library.register_autograd("llm_ext::lstm_forward", _lstm_autograd, setup_context=_lstm_setup_context)
@@ -440,6 +553,165 @@ _not_differentiable("lstm_backward")
 
 
 # ---- layers
+
+
+def bidirectional(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    *,
+    bias: bool = True,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both directions of one layer: on CUDA in one launch, elsewhere one after the other.
+
+    Args:
+        cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
+        x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I].
+        h0: states before the first step of each direction, [2, B, H] (P for H if projected), or None for zeros.
+        c0: cell states of an LSTM, [2, B, H], given exactly where h0 is; None for the others.
+        weights: w_ih, w_hh, with `bias` b_ih and b_hh, and of an LSTM perhaps w_hr, of each direction.
+        bias: whether there are biases.
+        batch_sizes: as those of `rnn`.
+        lengths: as those of `rnn`.
+
+    Returns:
+        y [T, B, 2 H] (packed: [N, 2 H]), the directions side by side, h_n [2, B, H], and c_n [2, B, H] of an LSTM,
+        [0] of the others.
+
+    Raises:
+        ValueError: an unknown cell, or a shape, number or device that does not fit.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
+    """
+    if not _on_cuda(x):
+        return _bidirectional_in_turn(cell, x, h0, c0, weights, bias, batch_sizes, lengths)
+    try:
+        keep = cell in ("gru", "lstm") and records(x, h0, c0, *weights)
+        y, h_n, c_n, _kept = _bidirectional_forward(
+            cell, x, h0, c0, weights, bias, batch_sizes, lengths, _tf32(x), keep
+        )
+    except _FAILURES as failure:
+        _explain(failure, checks.bidirectional, cell, x, h0, c0, weights, bias, batch_sizes, lengths)
+    return y, h_n, c_n
+
+
+def _bidirectional_in_turn(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.bidirectional(cell, x, h0, c0, weights, bias, batch_sizes, lengths)
+    outputs: list[Tensor] = []
+    last: list[tuple[Tensor, ...]] = []
+    each = len(weights) // 2
+    for d in range(2):
+        w_ih, w_hh, *others = weights[d * each : (d + 1) * each]
+        b_ih, b_hh = others[:2] if bias else (None, None)
+        options: Any = {"batch_sizes": batch_sizes, "lengths": lengths, "reverse": d == 1}
+        h, c = (None if state is None else state[d] for state in (h0, c0))
+        if cell == "lstm":
+            w_hr = others[-1] if len(others) % 2 else None
+            y, (h_n, c_n) = lstm(x, None if h is None or c is None else (h, c), w_ih, w_hh, b_ih, b_hh, w_hr, **options)
+        elif cell == "gru":
+            y, h_n = gru(x, h, w_ih, w_hh, b_ih, b_hh, **options)
+        else:
+            y, h_n = rnn(x, h, w_ih, w_hh, b_ih, b_hh, nonlinearity=cell, **options)
+        outputs.append(y)
+        last.append((h_n, c_n) if cell == "lstm" else (h_n,))
+    h_n, *cells = (torch.stack(parts) for parts in zip(*last, strict=True))
+    return torch.cat(outputs, -1), h_n, cells[0] if cells else h_n.new_empty(0)
+
+
+def _bidirectional_forward_fake(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    tf32: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    checks.bidirectional(cell, x, h0, c0, weights, bias, batch_sizes, lengths)
+    P, gates = weights[1].shape[1], {"gru": 3, "lstm": 4}.get(cell, 1)
+    H, B = weights[0].shape[0] // gates, x.shape[1] if h0 is None else h0.shape[1]
+    blocks = {"gru": 4, "lstm": 5 + (P != H)}.get(cell, 0)
+    return (
+        x.new_empty((*x.shape[:-1], 2 * P)),
+        x.new_empty((2, B, P)),
+        x.new_empty((2, B, H) if cell == "lstm" else 0),
+        x.new_empty((2 * x.shape[:-1].numel() if keep else 0, blocks * H) if blocks else 0),
+    )
+
+
+torch.library.register_fake("llm_ext::bidirectional_forward", _bidirectional_forward_fake)
+_register_autocast(_bidirectional_forward)
+
+
+def _bidirectional_backward_fake(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    y: Tensor,
+    kept: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    tf32: bool,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    dx, dh0, dc0, *dweights = _gradients(
+        *zip((x, h0, c0, *weights), (*needs[:3], *[needs[3]] * len(weights)), strict=True)
+    )
+    return dx, dh0, dc0, dweights
+
+
+torch.library.register_fake("llm_ext::bidirectional_backward", _bidirectional_backward_fake)
+
+
+def _bidirectional_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cell, x, h0, c0, weights, bias, batch_sizes, lengths, tf32, _keep = inputs
+    y, _h_n, _c_n, kept = output
+    ctx.save_for_backward(x, h0, c0, y, kept, batch_sizes, lengths, *weights)
+    ctx.options = cell, bias, tf32
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+
+
+def _bidirectional_autograd(
+    ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _grad_kept: None
+) -> tuple[Any, ...]:
+    x, h0, c0, y, kept, batch_sizes, lengths, *weights = ctx.saved_tensors
+    cell, bias, tf32 = ctx.options
+    _, *needs, need_weights, _, _, _, _, _ = ctx.needs_input_grad
+    *gradients, dweights = _bidirectional_backward(
+        *(grad_y, grad_h_n, grad_c_n if cell == "lstm" else None),
+        *(cell, x, h0, c0, weights, bias, y, kept, batch_sizes, lengths, tf32),
+        *(*needs, any(need_weights)),
+    )
+    wanted = _wanted(tuple(gradients), tuple(needs))
+    return None, *wanted, list(_wanted(tuple(dweights), tuple(need_weights))), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "llm_ext::bidirectional_forward", _bidirectional_autograd, setup_context=_bidirectional_setup_context
+)
+_not_differentiable("bidirectional_backward")
 
 
 def stack(
@@ -475,7 +747,7 @@ def stack(
         TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
     """
     try:
-        y, h_n, c_n = _stack_forward(cell, x, h0, c0, weights, bias, bidirectional)
+        y, h_n, c_n = _stack_forward(cell, x, h0, c0, weights, bias, bidirectional, _tf32(x))
     except _FAILURES as failure:
         _explain(failure, checks.stack, cell, x, h0, c0, weights, bias, bidirectional)
     return y, h_n, c_n
@@ -489,6 +761,7 @@ def _stack_forward_fake(
     weights: list[Tensor],
     bias: bool,
     bidirectional: bool,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.stack(cell, x, h0, c0, weights, bias, bidirectional)
     T, B, _ = x.shape

@@ -20,6 +20,7 @@ def _recurrence(
     w_ih: Tensor,
     b_ih: Tensor | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Walk over the steps: `cell(w_ih x_t + b_ih, *state)` is the state after step t, and y[t] the first part of it.
@@ -27,6 +28,11 @@ def _recurrence(
     `sizes` are the features of each part of the state, for the zeros it starts from if it is None.
     """
     rows = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    ended = None
+    if lengths is not None:
+        ended = torch.arange(x.shape[0], device=x.device)[:, None, None] >= lengths[:, None]  # [T, B, 1]
+        # Replaced before use: whatever stands in padding, even NaN, reaches no result and no gradient.
+        x = x.masked_fill(ended, 0)
     inputs = torch.split(F.linear(x.reshape(sum(rows), x.shape[-1]), w_ih, b_ih), rows)
     if state is None:
         state = tuple(x.new_zeros(x.shape[1], size) for size in sizes)
@@ -35,6 +41,10 @@ def _recurrence(
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         after = cell(inputs[t], *(part[: rows[t]] for part in now))
         y[t] = after[0]
+        if ended is not None:
+            # Forward in time such a row keeps its last state, in reverse the one it is to start from.
+            y[t] = y[t].masked_fill(ended[t], 0)
+            after = tuple(torch.where(ended[t], part, new) for new, part in zip(after, now, strict=True))
         # Rows beyond this step's size wait: forward they have ended and hold their last state, in reverse their first.
         now = [torch.cat((new, part[rows[t] :])) for new, part in zip(after, now, strict=True)]
     last = tuple(part.reshape(given.shape).clone() for part, given in zip(now, state, strict=True))
@@ -50,6 +60,7 @@ def rnn(
     b_hh: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     nonlinearity: str = "tanh",
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -63,6 +74,7 @@ def rnn(
         b_ih: [H] or None.
         b_hh: [H] or None.
         batch_sizes: [T] int64, not increasing: how many rows step t has; N is their sum.
+        lengths: [B] int64, from 0 to T: row b has lengths[b] steps; y is 0 beyond them. Not with `batch_sizes`.
         nonlinearity: σ, one of "tanh", "relu", "sigmoid".
         reverse: run t from T-1 down to 0; y[t] still belongs to x[t].
 
@@ -76,7 +88,7 @@ def rnn(
         return (ACTIVATIONS[nonlinearity](wx + F.linear(h, w_hh, b_hh)),)
 
     state = None if h0 is None else (h0,)
-    y, (h_n,) = _recurrence(cell, x, state, (w_hh.shape[1],), w_ih, b_ih, batch_sizes, reverse)
+    y, (h_n,) = _recurrence(cell, x, state, (w_hh.shape[1],), w_ih, b_ih, batch_sizes, lengths, reverse)
     return y, h_n
 
 
@@ -89,6 +101,7 @@ def gru(
     b_hh: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit over a whole sequence, with the gates of torch.nn.GRU.
@@ -104,6 +117,7 @@ def gru(
         b_ih: [3 H] or None.
         b_hh: [3 H] or None.
         batch_sizes: [T] int64, not increasing: how many rows step t has; N is their sum.
+        lengths: [B] int64, from 0 to T: row b has lengths[b] steps; y is 0 beyond them. Not with `batch_sizes`.
         reverse: run t from T-1 down to 0; y[t] still belongs to x[t].
 
     Returns:
@@ -120,7 +134,7 @@ def gru(
         return ((1 - z) * n + z * h,)
 
     state = None if h0 is None else (h0,)
-    y, (h_n,) = _recurrence(cell, x, state, (w_hh.shape[1],), w_ih, b_ih, batch_sizes, reverse)
+    y, (h_n,) = _recurrence(cell, x, state, (w_hh.shape[1],), w_ih, b_ih, batch_sizes, lengths, reverse)
     return y, h_n
 
 
@@ -134,6 +148,7 @@ def lstm(
     w_hr: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Long short-term memory over a whole sequence, with the gates of torch.nn.LSTM.
@@ -151,6 +166,7 @@ def lstm(
         b_hh: [4 H] or None.
         w_hr: R, [P, H], or None for no projection.
         batch_sizes: [T] int64, not increasing: how many rows step t has; N is their sum.
+        lengths: [B] int64, from 0 to T: row b has lengths[b] steps; y is 0 beyond them. Not with `batch_sizes`.
         reverse: run t from T-1 down to 0; y[t] still belongs to x[t].
 
     Returns:
@@ -168,7 +184,7 @@ def lstm(
         return h if w_hr is None else F.linear(h, w_hr), c
 
     sizes = w_hh.shape[1], w_hh.shape[0] // 4  # P or H, and H
-    y, (h_n, c_n) = _recurrence(cell, x, state, sizes, w_ih, b_ih, batch_sizes, reverse)
+    y, (h_n, c_n) = _recurrence(cell, x, state, sizes, w_ih, b_ih, batch_sizes, lengths, reverse)
     return y, (h_n, c_n)
 
 

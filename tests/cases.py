@@ -25,13 +25,16 @@ TOLERANCE = {
     ("lstm", torch.float32): 5e-5,
     ("lstm_backward", torch.float32): 1e-4,
     # What is returned is rounded, to 8 or 11 bits; states stay float32 from step to step, but where pairs of bfloat16
-    # are multiplied the product reads them rounded.
+    # are multiplied, or matrix fragments on CUDA, the product reads them rounded.
     **{(cell, torch.bfloat16): 8e-3 for cell in ("rnn", "gru", "lstm")},
-    **{(cell, torch.float16): 5e-4 for cell in ("rnn", "gru", "lstm")},
+    **{(cell, torch.float16): 1e-3 for cell in ("rnn", "gru", "lstm")},
     # The gradients read states and gates that were rounded, and are rounded themselves. A derivative such as 1 - h²
     # has the error of h, which a chain of steps multiplies.
     **{(f"{cell}_backward", torch.bfloat16): 2.4e-2 for cell in ("rnn", "gru", "lstm")},
     **{(f"{cell}_backward", torch.float16): 3e-3 for cell in ("rnn", "gru", "lstm")},
+    # Operands of the product rounded to 11 bits, as in float16, but nothing that is stored.
+    **{(f"{cell}_tf32", torch.float32): 1e-3 for cell in ("rnn", "gru", "lstm")},
+    **{(f"{cell}_tf32_backward", torch.float32): 3e-3 for cell in ("rnn", "gru", "lstm")},
     # One softmax and one weighted mean: no error grows with T.
     ("attention_pool", torch.float32): 1e-5,
     ("attention_pool_backward", torch.float32): 5e-5,
@@ -53,6 +56,15 @@ TOLERANCE = {
     ("prefix_pool_backward", torch.float64): 1e-11,
     ("model", torch.float64): 1e-11,
 }
+# Where the kernels of a device round more. In 16 bits those of CUDA read pre-activations, and multiply states and dz,
+# that were rounded, as matrix units want them; in float16 an LSTM that forgets little adds up the errors of many steps.
+TOLERANCE_ON = {
+    "cuda": {
+        **{(cell, torch.bfloat16): 2e-2 for cell in ("rnn", "gru", "lstm")},
+        **{(cell, torch.float16): 2.5e-3 for cell in ("rnn", "gru", "lstm")},
+        **{(f"{cell}_backward", torch.float16): 1e-2 for cell in ("rnn", "gru", "lstm")},
+    }
+}
 
 
 def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result") -> None:
@@ -68,7 +80,8 @@ def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result"
     if a.numel() == 0:
         return
     error = (a - b).abs().max().item()
-    allowed = TOLERANCE[op, actual.dtype] * max(1.0, b.abs().max().item())
+    tolerance = TOLERANCE_ON.get(actual.device.type, {}).get((op, actual.dtype), TOLERANCE[op, actual.dtype])
+    allowed = tolerance * max(1.0, b.abs().max().item())
     assert error <= allowed, f"{op}: {what} is off by {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 # bench is run from the checkout, not installed; last, so that an installed llm_ext comes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, contest, limits, peers, plot, report, timing
+from bench import cases, contest, cuda, limits, peers, plot, report, timing
 from bench.__main__ import chosen, listing, main
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, Settings
@@ -286,7 +286,7 @@ def test_limits_say_why_they_are_absent(monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         limits._library.cache_clear()
     run = {"limits": AT_BEST | {"absent": "no reason"}, "settings": {"libraries": [], "absent": []}}
-    run["settings"] |= {"threads": 2, "dtype": "float32"}
+    run["settings"] |= {"threads": 2, "dtype": "float32", "device": "cpu"}
     printed = report.header(run | {"machine": report.machine(), "versions": report.versions()})
     assert "No FMA peak and no reads: no reason" in printed
 
@@ -318,7 +318,7 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(limits, "measure", lambda threads: AT_BEST)
-    monkeypatch.setattr(peers, "absent", lambda: ["jax"])
+    monkeypatch.setattr(peers, "absent", lambda device: ["jax"])
     monkeypatch.setattr(peers, "prepare", lambda threads: None)
     files = tmp_path / "a.json", tmp_path / "a.svg"
     arguments = ["small", "--threads", "2", "--seconds", "0.01", "--rounds", "3"]
@@ -395,3 +395,42 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
     result = contest.run(case, settings)
     for entry in (result["ours"], *result["peers"]):
         assert entry["status"] in ("measured", "absent"), entry
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for cell in CELLS
+        for case in (
+            cuda.recurrence(cell, "inference", torch.float32, 3, 5, 2, 4, layers=2, both=True),
+            cuda.recurrence(cell, "training", torch.bfloat16, 3, 5, 2, 4, layers=2, both=True),
+            cuda.recurrence(cell, "training", torch.float32, 3, 5, 2, 4, more=True, tf32=True),
+            cuda.lengths(cell, "inference", torch.float32, 5, 8, 2, 4, bar=5),
+            cuda.lengths(cell, "training", torch.float32, 5, 8, 2, 4, bar=5),
+        )
+    ],
+    ids=lambda case: case.name,
+)
+def test_contestants_of_a_gpu_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, which has the same layers."""
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    result = contest.run(case, dataclasses.replace(SETTINGS, rounds=1, libraries=["torch", "haste"], absent=["haste"]))
+    for entry in (result["ours"], *result["peers"]):
+        assert entry["status"] in ("measured", "absent"), entry
+
+
+def test_cases_of_a_gpu_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cuda", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert len({case.name for case in cuda.CASES}) == len(cuda.CASES)
+    assert "cuda/lstm-bfloat16-training/B64-T256-I512-H512-L2-bidirectional" in printed
+    assert "bar 5 × torch.nn.GRU, packed" in printed
+    assert "bar 1.5 × torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_asked_for_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "--device cuda needs a GPU" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recurrences import every_device
 from torch import Tensor
 from torch.nn.utils import parametrize, weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -95,7 +96,8 @@ def assert_same_layer(kind: str, layer: Any, torch_layer: Any, x: Any, hx: State
         output = layer(given, *([] if hx is None else [tuple(first) if isinstance(hx, tuple) else first[0]]))
         tensors = cases.flatten((output[0].data, output[1]) if isinstance(x, PackedSequence) else output)
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+        drawn = [torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu") for t in tensors]
+        weights = [w.to(t.device, t.dtype) for w, t in zip(drawn, tensors, strict=True)]
         leaves |= dict(layer.named_parameters())
         gradients = torch.autograd.grad(tensors, list(leaves.values()), weights)
         return output, tensors, dict(zip(leaves, gradients, strict=True))
@@ -115,6 +117,7 @@ def assert_same_layer(kind: str, layer: Any, torch_layer: Any, x: Any, hx: State
         cases.assert_close(f"{op(kind)}_backward", gradient, true_gradients[name], f"gradient of {name}")
 
 
+@every_device
 @every_kind
 @settings(max_examples=60)
 @given(
@@ -125,21 +128,23 @@ def assert_same_layer(kind: str, layer: Any, torch_layer: Any, x: Any, hx: State
     contiguous=st.booleans(),
 )
 def test_every_option(
-    kind: str, options: dict[str, Any], T: int, B: int | None, with_hx: bool, contiguous: bool
+    kind: str, options: dict[str, Any], T: int, B: int | None, with_hx: bool, contiguous: bool, device: str
 ) -> None:
-    torch.manual_seed(0)
-    layer, torch_layer = pair(kind, options)
-    batch = () if B is None else (B,)
-    shape = (*batch, T) if options["batch_first"] else (T, *batch)
-    x = torch.randn(*shape, layer.input_size, dtype=options["dtype"])
-    hx = state(layer, rows(layer), *batch) if with_hx else None
-    if not contiguous:
-        x = cases.spread(x)
-        hx = None if hx is None else tuple(map(cases.spread, hx)) if isinstance(hx, tuple) else cases.spread(hx)
-    assert_same_layer(kind, layer, torch_layer, x, hx)
-    assert layer(x)[0].stride() == torch_layer(x.double())[0].stride()
+    with torch.device(device):
+        torch.manual_seed(0)
+        layer, torch_layer = pair(kind, options)
+        batch = () if B is None else (B,)
+        shape = (*batch, T) if options["batch_first"] else (T, *batch)
+        x = torch.randn(*shape, layer.input_size, dtype=options["dtype"])
+        hx = state(layer, rows(layer), *batch) if with_hx else None
+        if not contiguous:
+            x = cases.spread(x)
+            hx = None if hx is None else tuple(map(cases.spread, hx)) if isinstance(hx, tuple) else cases.spread(hx)
+        assert_same_layer(kind, layer, torch_layer, x, hx)
+        assert layer(x)[0].stride() == torch_layer(x.double())[0].stride()
 
 
+@every_device
 @every_kind
 @settings(max_examples=40)
 @given(
@@ -149,15 +154,16 @@ def test_every_option(
     ordered=st.booleans(),
 )
 def test_every_option_packed(
-    kind: str, options: dict[str, Any], lengths: list[int], with_hx: bool, ordered: bool
+    kind: str, options: dict[str, Any], lengths: list[int], with_hx: bool, ordered: bool, device: str
 ) -> None:
-    torch.manual_seed(0)
-    layer, torch_layer = pair(kind, options)
-    if ordered:
-        lengths = sorted(lengths, reverse=True)
-    sequences = [torch.randn(n, layer.input_size, dtype=options["dtype"]) for n in lengths]
-    hx = state(layer, rows(layer), len(lengths)) if with_hx else None
-    assert_same_layer(kind, layer, torch_layer, pack_sequence(sequences, enforce_sorted=ordered), hx)
+    with torch.device(device):
+        torch.manual_seed(0)
+        layer, torch_layer = pair(kind, options)
+        if ordered:
+            lengths = sorted(lengths, reverse=True)
+        sequences = [torch.randn(n, layer.input_size, dtype=options["dtype"]) for n in lengths]
+        hx = state(layer, rows(layer), len(lengths)) if with_hx else None
+        assert_same_layer(kind, layer, torch_layer, pack_sequence(sequences, enforce_sorted=ordered), hx)
 
 
 @every_kind
@@ -173,53 +179,59 @@ def test_packed_is_each_sequence_alone(kind: str) -> None:
             cases.assert_close(op(kind), part[:, b], alone)
 
 
+@every_device
 @every_kind
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("with_hx", [False, True])
-def test_one_layer_is_the_reference(with_hx: bool, batch_first: bool, kind: str) -> None:
-    layer = getattr(llm_ext, kind)(3, 5, batch_first=batch_first, dtype=torch.float64, **OWN[kind])
-    x = torch.randn(4, 2, 3, dtype=torch.float64)
-    hx = state(layer, 1, 2) if with_hx else None
-    options = OWN[kind] if kind == "RNN" else {}
-    y, last = by_reference(kind, x, hx, dict(layer.named_parameters()), **options)
-    output, h_n = layer(x.transpose(0, 1) if batch_first else x, hx)
-    cases.assert_close(op(kind), output.transpose(0, 1) if batch_first else output, y)
-    for part, expected in zip(cases.flatten(h_n), cases.flatten(last), strict=True):
-        cases.assert_close(op(kind), part, expected if with_hx else expected[None])
+def test_one_layer_is_the_reference(with_hx: bool, batch_first: bool, kind: str, device: str) -> None:
+    with torch.device(device):
+        layer = getattr(llm_ext, kind)(3, 5, batch_first=batch_first, dtype=torch.float64, **OWN[kind])
+        x = torch.randn(4, 2, 3, dtype=torch.float64)
+        hx = state(layer, 1, 2) if with_hx else None
+        options = OWN[kind] if kind == "RNN" else {}
+        y, last = by_reference(kind, x, hx, dict(layer.named_parameters()), **options)
+        output, h_n = layer(x.transpose(0, 1) if batch_first else x, hx)
+        cases.assert_close(op(kind), output.transpose(0, 1) if batch_first else output, y)
+        for part, expected in zip(cases.flatten(h_n), cases.flatten(last), strict=True):
+            cases.assert_close(op(kind), part, expected if with_hx else expected[None])
 
 
+@every_device
 @every_kind
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_gradients(bidirectional: bool, kind: str) -> None:
-    layer = getattr(llm_ext, kind)(2, 3, 2, bidirectional=bidirectional, dtype=torch.float64, **OWN[kind])
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    parts = [part.requires_grad_() for part in cases.flatten(state(layer, rows(layer), 2))]
+def test_gradients(bidirectional: bool, kind: str, device: str) -> None:
+    with torch.device(device):
+        layer = getattr(llm_ext, kind)(2, 3, 2, bidirectional=bidirectional, dtype=torch.float64, **OWN[kind])
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+        parts = [part.requires_grad_() for part in cases.flatten(state(layer, rows(layer), 2))]
 
-    def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        hx = tensors[:2] if kind == "LSTM" else tensors[0]
-        weights = dict(zip(names, tensors[len(parts) :], strict=True))
-        return tuple(cases.flatten(torch.func.functional_call(layer, weights, (x, hx))))
+        def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            hx = tensors[:2] if kind == "LSTM" else tensors[0]
+            weights = dict(zip(names, tensors[len(parts) :], strict=True))
+            return tuple(cases.flatten(torch.func.functional_call(layer, weights, (x, hx))))
 
-    assert torch.autograd.gradcheck(run, (x, *parts, *parameters))
+        assert torch.autograd.gradcheck(run, (x, *parts, *parameters))
 
 
+@every_device
 @every_kind
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_sequence_of_nothing(
-    num_layers: int, bidirectional: bool, with_hx: bool, batch_first: bool, kind: str
+    num_layers: int, bidirectional: bool, with_hx: bool, batch_first: bool, kind: str, device: str
 ) -> None:
-    options = {"batch_first": batch_first, "bidirectional": bidirectional, **OWN[kind]}
-    layer = getattr(llm_ext, kind)(3, 5, num_layers, **options)
-    hx = state(layer, rows(layer), 7)
-    output, h_n = layer(torch.zeros((7, 0, 3) if batch_first else (0, 7, 3)), hx if with_hx else None)
-    width = (layer.proj_size or 5) * (2 if bidirectional else 1)
-    assert output.shape == ((7, 0, width) if batch_first else (0, 7, width))
-    for last, first in zip(cases.flatten(h_n), cases.flatten(hx), strict=True):
-        assert torch.equal(last, first if with_hx else torch.zeros_like(first))
+    with torch.device(device):
+        options = {"batch_first": batch_first, "bidirectional": bidirectional, **OWN[kind]}
+        layer = getattr(llm_ext, kind)(3, 5, num_layers, **options)
+        hx = state(layer, rows(layer), 7)
+        output, h_n = layer(torch.zeros((7, 0, 3) if batch_first else (0, 7, 3)), hx if with_hx else None)
+        width = (layer.proj_size or 5) * (2 if bidirectional else 1)
+        assert output.shape == ((7, 0, width) if batch_first else (0, 7, width))
+        for last, first in zip(cases.flatten(h_n), cases.flatten(hx), strict=True):
+            assert torch.equal(last, first if with_hx else torch.zeros_like(first))
 
 
 @every_kind
@@ -419,53 +431,65 @@ def test_training_step_changes_the_result(kind: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@every_device
 @every_kind
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_without_gradients(num_layers: int, kind: str) -> None:
-    layer = getattr(llm_ext, kind)(3, 5, num_layers, bidirectional=num_layers == 2, **OWN[kind])
-    x = torch.randn(4, 2, 3)
-    expected = cases.flatten(layer(x))
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            tensors = cases.flatten(layer(x))
-        for tensor, true_tensor in zip(tensors, expected, strict=True):
-            assert not tensor.requires_grad
-            assert torch.equal(tensor, true_tensor)
+def test_without_gradients(num_layers: int, kind: str, device: str) -> None:
+    with torch.device(device):
+        layer = getattr(llm_ext, kind)(3, 5, num_layers, bidirectional=num_layers == 2, **OWN[kind])
+        x = torch.randn(4, 2, 3)
+        expected = cases.flatten(layer(x))
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                tensors = cases.flatten(layer(x))
+            for tensor, true_tensor in zip(tensors, expected, strict=True):
+                assert not tensor.requires_grad
+                assert torch.equal(tensor, true_tensor)
 
 
+@every_device
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize("dtype", cases.HALF_DTYPES)
 @pytest.mark.parametrize("kind", ARGUMENTS)
-def test_autocast(kind: str, dtype: torch.dtype, with_hx: bool) -> None:
+def test_autocast(kind: str, dtype: torch.dtype, with_hx: bool, device: str) -> None:
     """As a linear layer of torch: computed and returned in autocast's dtype, whatever x is; gradients in their own."""
-    layer = getattr(llm_ext, kind)(3, 5)
-    cell = kind.endswith("Cell")
-    hx = state(layer, 2) if cell else state(layer, 1, 2)
-    for x_dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(4, 2, 3).to(x_dtype)
-        for each in [x[0]] if cell else [x, pack_padded_sequence(x, torch.tensor([4, 1]))]:
-            with torch.autocast("cpu", dtype):
-                output = layer(each, hx if with_hx else None)
-            tensors = cases.flatten(output if cell else (output[0].data, output[1]))
-            assert {tensor.dtype for tensor in tensors} == {dtype}
-            sum(tensor.float().sum() for tensor in tensors).backward()
-            assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
-            half = copy.deepcopy(layer).to(dtype)
-            first = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
-            expected = half(each.to(dtype), first if with_hx else None)
-            for a, b in zip(tensors, cases.flatten(expected if cell else (expected[0].data, expected[1])), strict=True):
-                assert torch.equal(a, b)
+    with torch.device(device):
+        layer = getattr(llm_ext, kind)(3, 5)
+        cell = kind.endswith("Cell")
+        hx = state(layer, 2) if cell else state(layer, 1, 2)
+        for x_dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(4, 2, 3).to(x_dtype)
+            for each in [x[0]] if cell else [x, pack_padded_sequence(x, torch.tensor([4, 1], device="cpu"))]:
+                with torch.autocast(device, dtype):
+                    output = layer(each, hx if with_hx else None)
+                tensors = cases.flatten(output if cell else (output[0].data, output[1]))
+                assert {tensor.dtype for tensor in tensors} == {dtype}
+                sum(tensor.float().sum() for tensor in tensors).backward()
+                assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+                half = copy.deepcopy(layer).to(dtype)
+                first = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
+                expected = half(each.to(dtype), first if with_hx else None)
+                for a, b in zip(
+                    tensors, cases.flatten(expected if cell else (expected[0].data, expected[1])), strict=True
+                ):
+                    assert torch.equal(a, b)
 
 
+@every_device
 @pytest.mark.parametrize("kind", ARGUMENTS)
-def test_autocast_leaves_float64(kind: str) -> None:
-    layer = getattr(llm_ext, kind)(3, 5, dtype=torch.float64)
-    x = torch.randn(2, 3, dtype=torch.float64) if kind.endswith("Cell") else torch.randn(4, 2, 3, dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        results = cases.flatten(layer(x))
-    for a, b in zip(results, cases.flatten(layer(x)), strict=True):
-        assert a.dtype == torch.float64
-        assert torch.equal(a, b)
+def test_autocast_leaves_float64(kind: str, device: str) -> None:
+    with torch.device(device):
+        layer = getattr(llm_ext, kind)(3, 5, dtype=torch.float64)
+        x = (
+            torch.randn(2, 3, dtype=torch.float64)
+            if kind.endswith("Cell")
+            else torch.randn(4, 2, 3, dtype=torch.float64)
+        )
+        with torch.autocast(device, torch.bfloat16):
+            results = cases.flatten(layer(x))
+        for a, b in zip(results, cases.flatten(layer(x)), strict=True):
+            assert a.dtype == torch.float64
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
@@ -481,45 +505,51 @@ def test_autocast_compiles_whole(kind: str) -> None:
         assert torch.equal(a, b)
 
 
+@every_device
 @pytest.mark.filterwarnings("ignore:TF32")  # of the switch for oneDNN
 @pytest.mark.parametrize("dtype", cases.HALF_DTYPES)
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 @pytest.mark.parametrize(("T", "B", "H"), [(16, 9, 40), (200, 4, 65), (3, 40, 130), (5, 2, 96)])
-def test_no_less_exact_than_torch_in_16_bits(T: int, B: int, H: int, kind: str, dtype: torch.dtype) -> None:
+def test_no_less_exact_than_torch_in_16_bits(
+    T: int, B: int, H: int, kind: str, dtype: torch.dtype, device: str
+) -> None:
     """Results and gradients: the root mean square of the errors is at most 1.5 times that of torch.nn."""
-    theirs = getattr(torch.nn, kind)(30, H, dtype=dtype)
-    ours, truth = getattr(llm_ext, kind)(30, H, dtype=dtype), getattr(torch.nn, kind)(30, H, dtype=torch.float64)
-    x, weights = torch.randn(T, B, 30).to(dtype), torch.randn(T, B, H).to(dtype)
-    results = []
-    for layer in (ours, theirs, truth):
-        layer.load_state_dict(theirs.state_dict())
-        given = x.to(next(layer.parameters()).dtype).requires_grad_()
-        # Without oneDNN, whose LSTM wants machines that compute in bfloat16.
-        with torch.backends.mkldnn.flags(enabled=False):
-            y, last = layer(given)
-            gradients = torch.autograd.grad((y * weights).sum(), [given, *layer.parameters()])
-        results.append([t.detach().double() for t in (y, *cases.flatten(last), *gradients)])
-    for mine, other, true in zip(*results, strict=True):
-        assert (mine - true).square().mean().sqrt() <= 1.5 * (other - true).square().mean().sqrt()
+    with torch.device(device):
+        theirs = getattr(torch.nn, kind)(30, H, dtype=dtype)
+        ours, truth = getattr(llm_ext, kind)(30, H, dtype=dtype), getattr(torch.nn, kind)(30, H, dtype=torch.float64)
+        x, weights = torch.randn(T, B, 30).to(dtype), torch.randn(T, B, H).to(dtype)
+        results = []
+        for layer in (ours, theirs, truth):
+            layer.load_state_dict(theirs.state_dict())
+            given = x.to(next(layer.parameters()).dtype).requires_grad_()
+            # Without oneDNN, whose LSTM wants machines that compute in bfloat16.
+            with torch.backends.mkldnn.flags(enabled=False):
+                y, last = layer(given)
+                gradients = torch.autograd.grad((y * weights).sum(), [given, *layer.parameters()])
+            results.append([t.detach().double() for t in (y, *cases.flatten(last), *gradients)])
+        for mine, other, true in zip(*results, strict=True):
+            assert (mine - true).square().mean().sqrt() <= 1.5 * (other - true).square().mean().sqrt()
 
 
+@every_device
 @pytest.mark.parametrize("kind", ARGUMENTS)
-def test_compiles_whole(kind: str) -> None:
+def test_compiles_whole(kind: str, device: str) -> None:
     """torch.compile finds no reason to break the graph, with a state and without."""
-    torch.compiler.reset()  # of what was compiled before it remembers so much only
-    layer = getattr(llm_ext, kind)(3, 5)
-    cell = kind.endswith("Cell")
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x, hx = (torch.randn(2, 3), state(layer, 2)) if cell else (torch.randn(4, 2, 3), state(layer, 1, 2))
-    for first in (None, hx):
-        actual, expected = cases.flatten(compiled(x, first)), cases.flatten(layer(x, first))
-        for tensor, true_tensor in zip(actual, expected, strict=True):
-            cases.assert_close(op(kind), tensor, true_tensor)
-        gradients, true_gradients = (
-            torch.autograd.grad(tensors[0].sum(), list(layer.parameters())) for tensors in (actual, expected)
-        )
-        for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
-            cases.assert_close(f"{op(kind)}_backward", gradient, true_gradient)
+    with torch.device(device):
+        torch.compiler.reset()  # of what was compiled before it remembers so much only
+        layer = getattr(llm_ext, kind)(3, 5)
+        cell = kind.endswith("Cell")
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x, hx = (torch.randn(2, 3), state(layer, 2)) if cell else (torch.randn(4, 2, 3), state(layer, 1, 2))
+        for first in (None, hx):
+            actual, expected = cases.flatten(compiled(x, first)), cases.flatten(layer(x, first))
+            for tensor, true_tensor in zip(actual, expected, strict=True):
+                cases.assert_close(op(kind), tensor, true_tensor)
+            gradients, true_gradients = (
+                torch.autograd.grad(tensors[0].sum(), list(layer.parameters())) for tensors in (actual, expected)
+            )
+            for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+                cases.assert_close(f"{op(kind)}_backward", gradient, true_gradient)
 
 
 BAD_ARGUMENTS: list[tuple[tuple[object, ...], dict[str, object], type[Exception]]] = [
@@ -679,6 +709,7 @@ CELL_OPTIONS = st.fixed_dictionaries(
 )
 
 
+@every_device
 @every_kind
 @settings(max_examples=40)
 @given(
@@ -688,33 +719,36 @@ CELL_OPTIONS = st.fixed_dictionaries(
     contiguous=st.booleans(),
 )
 def test_every_option_of_a_cell(
-    kind: str, options: dict[str, Any], B: int | None, with_hx: bool, contiguous: bool
+    kind: str, options: dict[str, Any], B: int | None, with_hx: bool, contiguous: bool, device: str
 ) -> None:
-    torch.manual_seed(0)
-    cell, torch_cell = pair(f"{kind}Cell", options)
-    batch = () if B is None else (B,)
-    x = torch.randn(*batch, cell.input_size, dtype=options["dtype"])
-    hx = state(cell, *batch) if with_hx else None
-    if not contiguous:
-        x = cases.spread(x)
-        hx = None if hx is None else tuple(map(cases.spread, hx)) if isinstance(hx, tuple) else cases.spread(hx)
-    assert_same_layer(kind, cell, torch_cell, x, hx)
+    with torch.device(device):
+        torch.manual_seed(0)
+        cell, torch_cell = pair(f"{kind}Cell", options)
+        batch = () if B is None else (B,)
+        x = torch.randn(*batch, cell.input_size, dtype=options["dtype"])
+        hx = state(cell, *batch) if with_hx else None
+        if not contiguous:
+            x = cases.spread(x)
+            hx = None if hx is None else tuple(map(cases.spread, hx)) if isinstance(hx, tuple) else cases.spread(hx)
+        assert_same_layer(kind, cell, torch_cell, x, hx)
 
 
+@every_device
 @every_kind
-def test_steps_of_a_cell_are_a_layer(kind: str) -> None:
-    options = OWN[kind] if kind == "RNN" else {}
-    layer = getattr(llm_ext, kind)(3, 5, dtype=torch.float64, **options)
-    cell = getattr(llm_ext, f"{kind}Cell")(3, 5, dtype=torch.float64, **options)
-    cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
-    x = torch.randn(6, 2, 3, dtype=torch.float64)
-    output, last = layer(x)
-    hx = None
-    for step, expected in zip(x, output, strict=True):
-        hx = cell(step, hx)
-        cases.assert_close(op(kind), cases.flatten(hx)[0], expected)
-    for part, expected in zip(cases.flatten(hx), cases.flatten(last), strict=True):
-        cases.assert_close(op(kind), part, expected[0])
+def test_steps_of_a_cell_are_a_layer(kind: str, device: str) -> None:
+    with torch.device(device):
+        options = OWN[kind] if kind == "RNN" else {}
+        layer = getattr(llm_ext, kind)(3, 5, dtype=torch.float64, **options)
+        cell = getattr(llm_ext, f"{kind}Cell")(3, 5, dtype=torch.float64, **options)
+        cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
+        x = torch.randn(6, 2, 3, dtype=torch.float64)
+        output, last = layer(x)
+        hx = None
+        for step, expected in zip(x, output, strict=True):
+            hx = cell(step, hx)
+            cases.assert_close(op(kind), cases.flatten(hx)[0], expected)
+        for part, expected in zip(cases.flatten(hx), cases.flatten(last), strict=True):
+            cases.assert_close(op(kind), part, expected[0])
 
 
 @pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])

@@ -7,13 +7,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DTYPES, HALF_DTYPES, NONLINEARITIES, assert_close, batch_sizes_of, spread
+from cases import DTYPES, HALF_DTYPES, assert_close, batch_sizes_of, spread
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from recurrences import (
+    CELLS,
+    GRU,
+    KINDS,
+    LSTM,
+    PROJECTED,
+    RNN,
+    Cell,
+    cell_functions,
+    cell_inputs,
+    compare,
+    every_device,
+    leaf,
+)
 from torch import Tensor
 
 import llm_ext
@@ -53,119 +66,32 @@ POOL_SIZES = [  # B, T, D
 ]
 
 
-def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-
-
-def compare(
-    op: str,
-    function: Callable[..., tuple[Tensor, ...]],
-    truth: Callable[..., tuple[Tensor, ...]],
-    inputs: dict[str, Tensor],
-    gradients: bool = True,
-) -> None:
-    """Results and gradients of `function` against `truth` in float64 on the same numbers."""
-    doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-    actual, expected = function(**inputs), truth(**doubles)
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(op, a, b, f"result {i}")
-    weights = [torch.randn_like(b) for b in expected]
-    used = [i for i, b in enumerate(expected) if b.requires_grad]
-    if not used or not gradients:
-        return
-    grads = torch.autograd.grad(
-        [actual[i] for i in used],
-        list(inputs.values()),
-        [weights[i].to(actual[i].dtype) for i in used],
-        allow_unused=True,
-    )
-    truths = torch.autograd.grad(
-        [expected[i] for i in used], list(doubles.values()), [weights[i] for i in used], allow_unused=True
-    )
-    for name, a, b in zip(inputs, grads, truths, strict=True):
-        a = torch.zeros_like(inputs[name]) if a is None else a
-        b = torch.zeros_like(doubles[name]) if b is None else b
-        assert_close(f"{op}_backward", a, b, f"gradient of {name}")
-
-
-class Cell(NamedTuple):
-    """A recurrence: its op, its gates, the option of its op, and whether its output is projected."""
-
-    op: str
-    gates: int
-    nonlinearity: str | None = None
-    projected: bool = False
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, [self.op, self.nonlinearity, "projected" if self.projected else None]))
-
-
-RNN, GRU, LSTM = Cell("rnn", 1), Cell("gru", 3), Cell("lstm", 4)
-PROJECTED = Cell("lstm", 4, projected=True)
-CELLS = [*(Cell("rnn", 1, name) for name in NONLINEARITIES), GRU, LSTM, PROJECTED]
-# One of each kind, for tests in which the nonlinearity makes no difference.
-KINDS = [RNN, GRU, LSTM, PROJECTED]
-
-
-def cell_inputs(
-    cell: Cell, x_shape: tuple[int, ...], B: int, H: int, dtype: torch.dtype, *, state: bool = True, bias: bool = True
-) -> dict[str, Tensor]:
-    G, I = cell.gates, x_shape[-1]  # noqa: E741
-    P = max(1, H // 3) if cell.projected else H
-    inputs = {"x": leaf(*x_shape, dtype=dtype), "w_ih": leaf(G * H, I, dtype=dtype, scale=max(I, 1) ** -0.5)}
-    inputs["w_hh"] = leaf(G * H, P, dtype=dtype, scale=P**-0.5)
-    if cell.projected:
-        inputs["w_hr"] = leaf(P, H, dtype=dtype, scale=H**-0.5)
-    if state:
-        inputs["h0"] = leaf(B, P, dtype=dtype)
-        if cell.op == "lstm":
-            inputs["c0"] = leaf(B, H, dtype=dtype)
-    if bias:
-        inputs |= {"b_ih": leaf(G * H, dtype=dtype), "b_hh": leaf(G * H, dtype=dtype)}
-    return inputs
-
-
-def cell_functions(cell: Cell, **options: object) -> list[Callable[..., tuple[Tensor, ...]]]:
-    """The op and its reference, both taking tensors by name and returning (y, h_n) or (y, h_n, c_n)."""
-
-    def bind(module: object) -> Callable[..., tuple[Tensor, ...]]:
-        function = getattr(module, cell.op)
-        options_of_cell = {"nonlinearity": cell.nonlinearity} if cell.nonlinearity else {}
-
-        def run(
-            x: Tensor, w_ih: Tensor, w_hh: Tensor, h0: Tensor | None = None, c0: Tensor | None = None, **others: Tensor
-        ) -> tuple[Tensor, ...]:
-            state = h0 if cell.op != "lstm" or h0 is None else (h0, c0)
-            y, last = function(x, state, w_ih, w_hh, **others, **options_of_cell, **options)
-            return (y, *last) if cell.op == "lstm" else (y, last)
-
-        return run
-
-    return [bind(ops), bind(reference)]
-
-
+@every_device
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @pytest.mark.parametrize(("T", "B", "I", "H"), SIZES)
-def test_recurrence(T: int, B: int, I: int, H: int, dtype: torch.dtype, cell: Cell) -> None:  # noqa: E741
+def test_recurrence(T: int, B: int, I: int, H: int, dtype: torch.dtype, cell: Cell, device: str) -> None:  # noqa: E741
     if cell.projected and H == 1:
         pytest.skip("nothing is smaller than 1")
     # The gradient of relu jumps at 0, and which side a state is on may depend on how the one before was rounded.
-    smooth = cell.nonlinearity != "relu" or dtype != torch.bfloat16 or llm_ext.build_info()["simd"] != "avx512_bf16"
+    in_pairs = dtype == torch.bfloat16 and llm_ext.build_info()["simd"] == "avx512_bf16"
+    rounds = dtype in HALF_DTYPES if device == "cuda" else in_pairs
+    smooth = cell.nonlinearity != "relu" or not rounds
     for reverse, state, bias in itertools.product((False, True), (False, True), (False, True)):
-        inputs = cell_inputs(cell, (T, B, I), B, H, dtype, state=state, bias=bias)
+        inputs = cell_inputs(cell, (T, B, I), B, H, dtype, state=state, bias=bias, device=device)
         compare(cell.op, *cell_functions(cell, reverse=reverse), inputs, gradients=smooth)
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @pytest.mark.parametrize(
     "sizes", [[1], [3, 3, 2, 1], [9, 5, 5, 2, 1, 1], [20, 20, 20], [30, 11, 7, 7, 7, 1], [2] * 40 + [1] * 60]
 )
-def test_recurrence_packed(sizes: list[int], dtype: torch.dtype, reverse: bool, cell: Cell) -> None:
+def test_recurrence_packed(sizes: list[int], dtype: torch.dtype, reverse: bool, cell: Cell, device: str) -> None:
     for I, H in ((6, 33), (20, 140)):  # noqa: E741
-        inputs = cell_inputs(cell, (sum(sizes), I), sizes[0], H, dtype)
+        inputs = cell_inputs(cell, (sum(sizes), I), sizes[0], H, dtype, device=device)
         compare(cell.op, *cell_functions(cell, batch_sizes=torch.tensor(sizes), reverse=reverse), inputs)
 
 
@@ -183,11 +109,12 @@ def test_recurrence_any_packed(cell: Cell, lengths: list[int], I: int, H: int, r
     compare(cell.op, *cell_functions(cell, batch_sizes=sizes, reverse=reverse), inputs)
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_recurrence_keeps_nothing_for_an_evaluation(cell: Cell) -> None:
+def test_recurrence_keeps_nothing_for_an_evaluation(cell: Cell, device: str) -> None:
     """Without a gradient to come the result is the same, bit by bit: one step, few, and several blocks of steps."""
     for T, B, H in ((1, 1, 20), (3, 4, 20), (50, 9, 20), (7, 40, 400)):
-        inputs = cell_inputs(cell, (T, B, 6), B, H, torch.float32)
+        inputs = cell_inputs(cell, (T, B, 6), B, H, torch.float32, device=device)
         function, _ = cell_functions(cell)
         recorded = function(**inputs)
         with torch.no_grad():
@@ -196,15 +123,17 @@ def test_recurrence_keeps_nothing_for_an_evaluation(cell: Cell) -> None:
     if cell.op != "rnn":
         name = f"{cell.op}_forward"
         arguments = [inputs["x"], inputs["h0"], *([inputs["c0"]] if "c0" in inputs else []), inputs["w_ih"]]
-        arguments += [inputs["w_hh"], None, None, *([inputs.get("w_hr")] if cell.op == "lstm" else []), None, False]
+        arguments += [inputs["w_hh"], None, None, *([inputs.get("w_hr")] if cell.op == "lstm" else [])]
+        arguments += [None, None, False, False]
         for keep, rows in ((False, 0), (True, 7 * 40)):
             assert len(getattr(torch.ops.llm_ext, name)(*arguments, keep)[-1]) == rows
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_recurrence_state_of_a_layer(cell: Cell) -> None:
+def test_recurrence_state_of_a_layer(cell: Cell, device: str) -> None:
     """[1, B, *] as torch.nn lays it out gives the same numbers in that shape."""
-    inputs = cell_inputs(cell, (4, 3, 5), 3, 7, torch.float32)
+    inputs = cell_inputs(cell, (4, 3, 5), 3, 7, torch.float32, device=device)
     function, truth = cell_functions(cell)
     flat = [t.detach() for t in function(**inputs)]
     for name in {"h0", "c0"} & set(inputs):
@@ -216,30 +145,33 @@ def test_recurrence_state_of_a_layer(cell: Cell) -> None:
         assert torch.equal(a, b[None])
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
-def test_recurrence_long(dtype: torch.dtype, cell: Cell) -> None:
+def test_recurrence_long(dtype: torch.dtype, cell: Cell, device: str) -> None:
     """Errors do not pile up over 1,024 steps."""
-    inputs = cell_inputs(cell, (1024, 2, 16), 2, 64, dtype)
+    inputs = cell_inputs(cell, (1024, 2, 16), 2, 64, dtype, device=device)
     compare(cell.op, *cell_functions(cell), inputs)
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
-def test_recurrence_of_many_blocks(dtype: torch.dtype, cell: Cell) -> None:
+def test_recurrence_of_many_blocks(dtype: torch.dtype, cell: Cell, device: str) -> None:
     """Every product has more than one block in every dimension.
 
     Elman with tanh: of 350,000 pre-activations one may be so near to 0 that rounding turns its sign, and the gradient
     of relu jumps there.
     """
     for reverse in (False, True):
-        inputs = cell_inputs(cell, (9, 64, 530), 64, 610, dtype)
+        inputs = cell_inputs(cell, (9, 64, 530), 64, 610, dtype, device=device)
         compare(cell.op, *cell_functions(cell, reverse=reverse), inputs)
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_recurrence_not_contiguous(cell: Cell) -> None:
-    tight = cell_inputs(cell, (5, 4, 6), 4, 19, torch.float32)
+def test_recurrence_not_contiguous(cell: Cell, device: str) -> None:
+    tight = cell_inputs(cell, (5, 4, 6), 4, 19, torch.float32, device=device)
     function, _ = cell_functions(cell)
     loose = {name: spread(t.detach()) for name, t in tight.items()}
     for a, b in zip(function(**tight), function(**loose), strict=True):
@@ -247,13 +179,14 @@ def test_recurrence_not_contiguous(cell: Cell) -> None:
     # Gradients that come in expanded or transposed.
     y = function(**tight)[0]
     from_sum = torch.autograd.grad(y.sum(), tight["w_hh"], retain_graph=True)[0]
-    transposed = torch.ones(y.shape[2], *y.shape[:2][::-1]).permute(2, 1, 0)
+    transposed = torch.ones(y.shape[2], *y.shape[:2][::-1], device=device).permute(2, 1, 0)
     assert torch.equal(from_sum, torch.autograd.grad(y, tight["w_hh"], transposed)[0])
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_only_wanted_gradients(cell: Cell) -> None:
-    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float64)
+def test_only_wanted_gradients(cell: Cell, device: str) -> None:
+    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float64, device=device)
     function, _ = cell_functions(cell)
     whole = torch.autograd.grad(function(**inputs)[0].sum(), list(inputs.values()))
     for (name, wanted), expected in zip(inputs.items(), whole, strict=True):
@@ -261,10 +194,11 @@ def test_only_wanted_gradients(cell: Cell) -> None:
         assert torch.equal(torch.autograd.grad(function(**alone)[0].sum(), wanted)[0], expected)
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_gradients_of_one_result_alone(cell: Cell) -> None:
+def test_gradients_of_one_result_alone(cell: Cell, device: str) -> None:
     """A result that the loss does not use has no gradient: not even a tensor of zeros."""
-    inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float64)
+    inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float64, device=device)
     function, truth = cell_functions(cell)
     for i in range(len(function(**inputs))):
         gradients = [torch.autograd.grad(f(**inputs)[i].sum(), list(inputs.values())) for f in (function, truth)]
@@ -272,10 +206,11 @@ def test_gradients_of_one_result_alone(cell: Cell) -> None:
             assert_close(f"{cell.op}_backward", a, b, f"gradient of {name}")
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_bias_gradients_are_two_tensors(cell: Cell) -> None:
+def test_bias_gradients_are_two_tensors(cell: Cell, device: str) -> None:
     """Whoever scales one in place must not scale the other."""
-    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float32, state=False)
+    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float32, state=False, device=device)
     cell_functions(cell)[0](**inputs)[0].sum().backward()
     a, b = inputs["b_ih"].grad, inputs["b_hh"].grad
     assert a is not None
@@ -284,9 +219,10 @@ def test_bias_gradients_are_two_tensors(cell: Cell) -> None:
     assert a.data_ptr() != b.data_ptr()
 
 
+@every_device
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_nan_comes_through(cell: Cell) -> None:
-    inputs = {name: t.detach() for name, t in cell_inputs(cell, (3, 2, 4), 2, 5, torch.float32).items()}
+def test_nan_comes_through(cell: Cell, device: str) -> None:
+    inputs = {name: t.detach() for name, t in cell_inputs(cell, (3, 2, 4), 2, 5, torch.float32, device=device).items()}
     inputs["x"][1, 0, 2] = float("nan")
     y, *last = cell_functions(cell)[0](**inputs)
     assert y[0].isfinite().all()
@@ -456,29 +392,52 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
     gy, gh, dx, dw_ih, dw_hh, gc, gl, de, du = g
     time_major = leaf(6, 2, 3, dtype=torch.float64).transpose(0, 1)
     return [
-        ("rnn_forward", (x, h0, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)),
-        ("rnn_forward", (x, None, w_ih, w_hh, None, None, None, "relu", True)),
+        ("rnn_forward", (x, h0, w_ih, w_hh, b_ih, b_hh, None, None, "tanh", False, False)),
+        ("rnn_forward", (x, None, w_ih, w_hh, None, None, None, None, "relu", True, False)),
         (
             "rnn_forward",
-            (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, "sigmoid", False),
+            (x, h0.detach()[None].requires_grad_(), w_ih, w_hh, None, b_hh, None, None, "sigmoid", False, False),
         ),
-        ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, "tanh", False)),
-        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, "tanh", False, *[True] * 6)),
-        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, "relu", True, *[False, True] * 3)),
-        ("gru_forward", (x, h0, *gru, None, False, True)),
-        ("gru_forward", (x, None, *gru[:2], None, None, None, True, True)),
-        ("gru_forward", (packed, h0.detach()[None].requires_grad_(), *gru, sizes, False, True)),
-        ("gru_forward", (dx, gh, *(t.detach() for t in gru), None, False, False)),
-        ("gru_backward", (gy, gh, dx, gh, *dgru[:2], gy, kept[:, :20], None, False, *[True] * 6)),
-        ("gru_backward", (gy, None, dx, None, *dgru[:2], gy, kept[:, :20], None, True, *[False, True] * 3)),
-        ("lstm_forward", (x, h0, h0, *lstm, None, None, False, True)),
-        ("lstm_forward", (x, None, None, *lstm[:2], None, None, None, None, True, True)),
-        ("lstm_forward", (packed, p0, h0, lstm[0], w_hp, *lstm[2:], w_hr, sizes, False, True)),
-        ("lstm_forward", (dx, gh, gh, *(t.detach() for t in lstm), None, None, False, False)),
-        ("lstm_backward", (gy, gh, gh, dx, gh, gh, *dlstm[:2], None, gy, kept[:, :25], None, False, *[True] * 8)),
+        ("rnn_forward", (packed, h0, w_ih, w_hh, b_ih, b_hh, sizes, None, "tanh", False, False)),
+        ("rnn_backward", (gy, gh, dx, gh, dw_ih, dw_hh, gy, None, None, "tanh", False, False, *[True] * 6)),
+        ("rnn_backward", (gy, None, dx, None, dw_ih, dw_hh, gy, None, None, "relu", True, False, *[False, True] * 3)),
+        ("gru_forward", (x, h0, *gru, None, None, False, False, True)),
+        ("gru_forward", (x, None, *gru[:2], None, None, None, None, True, False, True)),
+        ("gru_forward", (packed, h0.detach()[None].requires_grad_(), *gru, sizes, None, False, False, True)),
+        ("gru_forward", (dx, gh, *(t.detach() for t in gru), None, None, False, False, False)),
+        ("gru_backward", (gy, gh, dx, gh, *dgru[:2], gy, kept[:, :20], None, None, False, False, *[True] * 6)),
+        (
+            "gru_backward",
+            (gy, None, dx, None, *dgru[:2], gy, kept[:, :20], None, None, True, False, *[False, True] * 3),
+        ),
+        ("lstm_forward", (x, h0, h0, *lstm, None, None, None, False, False, True)),
+        ("lstm_forward", (x, None, None, *lstm[:2], None, None, None, None, None, True, False, True)),
+        ("lstm_forward", (packed, p0, h0, lstm[0], w_hp, *lstm[2:], w_hr, sizes, None, False, False, True)),
+        ("lstm_forward", (dx, gh, gh, *(t.detach() for t in lstm), None, None, None, False, False, False)),
         (
             "lstm_backward",
-            (gp, None, None, dx, None, None, dlstm[0], dw_hp, dw_hr, gp, kept, None, True, *[False, True] * 4),
+            (gy, gh, gh, dx, gh, gh, *dlstm[:2], None, gy, kept[:, :25], None, None, False, False, *[True] * 8),
+        ),
+        (
+            "lstm_backward",
+            (
+                gp,
+                None,
+                None,
+                dx,
+                None,
+                None,
+                dlstm[0],
+                dw_hp,
+                dw_hr,
+                gp,
+                kept,
+                None,
+                None,
+                True,
+                False,
+                *[False, True] * 4,
+            ),
         ),
         ("attention_pool_forward", (e, u, None, None, None)),
         ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
@@ -538,10 +497,11 @@ def test_compile_keeps_one_node() -> None:
         assert all("llm_ext" in call or "getitem" in call for call in calls), calls
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_compile_trains(cell: Cell) -> None:
+def test_compile_trains(cell: Cell, device: str) -> None:
     """Through AOT autograd the gradients are the same."""
-    inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float32)
+    inputs = cell_inputs(cell, (4, 3, 2), 3, 5, torch.float32, device=device)
     function, _ = cell_functions(cell)
     expected = torch.autograd.grad(function(**inputs)[0].square().sum(), list(inputs.values()))
     torch._dynamo.reset()
@@ -551,9 +511,10 @@ def test_compile_trains(cell: Cell) -> None:
         assert torch.equal(a, b)
 
 
+@every_device
 @pytest.mark.parametrize("cell", KINDS, ids=str)
-def test_second_derivatives_are_refused(cell: Cell) -> None:
-    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float64, state=False, bias=False)
+def test_second_derivatives_are_refused(cell: Cell, device: str) -> None:
+    inputs = cell_inputs(cell, (3, 2, 4), 2, 5, torch.float64, state=False, bias=False, device=device)
     y = cell_functions(cell)[0](**inputs)[0]
     (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
@@ -633,10 +594,24 @@ def test_gated_cells_refuse(
         op(arguments.pop("x"), arguments.pop("state"), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (NotImplementedError("Could not run"), NotImplementedError, "no kernel of this op for cpu; built with"),
+        (RuntimeError("out of memory: no 8 bytes to be had on cuda:0"), torch.OutOfMemoryError, "no 8 bytes"),
+        (RuntimeError("something else"), RuntimeError, "something else"),
+    ],
+)
+def test_failures_that_no_check_finds(failure: Exception, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        ops._explain(failure, lambda x: None, torch.zeros(1))
+
+
+@every_device
 @pytest.mark.parametrize("cell", [RNN, GRU, LSTM], ids=str)
 @pytest.mark.parametrize("sizes", [[2, 3], [2, 0], [3, -1, 3], [2, 1], [5, 1]])
-def test_batch_sizes_are_checked(sizes: list[int], cell: Cell) -> None:
-    inputs = cell_inputs(cell, (5, 4), 2, 5, torch.float32)
+def test_batch_sizes_are_checked(sizes: list[int], cell: Cell, device: str) -> None:
+    inputs = cell_inputs(cell, (5, 4), 2, 5, torch.float32, device=device)
     with pytest.raises(ValueError, match=rf"{cell.op}: (batch_sizes|h0) must"):
         cell_functions(cell, batch_sizes=torch.tensor(sizes))[0](**inputs)
 
@@ -767,11 +742,12 @@ def test_same_bits() -> None:
             assert torch.equal(a, b)
 
 
+@every_device
 @pytest.mark.parametrize(("cell", "blocks"), [(RNN, 0), (GRU, 4), (LSTM, 5), (PROJECTED, 6)], ids=str)
-def test_what_is_saved(cell: Cell, blocks: int) -> None:
+def test_what_is_saved(cell: Cell, blocks: int, device: str) -> None:
     """Between forward and backward only inputs, outputs and, of the gated cells, blocks of H numbers a row are kept."""
     kept: list[Tensor] = []
-    inputs = cell_inputs(cell, (6, 3, 4), 3, 5, torch.float32)
+    inputs = cell_inputs(cell, (6, 3, 4), 3, 5, torch.float32, device=device)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = cell_functions(cell)[0](**inputs)[0]
     known = {t.data_ptr() for t in (*inputs.values(), y)}

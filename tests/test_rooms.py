@@ -52,6 +52,35 @@ def test_kernels_do_not_allocate_print_or_throw(room: str) -> None:
         assert match is None, f"{rule}: {name} has {match and match.group()!r}"
 
 
+def test_only_device_cuh_speaks_cuda() -> None:
+    rule = "csrc/cuda/device.cuh alone includes CUDA's headers and holds PTX; kernels are written in its vocabulary"
+    cuda = re.compile(
+        r"#\s*include\s*<(cuda|cooperative_groups|mma)|<<<|\basm\b|\b(threadIdx|blockIdx|blockDim|gridDim)\b|__(shfl|syncthreads|"
+        r"syncwarp|shared|global|device|launch_bounds|ldg|threadfence|expf|fdividef|CUDA_ARCH)|\bcuda(Stream|Error|Launch)_?\w*"
+    )
+    found = {}
+    for name, text in sources("csrc", ".h", ".cpp", ".inl", ".cu", ".cuh"):
+        match = cuda.search(re.sub(r"//[^\n]*", "", text))
+        if match is not None and not name.startswith("csrc/cpu/"):
+            found[name] = match.group()
+    assert set(found) == {"csrc/cuda/device.cuh"}, f"{rule}: {found}"
+
+
+def test_emulator_has_the_same_vocabulary() -> None:
+    rule = "what csrc/cuda/device.cuh offers, tests/cuda_emulator/cuda/device.cuh offers as well, and nothing else"
+
+    def vocabulary(path: str) -> set[str]:
+        code = re.sub(r"//[^\n]*", "", (ROOT / path).read_text())
+        code = re.sub(r"^#define.*\n", "", code, flags=re.MULTILINE)
+        return set(
+            re.findall(r"^(?:LLM_EXT_DEVICE|inline|int|T\*?|S)\s(?:[\w:<>, *]*?[ *])?(\w+)\(", code, re.MULTILINE)
+        )
+
+    ours, emulated = vocabulary("csrc/cuda/device.cuh"), vocabulary("tests/cuda_emulator/cuda/device.cuh")
+    assert "block_barrier" in ours, "the search finds the vocabulary"
+    assert ours == emulated, f"{rule}: {ours ^ emulated}"
+
+
 def test_no_standard_header_inside_a_region() -> None:
     rule = "kernel bodies use nothing of the standard library: its inline functions would leak at the region's level"
     for name, text in sources("csrc/cpu", ".inl"):

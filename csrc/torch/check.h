@@ -50,10 +50,26 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+// Where tensors lie: a type of device, as the C interface of torch numbers it, and which one of them.
+struct Place {
+  int32_t type = aoti_torch_device_type_cpu();
+  int32_t index = 0;
+
+  bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+  bool holds(const Tensor& t) const { return is_cpu() ? t.is_cpu() : t.is_cuda() && t.get_device_index() == index; }
+  std::string text() const { return is_cpu() ? "cpu" : "cuda:" + std::to_string(index); }
+};
+
+inline Place place_of(const Tensor& t) {
+  if (t.is_cpu()) return {};
+  STD_TORCH_CHECK(t.is_cuda(), "llm_ext: no kernels for this type of device");
+  return {aoti_torch_device_type_cuda(), t.get_device_index()};
+}
+
 // Shape, dtype and device of one argument.
 inline void check_tensor(const Tensor& t, const char* op, const char* name, ScalarType dtype,
-                         std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on cpu");
+                         std::initializer_list<int64_t> sizes, const Place& place = {}) {
+  STD_TORCH_CHECK(place.holds(t), op, ": ", name, " must be on ", place.text());
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have the dtype of the others");
   if (!has_sizes(t, sizes)) {
     std::string expected;
@@ -63,6 +79,11 @@ inline void check_tensor(const Tensor& t, const char* op, const char* name, Scal
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// Dense, and as the kernels of a GPU want it: to be read 16 bytes at a time.
+inline Tensor aligned(const Tensor& t) {
+  const Tensor d = dense(t);
+  return reinterpret_cast<uintptr_t>(d.data_ptr()) % 16 == 0 ? d : torch::stable::clone(d);
+}
 
 // Never null, not even for a tensor without elements: to a kernel null means that the tensor is not there.
 template <typename T>
@@ -81,11 +102,12 @@ template <typename T>
 class Input {
  public:
   Input(const OptionalTensor& t, const char* op, const char* name, std::initializer_list<int64_t> sizes,
-        ScalarType dtype = kScalarType<T>) {
+        ScalarType dtype = kScalarType<T>, const Place& place = {}) {
     if (!t.has_value()) return;
-    check_tensor(*t, op, name, dtype, sizes);
-    tensor_ = dense(*t);
+    check_tensor(*t, op, name, dtype, sizes, place);
+    tensor_ = place.is_cpu() ? dense(*t) : aligned(*t);
   }
+  const OptionalTensor& tensor() const { return tensor_; }
   const T* get() const { return tensor_.has_value() ? data<T>(*tensor_) : nullptr; }
 
  private:
@@ -122,23 +144,28 @@ inline TypeCode type_code(ScalarType dtype) {
       return {aoti_torch_dtype_float16(), 2};
     case ScalarType::Byte:
       return {aoti_torch_dtype_uint8(), 1};
+    case ScalarType::Long:
+      return {aoti_torch_dtype_int64(), 8};
     default:
       return {aoti_torch_dtype_float32(), 4};
   }
 }
 
-inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype) {
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype,
+                            const Place& place = {}) {
   AtenTensorHandle handle;
   auto [code, bytes] = type_code(dtype);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor t(handle);
   for (int64_t size : sizes) bytes *= size;  // all of our layouts are dense
-  prefer_huge_pages(t, bytes);
+  // The C interface of torch says that it failed, not why.
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, place.type,
+                                           place.index, &handle) == TORCH_SUCCESS,
+                  "llm_ext: out of memory: no ", bytes, " bytes to be had on ", place.text());
+  const Tensor t(handle);
+  if (place.is_cpu()) prefer_huge_pages(t, bytes);
   return t;
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Place& place = {}) {
   int64_t strides[4] = {};
   int64_t stride = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
@@ -146,15 +173,15 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     const int64_t size = sizes.begin()[i];
     stride *= size > 0 ? size : 1;
   }
-  return empty_strided(sizes, strides, dtype);
+  return empty_strided(sizes, strides, dtype, place);
 }
 
 // An output that the caller may not want: then it is empty and the kernel gets null.
 template <typename T>
 class Output {
  public:
-  Output(bool wanted, std::initializer_list<int64_t> sizes)
-      : wanted_(wanted), tensor_(wanted ? empty(sizes, kScalarType<T>) : empty({0}, kScalarType<T>)) {}
+  Output(bool wanted, std::initializer_list<int64_t> sizes, const Place& place = {})
+      : wanted_(wanted), tensor_(wanted ? empty(sizes, kScalarType<T>, place) : empty({0}, kScalarType<T>, place)) {}
   T* get() const { return wanted_ ? mutable_data<T>(tensor_) : nullptr; }
   const Tensor& tensor() const { return tensor_; }
 

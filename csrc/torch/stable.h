@@ -4,7 +4,15 @@
 // Before any header of torch, and not by -D: torch's own build flags must not see it.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
+// The C interface shows what it has for CUDA only to those who say this.
+#if defined(LLM_EXT_CUDA_VERSION) && !defined(USE_CUDA)
+#define USE_CUDA
+#endif
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#ifdef USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -12,6 +12,7 @@
 #include "params.h"
 #include "torch/check.h"
 #include "torch/launch.h"
+#include "torch/recurrence.h"
 #include "torch/stable.h"
 
 namespace llm_ext {
@@ -19,15 +20,6 @@ namespace {
 
 // Steps of a layer after which the next one may go on: 17 to 64 are equal on Zen 3.
 constexpr int64_t kWaveSteps = 32;
-
-Cell cell_named(const char* op, const std::string& name) {
-  if (name == "tanh") return Cell::kRnnTanh;
-  if (name == "relu") return Cell::kRnnRelu;
-  if (name == "sigmoid") return Cell::kRnnSigmoid;
-  if (name == "gru") return Cell::kGru;
-  if (name == "lstm") return Cell::kLstm;
-  STD_TORCH_CHECK(false, op, ": cell must be tanh, relu, sigmoid, gru or lstm, got ", name);
-}
 
 struct StackArguments {
   const char* op;
@@ -252,7 +244,7 @@ class Stack {
 
 std::tuple<Tensor, Tensor, Tensor> stack_forward(const std::string& cell, const Tensor& x, const OptionalTensor& h0,
                                                  const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                 bool bias, bool bidirectional) {
+                                                 bool bias, bool bidirectional, bool /*tf32*/) {
   constexpr const char* kOp = "stack_forward";
   const StackArguments a = {kOp, cell_named(kOp, cell), x, h0, c0, weights, bias, bidirectional};
   STD_TORCH_CHECK(a.cell == Cell::kLstm ? h0.has_value() == c0.has_value() : !c0.has_value(), kOp,

@@ -1,0 +1,165 @@
+"""Builds programs of the emulator with the system's g++, and runs them: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "cuda_emulator"
+# The emulator's device.cuh stands before that of csrc. A GPU rounds a * b + c once only where the source says fma.
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fmax-errors=5", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+# Every access of a kernel is a call, which the linker leads to races.cpp first.
+KERNEL = [*ASAN, "--param=asan-instrumentation-with-call-threshold=0"]
+WRAPPED = [f"__asan_{access}{size}" for access in ("load", "store") for size in (1, 2, 4, 8, 16, "N")]
+WRAP = [f"-Wl,--wrap={name}" for name in (*WRAPPED, "memcpy", "memset")]
+RUNTIME = [HERE / f"{name}.cpp" for name in ("scheduler", "races", "device")]
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=4:redzone=1024:max_redzone=2048"
+    ":allocator_may_return_null=0:abort_on_error=0:color=never"
+}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class KernelError(Exception):
+    """What the emulator or AddressSanitizer found wrong with a kernel."""
+
+
+def compiler() -> str:
+    """The g++ to build with; the test is skipped if there is none that will do."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("the CUDA emulator is built with g++, which is not here")
+    if os.uname().machine != "x86_64":
+        pytest.skip("the CUDA emulator switches fibers in the assembly of x86-64")
+    return found
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+def _object(source: Path, flags: list[str], headers: bytes, folder: Path) -> Path:
+    """`source` compiled, unless it was before with the same flags, text and headers."""
+    key = hashlib.sha256(headers + source.read_bytes() + repr((str(source), flags)).encode()).hexdigest()[:20]
+    target = folder / f"{source.name}-{key}.o"
+    if not target.exists():
+        for stale in folder.glob(f"{source.name}-" + "?" * 20 + ".o"):
+            stale.unlink()
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        _run([compiler(), *flags, *language, "-c", str(source), "-o", str(partial)])
+        partial.rename(target)
+    return target
+
+
+def _headers(*folders: Path) -> bytes:
+    paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh")]
+    return b"".join(path.read_bytes() for path in paths)
+
+
+def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Path:
+    """The program `name` made of `sources` and the emulator, built at most once for the same text.
+
+    Sources in the folder `changed` look for headers there first.
+    """
+    common = _headers(ROOT / "csrc" / "cuda", HERE) + (ROOT / "csrc" / "params.h").read_bytes()
+    jobs = []
+    # The largest first, so that none of them is left for last.
+    for source in sorted(sources, key=lambda path: -path.stat().st_size):
+        if changed is not None and source.is_relative_to(changed):
+            headers = common + _headers(changed)
+            jobs.append((source, [f"-I{changed}", *FLAGS, *KERNEL], headers, BUILD / "changed"))
+        else:
+            jobs.append((source, [*FLAGS, *KERNEL], common, BUILD))
+    jobs += [(source, [*FLAGS, "-O2"], common, BUILD) for source in RUNTIME]
+    for folder in {job[-1] for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    program = BUILD / f"{name}-{key}"
+    if not program.exists():
+        for stale in BUILD.glob(f"{name}-" + "?" * 20):
+            stale.unlink()
+        partial = program.with_suffix(f".{os.getpid()}.partial")
+        _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
+        partial.rename(program)
+    return program
+
+
+def _with_lines(report: str) -> str:
+    """The report, with places in the program as lines, from the innermost of what was inlined to the outermost."""
+
+    def lines(place: re.Match[str]) -> str:
+        command = ["addr2line", "--basenames", "--inlines", "--exe", place[1], place[2]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = re.findall(r"^\w\S*:\d+", done.stdout, re.MULTILINE)
+        return " < ".join(found) if found else place[0]
+
+    # addr2line comes with the linker.
+    return re.sub(r"\((/[^()\s]+)\+(0x[0-9a-f]+)\)", lines, report) if shutil.which("addr2line") else report
+
+
+def _bytes(value: Tensor | int) -> bytes:
+    if isinstance(value, Tensor):
+        return value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return struct.pack("<q", value)
+
+
+def run(program: Path, request: Mapping[str, Tensor | int | None], timeout: float = 120) -> dict[str, bytes]:
+    """What the program answers: named bytes. Raises KernelError for what it finds wrong.
+
+    Request and answer are files of records: length of the name, name, length of the bytes, bytes; lengths are of 64
+    bits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "request"), Path(folder, "answer")
+        with asked.open("wb") as file:
+            for name, value in request.items():
+                if value is not None:
+                    data = _bytes(value)
+                    file.write(struct.pack("<q", len(name)) + name.encode() + struct.pack("<q", len(data)) + data)
+        done = subprocess.run(
+            [str(program), str(asked), str(answered)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env=os.environ | ENVIRONMENT,
+        )
+        if done.returncode != 0:
+            raise KernelError(f"{program.name} ended with {done.returncode}\n{_with_lines(done.stderr)}")
+        data, answer = answered.read_bytes(), {}
+    place = 0
+    while place < len(data):
+        (length,) = struct.unpack_from("<q", data, place)
+        name = data[place + 8 : place + 8 + length].decode()
+        place += 8 + length
+        (length,) = struct.unpack_from("<q", data, place)
+        answer[name] = data[place + 8 : place + 8 + length]
+        place += 8 + length
+    return answer
+
+
+def tensor(data: bytes, dtype: torch.dtype, *shape: int) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)

@@ -1,0 +1,222 @@
+// Runs the recurrence as a request asks, once for each seed: forward, and backward if there are gradients. Whatever the
+// order of the threads, the results must have the same bits.
+#include <cinttypes>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "cuda/tiles.h"
+#include "device.h"
+#include "records.h"
+
+namespace {
+
+using namespace llm_ext;
+using namespace llm_ext::cuda;
+using emulator::Answer;
+using emulator::Records;
+
+struct Output {
+  std::string name;
+  void* data;
+  size_t bytes;
+};
+
+// Memory for what the kernels return.
+class Outputs {
+ public:
+  template <typename S>
+  S* add(const std::string& name, int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(S);
+    all_.push_back({name, emulator::device_memory(bytes), bytes});
+    return static_cast<S*>(all_.back().data);
+  }
+  const std::vector<Output>& all() const { return all_; }
+  void free() {
+    for (const Output& output : all_) emulator::free_device_memory(output.data);
+    all_.clear();
+  }
+
+ private:
+  std::vector<Output> all_;
+};
+
+class Workspace {
+ public:
+  Workspace(const Problem& problem, const Plan& plan) {
+    const int64_t bytes = workspace_bytes(problem, plan);
+    if (bytes) data_ = emulator::device_memory(static_cast<size_t>(bytes), 256);
+  }
+  ~Workspace() {
+    if (data_) emulator::free_device_memory(data_);
+  }
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+void expect(int error, const char* what) {
+  if (error) emulator::fault(std::string(what) + " returned error " + std::to_string(error));
+}
+
+Plan plan_of(const Records& request, const Problem& problem) {
+  DeviceFacts facts;
+  expect(device_facts(0, &facts), "device_facts");
+  const int64_t route = request.number("route", -1);
+  if (request.has("parts")) {  // a plan that the rule need not choose
+    Plan plan;
+    plan.route = static_cast<Route>(route);
+    plan.tf32 = problem.allow_tf32 && problem.type == Type::kFloat32;
+    plan.parts = static_cast<int>(request.number("parts"));
+    plan.groups = static_cast<int>((problem.hidden + plan.parts * kTileUnits - 1) / (plan.parts * kTileUnits));
+    plan.k_parts = static_cast<int>(request.number("k_parts"));
+    plan.tile_rows = static_cast<int>(request.number("tile_rows"));
+    plan.row_tiles = static_cast<int>(request.number("row_tiles"));
+    const int64_t rows = plan.tile_rows * plan.row_tiles;
+    plan.row_groups = static_cast<int>((problem.batch + rows - 1) / rows);
+    plan.shared_bytes = tile_layout(problem, plan).bytes;
+    if (plan.shared_bytes > facts.shared_bytes || plan.groups * plan.k_parts > max_warps(problem.type))
+      emulator::fault("the plan asked for does not fit");
+    return plan;
+  }
+  return route < 0 ? make_plan(problem, facts) : make_plan(problem, facts, static_cast<Route>(route));
+}
+
+// With `keep` what the backward pass needs is kept, and that pass follows.
+template <typename S>
+void run(const Records& request, Problem problem, int64_t rows, bool keep, Outputs& out, Answer* answer) {
+  const int64_t T = problem.steps, B = problem.batch, H = problem.hidden, P = problem.output;
+  const bool lstm = problem.cell == Cell::kLstm, projected = P != H;
+  const int D = problem.directions;
+  const int64_t kept_width = kept_blocks(problem.cell, projected) * H;
+  const RecurrenceShape shape = {
+      problem.cell, T, B, H, P, D, request.data<const int64_t>("lengths"), request.data<const int64_t>("row_offsets")};
+  const auto in = [&](const char* name, int d) { return request.data<const S>(name + std::to_string(d)); };
+  // Of both directions one behind the other, as the caller has them: the second is aligned to its elements only.
+  const auto in_both = [&](const char* name, int d, int64_t each) {
+    const S* both = request.data<const S>(name);
+    return both ? both + d * each : nullptr;
+  };
+  const auto reverse = [&](int d) { return request.number("reverse", 0) != d; };
+
+  RecurrenceForward<S> forward = {};
+  forward.shape = shape;
+  S* y = out.add<S>("y", rows * D * P);  // of both directions side by side
+  S* h_n = out.add<S>("h_n", D * B * P);
+  S* c_n = lstm ? out.add<S>("c_n", D * B * H) : nullptr;
+  S* kept = keep && kept_width ? out.add<S>("kept", D * rows * kept_width) : nullptr;
+  for (int d = 0; d < D; ++d) {
+    ForwardDirection<S>& f = forward.direction[d];
+    f = {reverse(d), in("gates_x", d), in("w_hh", d), in("w_hr", d), in("b_hh", d)};
+    f.h0 = in_both("h0", d, B * P);
+    f.c0 = in_both("c0", d, B * H);
+    f.y = y + d * P;
+    f.y_stride = D * P;
+    f.h_n = h_n + d * B * P;
+    f.c_n = c_n ? c_n + d * B * H : nullptr;
+    f.kept = kept ? kept + d * rows * kept_width : nullptr;
+  }
+  problem.pass = Pass::kForward;
+  const Plan plan = plan_of(request, problem);
+  {
+    const Workspace workspace(problem, plan);
+    forward.workspace = workspace.data();
+    expect(recurrence_forward<S>(forward, plan, nullptr), "recurrence_forward");
+  }
+  if (answer) answer->number("route", static_cast<int64_t>(plan.route));
+  if (answer) answer->number("parts", plan.parts);
+  if (!keep) return;
+
+  RecurrenceBackward<S> backward = {};
+  backward.shape = shape;
+  const bool initial = request.number("initial_gradients", 1) != 0;
+  S* dh0 = initial ? out.add<S>("dh0", D * B * P) : nullptr;
+  S* dc0 = initial && lstm ? out.add<S>("dc0", D * B * H) : nullptr;
+  for (int d = 0; d < D; ++d) {
+    const std::string suffix = std::to_string(d);
+    const ForwardDirection<S>& f = forward.direction[d];
+    BackwardDirection<S>& b = backward.direction[d];
+    b = {f.reverse, in_both("grad_y", d, P), D * P};
+    b.grad_h_n = in_both("grad_h_n", d, B * P);
+    b.grad_c_n = in_both("grad_c_n", d, B * H);
+    b.w_hh = f.w_hh;
+    b.w_hr = f.w_hr;
+    b.h0 = f.h0;
+    b.c0 = f.c0;
+    b.y = f.y;
+    b.y_stride = f.y_stride;
+    b.kept = f.kept;
+    b.dz = out.add<S>("dz_" + suffix, rows * blocks_of(problem.cell) * H);
+    b.dh = projected ? out.add<S>("dh_" + suffix, rows * P) : nullptr;
+    b.dh0 = dh0 ? dh0 + d * B * P : nullptr;
+    b.dc0 = dc0 ? dc0 + d * B * H : nullptr;
+  }
+  problem.pass = Pass::kBackward;
+  const Plan backward_plan = plan_of(request, problem);
+  {
+    const Workspace workspace(problem, backward_plan);
+    backward.workspace = workspace.data();
+    expect(recurrence_backward<S>(backward, backward_plan, nullptr), "recurrence_backward");
+  }
+  if (answer) answer->number("backward_route", static_cast<int64_t>(backward_plan.route));
+  if (answer) answer->number("backward_parts", backward_plan.parts);
+}
+
+template <typename S>
+void run_all(const Records& request, const Problem& problem, Answer& answer) {
+  const int64_t* offsets = request.data<const int64_t>("row_offsets");
+  const int64_t rows = offsets ? offsets[problem.steps] : problem.steps * problem.batch;
+  const int64_t seeds = request.number("seeds", 1);
+  Outputs first;
+  for (int64_t seed = 0; seed < seeds; ++seed) {
+    emulator::seed(static_cast<uint64_t>(request.number("seed") + seed));
+    Outputs outputs;
+    // The last is an evaluation, where there are several: nothing is kept, and the rest is the same.
+    const bool keep = seed == 0 || seed + 1 < seeds;
+    run<S>(request, problem, rows, keep, outputs, seed == 0 ? &answer : nullptr);
+    if (seed == 0) {
+      first = outputs;
+      continue;
+    }
+    for (const Output& output : outputs.all())
+      for (const Output& expected : first.all())
+        // What is kept is undefined beyond a row's length.
+        if (output.name == expected.name && output.name != "kept" &&
+            memcmp(output.data, expected.data, output.bytes) != 0)
+          emulator::fault(output.name + " depends on the order of the threads, or on whether gates are kept");
+    outputs.free();
+  }
+  for (const Output& output : first.all()) answer.add(output.name, output.data, output.bytes);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const Records request(arguments[1]);
+  Answer answer(arguments[2]);
+  emulator::device = {static_cast<int>(request.number("sm", 90)), static_cast<int>(request.number("sm_count", 132)),
+                      request.number("shared_bytes", 227 * 1024)};
+  Problem problem = {};
+  problem.cell = static_cast<Cell>(request.number("cell"));
+  problem.type = static_cast<Type>(request.number("type"));
+  problem.steps = request.number("steps");
+  problem.batch = request.number("batch");
+  problem.hidden = request.number("hidden");
+  problem.output = request.number("output", problem.hidden);
+  problem.directions = static_cast<int>(request.number("directions", 1));
+  problem.allow_tf32 = request.number("allow_tf32") != 0;
+  switch (problem.type) {
+    case Type::kFloat32:
+      run_all<float>(request, problem, answer);
+      break;
+    case Type::kFloat64:
+      run_all<double>(request, problem, answer);
+      break;
+    case Type::kBFloat16:
+      run_all<BFloat16>(request, problem, answer);
+      break;
+    case Type::kFloat16:
+      run_all<Float16>(request, problem, answer);
+      break;
+  }
+}

@@ -1,0 +1,35 @@
+// A device that has no room for any kernel but the generic ones, which the emulator runs, here without its checks.
+#include <cstddef>
+
+#include "cuda/generic.h"
+#include "cuda/kernels.h"
+
+namespace llm_ext {
+namespace cuda {
+
+int device_facts(int, DeviceFacts* facts) {
+  facts->sm = 80;
+  facts->sm_count = 2;
+  return 0;
+}
+template <typename S>
+int recurrence_forward(const RecurrenceForward<S>& call, const Plan&, void* stream) {
+  return generic_recurrence(call, stream);
+}
+template <typename S>
+int recurrence_backward(const RecurrenceBackward<S>& call, const Plan&, void* stream) {
+  return generic_recurrence(call, stream);
+}
+const char* error_text(int) { return "refused"; }
+bool is_capturing(void*) { return false; }
+
+#define FOR(S)                                                                      \
+  template int recurrence_forward(const RecurrenceForward<S>&, const Plan&, void*); \
+  template int recurrence_backward(const RecurrenceBackward<S>&, const Plan&, void*);
+FOR(float)
+FOR(double)
+FOR(BFloat16)
+FOR(Float16)
+
+}  // namespace cuda
+}  // namespace llm_ext
