@@ -81,7 +81,8 @@ LLM_EXT_DEVICE void expect_mail(Mailbox* mailbox, int bytes) {
 #endif
 }
 // Waits for the end of the phase of this parity, 0 first, then 1, 0 and so on: its bytes have been told and are here.
-// Any thread, any number of times, but before the phase after it can end.
+// Any thread, any number of times, but before the phase after it can end. What arrived is in this block's own shared
+// memory, so a wait of the block's scope will do; that of the cluster would empty the first-level cache.
 LLM_EXT_DEVICE void await_mail(Mailbox* mailbox, int parity) {
 #if __CUDA_ARCH__ >= 900
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mailbox));
