@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,7 +96,7 @@ def emulated() -> types.ModuleType:
     ):
         assert old in text
         text = text.replace(old, new)
-    module = types.ModuleType(NAME)
+    module = sys.modules[NAME] = types.ModuleType(NAME)  # torch.compile looks for it there
     exec(compile(text, NAME, "exec"), module.__dict__)
     return module
 
