@@ -6,6 +6,7 @@ Each case runs with several seeds, so in several orders of its threads, and must
 from __future__ import annotations
 
 import functools
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -339,6 +340,43 @@ def chosen_cases() -> list[Case]:
 
 @pytest.mark.parametrize("case", chosen_cases(), ids=str)
 def test_chosen_plans(program: Path, case: Case) -> None:
+    check(program, case)
+
+
+def random_cases(count: int) -> list[Case]:
+    """Any sizes, options and plans that fit together; the same in every run."""
+    draw = random.Random(0)
+    cases: list[Case] = []
+    while len(cases) < count:
+        route, cell = draw.choice(ROUTES), draw.choice(("tanh", "sigmoid", "gru", "lstm"))
+        some = Case(
+            route,
+            cell,
+            draw.choice(list(DTYPES)),
+            T=draw.randint(1, 6),
+            B=draw.randint(1, 14),
+            H=draw.randint(1, 50),
+            directions=draw.randint(1, 2),
+            reverse=draw.random() < 0.5,
+            rows=draw.choice(("full", "lengths", "packed")),
+            bare=draw.random() < 0.3,
+        )
+        if route == "generic":
+            projects = cell == "lstm" and some.H > 1 and draw.random() < 0.5
+            cases.append(replace(some, P=draw.randint(1, some.H - 1) if projects else None))
+        elif some.dtype != torch.float64:
+            some = replace(some, H=2 * some.H, tf32=some.dtype == torch.float32 and draw.random() < 0.5)
+            groups, warps = -(-some.H // 16), 8 if some.dtype == torch.float32 else 16
+            parts = 1 if route == "block" else draw.choice((2, 4, 8)) if route == "cluster" else draw.randint(2, 7)
+            shares = [k for k in (1, 2, 4, 8) if k * -(-groups // parts) <= warps]
+            if parts <= groups:
+                plan = (parts, draw.choice(shares), draw.choice((2, 4, 8)), draw.randint(1, 3))
+                cases.append(replace(some, plan=plan))
+    return cases
+
+
+@pytest.mark.parametrize("case", random_cases(40), ids=str)
+def test_random_cases(program: Path, case: Case) -> None:
     check(program, case)
 
 
