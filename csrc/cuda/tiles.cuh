@@ -15,14 +15,18 @@
 //
 // What passes between blocks at each step are the operands of the next product: h forward, H numbers a row; dz
 // backward, G H numbers a row. By route:
-//   block    nothing: one block has all units. One or two barriers of the block a step.
-//   cluster  each block writes its part into the shared memory of all others, 16 bytes a thread at a time, and a
-//   barrier
-//            of the cluster ends the step. Two buffers in turn, so one barrier does.
-//   grid     each block writes its part into the workspace (it stays in the second-level cache) and raises a flag for
-//            this tile of rows; who needs the tile awaits the flags of all parts and copies it. There is no barrier of
-//            the grid: a block that works at one tile does not wait for those who work at another. Two buffers in turn,
-//            as in a cluster.
+//
+// - block: nothing, one block has all units. One or two barriers of the block a step.
+// - cluster: each block stores its part in the shared memory of all others, 16 bytes a thread at a time, where a
+//   mailbox counts the bytes; who has all of them goes on. There is no barrier of the cluster after the first, since
+//   its fence would wait for every store to the memory of the device.
+// - grid: each block stores its part in the workspace (it stays in the second-level cache) and raises a flag for this
+//   tile of rows; who needs the tile awaits the flags of all parts and copies it. There is no barrier of the grid: a
+//   block that works at one tile does not wait for those who work at another.
+//
+// In a cluster and in a grid there are two buffers in turn, and nothing says that one may be written again: that
+// happens two steps later, which needs everybody's part of the step between, and everybody gives that after having
+// read.
 //
 // Counted, for a block and step of one tile of rows: 2 x 16 x 16 x 8 operations for each of its groups x k_tiles x
 // tiles tiles of weights; shared memory read: 512 bytes (16 bits) or 1 KB for each tile of weights that is not in
