@@ -131,7 +131,12 @@ Plan plan_of_routes(const Problem& p, const DeviceFacts& facts, bool block, bool
   if (!fits) return best.plan;
   if (block) consider(p, facts, Route::kBlock, 1, &best);
   for (int i = 1; cluster && i < kClusterSizes; ++i) consider(p, facts, Route::kCluster, 1 << i, &best);
-  for (int parts = 2; grid && parts <= facts.sm_count; ++parts) consider(p, facts, Route::kGrid, parts, &best);
+  // Of the numbers of blocks that give each as many groups, the least.
+  const int64_t all_groups = ceil_div(p.hidden, kTileUnits);
+  for (int groups = max_warps(p.type); grid && groups >= 1; --groups) {
+    const int64_t parts = ceil_div(all_groups, groups);
+    if (parts > 1 && parts <= facts.sm_count) consider(p, facts, Route::kGrid, static_cast<int>(parts), &best);
+  }
   return best.plan;
 }
 
