@@ -108,7 +108,8 @@ def _ops(emulated: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "TOLERANCE_ON", {"cpu": cases.TOLERANCE_ON["cuda"]})
 
 
-SIZES = [(0, 2, 3, 4), (3, 0, 3, 4), (1, 1, 1, 1), (2, 3, 5, 7), (5, 9, 6, 17), (4, 3, 0, 5)]  # T, B, I, H
+# T, B, I, H; even H is planned for other kernels, which the device then has no room for.
+SIZES = [(0, 2, 3, 4), (3, 0, 3, 4), (1, 1, 1, 1), (2, 3, 5, 7), (5, 9, 6, 17), (4, 3, 0, 5), (3, 2, 4, 16)]
 both = pytest.mark.parametrize("reverse", [False, True])
 every_cell = pytest.mark.parametrize("cell", CELLS, ids=str)
 every_kind = pytest.mark.parametrize("cell", KINDS, ids=str)
