@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,7 +96,7 @@ def emulated() -> types.ModuleType:
     ):
         assert old in text
         text = text.replace(old, new)
-    module = types.ModuleType(NAME)
+    module = sys.modules[NAME] = types.ModuleType(NAME)  # torch.compile looks for it there
     exec(compile(text, NAME, "exec"), module.__dict__)
     return module
 
@@ -107,7 +108,8 @@ def _ops(emulated: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "TOLERANCE_ON", {"cpu": cases.TOLERANCE_ON["cuda"]})
 
 
-SIZES = [(0, 2, 3, 4), (3, 0, 3, 4), (1, 1, 1, 1), (2, 3, 5, 7), (5, 9, 6, 17), (4, 3, 0, 5)]  # T, B, I, H
+# T, B, I, H; even H is planned for other kernels, which the device then has no room for.
+SIZES = [(0, 2, 3, 4), (3, 0, 3, 4), (1, 1, 1, 1), (2, 3, 5, 7), (5, 9, 6, 17), (4, 3, 0, 5), (3, 2, 4, 16)]
 both = pytest.mark.parametrize("reverse", [False, True])
 every_cell = pytest.mark.parametrize("cell", CELLS, ids=str)
 every_kind = pytest.mark.parametrize("cell", KINDS, ids=str)

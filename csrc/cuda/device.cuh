@@ -81,7 +81,8 @@ LLM_EXT_DEVICE void expect_mail(Mailbox* mailbox, int bytes) {
 #endif
 }
 // Waits for the end of the phase of this parity, 0 first, then 1, 0 and so on: its bytes have been told and are here.
-// Any thread, any number of times, but before the phase after it can end.
+// Any thread, any number of times, but before the phase after it can end. What arrived is in this block's own shared
+// memory, so a wait of the block's scope will do; that of the cluster would empty the first-level cache.
 LLM_EXT_DEVICE void await_mail(Mailbox* mailbox, int parity) {
 #if __CUDA_ARCH__ >= 900
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mailbox));
@@ -218,18 +219,30 @@ struct LaunchShape {
   bool all_resident = false;  // the launch fails unless all blocks run at the same time
 };
 
+// What a kernel may ask for beyond the usual. The same for every launch, so that launches by several threads of the
+// host do not get in each other's way.
+struct KernelLimits {
+  const void* kernel;
+
+  cudaError_t allow_all_shared_memory() const {
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
+  cudaError_t allow_large_clusters() const {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+};
+
 // Queues the kernel. Returns what went wrong, and leaves no error behind for others to find.
 template <typename Params>
 int launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, void* stream) {
-  const void* function = reinterpret_cast<const void*>(kernel);
+  const KernelLimits limits = {reinterpret_cast<const void*>(kernel)};
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
-  if (error == cudaSuccess && shape.cluster > 8) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+  if (shape.shared_bytes > 48 * 1024) error = limits.allow_all_shared_memory();
+  if (error == cudaSuccess && shape.cluster > 8) error = limits.allow_large_clusters();
   if (error == cudaSuccess) {
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
@@ -288,7 +301,7 @@ inline bool is_captured(void* stream) {
 // How many clusters of this shape run at the same time on the current device; 0 where there are none.
 template <typename Params>
 int resident_clusters(void (*kernel)(Params), const LaunchShape& shape) {
-  const void* function = reinterpret_cast<const void*>(kernel);
+  const KernelLimits limits = {reinterpret_cast<const void*>(kernel)};
   int count = 0;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -301,9 +314,8 @@ int resident_clusters(void (*kernel)(Params), const LaunchShape& shape) {
   config.dynamicSmemBytes = shape.shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaError_t error = limits.allow_all_shared_memory();
+  if (error == cudaSuccess) error = limits.allow_large_clusters();
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (error != cudaSuccess) {
     cudaGetLastError();

@@ -18,11 +18,12 @@ constexpr int64_t kMaxGridY = 65535;
 constexpr int64_t kMaxBatch = int64_t{1} << 24;  // rows and places of rows are counted in int
 
 constexpr double kSharedBytesAClock = 128;  // a multiprocessor
-constexpr double kL2BytesAClock = 64;       // to a multiprocessor
-constexpr double kStepClocks = 250;         // the step of the cells of one tile, its reads and writes
+constexpr double kL2BytesAClock = 32;       // to a multiprocessor, while all others read as well
+constexpr double kStepWait = 250;           // the chain of operations of one step, if nothing else is in the way
+constexpr double kSchedulers = 4;           // of a multiprocessor, an instruction of a warp a clock each
 constexpr double kSumClocks = 60;           // a barrier and a round through shared memory
 constexpr double kBlockClocks = 60;         // a barrier of the block
-constexpr double kClusterClocks = 900;      // writes to shared memory of others and a barrier of the cluster
+constexpr double kClusterClocks = 700;      // a barrier, stores to shared memory of others, and their arrival
 constexpr double kGridClocks = 2200;        // to the second-level cache, a flag, and back
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,6 +47,9 @@ MultiplyClocks multiply_clocks(const Problem& p, bool tf32, int rows) {
   return {2.0 * pairs, 8.0 * pairs};  // 256 multiply-adds a row, 128 a clock, 32 a clock and warp
 }
 
+// Instructions of a warp for the step of its 16 units and 8 rows, as compiled for sm_90, to the nearest 50.
+double step_instructions(Cell cell) { return cell == Cell::kLstm ? 450 : (cell == Cell::kGru ? 350 : 200); }
+
 double step_clocks(const Problem& p, const Plan& plan, const TileLayout& layout) {
   const MultiplyClocks multiply = multiply_clocks(p, plan.tf32, plan.tile_rows);
   const double warps = plan.groups * plan.k_parts;
@@ -53,10 +57,12 @@ double step_clocks(const Problem& p, const Plan& plan, const TileLayout& layout)
   const double states = static_cast<double>(layout.k_each) * kTileRows * kTileColumns * bytes_of(p.type);
   const double weights = static_cast<double>(layout.k_shared) * tiles_of(p) * tile_bytes(p);
   double tile = std::max(warps * tiles * multiply.shared, tiles * multiply.alone);
-  tile = std::max(tile, warps * (states + weights) / kSharedBytesAClock) + kStepClocks;
+  tile = std::max(tile, warps * (states + weights) / kSharedBytesAClock);
+  tile += std::max(kStepWait, plan.groups * step_instructions(p.cell) / kSchedulers);
   if (plan.k_parts > 1) tile += kSumClocks + plan.k_parts * tiles_of(p) * 4.0;
   if (plan.route == Route::kGrid) {
-    tile += static_cast<double>(layout.k_tiles) * kTileRows * kTileColumns * bytes_of(p.type) / kL2BytesAClock;
+    const double copied = static_cast<double>(layout.k_tiles) * kTileRows * kTileColumns * bytes_of(p.type);
+    tile += (copied + warps * layout.k_streamed * tiles_of(p) * tile_bytes(p)) / kL2BytesAClock;
   }
   const double exchange = plan.route == Route::kBlock     ? kBlockClocks
                           : plan.route == Route::kCluster ? kClusterClocks
@@ -102,7 +108,13 @@ void consider(const Problem& p, const DeviceFacts& facts, Route route, int parts
         const int64_t row_groups = ceil_div(tiles, row_tiles);
         if (row_groups > kMaxGridY || (route == Route::kGrid && row_groups > teams)) continue;
         plan.row_groups = static_cast<int>(row_groups);
-        const TileLayout layout = tile_layout(p, plan);
+        TileLayout layout = tile_layout(p, plan);
+        if (layout.bytes > facts.shared_bytes && route == Route::kGrid) {
+          const int64_t a_tile = groups * k_parts * tiles_of(p) * tile_bytes(p);  // a column tile of each warp
+          plan.streamed =
+              static_cast<int>(std::min<int64_t>(layout.k_shared, ceil_div(layout.bytes - facts.shared_bytes, a_tile)));
+          layout = tile_layout(p, plan);
+        }
         plan.shared_bytes = layout.bytes;
         if (plan.shared_bytes > facts.shared_bytes) continue;
         const double clocks = static_cast<double>(ceil_div(row_groups, teams)) * step_clocks(p, plan, layout);
@@ -119,7 +131,12 @@ Plan plan_of_routes(const Problem& p, const DeviceFacts& facts, bool block, bool
   if (!fits) return best.plan;
   if (block) consider(p, facts, Route::kBlock, 1, &best);
   for (int i = 1; cluster && i < kClusterSizes; ++i) consider(p, facts, Route::kCluster, 1 << i, &best);
-  for (int parts = 2; grid && parts <= facts.sm_count; ++parts) consider(p, facts, Route::kGrid, parts, &best);
+  // Of the numbers of blocks that give each as many groups, the least.
+  const int64_t all_groups = ceil_div(p.hidden, kTileUnits);
+  for (int groups = max_warps(p.type); grid && groups >= 1; --groups) {
+    const int64_t parts = ceil_div(all_groups, groups);
+    if (parts > 1 && parts <= facts.sm_count) consider(p, facts, Route::kGrid, static_cast<int>(parts), &best);
+  }
   return best.plan;
 }
 
@@ -134,7 +151,8 @@ TileLayout tile_layout(const Problem& p, const Plan& plan) {
   layout.padded = static_cast<int>(padded);
   layout.k_tiles = static_cast<int>(columns / kTileColumns);
   layout.k_each = static_cast<int>(ceil_div(layout.k_tiles, plan.k_parts));
-  layout.k_shared = std::max(0, layout.k_each - kHeldTiles / tiles_of(p));
+  layout.k_shared = std::max(0, layout.k_each - held_tiles(p.pass) / tiles_of(p) - plan.streamed);
+  layout.k_streamed = plan.streamed;
   layout.parts = static_cast<int>(ceil_div(padded, plan.groups * kTileUnits));
   while ((16 << layout.piece_bits) < plan.groups * kTileUnits * size) ++layout.piece_bits;
   // An odd number of column tiles, so that rows of states lie in different banks.
@@ -165,9 +183,14 @@ Plan make_plan(const Problem& problem, const DeviceFacts& facts, Route wanted) {
   return plan_of_routes(problem, facts, wanted == Route::kBlock, wanted == Route::kCluster, wanted == Route::kGrid);
 }
 
-int64_t flag_bytes(const Problem& p, const Plan& plan) {
-  const int64_t flags = static_cast<int64_t>(p.directions) * plan.row_groups * plan.row_tiles * plan.parts;
-  return ceil_div(flags * 4, 256) * 256;
+GridWorkspace grid_workspace(const Problem& p, const Plan& plan) {
+  const TileLayout layout = tile_layout(p, plan);
+  const int64_t teams = static_cast<int64_t>(p.directions) * plan.row_groups;
+  const int64_t states = 2 * plan.row_tiles * kTileRows * static_cast<int64_t>(layout.k_tiles) * kTileColumns;
+  const int64_t weights = static_cast<int64_t>(plan.parts) * plan.groups * plan.k_parts * layout.k_streamed;
+  const auto whole = [&](int64_t bytes_a_team) { return ceil_div(teams * bytes_a_team, 256) * 256; };
+  return {whole(plan.row_tiles * plan.parts * 4), whole(states * bytes_of(p.type)),
+          whole(weights * tiles_of(p) * tile_bytes(p))};
 }
 
 int64_t workspace_bytes(const Problem& p, const Plan& plan) {
@@ -178,8 +201,8 @@ int64_t workspace_bytes(const Problem& p, const Plan& plan) {
     return blocks * numbers * (p.type == Type::kFloat64 ? 8 : 4);
   }
   if (plan.route != Route::kGrid) return 0;
-  const int64_t rows = static_cast<int64_t>(p.directions) * plan.row_groups * 2 * plan.row_tiles * kTileRows;
-  return flag_bytes(p, plan) + rows * tile_layout(p, plan).k_tiles * kTileColumns * bytes_of(p.type);
+  const GridWorkspace workspace = grid_workspace(p, plan);
+  return workspace.flags + workspace.states + workspace.weights;
 }
 
 }  // namespace cuda

@@ -46,6 +46,7 @@ struct Plan {
   int k_parts = 1;     // warps that share the sum of one group, a power of two
   int tile_rows = 0;   // batch rows a tile, 8 at most
   int row_tiles = 0;   // tiles a block
+  int streamed = 0;    // column tiles of each warp's weights for which there is no room on the chip (grid only)
   int row_groups = 0;  // times that U is on the chip, each for other batch rows
   int64_t shared_bytes = 0;
 };

@@ -29,11 +29,6 @@ LLM_EXT_DEVICE void store(S* to, const Compute<S> (&values)[n]) {
   *reinterpret_cast<Pack<S, n>*>(to) = rounded;
 }
 
-template <int n, typename S>
-LLM_EXT_DEVICE void store_if_wanted(S* base, int64_t index, const Compute<S> (&values)[n]) {
-  if (base != nullptr) store<n>(base + index, values);
-}
-
 // Steps of row b of the batch. A length out of range is cut, so that it cannot lead out of any array.
 LLM_EXT_DEVICE int length_of(const RecurrenceShape& shape, int64_t b) {
   const int steps = static_cast<int>(shape.steps);
@@ -155,14 +150,15 @@ struct BackwardStep {
   }
 };
 
-// Zeros in columns [from, to) of the rows of the sequence that are beyond the length of row b; all threads of the block
-// share them.
+// Zeros in columns [from, to) of the rows of the sequence that are beyond the length of row b; each warp of the block
+// has some of them.
 template <typename S>
 LLM_EXT_DEVICE void clear_beyond(const RecurrenceShape& shape, int64_t b, int length, S* out, int64_t stride,
                                  int64_t from, int64_t to) {
   if (shape.row_offsets != nullptr) return;
-  for (int64_t t = length; t < shape.steps; ++t) {
-    for (int64_t i = from + thread_index(); i < to; i += thread_count()) out[(t * shape.batch + b) * stride + i] = S{};
+  for (int64_t t = length + warp_index(); t < shape.steps; t += warp_count()) {
+    S* row = out + (t * shape.batch + b) * stride;
+    for (int64_t i = from + lane_index(); i < to; i += kWarpThreads) row[i] = S{};
   }
 }
 

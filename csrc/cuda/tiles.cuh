@@ -2,9 +2,10 @@
 // backward.
 //
 // What a block owns. The units are dealt out in groups of 16 to `parts` blocks; a block holds the rows (backward:
-// columns) of U of its groups for the whole call, first in registers, then in shared memory, and does the steps of its
-// units for row_tiles tiles of up to 8 rows of the batch. Other rows belong to other blocks, which hold the same part
-// of U (grid y), and the other direction to yet others (grid z).
+// columns) of U of its groups for the whole call, first in registers, then in shared memory (what is still left, in a
+// grid, is laid out in the workspace and read from there at every step), and does the steps of its units for row_tiles
+// tiles of up to 8 rows of the batch. Other rows belong to other blocks, which hold the same part of U (grid y), and
+// the other direction to yet others (grid z).
 //
 // What a warp owns. Group warp % groups, and the tiles of columns of its share warp / groups of the sum. Where several
 // warps share a sum, they leave their parts in shared memory, and for tile j the warp of share j % k_parts adds them up
@@ -14,14 +15,18 @@
 //
 // What passes between blocks at each step are the operands of the next product: h forward, H numbers a row; dz
 // backward, G H numbers a row. By route:
-//   block    nothing: one block has all units. One or two barriers of the block a step.
-//   cluster  each block writes its part into the shared memory of all others, 16 bytes a thread at a time, and a
-//   barrier
-//            of the cluster ends the step. Two buffers in turn, so one barrier does.
-//   grid     each block writes its part into the workspace (it stays in the second-level cache) and raises a flag for
-//            this tile of rows; who needs the tile awaits the flags of all parts and copies it. There is no barrier of
-//            the grid: a block that works at one tile does not wait for those who work at another. Two buffers in turn,
-//            as in a cluster.
+//
+// - block: nothing, one block has all units. One or two barriers of the block a step.
+// - cluster: each block stores its part in the shared memory of all others, 16 bytes a thread at a time, where a
+//   mailbox counts the bytes; who has all of them goes on. There is no barrier of the cluster after the first, since
+//   its fence would wait for every store to the memory of the device.
+// - grid: each block stores its part in the workspace (it stays in the second-level cache) and raises a flag for this
+//   tile of rows; who needs the tile awaits the flags of all parts and copies it. There is no barrier of the grid: a
+//   block that works at one tile does not wait for those who work at another.
+//
+// In a cluster and in a grid there are two buffers in turn, and nothing says that one may be written again: that
+// happens two steps later, which needs everybody's part of the step between, and everybody gives that after having
+// read.
 //
 // Counted, for a block and step of one tile of rows: 2 x 16 x 16 x 8 operations for each of its groups x k_tiles x
 // tiles tiles of weights; shared memory read: 512 bytes (16 bits) or 1 KB for each tile of weights that is not in
@@ -51,20 +56,22 @@ struct TileParams {
   Route route;
   int parts, groups, k_parts, tile_rows, row_tiles;  // as in Plan
   TileLayout layout;
-  uint32_t* flags;  // grid: as flag_bytes() says, all 0
-  void* exchange;   // grid: as flag_bytes() says
+  // Of the grid's route, as grid_workspace() says; flags are 0.
+  uint32_t* flags;
+  void* exchange;
+  Words* streamed;
 };
 
 // A row of the batch as the kernel sees it; length is -1 where there is none.
 struct Row {
-  int64_t b;
+  int b;
   int length;
 };
 
 // Of a thread: its rows of a tile, what it owns of a product (unit e of row i at 2 e + i), and what it carries (unit e
 // of row i at 2 i + e).
 struct OwnRows {
-  int64_t first_b;
+  int first_b;
   int length[kOwnRows];
 };
 using Sums = float[kUnits * kOwnRows];
@@ -76,6 +83,7 @@ struct ForwardJob {
   using Arithmetic = A;
   using S = typename A::Stored;
   using Call = RecurrenceForward<S>;
+  static constexpr Pass kPass = Pass::kForward;
   static constexpr int kTiles = C::kGates;
   static constexpr int kOperands = 1;  // blocks of H operands a row
   struct Operands {
@@ -196,6 +204,7 @@ struct BackwardJob {
   using Arithmetic = A;
   using S = typename A::Stored;
   using Call = RecurrenceBackward<S>;
+  static constexpr Pass kPass = Pass::kBackward;
   static constexpr int kTiles = 1;
   static constexpr int kOperands = C::kGates;
   struct Operands {
@@ -322,16 +331,17 @@ struct Weights {
   using A = typename Job::Arithmetic;
   using Operand = typename A::Operand;
   static constexpr int kTiles = Job::kTiles;
-  static constexpr int kHeld = kHeldTiles / kTiles;  // column tiles in registers
+  static constexpr int kHeld = held_tiles(Job::kPass) / kTiles;  // column tiles in registers
   // Sums that follow each other wait for each other; two chains where there are too few tiles to fill the wait.
   static constexpr int kChains = kTiles < 3 && A::kSums == 4 ? 2 : 1;
 
   Words held[kHeld][kTiles][A::kPacks];
-  Words* shared;     // of this warp
-  int first, count;  // column tiles
+  Words* shared;      // of this warp: column tiles from kHeld on
+  int first, count;   // column tiles
+  int streamed_from;  // of them, the first that is streamed, or count
 
-  LLM_EXT_DEVICE static Words* slot(Words* shared, int i, int t, int pack) {
-    return shared + ((i * kTiles + t) * A::kPacks + pack) * kWarpThreads + lane_index();
+  LLM_EXT_DEVICE static Words* slot(Words* all, int i, int t, int pack) {
+    return all + ((i * kTiles + t) * A::kPacks + pack) * kWarpThreads + lane_index();
   }
 
   // The lane's part of column tile i, by reading U.
@@ -348,7 +358,7 @@ struct Weights {
     A::pack(low, high, words);
   }
 
-  LLM_EXT_DEVICE void fill(const Job& job, int first_unit, int padded) {
+  LLM_EXT_DEVICE void fill(const Job& job, int first_unit, int padded, Words* streamed) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
 #pragma unroll
@@ -362,33 +372,46 @@ struct Weights {
       for (int t = 0; t < kTiles; ++t) {
         Words words[A::kPacks];
         read(job, first_unit, padded, i, t, words);
+        Words* to = i < streamed_from ? slot(shared, i - kHeld, t, 0) : slot(streamed, i - streamed_from, t, 0);
 #pragma unroll
-        for (int pack = 0; pack < A::kPacks; ++pack) *slot(shared, i - kHeld, t, pack) = words[pack];
+        for (int pack = 0; pack < A::kPacks; ++pack) to[pack * kWarpThreads] = words[pack];
       }
     }
   }
 
-  LLM_EXT_DEVICE void product(const Operand* states, int stride, int rows, float (&own)[kTiles][4]) const {
+  // Adds the products of column tiles [begin, end), which lie in `all`.
+  LLM_EXT_DEVICE void add(const Words* all, int begin, int end, const Operand* states, int stride, int rows,
+                          float (&sums)[kChains][kTiles][A::kSums]) const {
+#pragma unroll 1
+    for (int i = begin; i < end; i += kChains) {
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) {
+        if (i + chain >= end) break;
+        Words words[kTiles][A::kPacks];
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int pack = 0; pack < A::kPacks; ++pack) {
+            words[t][pack] = all[(((i - begin + chain) * kTiles + t) * A::kPacks + pack) * kWarpThreads + lane_index()];
+          }
+        }
+        A::multiply(sums[chain], words, states + (i + chain) * kTileColumns, stride, rows);
+      }
+    }
+  }
+
+  // `streamed` says where those lie that have no room on the chip.
+  template <typename Streamed>
+  LLM_EXT_DEVICE void product(const Operand* states, int stride, int rows, Streamed streamed,
+                              float (&own)[kTiles][4]) const {
     float sums[kChains][kTiles][A::kSums] = {};
     const Operand* at = states + first * kTileColumns;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (i < count) A::multiply(sums[i % kChains], held[i], at + i * kTileColumns, stride, rows);
     }
-#pragma unroll 1
-    for (int i = kHeld; i < count; i += kChains) {
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) {
-        if (i + chain >= count) break;
-        Words words[kTiles][A::kPacks];
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int pack = 0; pack < A::kPacks; ++pack) words[t][pack] = *slot(shared, i + chain - kHeld, t, pack);
-        }
-        A::multiply(sums[chain], words, at + (i + chain) * kTileColumns, stride, rows);
-      }
-    }
+    add(shared, kHeld, streamed_from, at, stride, rows, sums);
+    if (streamed_from < count) add(streamed(), streamed_from, count, at, stride, rows, sums);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -431,13 +454,13 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
 
   const Job job(p.call, unit);
   const auto row_at = [&](int tile, int in_tile) {
-    const int64_t b = (static_cast<int64_t>(block_y()) * p.row_tiles + tile) * p.tile_rows + in_tile;
+    const int b = (block_y() * p.row_tiles + tile) * p.tile_rows + in_tile;
     return Row{b, lengths[tile * kTileRows + in_tile]};
   };
 
   for (int slot = thread_index(); slot < p.row_tiles * kTileRows; slot += thread_count()) {
     const int in_tile = slot % kTileRows;
-    const int64_t b = row_at(slot / kTileRows, in_tile).b;
+    const int b = row_at(slot / kTileRows, in_tile).b;
     lengths[slot] = in_tile < p.tile_rows && b < shape.batch ? length_of(shape, b) : -1;
   }
   for (int i = thread_index(); i < (grid ? 1 : 2) * buffer_states; i += thread_count()) states[i] = Operand{};
@@ -489,10 +512,17 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
   weights.count = layout.k_tiles - weights.first < layout.k_each ? layout.k_tiles - weights.first : layout.k_each;
   weights.shared =
       reinterpret_cast<Words*>(shared + layout.weights) + warp * layout.k_shared * kTiles * A::kPacks * kWarpThreads;
-  weights.fill(job, group_unit, padded);
+  const int on_chip = Weights<Job>::kHeld + layout.k_shared;
+  weights.streamed_from = weights.count < on_chip ? weights.count : on_chip;
+  // Places in the workspace of a grid are found again at every use, which costs less than registers.
+  const auto streamed = [&] {
+    const int64_t team = static_cast<int64_t>(block_z()) * grid_y() + block_y();
+    return p.streamed + ((team * p.parts + part) * warp_count() + warp_index()) *
+                            (layout.k_streamed * kTiles * A::kPacks * kWarpThreads);
+  };
+  weights.fill(job, group_unit, padded, streamed());
 
-  // Where blocks of a grid meet: of this direction, these rows of the batch, and this tile. Found again at every use,
-  // which costs less than registers.
+  // Where blocks of a grid meet: of this direction, these rows of the batch, and this tile.
   const auto exchange_at = [&](int buffer, int tile) {
     const int64_t team = static_cast<int64_t>(block_z()) * grid_y() + block_y();
     return static_cast<Operand*>(p.exchange) + ((team * 2 + buffer) * p.row_tiles + tile) * (kTileRows * columns);
@@ -562,7 +592,7 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
       }
 
       Sums sums[kTiles];
-      weights.product(operands, stride, p.tile_rows, sums);
+      weights.product(operands, stride, p.tile_rows, streamed, sums);
 
       if (shares_sum) {
         // Every warp but the one whose turn it is leaves its part; two buffers in turn, so one barrier does.
@@ -677,10 +707,12 @@ int launch_tiles(void (*kernel)(TileParams<Call>), const Call& call, Pass pass, 
   params.row_tiles = plan.row_tiles;
   params.layout = tile_layout(problem, plan);
   if (plan.route == Route::kGrid) {
-    const int64_t bytes = flag_bytes(problem, plan);
-    params.flags = static_cast<uint32_t*>(call.workspace);
-    params.exchange = static_cast<unsigned char*>(call.workspace) + bytes;
-    const int error = zero(params.flags, bytes, stream);
+    const GridWorkspace bytes = grid_workspace(problem, plan);
+    unsigned char* at = static_cast<unsigned char*>(call.workspace);
+    params.flags = reinterpret_cast<uint32_t*>(at);
+    params.exchange = at + bytes.flags;
+    params.streamed = reinterpret_cast<Words*>(at + bytes.flags + bytes.states);
+    const int error = zero(params.flags, bytes.flags, stream);
     if (error != 0) return error;
   }
   LaunchShape shape;

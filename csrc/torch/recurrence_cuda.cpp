@@ -30,6 +30,9 @@ void check_queued(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": CUDA reports: ", cuda::error_text(error));
 }
 
+// cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize.
+bool is_too_large(int error) { return error == 701 || error == 720 || error == 912; }
+
 // Of a device, asked for once.
 const cuda::DeviceFacts& facts_of(const char* op, int device) {
   static std::mutex mutex;
@@ -165,10 +168,7 @@ class Layer {
       zero(out.y);
       return out;
     }
-    const cuda::Plan plan = plan_of(cuda::Pass::kForward);
-    const OptionalTensor workspace = workspace_of(cuda::Pass::kForward, plan);
-    call.workspace = workspace ? workspace->data_ptr() : nullptr;
-    check_queued(op_, cuda::recurrence_forward(call, plan, on_.stream));
+    launch(cuda::Pass::kForward, call, cuda::recurrence_forward<S>);
     return out;
   }
 
@@ -229,10 +229,7 @@ class Layer {
       to.dc0 = need_dc0 ? state_of(dc0, d, s.hidden) : nullptr;
     }
     if (nothing_to_do()) return out;
-    const cuda::Plan plan = plan_of(cuda::Pass::kBackward);
-    const OptionalTensor workspace = workspace_of(cuda::Pass::kBackward, plan);
-    call.workspace = workspace ? workspace->data_ptr() : nullptr;
-    check_queued(op_, cuda::recurrence_backward(call, plan, on_.stream));
+    launch(cuda::Pass::kBackward, call, cuda::recurrence_backward<S>);
 
     const Tensor all_y = matrix(y_in, rows(), directions() * s.output);
     OptionalTensor x_in;
@@ -305,11 +302,20 @@ class Layer {
     const RecurrenceSizes& s = sizes();
     return {s.cell, pass, kType<S>, s.steps, s.batch, s.hidden, s.output, directions(), tf32_};
   }
-  cuda::Plan plan_of(cuda::Pass pass) const { return cuda::make_plan(problem(pass), on_.facts); }
-  OptionalTensor workspace_of(cuda::Pass pass, const cuda::Plan& plan) const {
-    const int64_t bytes = cuda::workspace_bytes(problem(pass), plan);
-    if (bytes == 0) return std::nullopt;
-    return llm_ext::empty({bytes}, ScalarType::Byte, common().place);
+  template <typename Call>
+  void launch(cuda::Pass pass, Call& call, int (*run)(const Call&, const cuda::Plan&, void*)) const {
+    const cuda::Problem p = problem(pass);
+    const auto with = [&](const cuda::Plan& plan) {
+      const int64_t bytes = cuda::workspace_bytes(p, plan);
+      OptionalTensor workspace;
+      if (bytes > 0) workspace = llm_ext::empty({bytes}, ScalarType::Byte, common().place);
+      call.workspace = workspace ? workspace->data_ptr() : nullptr;
+      return run(call, plan, on_.stream);
+    };
+    int error = with(cuda::make_plan(p, on_.facts));
+    // A process may have less of the device than there is (MPS, green contexts), which shows when it is asked for.
+    if (is_too_large(error)) error = with(cuda::make_plan(p, on_.facts, cuda::Route::kGeneric));
+    check_queued(op_, error);
   }
 
   // From memory that is pinned, so that nobody waits; the allocator of torch keeps it until the copy is done.

@@ -1,6 +1,7 @@
 // Compiled without ASan's instrumentation, for speed.
 #include "device.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -42,9 +43,11 @@ float error_of(float x) { return static_cast<float>(static_cast<int32_t>(bits_of
 float float_of_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
 float float_of_float16(uint16_t bits) {
-  _Float16 x;
-  memcpy(&x, &bits, sizeof x);
-  return static_cast<float>(x);
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+  const uint32_t exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
+  if (exponent == 0x1f) return float_of(sign | 0x7f800000 | fraction << 13);
+  if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * static_cast<float>(fraction);
+  return float_of(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
 uint16_t bfloat16_of(float x) {
@@ -54,10 +57,17 @@ uint16_t bfloat16_of(float x) {
 }
 
 uint16_t float16_of(float x) {
-  const _Float16 half = static_cast<_Float16>(x);
-  uint16_t bits;
-  memcpy(&bits, &half, sizeof bits);
-  return bits;
+  const uint16_t sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000);
+  const float size = std::fabs(x);
+  if (std::isnan(x)) return 0x7fff;
+  if (size == 0) return sign;
+  if (size >= 65520) return sign | 0x7c00;  // rounds to more than 65504
+  int exponent;
+  std::frexp(size, &exponent);  // size < 2^exponent
+  // In units of the last of 11 bits, or of the smallest subnormal number; the default rounding is to even.
+  const int unit = std::max(exponent - 11, -24);
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(size, -unit)));
+  return static_cast<uint16_t>(sign | (units + ((unit + 24) << 10)));
 }
 
 float tf32_of(float x) {

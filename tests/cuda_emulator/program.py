@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -40,14 +41,35 @@ class KernelError(Exception):
     """What the emulator or AddressSanitizer found wrong with a kernel."""
 
 
-def compiler() -> str:
-    """The g++ to build with; the test is skipped if there is none that will do."""
+@functools.cache
+def _compiler() -> tuple[str | None, str]:
+    """The g++ to build with, or None and why there is none."""
     found = shutil.which("g++")
     if found is None:
-        pytest.skip("the CUDA emulator is built with g++, which is not here")
+        return None, "the CUDA emulator is built with g++, which is not here"
     if os.uname().machine != "x86_64":
-        pytest.skip("the CUDA emulator switches fibers in the assembly of x86-64")
+        return None, "the CUDA emulator switches fibers in the assembly of x86-64"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [found, *ASAN, "-x", "c++", "-", "-o", str(Path(folder, "program"))]
+        if subprocess.run(command, input=b"int main() {}", capture_output=True, check=False).returncode != 0:
+            return None, "the CUDA emulator needs AddressSanitizer, which g++ does not have here"
+    return found, ""
+
+
+def compiler() -> str:
+    """The g++ to build with; the test is skipped if there is none that will do."""
+    found, reason = _compiler()
+    if found is None:
+        pytest.skip(reason)
     return found
+
+
+@functools.cache
+def _launcher() -> list[str]:
+    """What starts programs at the same addresses every time: some versions of AddressSanitizer fail at others."""
+    setarch = shutil.which("setarch")
+    works = setarch and subprocess.run([setarch, "-R", "true"], capture_output=True, check=False).returncode == 0
+    return [str(setarch), "-R"] if works else []
 
 
 def _run(command: list[str]) -> None:
@@ -138,7 +160,7 @@ def run(program: Path, request: Mapping[str, Tensor | int | None], timeout: floa
                     data = _bytes(value)
                     file.write(struct.pack("<q", len(name)) + name.encode() + struct.pack("<q", len(data)) + data)
         done = subprocess.run(
-            [str(program), str(asked), str(answered)],
+            [*_launcher(), str(program), str(asked), str(answered)],
             capture_output=True,
             text=True,
             check=False,

@@ -42,6 +42,8 @@ bool on = true;
 std::map<const void*, Region> regions;  // by their start
 Region* recent = nullptr;
 uint32_t launch_number = 0;
+uint32_t index_bits = 0;  // of a thread's number; above them is that of its block
+size_t block_threads = 0;
 Known nothing;
 std::unordered_map<const void*, Known> flags;
 
@@ -62,9 +64,16 @@ std::string line_of(const void* pc) {
   return text;
 }
 
+uint32_t block_of(uint32_t thread) { return thread >> index_bits; }
+uint32_t index_of(uint32_t thread) { return thread & ((1u << index_bits) - 1); }
+
+uint32_t time_of(const std::vector<Times>& known, uint32_t thread) {
+  const Times& times = known[block_of(thread)];
+  return times ? (*times)[index_of(thread)] : 0;
+}
+
 std::string name_of(uint32_t thread) {
-  const uint32_t threads = launch().threads;
-  return "block " + std::to_string(thread / threads) + " thread " + std::to_string(thread % threads);
+  return "block " + std::to_string(block_of(thread)) + " thread " + std::to_string(index_of(thread));
 }
 
 [[noreturn]] void race(const Access& before, bool before_writes, const Access& now, bool now_writes) {
@@ -73,27 +82,46 @@ std::string name_of(uint32_t thread) {
         ", and no barrier or flag orders them");
 }
 
+// All that either knows; one of the two if that knows what the other does.
+Times joined(const Times& a, const Times& b) {
+  if (!b || a == b) return a;
+  if (!a) return b;
+  bool a_has_all = true, b_has_all = true;
+  for (size_t i = 0; i < a->size(); ++i) {
+    a_has_all &= (*a)[i] >= (*b)[i];
+    b_has_all &= (*a)[i] <= (*b)[i];
+  }
+  if (a_has_all) return a;
+  if (b_has_all) return b;
+  auto both = std::make_shared<std::vector<uint32_t>>(*a);
+  for (size_t i = 0; i < both->size(); ++i) (*both)[i] = std::max((*both)[i], (*b)[i]);
+  return both;
+}
+
 Known joined(const Known& a, const Known& b) {
-  if (!a || a == b) return b;
-  if (!b) return a;
+  if (!b || a == b) return a;
+  if (!a) return b;
   // Many threads join the same two, one after the other.
   static Known recent_a, recent_b, recent_both;
   if (a == recent_a && b == recent_b) return recent_both;
-  auto both = std::make_shared<std::vector<uint32_t>>(*a);
-  for (size_t i = 0; i < both->size(); ++i) (*both)[i] = std::max((*both)[i], (*b)[i]);
+  auto both = std::make_shared<std::vector<Times>>(*a);
+  bool a_has_all = true;
+  for (size_t i = 0; i < both->size(); ++i) {
+    (*both)[i] = joined((*a)[i], (*b)[i]);
+    a_has_all &= (*both)[i] == (*a)[i];
+  }
   recent_a = a;
   recent_b = b;
-  return recent_both = both;
+  return recent_both = a_has_all ? a : both;
 }
 
 // Nobody else touches shared memory that may be gone.
 void check_end(const Region& region, const Block& block) {
   Known known;
   for (const auto& thread : block.threads) known = joined(known, thread->knowledge.known);
-  const uint32_t threads = launch().threads;
   const auto check = [&](const Access& access) {
-    if (access.thread == kNobody || access.thread / threads == block.number) return;
-    if ((*known)[access.thread] < access.time)
+    if (access.thread == kNobody || block_of(access.thread) == block.number) return;
+    if (time_of(*known, access.thread) < access.time)
       fault("block " + std::to_string(block.number) + " may have ended when its shared memory is touched at " +
             line_of(access.line) + " by " + name_of(access.thread));
   };
@@ -125,28 +153,30 @@ void forget(const void* start) {
 
 void watching(bool wanted) { on = wanted; }
 
-void begin(size_t threads) {
+void begin(size_t blocks, size_t threads_of_block) {
   ++launch_number;
   flags.clear();
-  nothing = std::make_shared<const std::vector<uint32_t>>(threads, 0);
+  block_threads = threads_of_block;
+  for (index_bits = 0; (size_t{1} << index_bits) < threads_of_block;) ++index_bits;
+  nothing = std::make_shared<const std::vector<Times>>(blocks);
 }
 
-void begin(Knowledge& thread, size_t number) {
-  thread.number = static_cast<uint32_t>(number);
+void begin(Knowledge& thread, size_t block, size_t index) {
+  thread.number = static_cast<uint32_t>(block << index_bits | index);
   thread.known = nothing;
 }
 
 namespace {
 
-void check(Region& region, const Access& now, const std::vector<uint32_t>& known, const void* address, size_t bytes,
+void check(Region& region, const Access& now, const std::vector<Times>& known, const void* address, size_t bytes,
            bool writes) {
   const auto before = [&](const Access& a) {
-    return a.thread == kNobody || a.thread == now.thread || known[a.thread] >= a.time || (a.atomic && now.atomic);
+    return a.thread == kNobody || a.thread == now.thread || time_of(known, a.thread) >= a.time ||
+           (a.atomic && now.atomic);
   };
   if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && reinterpret_cast<uintptr_t>(address) % bytes != 0)
     fault("an access of " + std::to_string(bytes) + " bytes at " + line_of(now.line) + " is not aligned to as many");
-  if (region.block && region.block->number != now.thread / launch().threads &&
-      known[region.block->number * launch().threads] == 0)
+  if (region.block && region.block->number != block_of(now.thread) && !known[region.block->number])
     fault("block " + std::to_string(region.block->number) +
           " may not have started when its shared memory is touched at " + line_of(now.line));
   const size_t first = static_cast<size_t>(static_cast<const unsigned char*>(address) - region.start);
@@ -166,7 +196,8 @@ void check(Region& region, const Access& now, const std::vector<uint32_t>& known
       cell.write = now;
     } else {
       Access& mine = cell.reads[0];
-      if (mine.thread != kNobody && mine.thread != now.thread && known[mine.thread] < mine.time) cell.reads[1] = mine;
+      if (mine.thread != kNobody && mine.thread != now.thread && time_of(known, mine.thread) < mine.time)
+        cell.reads[1] = mine;
       mine = now;
     }
   }
@@ -191,8 +222,20 @@ Arrival arrive(Knowledge& thread) { return {thread.number, thread.time++, thread
 Known meet(const std::vector<Arrival>& arrivals) {
   Known base;
   for (const Arrival& arrival : arrivals) base = joined(base, arrival.known);
-  auto all = std::make_shared<std::vector<uint32_t>>(*base);
-  for (const Arrival& arrival : arrivals) (*all)[arrival.number] = std::max((*all)[arrival.number], arrival.time);
+  auto all = std::make_shared<std::vector<Times>>(*base);
+  std::shared_ptr<std::vector<uint32_t>> times;  // of the block of the arrival before, already ours to change
+  uint32_t block = kNobody;
+  for (const Arrival& arrival : arrivals) {
+    if (block_of(arrival.number) != block) {
+      block = block_of(arrival.number);
+      Times& known = (*all)[block];
+      times = known ? std::make_shared<std::vector<uint32_t>>(*known)
+                    : std::make_shared<std::vector<uint32_t>>(block_threads);
+      known = times;
+    }
+    uint32_t& time = (*times)[index_of(arrival.number)];
+    time = std::max(time, arrival.time);
+  }
   return all;
 }
 

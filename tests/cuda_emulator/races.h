@@ -16,8 +16,10 @@ namespace emulator {
 struct Block;
 struct Thread;
 
-// For each thread of the grid, the last of its times that is known. Never changed once it is shared.
-using Known = std::shared_ptr<const std::vector<uint32_t>>;
+// For each block of the grid, and each of its threads, the last of its times that is known; null where none is. Never
+// changed once it is shared, so that what many know the same is there once.
+using Times = std::shared_ptr<const std::vector<uint32_t>>;
+using Known = std::shared_ptr<const std::vector<Times>>;
 
 // Of a thread that has arrived at a barrier: what it knew, and its time.
 struct Arrival {
@@ -27,7 +29,7 @@ struct Arrival {
 };
 
 struct Knowledge {
-  uint32_t number = 0;  // of the thread in its grid, from 0
+  uint32_t number = 0;  // of the thread in its grid
   uint32_t time = 1;    // the own time goes on whenever others may learn of it
   Known known;
 };
@@ -43,8 +45,8 @@ void forget(const void* start);
 void watching(bool on);
 
 // A launch comes after all that was before. Its threads know nothing of each other.
-void begin(size_t threads);
-void begin(Knowledge& thread, size_t number);
+void begin(size_t blocks, size_t threads_of_block);
+void begin(Knowledge& thread, size_t block, size_t index);
 
 // Atomic accesses do not race with each other. `line` is an address in the code.
 void access(const void* address, size_t bytes, bool writes, bool atomic, const void* line);

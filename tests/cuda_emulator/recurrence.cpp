@@ -1,5 +1,6 @@
 // Runs the recurrence as a request asks, once for each seed: forward, and backward if there are gradients. Whatever the
 // order of the threads, the results must have the same bits.
+#include <algorithm>
 #include <cinttypes>
 #include <vector>
 
@@ -72,6 +73,9 @@ Plan plan_of(const Records& request, const Problem& problem) {
     plan.k_parts = static_cast<int>(request.number("k_parts"));
     plan.tile_rows = static_cast<int>(request.number("tile_rows"));
     plan.row_tiles = static_cast<int>(request.number("row_tiles"));
+    // Of those that registers cannot hold.
+    plan.streamed =
+        static_cast<int>(std::min<int64_t>(request.number("streamed"), tile_layout(problem, plan).k_shared));
     const int64_t rows = plan.tile_rows * plan.row_tiles;
     plan.row_groups = static_cast<int>((problem.batch + rows - 1) / rows);
     plan.shared_bytes = tile_layout(problem, plan).bytes;

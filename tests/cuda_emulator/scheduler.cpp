@@ -258,7 +258,7 @@ void start_cluster(size_t number) {
       auto thread = std::make_unique<Thread>();
       thread->block = block.get();
       thread->index = i;
-      races::begin(thread->knowledge, block->number * l.threads + i);
+      races::begin(thread->knowledge, block->number, i);
       thread->priority = skewed_priority(cluster_priority, block_priority, warp_priority);
       block->threads.push_back(std::move(thread));
     }
@@ -353,7 +353,7 @@ void fault(const std::string& why, Place place) {
 void run(const Launch& l) {
   state.launch = &l;
   state.uniform = draw(2) == 0;
-  races::begin(l.blocks() * l.threads);
+  races::begin(l.blocks(), l.threads);
   const size_t clusters = l.blocks() / l.cluster;
   // Blocks that do not have to run at the same time run one after the other, or a few together, in any order.
   const size_t most = std::clamp<size_t>(kThreadsInFlight / (l.cluster * l.threads), 1, 4);

@@ -1,4 +1,5 @@
-// A device that has no room for any kernel but the generic ones, which the emulator runs, here without its checks.
+// A device that, when asked, has no room for any kernel but the generic ones. Those run in the emulator, here without
+// its checks.
 #include <cstddef>
 
 #include "cuda/generic.h"
@@ -7,17 +8,22 @@
 namespace llm_ext {
 namespace cuda {
 
+constexpr int kTooLarge = 720;  // cudaErrorCooperativeLaunchTooLarge
+
 int device_facts(int, DeviceFacts* facts) {
   facts->sm = 80;
-  facts->sm_count = 2;
+  facts->sm_count = 8;
+  facts->shared_bytes = 99 * 1024;
   return 0;
 }
 template <typename S>
-int recurrence_forward(const RecurrenceForward<S>& call, const Plan&, void* stream) {
+int recurrence_forward(const RecurrenceForward<S>& call, const Plan& plan, void* stream) {
+  if (plan.route != Route::kGeneric) return kTooLarge;
   return generic_recurrence(call, stream);
 }
 template <typename S>
-int recurrence_backward(const RecurrenceBackward<S>& call, const Plan&, void* stream) {
+int recurrence_backward(const RecurrenceBackward<S>& call, const Plan& plan, void* stream) {
+  if (plan.route != Route::kGeneric) return kTooLarge;
   return generic_recurrence(call, stream);
 }
 const char* error_text(int) { return "refused"; }
