@@ -28,8 +28,8 @@ _prefix_pool_forward = _ops.prefix_pool_forward.default
 _prefix_pool_backward = _ops.prefix_pool_backward.default
 
 
-# What an op raises when it refuses its arguments.
-_FAILURES = (RuntimeError, TypeError)
+# What an op raises when it refuses its arguments, and what comes of one that is no tensor.
+_FAILURES = (RuntimeError, TypeError, AttributeError)
 
 
 def _explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoReturn:
@@ -100,7 +100,7 @@ def _on_cuda(x: Any) -> bool:
 
 def _tf32(x: Tensor) -> bool:
     """Whether the products of a recurrence over x may use TF32: as torch's own."""
-    return _on_cuda(x) and x.dtype == torch.float32 and _matmul_tf32()
+    return x.is_cuda and x.dtype == torch.float32 and _matmul_tf32()
 
 
 def _by_packing(
