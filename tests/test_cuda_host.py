@@ -248,6 +248,8 @@ def test_refusals(emulated: types.ModuleType) -> None:
     # Of the kernels' own: what checks.py has nothing against.
     with pytest.raises(ValueError, match="gru: batch_sizes must be positive and never rise"):
         cell_functions(GRU, batch_sizes=torch.tensor([1, 2]))[0](**(inputs | {"x": torch.zeros(3, 4)}))
+    with pytest.raises(RuntimeError, match=r"T, B and H must be below 2\^31 on cuda, got 2147483648"):
+        emulated.rnn(torch.zeros(1, 2**31, 0), None, torch.zeros(1, 0), torch.zeros(1, 1))
 
 
 @every_kind

@@ -38,7 +38,7 @@ constexpr int64_t kBlockBytes = 128 << 10;
 // How far ahead to fetch, in bytes of a panel and in rows to pack: what the machine does not foresee by itself at the
 // start of a page or a row. Together 3 % of a backward pass on Zen 3 (B32 T128 I512 H512). Machines with AVX-512
 // foresee more, and are kept from it: on Zen 5, fetching panels makes B1 H512 3.8 us a step instead of 2.5, LSTM B32
-// H1024 670 instead of 600.
+// H1024 690 instead of 605.
 constexpr bool kFetchesPanels = LLM_EXT_VECTOR_BYTES < 64;
 constexpr int kPanelAhead = 512;
 constexpr int64_t kRowsAhead = 8;
@@ -49,7 +49,7 @@ constexpr int64_t kFarBytes = 6 << 20;
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// n rows in tiles of at most kRows, or in a single one, as even as can be; divides once.
+// n rows in tiles of at most kRows, kMostRows in a single one, as even as can be; divides once.
 struct Tiles {
   explicit Tiles(int64_t n)
       : count(n == kMostRows ? 1 : divide_up(n, kRows)), size(n / (count > 0 ? count : 1)), larger(n - size * count) {}
@@ -323,7 +323,8 @@ static inline void gates_product(Left a, int64_t rows, int64_t k, const R* packe
   alignas(64) T sums[kGates * kSums];
   const Tiles tiles(rows);
   const int64_t depth = padded<R>(k);
-  const bool far = kGates * cols * depth * static_cast<int64_t>(sizeof(R)) > kFarBytes && !Left::kPacked;
+  const bool far =
+      kFetchesPanels && kGates * cols * depth * static_cast<int64_t>(sizeof(R)) > kFarBytes && !Left::kPacked;
   const bool backwards = panels.backwards && tiles.count == 1;
   for (int64_t i = panels.range.begin; i < panels.range.end; ++i) {
     const int64_t p = backwards ? panels.range.end - 1 - (i - panels.range.begin) : i;

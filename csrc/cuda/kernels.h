@@ -5,8 +5,8 @@
 // from dz. The launchers queue work on a stream and never wait. They return a cudaError_t (0: queued), and leave no
 // error behind. Pointers are to the memory of the current device. The workspace is aligned to 256 bytes and tensors to
 // 16, but y, grad_y and what belongs to the second direction only to two elements where H is even, and so are strides;
-// to one where it is odd. Letters are those of params.h; rows of a sequence lie one after the other, N of them: row
-// t B + b of step t where nothing is packed, row_offsets[t] + b where it is.
+// to one where it is odd. What is written overlaps nothing else. Letters are those of params.h; rows of a sequence lie
+// one after the other, N of them: row t B + b of step t where nothing is packed, row_offsets[t] + b where it is.
 #pragma once
 
 #include <cstdint>

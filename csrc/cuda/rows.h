@@ -7,6 +7,7 @@ namespace llm_ext {
 namespace cuda {
 
 // Row n of `to` is row n of `from`, or that of the step before or after. Rows of any type: they are only moved.
+// `to` overlaps neither of the others.
 struct RowCopy {
   int64_t steps;               // T, at least 1
   int64_t batch;               // B, at least 1

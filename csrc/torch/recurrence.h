@@ -14,13 +14,6 @@
 
 namespace llm_ext {
 
-inline Cell elman_cell(const char* op, const std::string& nonlinearity) {
-  if (nonlinearity == "tanh") return Cell::kRnnTanh;
-  if (nonlinearity == "relu") return Cell::kRnnRelu;
-  if (nonlinearity == "sigmoid") return Cell::kRnnSigmoid;
-  STD_TORCH_CHECK(false, op, ": nonlinearity must be tanh, relu or sigmoid, got ", nonlinearity);
-}
-
 inline Cell cell_named(const char* op, const std::string& name) {
   if (name == "tanh") return Cell::kRnnTanh;
   if (name == "relu") return Cell::kRnnRelu;
@@ -28,6 +21,13 @@ inline Cell cell_named(const char* op, const std::string& name) {
   if (name == "gru") return Cell::kGru;
   if (name == "lstm") return Cell::kLstm;
   STD_TORCH_CHECK(false, op, ": cell must be tanh, relu, sigmoid, gru or lstm, got ", name);
+}
+
+inline Cell elman_cell(const char* op, const std::string& nonlinearity) {
+  const Cell cell = cell_named(op, nonlinearity);
+  STD_TORCH_CHECK(cell != Cell::kGru && cell != Cell::kLstm, op, ": nonlinearity must be tanh, relu or sigmoid, got ",
+                  nonlinearity);
+  return cell;
 }
 
 // First row of each step, and the end: T + 1 numbers.

@@ -126,6 +126,10 @@ class Layer {
   explicit Layer(const std::vector<DirectionArguments>& directions)
       : op_(directions[0].common.op), tf32_(directions[0].common.tf32), on_(op_, directions[0].common.x) {
     for (const DirectionArguments& d : directions) r_.emplace_back(d.common);
+    // Kernels count each of them in int.
+    for (int64_t size : {sizes().steps, sizes().batch, sizes().hidden}) {
+      STD_TORCH_CHECK(size < int64_t{1} << 31, op_, ": T, B and H must be below 2^31 on cuda, got ", size);
+    }
     if (common().packed()) offsets_ = offsets_on_device();
   }
 

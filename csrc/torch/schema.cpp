@@ -20,14 +20,13 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
   m.def(
       "lstm_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? w_hr, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool tf32, bool keep) -> (Tensor y, Tensor "
-      "h_n, "
-      "Tensor c_n, Tensor kept)");
+      "Tensor? w_hr, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool tf32, bool keep) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor kept)");
   m.def(
       "lstm_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, Tensor? c0, "
-      "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor y, Tensor kept, Tensor? batch_sizes, Tensor? lengths, bool "
-      "reverse, "
-      "bool tf32, bool need_dx, bool need_dh0, bool need_dc0, bool need_dw_ih, bool need_dw_hh, bool need_db_ih, "
+      "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor y, Tensor kept, Tensor? batch_sizes, Tensor? lengths, "
+      "bool reverse, bool tf32, bool need_dx, bool need_dh0, bool need_dc0, bool need_dw_ih, bool need_dw_hh, bool "
+      "need_db_ih, "
       "bool need_db_hh, bool need_dw_hr) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, "
       "Tensor db_ih, Tensor db_hh, Tensor dw_hr)");
   m.def(
