@@ -61,7 +61,8 @@ class Case:
 
 
 def kernel_sources() -> list[Path]:
-    return [path for path in sorted((ROOT / "csrc" / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+    return [path for path in sources if "attention" not in path.name]
 
 
 def recurrence_sources() -> list[Path]:

@@ -1,0 +1,974 @@
+// Attention pooling and its causal prefix form. docs/attention.md derives the formulas, docs/cuda.md counts the bytes.
+//
+// A team of threads owns a chunk of time of one row of the batch, and each of its threads some columns: it holds their
+// sums or their state through the whole chunk, and of what is read a tile of positions at a time. Only dot products
+// over all columns are shared, once a tile; while they are, the next tile is on its way. Teams exchange nothing: what a
+// chunk adds up to goes to the workspace, and a small kernel merges it in the order of time.
+//
+// Rows of whole packs of 16 bytes, 1024 of them at most, are held in registers. All others go one number at a time, and
+// what is held of them lies in the workspace.
+#include <limits>
+#include <type_traits>
+
+#include "cuda/attention.h"
+#include "cuda/device.cuh"
+#include "cuda/parts.h"
+
+namespace llm_ext {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = kPoolThreads;
+constexpr int kWarps = kThreads / kWarpThreads;
+// Blocks that a multiprocessor has room for, and positions of a tile. A thread has 64 or 128 bytes under way, a
+// multiprocessor 32 KB, of each array that is read; more do not fit the registers.
+template <int N>
+constexpr int kBlocks = N == 1 ? 2 : 1;
+template <int N>
+constexpr int kForwardRows = N > 1 ? 8 / N : 4;
+template <int N>
+constexpr int kBackwardRows = N > 2 ? 1 : 2;
+// Numbers that a team adds up at once.
+constexpr int kMostSums = 8;
+// A score that exceeds all before it by more than this could make their share of the state underflow.
+constexpr int kSafeRise = 60;
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <typename T>
+constexpr size_t kSharedBytes = 2 * kWarps * kMostSums * sizeof(T);
+
+// exp(x) of an x that is at most 0 and may be -inf.
+template <typename T>
+LLM_EXT_DEVICE T share_of(T x) {
+  return x == -kInfinity<T> ? T(0) : exp_of(x);
+}
+
+// ---- what a thread owns
+
+struct Unit {
+  int64_t number;      // of the chunk, among those of all rows
+  int64_t b;           // its row of the batch
+  int64_t begin, end;  // its positions; none if there is no such chunk
+  bool exists;
+};
+
+// The chunk of this thread's team. Where a kernel reads what another has just read, it begins with what came last,
+// which the second-level cache may still hold.
+LLM_EXT_DEVICE Unit unit_of(const PoolPlan& plan, int64_t batch, int64_t steps, bool last_first) {
+  const int64_t units = batch * plan.chunks;
+  const int64_t place = static_cast<int64_t>(block_x()) * (kThreads / plan.team) + thread_index() / plan.team;
+  Unit unit = {};
+  unit.exists = place < units;
+  if (!unit.exists) return unit;
+  unit.number = last_first ? units - 1 - place : place;
+  unit.b = unit.number / plan.chunks;
+  unit.begin = unit.number % plan.chunks * plan.chunk;
+  unit.end = unit.begin + plan.chunk < steps ? unit.begin + plan.chunk : steps;
+  return unit;
+}
+
+// Columns: N packs of 16 bytes, as far apart as the team is wide; N = 0: any number of them, one by one.
+template <typename S, int N>
+struct Columns {
+  static constexpr int kWide = N > 0 ? 16 / sizeof(S) : 1;
+  int64_t dim;
+  int team;
+  int rank;  // of the thread in its team
+
+  LLM_EXT_DEVICE Columns(int64_t dim, const PoolPlan& plan)
+      : dim(dim), team(plan.team), rank(thread_index() & (plan.team - 1)) {}
+
+  // Whether what there is one of for position r of a tile is this thread's to write.
+  LLM_EXT_DEVICE bool writes(int r) const { return rank == (r & (team - 1)); }
+
+  // f(i, column) of each pack i. A pack that is held may lie beyond D: it is neither read nor written, and zero.
+  template <typename F>
+  LLM_EXT_DEVICE void for_each(const F& f) const {
+    if constexpr (N > 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(i, (static_cast<int64_t>(i) * team + rank) * kWide);
+    } else {
+      for (int64_t column = rank; column < dim; column += team) f(0, column);
+    }
+  }
+  // The same, and f(i, column, j) of each number j of a pack.
+  template <typename F>
+  LLM_EXT_DEVICE void for_each_number(const F& f) const {
+    for_each([&](int i, int64_t column) {
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) f(i, column, j);
+    });
+  }
+};
+
+// R rows that are read; one that is absent is zero.
+template <typename S, int N, int R>
+struct Tile {
+  static constexpr int kWide = Columns<S, N>::kWide;
+  Pack<S, kWide> held[R][N > 0 ? N : 1];
+  const S* in_memory[N > 0 ? 1 : R];
+  unsigned presence;  // a bit for each row
+
+  // From row_of(r), null where the row is absent.
+  template <typename F>
+  LLM_EXT_DEVICE void load(const Columns<S, N>& columns, const F& row_of) {
+    presence = 0;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const S* row = row_of(r);
+      presence |= (row != nullptr ? 1u : 0u) << r;
+      if constexpr (N > 0) {
+        columns.for_each([&](int i, int64_t column) {
+          held[r][i] = row != nullptr && column < columns.dim ? *reinterpret_cast<const Pack<S, kWide>*>(row + column)
+                                                              : Pack<S, kWide>{};
+        });
+      } else {
+        in_memory[r] = row;
+      }
+    }
+  }
+  LLM_EXT_DEVICE bool present(int r) const { return (presence >> r & 1) != 0; }
+  LLM_EXT_DEVICE Compute<S> at(int r, int i, int64_t column, int j) const {
+    if constexpr (N > 0) {
+      return widen(held[r][i].at[j]);
+    } else {
+      return present(r) ? widen(in_memory[r][column]) : Compute<S>(0);
+    }
+  }
+};
+
+// A row of sums or of state: in registers between begin() and end(), or in memory all the time.
+template <typename S, int N>
+struct Held {
+  using T = Compute<S>;
+  static constexpr int kWide = Columns<S, N>::kWide;
+  using Part = Pack<T, (N > 0 ? 16 / sizeof(T) : 1)>;
+  T own[N > 0 ? N * kWide : 1];
+  T* memory;
+
+  // From a row of T; null: zeros.
+  LLM_EXT_DEVICE void begin(const Columns<S, N>& columns, T* in_memory, const T* from) {
+    memory = in_memory;
+    if constexpr (N > 0) {
+      columns.for_each([&](int i, int64_t column) {
+#pragma unroll
+        for (int j = 0; j < kWide; j += sizeof(Part) / sizeof(T)) {
+          Part part = {};
+          if (from != nullptr && column < columns.dim) part = *reinterpret_cast<const Part*>(from + column + j);
+#pragma unroll
+          for (int k = 0; k < static_cast<int>(sizeof(Part) / sizeof(T)); ++k) own[i * kWide + j + k] = part.at[k];
+        }
+      });
+    } else if (from != memory) {
+      columns.for_each([&](int, int64_t column) { memory[column] = from != nullptr ? from[column] : T(0); });
+    }
+  }
+  LLM_EXT_DEVICE T& at(int i, int64_t column, int j) {
+    if constexpr (N > 0) {
+      return own[i * kWide + j];
+    } else {
+      return memory[column];
+    }
+  }
+  LLM_EXT_DEVICE void end(const Columns<S, N>& columns, T* to) {
+    if constexpr (N > 0) {
+      columns.for_each([&](int i, int64_t column) {
+        if (column >= columns.dim) return;
+#pragma unroll
+        for (int j = 0; j < kWide; j += sizeof(Part) / sizeof(T)) {
+          Part part;
+#pragma unroll
+          for (int k = 0; k < static_cast<int>(sizeof(Part) / sizeof(T)); ++k) part.at[k] = own[i * kWide + j + k];
+          *reinterpret_cast<Part*>(to + column + j) = part;
+        }
+      });
+    }
+  }
+};
+
+// Writes a row of S: value(i, column, j) of each number.
+template <typename S, int N, typename F>
+LLM_EXT_DEVICE void write_row(const Columns<S, N>& columns, S* to, const F& value) {
+  constexpr int kWide = Columns<S, N>::kWide;
+  columns.for_each([&](int i, int64_t column) {
+    Pack<S, kWide> pack;
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) pack.at[j] = narrow<S>(value(i, column, j));
+    if (column < columns.dim) *reinterpret_cast<Pack<S, kWide>*>(to + column) = pack;
+  });
+}
+
+// ---- positions
+
+template <typename S>
+LLM_EXT_DEVICE int64_t offset_of(const PoolInput<S>& in, int64_t b, int64_t t) {
+  return b * in.e_batch_stride + t * in.e_step_stride;
+}
+
+// Which positions of a chunk take part.
+template <typename S>
+struct Admission {
+  int64_t limit;
+  const bool* mask;  // of the row; null: all before the limit
+
+  LLM_EXT_DEVICE Admission(const PoolInput<S>& in, const Unit& unit)
+      : limit(unit.end), mask(in.mask == nullptr ? nullptr : in.mask + unit.b * in.steps) {
+    if (in.lengths != nullptr && in.lengths[unit.b] < limit) limit = in.lengths[unit.b];
+  }
+  LLM_EXT_DEVICE bool admits(int64_t t) const { return t < limit && (mask == nullptr || mask[t]); }
+};
+
+// Sums over the threads of each team, in a fixed order, in all of them. All threads of the block come together.
+template <typename T>
+struct TeamSum {
+  T* shared;  // two places, in turn, so that one barrier will do
+  int team;
+  int turn;
+
+  template <int n>
+  LLM_EXT_DEVICE void operator()(T (&sums)[n]) {
+    static_assert(n <= kMostSums, "there is room for no more");
+    for (int mask = (team < kWarpThreads ? team : kWarpThreads) / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int r = 0; r < n; ++r) sums[r] += shuffle_xor(sums[r], mask);
+    }
+    if (team <= kWarpThreads) return;
+    T* at = shared + turn * kWarps * kMostSums;
+    turn ^= 1;
+    if (lane_index() == 0) {
+#pragma unroll
+      for (int r = 0; r < n; ++r) at[warp_index() * kMostSums + r] = sums[r];
+    }
+    block_barrier();
+    const int warps = team / kWarpThreads, first = warp_index() / warps * warps;
+#pragma unroll
+    for (int r = 0; r < n; ++r) sums[r] = T(0);
+    for (int w = first; w < first + warps; ++w) {
+#pragma unroll
+      for (int r = 0; r < n; ++r) sums[r] += at[w * kMostSums + r];
+    }
+  }
+};
+
+template <typename T>
+LLM_EXT_DEVICE TeamSum<T> team_sum(int team) {
+  return {reinterpret_cast<T*>(shared_memory()), team, 0};
+}
+
+// Scores of the positions t + r of a tile: -inf where one takes no part.
+template <typename S, int N, int R>
+LLM_EXT_DEVICE void score(const PoolInput<S>& in, const Unit& unit, const Columns<S, N>& columns,
+                          const Tile<S, N, R>& e, const Tile<S, N, 1>& u, int64_t t, TeamSum<Compute<S>>& sum,
+                          Compute<S> (&scores)[R]) {
+  using T = Compute<S>;
+#pragma unroll
+  for (int r = 0; r < R; ++r) scores[r] = T(0);
+  if (in.u != nullptr) {
+    columns.for_each_number([&](int i, int64_t column, int j) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) scores[r] += e.at(r, i, column, j) * u.at(0, i, column, j);
+    });
+    sum(scores);
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (!e.present(r)) {
+      scores[r] = -kInfinity<T>;
+    } else if (in.u == nullptr) {
+      scores[r] = widen(in.scores[unit.b * in.steps + t + r]);
+    }
+  }
+}
+
+// ---- the pooled vector of a chunk: all of pooling, and what a chunk of the prefix form leaves to those after it
+
+template <typename S>
+struct SummaryParams {
+  PoolInput<S> in;
+  PoolPlan plan;
+  S* c;                    // [B, D] out, where a chunk is a whole row; null: it goes to the next one
+  Compute<S>* partial_c;   // [units, D] out
+  Compute<S>* l;           // [units] out: log-sum-exp
+  Compute<S>* scores_out;  // [B, T] out; null: not wanted
+};
+
+template <typename S, int N>
+LLM_EXT_SHARING_KERNEL(kThreads, kBlocks<N>)
+void pool_summaries(LLM_EXT_PARAMS SummaryParams<S> p) {
+  using T = Compute<S>;
+  constexpr int R = kForwardRows<N>;
+  const PoolInput<S>& in = p.in;
+  const Unit unit = unit_of(p.plan, in.batch, in.steps, false);
+  const Columns<S, N> columns(in.dim, p.plan);
+  const Admission<S> admission(in, unit);
+  TeamSum<T> sum = team_sum<T>(p.plan.team);
+  const auto load = [&](Tile<S, N, R>& tile, int64_t t) {
+    tile.load(columns, [&](int r) { return admission.admits(t + r) ? in.e + offset_of(in, unit.b, t + r) : nullptr; });
+  };
+
+  Tile<S, N, 1> u;
+  u.load(columns, [&](int) { return in.u; });
+  Held<S, N> c;
+  if (unit.exists || N > 0) c.begin(columns, N > 0 ? nullptr : p.partial_c + unit.number * in.dim, nullptr);
+  T max = -kInfinity<T>, total = T(0);
+  Tile<S, N, R> e;
+  load(e, unit.begin);
+  for (int64_t i = 0; i < p.plan.chunk; i += R) {
+    const int64_t t = unit.begin + i;
+    Tile<S, N, R> next;
+    load(next, t + R);
+    T weights[R];
+    score(in, unit, columns, e, u, t, sum, weights);
+    if (p.scores_out != nullptr) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (columns.writes(r) && t + r < unit.end) {
+          p.scores_out[unit.b * in.steps + t + r] = weights[r];
+        }
+      }
+    }
+    T high = max;
+#pragma unroll
+    for (int r = 0; r < R; ++r) high = weights[r] > high || weights[r] != weights[r] ? weights[r] : high;
+    if (high != -kInfinity<T>) {
+      const T rescale = share_of(max - high);
+      max = high;
+      total *= rescale;
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        weights[r] = share_of(weights[r] - high);
+        total += weights[r];
+      }
+      columns.for_each_number([&](int n, int64_t column, int j) {
+        T value = c.at(n, column, j) * rescale;
+#pragma unroll
+        for (int r = 0; r < R; ++r) value += weights[r] * e.at(r, n, column, j);
+        c.at(n, column, j) = value;
+      });
+    }
+    e = next;
+  }
+  if (!unit.exists) return;
+  const T scale = total > T(0) || total != total ? T(1) / total : T(0);
+  if (columns.rank == 0) p.l[unit.number] = max == -kInfinity<T> ? max : max + log_of(total);
+  if (p.c != nullptr) {
+    write_row(columns, p.c + unit.number * in.dim,
+              [&](int i, int64_t column, int j) { return c.at(i, column, j) * scale; });
+    return;
+  }
+  columns.for_each_number([&](int i, int64_t column, int j) { c.at(i, column, j) *= scale; });
+  c.end(columns, p.partial_c + unit.number * in.dim);
+}
+
+// ---- pooling, backward
+
+template <typename S>
+struct PoolGradientParams {
+  PoolBackwardParams<S> call;
+  PoolPlan plan;
+  Compute<S>* partial_du;  // [units, D] out; null: not wanted
+};
+
+template <typename S, int N>
+LLM_EXT_SHARING_KERNEL(kThreads, kBlocks<N>)
+void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
+  using T = Compute<S>;
+  constexpr int R = kBackwardRows<N>;
+  const PoolInput<S>& in = p.call.in;
+  const Unit unit = unit_of(p.plan, in.batch, in.steps, false);
+  const Columns<S, N> columns(in.dim, p.plan);
+  const Admission<S> admission(in, unit);
+  TeamSum<T> sum = team_sum<T>(p.plan.team);
+  const T lse = p.call.lse[unit.b];
+  const auto load = [&](Tile<S, N, R>& tile, int64_t t) {
+    tile.load(columns, [&](int r) {
+      return admission.admits(t + r) && lse != -kInfinity<T> ? in.e + offset_of(in, unit.b, t + r) : nullptr;
+    });
+  };
+
+  Tile<S, N, 1> u, g;
+  u.load(columns, [&](int) { return in.u; });
+  g.load(columns, [&](int) { return p.call.grad_c == nullptr ? nullptr : p.call.grad_c + unit.b * in.dim; });
+  Held<S, N> du;
+  const bool wants_du = p.partial_du != nullptr && unit.exists;
+  if (wants_du || N > 0) du.begin(columns, N > 0 ? nullptr : p.partial_du + unit.number * in.dim, nullptr);
+  // Of every ds: the gradient of the log-sum-exp, and that of c along c.
+  T along[1] = {T(0)};
+  {
+    Tile<S, N, 1> c;
+    c.load(columns, [&](int) { return p.call.c + unit.b * in.dim; });
+    columns.for_each_number(
+        [&](int i, int64_t column, int j) { along[0] += g.at(0, i, column, j) * c.at(0, i, column, j); });
+    sum(along);
+  }
+  const T common = (p.call.grad_lse == nullptr ? T(0) : p.call.grad_lse[unit.b]) - along[0];
+
+  Tile<S, N, R> e;
+  load(e, unit.begin);
+  for (int64_t i = 0; i < p.plan.chunk; i += R) {
+    const int64_t t = unit.begin + i;
+    Tile<S, N, R> next;
+    load(next, t + R);
+    T sums[2 * R] = {};
+    columns.for_each_number([&](int n, int64_t column, int j) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        sums[r] += e.at(r, n, column, j) * u.at(0, n, column, j);
+        sums[R + r] += e.at(r, n, column, j) * g.at(0, n, column, j);
+      }
+    });
+    sum(sums);
+    T alpha[R], ds[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      T s = -kInfinity<T>;
+      if (e.present(r)) s = in.u != nullptr ? sums[r] : widen(in.scores[unit.b * in.steps + t + r]);
+      alpha[r] = e.present(r) ? share_of(s - lse) : T(0);
+      ds[r] = e.present(r) ? alpha[r] * (sums[R + r] + common) : T(0);
+      if (t + r >= unit.end) continue;
+      if (p.call.dscores != nullptr && columns.writes(r)) {
+        p.call.dscores[unit.b * in.steps + t + r] = narrow<S>(ds[r]);
+      }
+      if (p.call.de != nullptr) {
+        write_row(columns, p.call.de + offset_of(in, unit.b, t + r), [&](int n, int64_t column, int j) {
+          return alpha[r] * g.at(0, n, column, j) + ds[r] * u.at(0, n, column, j);
+        });
+      }
+    }
+    if (wants_du) {
+      columns.for_each_number([&](int n, int64_t column, int j) {
+        T value = du.at(n, column, j);
+#pragma unroll
+        for (int r = 0; r < R; ++r) value += ds[r] * e.at(r, n, column, j);
+        du.at(n, column, j) = value;
+      });
+    }
+    e = next;
+  }
+  if (wants_du) du.end(columns, p.partial_du + unit.number * in.dim);
+}
+
+// ---- the prefix form, forward: c_t = keep_t c_{t-1} + share_t e_t
+
+// From the scores of a tile and the log-sum-exp l before it, which is updated: the share of each position, and that of
+// the state before it, which is 1 - share. A score of -inf is that of a position that takes no part.
+template <int R, typename T>
+LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], T& l, T (&keep)[R], T (&share)[R]) {
+  T max = l;
+#pragma unroll
+  for (int r = 0; r < R; ++r) max = scores[r] > max ? scores[r] : max;
+  const T base = l > scores[0] ? l : scores[0];
+  if (max - base < T(kSafeRise)) {
+    // All relative to the largest: exponentials that do not wait for each other.
+    T sum = share_of(l - max);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const T weight = share_of(scores[r] - max), before = sum;
+      sum += weight;
+      const T inverse = T(1) / sum;
+      keep[r] = weight == T(0) ? T(1) : before * inverse;
+      share[r] = weight * inverse;
+    }
+    l = max + log_of(sum);
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const T s = scores[r];
+    keep[r] = T(1);
+    share[r] = T(0);
+    if (s == -kInfinity<T>) continue;
+    const bool falls = l > s;
+    const T high = falls ? l : s;
+    const T ratio = share_of((falls ? s : l) - high);
+    const T larger = T(1) / (T(1) + ratio);
+    keep[r] = falls ? larger : ratio * larger;
+    share[r] = falls ? ratio * larger : larger;
+    l = high + log1p_of(ratio);
+  }
+}
+
+template <typename S>
+struct PrefixParams {
+  PrefixPoolForwardParams<S> call;
+  PoolPlan plan;
+  const Compute<S>* scores;  // [B, T] as pool_summaries leaves them; null: a chunk is a whole row, and nothing is known
+  const Compute<S>* l_before;  // [units] log-sum-exp before each chunk; null: -inf
+  Compute<S>* c_before;        // [units, D] the state; changed where it is not held; null: zeros
+};
+
+template <typename S, int N>
+LLM_EXT_SHARING_KERNEL(kThreads, kBlocks<N>)
+void prefix_states(LLM_EXT_PARAMS PrefixParams<S> p) {
+  using T = Compute<S>;
+  constexpr int R = kForwardRows<N>;
+  const PoolInput<S>& in = p.call.in;
+  const Unit unit = unit_of(p.plan, in.batch, in.steps, true);
+  const Columns<S, N> columns(in.dim, p.plan);
+  const Admission<S> admission(in, unit);
+  TeamSum<T> sum = team_sum<T>(p.plan.team);
+  const auto load = [&](Tile<S, N, R>& tile, int64_t t) {
+    tile.load(columns, [&](int r) { return admission.admits(t + r) ? in.e + offset_of(in, unit.b, t + r) : nullptr; });
+  };
+
+  Tile<S, N, 1> u;
+  u.load(columns, [&](int) { return p.scores == nullptr ? in.u : nullptr; });
+  T l = p.l_before == nullptr ? -kInfinity<T> : p.l_before[unit.number];
+  Held<S, N> c;
+  T* c_before = p.c_before == nullptr ? nullptr : p.c_before + unit.number * in.dim;
+  if (unit.exists || N > 0) c.begin(columns, c_before, c_before);
+  Tile<S, N, R> e;
+  load(e, unit.begin);
+  for (int64_t i = 0; i < p.plan.chunk; i += R) {
+    const int64_t t = unit.begin + i;
+    Tile<S, N, R> next;
+    load(next, t + R);
+    T scores[R], keep[R], share[R];
+    if (p.scores == nullptr) {
+      score(in, unit, columns, e, u, t, sum, scores);
+    } else {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        scores[r] = e.present(r) ? p.scores[unit.b * in.steps + t + r] : -kInfinity<T>;
+      }
+    }
+    prefix_shares(scores, l, keep, share);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (columns.writes(r) && t + r < unit.end) p.call.share[unit.b * in.steps + t + r] = share[r];
+    }
+    columns.for_each([&](int n, int64_t column) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        Pack<S, columns.kWide> pack;
+#pragma unroll
+        for (int j = 0; j < columns.kWide; ++j) {
+          T& state = c.at(n, column, j);
+          state = keep[r] * state + share[r] * e.at(r, n, column, j);
+          pack.at[j] = narrow<S>(state);
+        }
+        if (column < in.dim && t + r < unit.end) {
+          *reinterpret_cast<Pack<S, columns.kWide>*>(p.call.c + offset_of(in, unit.b, t + r) + column) = pack;
+        }
+      }
+    });
+    e = next;
+  }
+  if (!unit.exists || p.scores != nullptr) return;
+  if (columns.rank == 0) p.call.l_n[unit.b] = l;
+  c.end(columns, p.call.c_n + unit.b * in.dim);
+}
+
+// What was before each chunk from what each leaves, in place, and after the last one.
+template <typename S>
+struct ScanParams {
+  int64_t slabs, chunks, dim;  // slabs: blocks that share the columns of a row
+  const Compute<S>* l;         // [B, chunks]
+  Compute<S>* l_before;        // [B, chunks] out
+  Compute<S>* c;               // [B, chunks, D] in and out
+  const Compute<S>* l0;        // [B]; null: -inf
+  const Compute<S>* c0;        // [B, D]; null exactly where l0 is: zeros
+  Compute<S>* l_n;             // [B] out
+  Compute<S>* c_n;             // [B, D] out
+};
+
+// A thread owns a column of a row of the batch; what it reads does not wait for what it adds up.
+template <typename S>
+LLM_EXT_SHARING_KERNEL(kThreads, 2)
+void prefix_scan(LLM_EXT_PARAMS ScanParams<S> p) {
+  using T = Compute<S>;
+  constexpr int kAhead = 16;
+  const int64_t b = block_x() / p.slabs, column = block_x() % p.slabs * kThreads + thread_index();
+  if (column >= p.dim && column > 0) return;
+  const bool owns = column < p.dim;
+  T l = p.l0 == nullptr ? -kInfinity<T> : p.l0[b];
+  T c = p.c0 == nullptr || !owns ? T(0) : p.c0[b * p.dim + column];
+  for (int64_t first = b * p.chunks; first < (b + 1) * p.chunks; first += kAhead) {
+    T of_l[kAhead], of_c[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const bool there = first + i < (b + 1) * p.chunks;
+      of_l[i] = there ? p.l[first + i] : -kInfinity<T>;
+      of_c[i] = there && owns ? p.c[(first + i) * p.dim + column] : T(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= (b + 1) * p.chunks) continue;
+      if (column == 0) p.l_before[first + i] = l;
+      if (owns) p.c[(first + i) * p.dim + column] = c;
+      const T score[1] = {of_l[i]};
+      T keep[1], share[1];
+      prefix_shares(score, l, keep, share);
+      c = keep[0] * c + share[0] * of_c[i];
+    }
+  }
+  if (column == 0) p.l_n[b] = l;
+  if (owns) p.c_n[b * p.dim + column] = c;
+}
+
+// ---- the prefix form, backward, from the last position to the first: G_t = g_t + keep_{t+1} G_{t+1}, and K_t likewise
+// from the dot products g_t . c_t
+
+template <typename S>
+struct PrefixGradientParams {
+  PrefixPoolBackwardParams<S> call;
+  PoolPlan plan;
+  Compute<S>* products;    // [B, T] g . c
+  Compute<S>* g;           // [units, D] what a chunk hands to what is before it, then what comes to it from after it
+  Compute<S>* k;           // [units] what it hands on
+  Compute<S>* k_after;     // [units] what comes to it; before that, of a last chunk, grad_c_n . c_n
+  Compute<S>* through;     // [units] the share that what comes to it has in what it hands on
+  Compute<S>* states;      // [units, D] where c is, if it is not held
+  Compute<S>* partial_du;  // [units, D] out, in the same place; null: not wanted
+};
+
+// The states c are computed again from e, which is needed later anyway, and may be found in the cache then.
+template <typename S, int N>
+LLM_EXT_SHARING_KERNEL(kThreads, kBlocks<N>)
+void prefix_gradient_summaries(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
+  using T = Compute<S>;
+  constexpr int R = kBackwardRows<N>;
+  const PrefixPoolBackwardParams<S>& call = p.call;
+  const PoolInput<S>& in = call.in;
+  const Unit unit = unit_of(p.plan, in.batch, in.steps, false);
+  const Columns<S, N> columns(in.dim, p.plan);
+  TeamSum<T> sum = team_sum<T>(p.plan.team);
+  const int64_t offset = offset_of(in, unit.b, unit.begin);
+  const T* shares = call.share + unit.b * in.steps + unit.begin;
+  const int count = static_cast<int>(unit.end - unit.begin);
+  const auto load = [&](Tile<S, N, R>& g, Tile<S, N, R>& e, int i) {
+    g.load(columns, [&](int r) {
+      return i + r < count && call.grad_c != nullptr ? call.grad_c + offset + (i + r) * in.e_step_stride : nullptr;
+    });
+    e.load(columns, [&](int r) {
+      return i + r < count && shares[i + r] != T(0) ? in.e + offset + (i + r) * in.e_step_stride : nullptr;
+    });
+  };
+
+  Held<S, N> handed, c;
+  const int64_t row = unit.number * in.dim;
+  handed.begin(columns, p.g + row, nullptr);
+  c.begin(columns, p.states + row, unit.begin == 0 && call.c0 != nullptr ? call.c0 + unit.b * in.dim : nullptr);
+  if (unit.begin > 0) {
+    Tile<S, N, 1> before;
+    before.load(columns, [&](int) { return call.c + offset - in.e_step_stride; });
+    columns.for_each_number([&](int n, int64_t column, int j) { c.at(n, column, j) = before.at(0, n, column, j); });
+  }
+  T k = T(0), through = T(1);
+  Tile<S, N, R> g, e;
+  load(g, e, 0);
+  for (int i = 0; i < static_cast<int>(p.plan.chunk); i += R) {
+    Tile<S, N, R> next_g, next_e;
+    load(next_g, next_e, i + R);
+    T products[R] = {}, share[R], passed[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      share[r] = i + r < count ? shares[i + r] : T(0);
+      through *= T(1) - share[r];
+      passed[r] = through;
+    }
+    columns.for_each_number([&](int n, int64_t column, int j) {
+      T state = c.at(n, column, j), value = handed.at(n, column, j);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const T gradient = g.at(r, n, column, j);
+        state = (T(1) - share[r]) * state + share[r] * e.at(r, n, column, j);
+        products[r] += gradient * state;
+        value += passed[r] * gradient;
+      }
+      c.at(n, column, j) = state;
+      handed.at(n, column, j) = value;
+    });
+    sum(products);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      k += passed[r] * products[r];
+      if (i + r < count && columns.writes(r)) p.products[unit.b * in.steps + unit.begin + i + r] = products[r];
+    }
+    g = next_g;
+    e = next_e;
+  }
+  // The last state has a gradient of its own.
+  const bool last = unit.exists && call.grad_c_n != nullptr && (unit.number + 1) % p.plan.chunks == 0;
+  T along[1] = {T(0)};
+  columns.for_each_number([&](int n, int64_t column, int j) {
+    if (last && column < in.dim) along[0] += call.grad_c_n[unit.b * in.dim + column + j] * c.at(n, column, j);
+  });
+  sum(along);
+  if (!unit.exists) return;
+  handed.end(columns, p.g + row);
+  if (columns.rank == 0) {
+    p.k[unit.number] = k;
+    p.through[unit.number] = through;
+    p.k_after[unit.number] = along[0];
+  }
+}
+
+// A block owns a row of the batch.
+template <typename S>
+LLM_EXT_SHARING_KERNEL(kThreads, 2)
+void prefix_gradient_scan(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
+  using T = Compute<S>;
+  constexpr int kAhead = 16;
+  const PrefixPoolBackwardParams<S>& call = p.call;
+  const PoolInput<S>& in = call.in;
+  const int64_t b = block_x(), D = in.dim, chunks = p.plan.chunks;
+  TeamSum<T> sum = team_sum<T>(kThreads);
+  T k = p.k_after[b * chunks + chunks - 1] - (call.grad_l_n == nullptr ? T(0) : call.grad_l_n[b]);
+  block_barrier();
+  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+    const int64_t unit = b * chunks + chunk;
+    if (thread_index() == 0) p.k_after[unit] = k;
+    k = p.k[unit] + p.through[unit] * k;
+  }
+  T along[1] = {T(0)};
+  for (int64_t column = thread_index(); column < D; column += kThreads) {
+    T g = call.grad_c_n == nullptr ? T(0) : call.grad_c_n[b * D + column];
+    for (int64_t last = chunks - 1; last >= 0; last -= kAhead) {
+      T handed[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        handed[i] = last - i >= 0 ? p.g[(b * chunks + last - i) * D + column] : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (last - i < 0) continue;
+        const int64_t unit = b * chunks + last - i;
+        p.g[unit * D + column] = g;
+        g = handed[i] + p.through[unit] * g;
+      }
+    }
+    if (call.dc0 != nullptr) call.dc0[b * D + column] = g;
+    if (call.c0 != nullptr) along[0] += g * call.c0[b * D + column];
+  }
+  sum(along);
+  if (call.dl0 != nullptr && thread_index() == 0) call.dl0[b] = along[0] - k;
+}
+
+template <typename S, int N>
+LLM_EXT_SHARING_KERNEL(kThreads, kBlocks<N>)
+void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
+  using T = Compute<S>;
+  constexpr int R = kBackwardRows<N>;
+  const PrefixPoolBackwardParams<S>& call = p.call;
+  const PoolInput<S>& in = call.in;
+  const Unit unit = unit_of(p.plan, in.batch, in.steps, true);
+  const Columns<S, N> columns(in.dim, p.plan);
+  TeamSum<T> sum = team_sum<T>(p.plan.team);
+  // Position r of the tile that ends before `end`, the last one first.
+  const auto share_at = [&](int64_t t) { return t >= unit.begin ? call.share[unit.b * in.steps + t] : T(0); };
+  const auto load_e = [&](Tile<S, N, R>& tile, int64_t end) {
+    tile.load(columns, [&](int r) {
+      const int64_t t = end - 1 - r;
+      return unit.exists && share_at(t) != T(0) ? in.e + offset_of(in, unit.b, t) : nullptr;
+    });
+  };
+  const auto load_g = [&](Tile<S, N, R>& tile, int64_t end) {
+    tile.load(columns, [&](int r) {
+      const int64_t t = end - 1 - r;
+      return unit.exists && call.grad_c != nullptr && t >= unit.begin ? call.grad_c + offset_of(in, unit.b, t)
+                                                                      : nullptr;
+    });
+  };
+
+  Tile<S, N, 1> u;
+  u.load(columns, [&](int) { return in.u; });
+  Held<S, N> carried, du;
+  T* from = p.g + unit.number * in.dim;
+  if (unit.exists || N > 0) carried.begin(columns, from, unit.exists ? from : nullptr);
+  const bool wants_du = p.partial_du != nullptr && unit.exists;
+  if (wants_du || N > 0) du.begin(columns, N > 0 ? nullptr : p.partial_du + unit.number * in.dim, nullptr);
+  T k = unit.exists ? p.k_after[unit.number] : T(0);
+  Tile<S, N, R> e, g;
+  load_e(e, unit.end);
+  load_g(g, unit.end);
+  for (int64_t i = 0; i < p.plan.chunk; i += R) {
+    const int64_t end = unit.end - i;
+    Tile<S, N, R> next_e, next_g;
+    load_e(next_e, end - R);
+    load_g(next_g, end - R);
+    T share[R], dots[R] = {};
+#pragma unroll
+    for (int r = 0; r < R; ++r) share[r] = unit.exists ? share_at(end - 1 - r) : T(0);
+    if (unit.exists) {
+      columns.for_each_number([&](int n, int64_t column, int j) {
+        T state = carried.at(n, column, j);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          state += g.at(r, n, column, j);
+          dots[r] += state * e.at(r, n, column, j);
+          state *= T(1) - share[r];
+        }
+      });
+    }
+    sum(dots);
+    T ds[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t t = end - 1 - r;
+      ds[r] = T(0);
+      if (!unit.exists || t < unit.begin) continue;
+      k += p.products[unit.b * in.steps + t];
+      if (share[r] != T(0)) ds[r] = share[r] * (dots[r] - k);
+      k *= T(1) - share[r];
+      if (call.dscores != nullptr && columns.writes(r)) {
+        call.dscores[unit.b * in.steps + t] = narrow<S>(ds[r]);
+      }
+    }
+    if (unit.exists) {
+      columns.for_each([&](int n, int64_t column) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const int64_t t = end - 1 - r;
+          Pack<S, columns.kWide> pack;
+#pragma unroll
+          for (int j = 0; j < columns.kWide; ++j) {
+            T& state = carried.at(n, column, j);
+            state += g.at(r, n, column, j);
+            pack.at[j] = narrow<S>(share[r] * state + ds[r] * u.at(0, n, column, j));
+            state *= T(1) - share[r];
+            if (wants_du) du.at(n, column, j) += ds[r] * e.at(r, n, column, j);
+          }
+          if (call.de != nullptr && column < in.dim && t >= unit.begin) {
+            *reinterpret_cast<Pack<S, columns.kWide>*>(call.de + offset_of(in, unit.b, t) + column) = pack;
+          }
+        }
+      });
+    }
+    e = next_e;
+    g = next_g;
+  }
+  if (wants_du) du.end(columns, p.partial_du + unit.number * in.dim);
+}
+
+// ---- launches
+
+// run(std::integral_constant<int, packs>).
+template <typename F>
+int with_packs(const PoolPlan& plan, const F& run) {
+  switch (plan.packs) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    default:
+      return run(std::integral_constant<int, 0>{});
+  }
+}
+
+template <typename T, typename Params>
+int launch_blocks(void (*kernel)(Params), const Params& params, int64_t blocks, void* stream) {
+  if (blocks == 0) return 0;
+  LaunchShape shape;
+  shape.grid_x = static_cast<unsigned>(blocks);
+  shape.threads = kThreads;
+  shape.shared_bytes = kSharedBytes<T>;
+  return launch(kernel, shape, params, stream);
+}
+
+// Enough blocks for a team for each chunk.
+template <typename T, typename Params>
+int launch_units(void (*kernel)(Params), const Params& params, const PoolPlan& plan, int64_t batch, void* stream) {
+  const int64_t teams = kThreads / plan.team;
+  return launch_blocks<T>(kernel, params, (batch * plan.chunks + teams - 1) / teams, stream);
+}
+
+template <typename S>
+int launch_summaries(const SummaryParams<S>& p, void* stream) {
+  return with_packs(p.plan, [&](auto packs) {
+    return launch_units<Compute<S>>(pool_summaries<S, packs()>, p, p.plan, p.in.batch, stream);
+  });
+}
+
+}  // namespace
+
+template <typename S>
+int pool_forward(const PoolForwardParams<S>& call, const PoolPlan& plan, void* stream) {
+  const PoolInput<S>& in = call.in;
+  if (plan.whole()) return launch_summaries(SummaryParams<S>{in, plan, call.c, nullptr, call.lse, nullptr}, stream);
+  Compute<S>* l = call.workspace + in.batch * plan.chunks * in.dim;
+  const int error = launch_summaries(SummaryParams<S>{in, plan, nullptr, call.workspace, l, nullptr}, stream);
+  if (error != 0) return error;
+  return add_parts(Parts<S>{in.batch, plan.chunks, in.dim, call.workspace, l, call.c, call.lse}, stream);
+}
+
+template <typename S>
+int pool_backward(const PoolBackwardParams<S>& call, const PoolPlan& plan, void* stream) {
+  const PoolInput<S>& in = call.in;
+  const PoolGradientParams<S> p = {call, plan, call.du == nullptr ? nullptr : call.workspace};
+  const int error = with_packs(plan, [&](auto packs) {
+    return launch_units<Compute<S>>(pool_gradients<S, packs()>, p, plan, in.batch, stream);
+  });
+  if (error != 0 || call.du == nullptr) return error;
+  return add_parts(Parts<S>{1, in.batch * plan.chunks, in.dim, p.partial_du, nullptr, call.du, nullptr}, stream);
+}
+
+template <typename S>
+int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& plan, void* stream) {
+  using T = Compute<S>;
+  const PoolInput<S>& in = call.in;
+  PrefixParams<S> p = {call, plan, nullptr, call.l0, const_cast<T*>(call.c0)};
+  if (!plan.whole()) {
+    const int64_t units = in.batch * plan.chunks;
+    T* c = call.workspace;
+    T* l = c + units * in.dim;
+    T* l_before = l + units;
+    T* scores = l_before + units;
+    int error = launch_summaries(SummaryParams<S>{in, plan, nullptr, c, l, scores}, stream);
+    if (error != 0) return error;
+    const int64_t slabs = in.dim > 0 ? (in.dim + kThreads - 1) / kThreads : 1;
+    error = launch_blocks<T>(
+        prefix_scan<S>, ScanParams<S>{slabs, plan.chunks, in.dim, l, l_before, c, call.l0, call.c0, call.l_n, call.c_n},
+        in.batch * slabs, stream);
+    if (error != 0) return error;
+    p.scores = scores;
+    p.l_before = l_before;
+    p.c_before = c;
+  }
+  return with_packs(plan,
+                    [&](auto packs) { return launch_units<T>(prefix_states<S, packs()>, p, plan, in.batch, stream); });
+}
+
+template <typename S>
+int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan& plan, void* stream) {
+  using T = Compute<S>;
+  const PoolInput<S>& in = call.in;
+  const int64_t units = in.batch * plan.chunks;
+  PrefixGradientParams<S> p = {};
+  p.call = call;
+  p.plan = plan;
+  p.g = call.workspace;
+  p.states = p.g + units * in.dim;
+  p.partial_du = call.du == nullptr ? nullptr : p.states;
+  p.k = p.states + units * in.dim;
+  p.k_after = p.k + units;
+  p.through = p.k_after + units;
+  p.products = p.through + units;
+  int error = with_packs(plan, [&](auto packs) {
+    return launch_units<T>(prefix_gradient_summaries<S, packs()>, p, plan, in.batch, stream);
+  });
+  if (error != 0) return error;
+  error = launch_blocks<T>(prefix_gradient_scan<S>, p, in.batch, stream);
+  if (error != 0) return error;
+  error = with_packs(
+      plan, [&](auto packs) { return launch_units<T>(prefix_gradients<S, packs()>, p, plan, in.batch, stream); });
+  if (error != 0 || call.du == nullptr) return error;
+  return add_parts(Parts<S>{1, units, in.dim, p.partial_du, nullptr, call.du, nullptr}, stream);
+}
+
+#define FOR(S)                                                                                 \
+  template int pool_forward(const PoolForwardParams<S>&, const PoolPlan&, void*);              \
+  template int pool_backward(const PoolBackwardParams<S>&, const PoolPlan&, void*);            \
+  template int prefix_pool_forward(const PrefixPoolForwardParams<S>&, const PoolPlan&, void*); \
+  template int prefix_pool_backward(const PrefixPoolBackwardParams<S>&, const PoolPlan&, void*);
+FOR(float)
+FOR(double)
+FOR(BFloat16)
+FOR(Float16)
+#undef FOR
+
+}  // namespace cuda
+}  // namespace llm_ext
