@@ -49,11 +49,11 @@ TOLERANCE = {
     # A sum over A, one softmax and one weighted mean.
     ("additive_attention", torch.float32): 1e-5,
     ("additive_attention_backward", torch.float32): 5e-5,
-    # Computed in float32; inputs are what they are, and what is returned is rounded, to 8 or 11 bits.
+    # Computed in float32; what is returned is rounded, to 8 or 11 bits, and so are the gradients that come in.
     ("additive_attention", torch.bfloat16): 4e-3,
-    ("additive_attention_backward", torch.bfloat16): 8e-3,
+    ("additive_attention_backward", torch.bfloat16): 1.6e-2,
     ("additive_attention", torch.float16): 5e-4,
-    ("additive_attention_backward", torch.float16): 1e-3,
+    ("additive_attention_backward", torch.float16): 2e-3,
     # A stack of the above.
     ("model", torch.float32): 1e-4,
     # float64 differs from the reference in the order of sums only.
