@@ -1,6 +1,7 @@
 // Attention on NVIDIA GPUs: workspace, plan, launch. All of it is queued on torch's current stream: nothing here waits
 // for the device.
 #include "cuda/attention.h"
+#include "torch/additive_attention.h"
 #include "torch/attention_pool.h"
 #include "torch/on_device.h"
 
@@ -23,46 +24,71 @@ class Workspace {
 struct Cuda {
   template <typename S>
   static void forward(PoolForwardParams<S>& p, const Place& place) {
-    run(
-        "attention_pool_forward", p, place,
-        [&](const cuda::PoolPlan& plan) { return cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan); },
-        cuda::pool_forward<S>);
+    const auto elements = [&](const cuda::PoolPlan& plan) {
+      return cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan);
+    };
+    pool("attention_pool_forward", p, place, elements, cuda::pool_forward<S>);
   }
   template <typename S>
   static void backward(PoolBackwardParams<S>& p, const Place& place) {
-    run(
-        "attention_pool_backward", p, place,
-        [&](const cuda::PoolPlan& plan) { return cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan); },
-        cuda::pool_backward<S>);
+    const auto elements = [&](const cuda::PoolPlan& plan) {
+      return cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan);
+    };
+    pool("attention_pool_backward", p, place, elements, cuda::pool_backward<S>);
   }
   template <typename S>
   static void prefix_forward(PrefixPoolForwardParams<S>& p, const Place& place) {
-    run(
-        "prefix_pool_forward", p, place,
-        [&](const cuda::PoolPlan& plan) {
-          return cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
-        },
-        cuda::prefix_pool_forward<S>);
+    const auto elements = [&](const cuda::PoolPlan& plan) {
+      return cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
+    };
+    pool("prefix_pool_forward", p, place, elements, cuda::prefix_pool_forward<S>);
   }
   template <typename S>
   static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Place& place) {
-    run(
-        "prefix_pool_backward", p, place,
-        [&](const cuda::PoolPlan& plan) {
-          return cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
-        },
-        cuda::prefix_pool_backward<S>);
+    const auto elements = [&](const cuda::PoolPlan& plan) {
+      return cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
+    };
+    pool("prefix_pool_backward", p, place, elements, cuda::prefix_pool_backward<S>);
+  }
+
+  template <typename S>
+  static void forward(AdditiveAttentionForwardParams<S>& p, const Place& place) {
+    additive("additive_attention_forward", p, place, false, cuda::additive_attention_forward<S>);
+  }
+  template <typename S>
+  static void backward(AdditiveAttentionBackwardParams<S>& p, const Place& place) {
+    additive("additive_attention_backward", p, place, true, cuda::additive_attention_backward<S>);
   }
 
  private:
   template <template <typename> class Params, typename S, typename Elements>
-  static void run(const char* op, Params<S>& p, const Place& place, const Elements& elements,
-                  int (*launch)(const Params<S>&, const cuda::PoolPlan&, void*)) {
+  static void pool(const char* op, Params<S>& p, const Place& place, const Elements& elements,
+                   int (*launch)(const Params<S>&, const cuda::PoolPlan&, void*)) {
+    check_sizes(op, {p.in.batch, p.in.steps, p.in.dim});
     const OnDevice on(op, place.index);
     const cuda::PoolPlan plan = cuda::make_pool_plan(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts.sm_count);
     const Workspace<Compute<S>> workspace(elements(plan), place);
     p.workspace = workspace.get();
     check_queued(op, launch(p, plan, on.stream));
+  }
+
+  template <template <typename> class Params, typename S>
+  static void additive(const char* op, Params<S>& p, const Place& place, bool backward,
+                       int (*launch)(const Params<S>&, int64_t, void*)) {
+    const AdditiveAttentionInput<S>& in = p.in;
+    check_sizes(op, {in.batch, in.queries, in.keys, in.attn_dim, in.value_dim});
+    const OnDevice on(op, place.index);
+    const int64_t slab = cuda::additive_slab(in.queries, in.keys, in.attn_dim);
+    const Workspace<Compute<S>> workspace(cuda::AdditiveWorkspace<S>(in, slab, backward, nullptr).elements, place);
+    p.workspace = workspace.get();
+    check_queued(op, launch(p, slab, on.stream));
+  }
+
+  // Kernels count some of them in int.
+  static void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) {
+      STD_TORCH_CHECK(size < int64_t{1} << 31, op, ": sizes must be below 2^31 on cuda, got ", size);
+    }
   }
 };
 
@@ -74,4 +100,6 @@ STABLE_TORCH_LIBRARY_IMPL(llm_ext, CUDA, m) {
   m.impl("attention_pool_backward", TORCH_BOX(&llm_ext::attention_pool_backward<llm_ext::Cuda>));
   m.impl("prefix_pool_forward", TORCH_BOX(&llm_ext::prefix_pool_forward<llm_ext::Cuda>));
   m.impl("prefix_pool_backward", TORCH_BOX(&llm_ext::prefix_pool_backward<llm_ext::Cuda>));
+  m.impl("additive_attention_forward", TORCH_BOX(&llm_ext::additive_attention_forward<llm_ext::Cuda>));
+  m.impl("additive_attention_backward", TORCH_BOX(&llm_ext::additive_attention_backward<llm_ext::Cuda>));
 }
