@@ -268,17 +268,22 @@ struct SeenParams {
   bool* seen;  // [B, Tk] out
 };
 
+constexpr int kSeenEach = 4;  // keys a thread, which it writes at once
+
 template <typename S>
 LLM_EXT_SHARING_KERNEL(kThreads, 4)
 void additive_seen(LLM_EXT_PARAMS SeenParams<S> p) {
-  const int64_t place = static_cast<int64_t>(block_x()) * kThreads + thread_index();
-  if (place >= p.in.batch * p.in.keys) return;
-  const int64_t b = place / p.in.keys, k = place % p.in.keys;
-  bool seen = false;
-  for (int64_t q = 0; q < p.in.queries && !seen; ++q) {
-    seen = p.in.mask[b * p.in.mask_batch_stride + q * p.in.mask_query_stride + k];
+  const int64_t first = (static_cast<int64_t>(block_x()) * kThreads + thread_index()) * kSeenEach;
+  if (first >= p.in.batch * p.in.keys) return;
+  Pack<bool, kSeenEach> seen = {};
+#pragma unroll
+  for (int i = 0; i < kSeenEach; ++i) {
+    const int64_t b = (first + i) / p.in.keys, k = (first + i) % p.in.keys;
+    for (int64_t q = 0; b < p.in.batch && q < p.in.queries && !seen.at[i]; ++q) {
+      seen.at[i] = p.in.mask[b * p.in.mask_batch_stride + q * p.in.mask_query_stride + k];
+    }
   }
-  p.seen[place] = seen;
+  *reinterpret_cast<Pack<bool, kSeenEach>*>(p.seen + first) = seen;
 }
 
 // ---- softmax, a warp a query
@@ -631,7 +636,7 @@ class Attention {
     keys_ = {in.key, in.keys, in.key_lengths, in.mask};
     if (in.mask != nullptr && in.mask_query_stride != 0) {
       keys_.seen = seen;
-      queue(additive_seen<S>, SeenParams<S>{in, seen}, tiles_of(in.batch * in.keys, kThreads), 0);
+      queue(additive_seen<S>, SeenParams<S>{in, seen}, tiles_of(in.batch * in.keys, kThreads * kSeenEach), 0);
     }
   }
 
