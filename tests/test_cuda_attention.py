@@ -124,9 +124,7 @@ def pool_expected(case: Pool) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True, allow_unused=True)
     else:
         gradients = tuple(torch.zeros_like(t) for t in wanted.values())
-    return {n: t.detach() for n, t in results.items()} | {
-        "d" + n: g for n, g in zip(wanted, gradients, strict=True)
-    }
+    return {n: t.detach() for n, t in results.items()} | {"d" + n: g for n, g in zip(wanted, gradients, strict=True)}
 
 
 def check_pool(program: Path, case: Pool) -> None:
@@ -273,9 +271,7 @@ def additive_expected(case: Additive) -> dict[str, Tensor]:
         if f"grad_{name}" in given:
             loss = loss + (result * given[f"grad_{name}"]).sum()
     gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True, allow_unused=True)
-    return {n: t.detach() for n, t in results.items()} | {
-        "d" + n: g for n, g in zip(wanted, gradients, strict=True)
-    }
+    return {n: t.detach() for n, t in results.items()} | {"d" + n: g for n, g in zip(wanted, gradients, strict=True)}
 
 
 def check_additive(program: Path, case: Additive) -> None:

@@ -34,10 +34,9 @@ EMULATOR = HERE / "cuda_emulator"
 NAME = "llm_ext_emulated"
 WITH_TORCH = [ROOT / f"csrc/torch/{name}.cpp" for name in ("attention_cuda", "recurrence_cuda", "schema")]
 WITHOUT = [
-    *(ROOT / f"csrc/cuda/{name}.cu" for name in ("additive_attention", "attention_pool", "parts", "recurrence_generic")),
-    ROOT / "csrc/cuda/rows.cu",
-    ROOT / "csrc/cuda/attention_plan.cpp",
-    ROOT / "csrc/cuda/plan.cpp",
+    *(ROOT / f"csrc/cuda/{name}.cu" for name in ("additive_attention", "attention_pool", "parts", "rows")),
+    ROOT / "csrc/cuda/recurrence_generic.cu",
+    *(ROOT / f"csrc/cuda/{name}.cpp" for name in ("attention_plan", "plan")),
     ROOT / "csrc/torch/cores.cpp",
     HERE / "cuda_host/backend.cpp",
     HERE / "cuda_host/no_sanitizer.cpp",
@@ -240,27 +239,37 @@ def test_opcheck_of_others(op: str, arguments: tuple[object, ...]) -> None:
 
 
 # Of those that test_ops.py has for the CPU: nothing, one, odd, whole packs, and several chunks of time.
-POOL_SIZES = [(0, 4, 5), (2, 0, 5), (3, 4, 0), (1, 1, 1), (3, 5, 7), (2, 9, 64), (4, 17, 136), (1, 130, 33), (1, 140, 40)]
+POOL_SIZES = [
+    (0, 4, 5),
+    (2, 0, 5),
+    (3, 4, 0),
+    (1, 1, 1),
+    (3, 5, 7),
+    (2, 9, 64),
+    (4, 17, 136),
+    (1, 130, 33),
+    (1, 140, 40),
+]
 
 
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @pytest.mark.parametrize(("B", "T", "D"), POOL_SIZES)
 def test_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool) -> None:
-    pools.test_pool(B, T, D, dtype, prefix)
+    pools.test_pool(B, T, D, dtype, prefix, "cpu")
 
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_pool_as_it_lies(prefix: bool) -> None:
-    pools.test_pool_time_major(torch.float32, prefix)
-    pools.test_pool_time_major(torch.bfloat16, prefix)
-    pools.test_padding_holds_anything(prefix)
+    pools.test_pool_time_major(torch.float32, prefix, "cpu")
+    pools.test_pool_time_major(torch.bfloat16, prefix, "cpu")
+    pools.test_padding_holds_anything(prefix, "cpu")
 
 
 def test_pool_of_nothing_and_of_any_scores() -> None:
-    pools.test_nothing_takes_part()
+    pools.test_nothing_takes_part("cpu")
     for rise in (50.0, 70.0, 500.0):
-        pools.test_scores_of_any_size(rise)
+        pools.test_scores_of_any_size(rise, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
