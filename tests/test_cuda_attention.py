@@ -17,14 +17,15 @@ from torch import Tensor
 
 from llm_ext import reference
 
+KERNELS = ROOT / "csrc" / "cuda"
 SEEDS = 3
 NAN = float("nan")
 
 
 def sources() -> list[Path]:
     """The kernels, and what runs them as a request asks."""
-    kernels = [*sorted((ROOT / "csrc/cuda").glob("*attention*.c*")), ROOT / "csrc/cuda/parts.cu"]
-    return [*kernels, ROOT / "tests/cuda_emulator/attention.cpp"]
+    kernels = [path for name in ("*attention*.c*", "parts.cu", "prefix_rounds.cu") for path in KERNELS.glob(name)]
+    return [*sorted(kernels), ROOT / "tests/cuda_emulator/attention.cpp"]
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +55,14 @@ class Pool:
     time_major: bool = False
     # Of a plan that the rule need not choose: packs a thread, threads a team, positions a chunk.
     plan: tuple[int, int, int] | None = None
+    teams: int = 0  # forward, in rounds: of a row
     sm_count: int = 132
+    shared_bytes: int = 227 * 1024
 
     def __str__(self) -> str:
         options = [name for name in ("scored", "state", "bare", "time_major") if getattr(self, name)]
         options += ["plan" + "_".join(map(str, self.plan))] if self.plan else [f"sm{self.sm_count}"]
+        options += [f"teams{self.teams}"] * (self.teams > 0)
         sizes = f"B{self.B}-T{self.T}-D{self.D}"
         op = "prefix" if self.prefix else "pool"
         return "-".join([op, str(self.dtype).removeprefix("torch."), sizes, self.rows, *options])
@@ -145,14 +149,18 @@ def check_pool(program: Path, case: Pool) -> None:
             "steps": case.T,
             "dim": case.D,
             "time_major": int(case.time_major),
+            "teams": case.teams,
             "sm_count": case.sm_count,
+            "shared_bytes": case.shared_bytes,
             "seed": sum(map(ord, str(case))),
             "seeds": SEEDS,
         },
     )
     op = "prefix_pool" if case.prefix else "attention_pool"
     wide = ("lse", "l_n", "c_n", "dl0", "dc0")
-    for name, expected in pool_expected(replace(case, plan=None, sm_count=0, time_major=False)).items():
+    for name, expected in pool_expected(
+        replace(case, plan=None, teams=0, sm_count=0, shared_bytes=0, time_major=False)
+    ).items():
         dtype, shape = computed(case.dtype) if name in wide else case.dtype, expected.shape
         if case.time_major and len(shape) == 3:
             found = tensor(answer[name], dtype, shape[1], shape[0], shape[2]).transpose(0, 1)
@@ -190,6 +198,17 @@ def pool_cases() -> list[Pool]:
         for i, (B, T, D) in enumerate([(1, 1, 1), (2, 0, 3), (2, 3, 0), (1, 70, 40), (40, 5, 16), (2, 130, 8)]):
             for dtype in (torch.float32, list(DTYPES)[i % 4]):
                 cases.append(Pool(prefix, dtype, B=B, T=T, D=D, sm_count=2, rows="full" if i % 2 else "both"))
+    # In rounds: several teams a block or one; rounds that no position is left for; the last state from the first round.
+    for i, dtype in enumerate(DTYPES):
+        some = Pool(True, dtype, D=3 * pack(dtype), T=30)
+        cases += [
+            replace(some, plan=(1, 4, 3), teams=3 * pack(dtype) // 4 + 1),
+            replace(some, plan=(1, 64, 2), teams=2, scored=i % 2 == 0, rows="lengths", state=False),
+            replace(some, plan=(2, 8, 4), teams=5, rows="mask", time_major=True),
+            replace(some, B=1, plan=(1, 32, 5), teams=7, rows="full"),
+        ]
+    # Chosen by the rule.
+    cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
     return list(dict.fromkeys(cases))
 
 

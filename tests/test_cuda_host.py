@@ -34,7 +34,10 @@ EMULATOR = HERE / "cuda_emulator"
 NAME = "llm_ext_emulated"
 WITH_TORCH = [ROOT / f"csrc/torch/{name}.cpp" for name in ("attention_cuda", "recurrence_cuda", "schema")]
 WITHOUT = [
-    *(ROOT / f"csrc/cuda/{name}.cu" for name in ("additive_attention", "attention_pool", "parts", "rows")),
+    *(
+        ROOT / f"csrc/cuda/{name}.cu"
+        for name in ("additive_attention", "attention_pool", "parts", "prefix_rounds", "rows")
+    ),
     ROOT / "csrc/cuda/recurrence_generic.cu",
     *(ROOT / f"csrc/cuda/{name}.cpp" for name in ("attention_plan", "plan")),
     ROOT / "csrc/torch/cores.cpp",

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/plan.h"
 #include "params.h"
 
 namespace llm_ext {
@@ -23,6 +24,7 @@ struct PoolPlan {
   int team = 0;        // threads of a team, a power of two
   int64_t chunk = 0;   // positions of a chunk
   int64_t chunks = 1;  // of a row of the batch
+  int teams = 0;  // of a row of the batch, all at work at the same time, a chunk each round after round; 0: no rounds
 
   // Whether a team goes through all of a row, with what it adds up in registers: then nobody has to merge.
   bool whole() const { return chunks == 1 && packs > 0; }
@@ -30,6 +32,21 @@ struct PoolPlan {
 
 // The rule: as many teams as the device has room for, while a chunk is long against the summary it leaves.
 PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, int sm_count);
+// For the prefix form forward: in rounds, where rows are few and long enough; else the other one.
+PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, const DeviceFacts& facts);
+
+// Shared memory in rounds, in bytes, of a block and of each of its teams.
+constexpr int kRoundSlots = 3;  // chunks of a team in shared memory
+struct RoundsLayout {
+  int sums;  // of a block, for sums over threads; then the teams
+  int rows;  // of a team: its chunks
+  int team;  // and their scores
+};
+constexpr RoundsLayout rounds_layout(const PoolPlan& plan, int64_t dim, int element_bytes, int computed_bytes) {
+  const int positions = kRoundSlots * static_cast<int>(plan.chunk);
+  const int rows = positions * static_cast<int>(dim) * element_bytes;
+  return {2 * 8 * 8 * computed_bytes, rows, (rows + positions * computed_bytes + 15) / 16 * 16};
+}
 
 // Elements of Compute<S> that the workspace of a call must have.
 int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan);
@@ -44,6 +61,9 @@ template <typename S>
 int pool_backward(const PoolBackwardParams<S>& params, const PoolPlan& plan, void* stream);
 template <typename S>
 int prefix_pool_forward(const PrefixPoolForwardParams<S>& params, const PoolPlan& plan, void* stream);
+// By a plan in rounds; the other calls it.
+template <typename S>
+int prefix_pool_rounds(const PrefixPoolForwardParams<S>& params, const PoolPlan& plan, void* stream);
 template <typename S>
 int prefix_pool_backward(const PrefixPoolBackwardParams<S>& params, const PoolPlan& plan, void* stream);
 

@@ -13,6 +13,12 @@ constexpr int64_t kBlocksEach = 2;  // of a multiprocessor, as the kernels are c
 constexpr int64_t kShortest = 64;   // positions of a chunk: its summary is then 1/16 of it, or in 16 bits 1/8
 constexpr int64_t kChunkUnits = 8;  // chunks are whole tiles of so many positions
 
+// Rounds: teams of a row, positions of a chunk, and rounds of a row. Not measured yet.
+constexpr int kLeastTeams = 2;
+constexpr int kMostTeams = 1024;
+constexpr int64_t kLongestRound = 64;
+constexpr int64_t kLeastRounds = 4;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -38,6 +44,26 @@ PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t eleme
   return plan;
 }
 
+PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, const DeviceFacts& facts) {
+  const PoolPlan plain = make_pool_plan(batch, steps, dim, element_bytes, facts.sm_count);
+  if (plain.packs == 0 || plain.chunks < kLeastTeams || batch == 0) return plain;
+  PoolPlan plan = plain;
+  const int in_block = kPoolThreads / plan.team;
+  plan.teams = static_cast<int>(std::min<int64_t>(int64_t{facts.sm_count} * in_block / batch, kMostTeams));
+  plan.chunk = kChunkUnits;
+  const int computed = element_bytes == 8 ? 8 : 4;
+  const auto fits = [&](int64_t chunk) {
+    PoolPlan longer = plan;
+    longer.chunk = chunk;
+    const RoundsLayout layout = rounds_layout(longer, dim, static_cast<int>(element_bytes), computed);
+    return chunk <= kLongestRound && layout.sums + in_block * layout.team <= facts.shared_bytes;
+  };
+  // A thread has one column of its team's share of them; and it takes some rounds before the pipe is full.
+  if (plan.teams < kLeastTeams || plan.teams * int64_t{plan.team} < dim || !fits(plan.chunk)) return plain;
+  while (fits(plan.chunk + kChunkUnits)) plan.chunk += kChunkUnits;
+  return steps >= kLeastRounds * plan.teams * plan.chunk ? plan : plain;
+}
+
 int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) {
   return plan.whole() ? 0 : batch * plan.chunks * (dim + 1);
 }
@@ -45,6 +71,8 @@ int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan)
 int64_t pool_backward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) { return batch * plan.chunks * dim; }
 
 int64_t prefix_pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {
+  // The flags of rounds take as much room as two numbers at most.
+  if (plan.teams > 0) return batch * plan.teams * (kRoundSlots * (dim + 2) + 2);
   return plan.whole() ? 0 : batch * plan.chunks * (dim + 2) + batch * steps;
 }
 

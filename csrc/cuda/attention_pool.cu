@@ -7,44 +7,18 @@
 //
 // Rows of whole packs of 16 bytes, 1024 of them at most, are held in registers. All others go one number at a time, and
 // what is held of them lies in the workspace.
-#include <limits>
 #include <type_traits>
 
 #include "cuda/attention.h"
 #include "cuda/device.cuh"
 #include "cuda/parts.h"
+#include "cuda/pool.cuh"
 
 namespace llm_ext {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = kPoolThreads;
-constexpr int kWarps = kThreads / kWarpThreads;
-// Blocks that a multiprocessor has room for, and positions of a tile. A thread has 64 or 128 bytes under way, a
-// multiprocessor 32 KB, of each array that is read; more do not fit the registers.
-template <int N>
-constexpr int kBlocks = N == 1 ? 2 : 1;
-template <int N>
-constexpr int kForwardRows = N > 1 ? 8 / N : 4;
-template <int N>
-constexpr int kBackwardRows = N > 2 ? 1 : 2;
-// Numbers that a team adds up at once.
-constexpr int kMostSums = 8;
-// A score that exceeds all before it by more than this could make their share of the state underflow.
-constexpr int kSafeRise = 60;
-
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-template <typename T>
-constexpr size_t kSharedBytes = 2 * kWarps * kMostSums * sizeof(T);
-
-// exp(x) of an x that is at most 0 and may be -inf.
-template <typename T>
-LLM_EXT_DEVICE T share_of(T x) {
-  return x == -kInfinity<T> ? T(0) : exp_of(x);
-}
-
-// ---- what a thread owns
 
 struct Unit {
   int64_t number;      // of the chunk, among those of all rows
@@ -68,219 +42,6 @@ LLM_EXT_DEVICE Unit unit_of(const PoolPlan& plan, int64_t batch, int64_t steps, 
   return unit;
 }
 
-// Columns: N packs of 16 bytes, as far apart as the team is wide; N = 0: any number of them, one by one.
-template <typename S, int N>
-struct Columns {
-  static constexpr int kWide = N > 0 ? 16 / sizeof(S) : 1;
-  int64_t dim;
-  int team;
-  int rank;  // of the thread in its team
-
-  LLM_EXT_DEVICE Columns(int64_t dim, const PoolPlan& plan)
-      : dim(dim), team(plan.team), rank(thread_index() & (plan.team - 1)) {}
-
-  // Whether what there is one of for position r of a tile is this thread's to write.
-  LLM_EXT_DEVICE bool writes(int r) const { return rank == (r & (team - 1)); }
-
-  // f(i, column) of each pack i. A pack that is held may lie beyond D: it is neither read nor written, and zero.
-  template <typename F>
-  LLM_EXT_DEVICE void for_each(const F& f) const {
-    if constexpr (N > 0) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) f(i, (static_cast<int64_t>(i) * team + rank) * kWide);
-    } else {
-      for (int64_t column = rank; column < dim; column += team) f(0, column);
-    }
-  }
-  // The same, and f(i, column, j) of each number j of a pack.
-  template <typename F>
-  LLM_EXT_DEVICE void for_each_number(const F& f) const {
-    for_each([&](int i, int64_t column) {
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) f(i, column, j);
-    });
-  }
-};
-
-// R rows that are read; one that is absent is zero.
-template <typename S, int N, int R>
-struct Tile {
-  static constexpr int kWide = Columns<S, N>::kWide;
-  Pack<S, kWide> held[R][N > 0 ? N : 1];
-  const S* in_memory[N > 0 ? 1 : R];
-  unsigned presence;  // a bit for each row
-
-  // From row_of(r), null where the row is absent.
-  template <typename F>
-  LLM_EXT_DEVICE void load(const Columns<S, N>& columns, const F& row_of) {
-    presence = 0;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const S* row = row_of(r);
-      presence |= (row != nullptr ? 1u : 0u) << r;
-      if constexpr (N > 0) {
-        columns.for_each([&](int i, int64_t column) {
-          held[r][i] = row != nullptr && column < columns.dim ? *reinterpret_cast<const Pack<S, kWide>*>(row + column)
-                                                              : Pack<S, kWide>{};
-        });
-      } else {
-        in_memory[r] = row;
-      }
-    }
-  }
-  LLM_EXT_DEVICE bool present(int r) const { return (presence >> r & 1) != 0; }
-  LLM_EXT_DEVICE Compute<S> at(int r, int i, int64_t column, int j) const {
-    if constexpr (N > 0) {
-      return widen(held[r][i].at[j]);
-    } else {
-      return present(r) ? widen(in_memory[r][column]) : Compute<S>(0);
-    }
-  }
-};
-
-// A row of sums or of state: in registers between begin() and end(), or in memory all the time.
-template <typename S, int N>
-struct Held {
-  using T = Compute<S>;
-  static constexpr int kWide = Columns<S, N>::kWide;
-  using Part = Pack<T, (N > 0 ? 16 / sizeof(T) : 1)>;
-  T own[N > 0 ? N * kWide : 1];
-  T* memory;
-
-  // From a row of T; null: zeros.
-  LLM_EXT_DEVICE void begin(const Columns<S, N>& columns, T* in_memory, const T* from) {
-    memory = in_memory;
-    if constexpr (N > 0) {
-      columns.for_each([&](int i, int64_t column) {
-#pragma unroll
-        for (int j = 0; j < kWide; j += sizeof(Part) / sizeof(T)) {
-          Part part = {};
-          if (from != nullptr && column < columns.dim) part = *reinterpret_cast<const Part*>(from + column + j);
-#pragma unroll
-          for (int k = 0; k < static_cast<int>(sizeof(Part) / sizeof(T)); ++k) own[i * kWide + j + k] = part.at[k];
-        }
-      });
-    } else if (from != memory) {
-      columns.for_each([&](int, int64_t column) { memory[column] = from != nullptr ? from[column] : T(0); });
-    }
-  }
-  LLM_EXT_DEVICE T& at(int i, int64_t column, int j) {
-    if constexpr (N > 0) {
-      return own[i * kWide + j];
-    } else {
-      return memory[column];
-    }
-  }
-  LLM_EXT_DEVICE void end(const Columns<S, N>& columns, T* to) {
-    if constexpr (N > 0) {
-      columns.for_each([&](int i, int64_t column) {
-        if (column >= columns.dim) return;
-#pragma unroll
-        for (int j = 0; j < kWide; j += sizeof(Part) / sizeof(T)) {
-          Part part;
-#pragma unroll
-          for (int k = 0; k < static_cast<int>(sizeof(Part) / sizeof(T)); ++k) part.at[k] = own[i * kWide + j + k];
-          *reinterpret_cast<Part*>(to + column + j) = part;
-        }
-      });
-    }
-  }
-};
-
-// Writes a row of S: value(i, column, j) of each number.
-template <typename S, int N, typename F>
-LLM_EXT_DEVICE void write_row(const Columns<S, N>& columns, S* to, const F& value) {
-  constexpr int kWide = Columns<S, N>::kWide;
-  columns.for_each([&](int i, int64_t column) {
-    Pack<S, kWide> pack;
-#pragma unroll
-    for (int j = 0; j < kWide; ++j) pack.at[j] = narrow<S>(value(i, column, j));
-    if (column < columns.dim) *reinterpret_cast<Pack<S, kWide>*>(to + column) = pack;
-  });
-}
-
-// ---- positions
-
-template <typename S>
-LLM_EXT_DEVICE int64_t offset_of(const PoolInput<S>& in, int64_t b, int64_t t) {
-  return b * in.e_batch_stride + t * in.e_step_stride;
-}
-
-// Which positions of a chunk take part.
-template <typename S>
-struct Admission {
-  int64_t limit;
-  const bool* mask;  // of the row; null: all before the limit
-
-  LLM_EXT_DEVICE Admission(const PoolInput<S>& in, const Unit& unit)
-      : limit(unit.end), mask(in.mask == nullptr ? nullptr : in.mask + unit.b * in.steps) {
-    if (in.lengths != nullptr && in.lengths[unit.b] < limit) limit = in.lengths[unit.b];
-  }
-  LLM_EXT_DEVICE bool admits(int64_t t) const { return t < limit && (mask == nullptr || mask[t]); }
-};
-
-// Sums over the threads of each team, in a fixed order, in all of them. All threads of the block come together.
-template <typename T>
-struct TeamSum {
-  T* shared;  // two places, in turn, so that one barrier will do
-  int team;
-  int turn;
-
-  template <int n>
-  LLM_EXT_DEVICE void operator()(T (&sums)[n]) {
-    static_assert(n <= kMostSums, "there is room for no more");
-    for (int mask = (team < kWarpThreads ? team : kWarpThreads) / 2; mask > 0; mask /= 2) {
-#pragma unroll
-      for (int r = 0; r < n; ++r) sums[r] += shuffle_xor(sums[r], mask);
-    }
-    if (team <= kWarpThreads) return;
-    T* at = shared + turn * kWarps * kMostSums;
-    turn ^= 1;
-    if (lane_index() == 0) {
-#pragma unroll
-      for (int r = 0; r < n; ++r) at[warp_index() * kMostSums + r] = sums[r];
-    }
-    block_barrier();
-    const int warps = team / kWarpThreads, first = warp_index() / warps * warps;
-#pragma unroll
-    for (int r = 0; r < n; ++r) sums[r] = T(0);
-    for (int w = first; w < first + warps; ++w) {
-#pragma unroll
-      for (int r = 0; r < n; ++r) sums[r] += at[w * kMostSums + r];
-    }
-  }
-};
-
-template <typename T>
-LLM_EXT_DEVICE TeamSum<T> team_sum(int team) {
-  return {reinterpret_cast<T*>(shared_memory()), team, 0};
-}
-
-// Scores of the positions t + r of a tile: -inf where one takes no part.
-template <typename S, int N, int R>
-LLM_EXT_DEVICE void score(const PoolInput<S>& in, const Unit& unit, const Columns<S, N>& columns,
-                          const Tile<S, N, R>& e, const Tile<S, N, 1>& u, int64_t t, TeamSum<Compute<S>>& sum,
-                          Compute<S> (&scores)[R]) {
-  using T = Compute<S>;
-#pragma unroll
-  for (int r = 0; r < R; ++r) scores[r] = T(0);
-  if (in.u != nullptr) {
-    columns.for_each_number([&](int i, int64_t column, int j) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) scores[r] += e.at(r, i, column, j) * u.at(0, i, column, j);
-    });
-    sum(scores);
-  }
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    if (!e.present(r)) {
-      scores[r] = -kInfinity<T>;
-    } else if (in.u == nullptr) {
-      scores[r] = widen(in.scores[unit.b * in.steps + t + r]);
-    }
-  }
-}
-
 // ---- the pooled vector of a chunk: all of pooling, and what a chunk of the prefix form leaves to those after it
 
 template <typename S>
@@ -301,64 +62,44 @@ void pool_summaries(LLM_EXT_PARAMS SummaryParams<S> p) {
   const PoolInput<S>& in = p.in;
   const Unit unit = unit_of(p.plan, in.batch, in.steps, false);
   const Columns<S, N> columns(in.dim, p.plan);
-  const Admission<S> admission(in, unit);
+  const Admission<S> admission(in, unit.b, unit.begin, unit.end);
+  const int count = static_cast<int>(unit.end - unit.begin);
+  const int64_t place = unit.b * in.steps + unit.begin;  // of its first position
   TeamSum<T> sum = team_sum<T>(p.plan.team);
-  const auto load = [&](Tile<S, N, R>& tile, int64_t t) {
-    tile.load(columns, [&](int r) { return admission.admits(t + r) ? in.e + offset_of(in, unit.b, t + r) : nullptr; });
+  const S* rows = in.e + offset_of(in, unit.b, unit.begin);
+  const auto load = [&](Tile<S, N, R>& tile, int i) {
+    tile.load(columns, [&](int r) { return admission.admits(i + r) ? rows + (i + r) * in.e_step_stride : nullptr; });
   };
 
   Tile<S, N, 1> u;
   u.load(columns, [&](int) { return in.u; });
-  Held<S, N> c;
-  if (unit.exists || N > 0) c.begin(columns, N > 0 ? nullptr : p.partial_c + unit.number * in.dim, nullptr);
-  T max = -kInfinity<T>, total = T(0);
+  Pooled<S, N> pooled;
+  pooled.begin(columns, p.partial_c + unit.number * in.dim);
   Tile<S, N, R> e;
-  load(e, unit.begin);
-  for (int64_t i = 0; i < p.plan.chunk; i += R) {
-    const int64_t t = unit.begin + i;
+  load(e, 0);
+  for (int i = 0; i < static_cast<int>(p.plan.chunk); i += R) {
     Tile<S, N, R> next;
-    load(next, t + R);
+    load(next, i + R);
     T weights[R];
-    score(in, unit, columns, e, u, t, sum, weights);
+    score(in, columns, e, u, in.scores + place + i, sum, weights);
     if (p.scores_out != nullptr) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (columns.writes(r) && t + r < unit.end) {
-          p.scores_out[unit.b * in.steps + t + r] = weights[r];
-        }
+        if (columns.writes(r) && i + r < count) p.scores_out[place + i + r] = weights[r];
       }
     }
-    T high = max;
-#pragma unroll
-    for (int r = 0; r < R; ++r) high = weights[r] > high || weights[r] != weights[r] ? weights[r] : high;
-    if (high != -kInfinity<T>) {
-      const T rescale = share_of(max - high);
-      max = high;
-      total *= rescale;
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        weights[r] = share_of(weights[r] - high);
-        total += weights[r];
-      }
-      columns.for_each_number([&](int n, int64_t column, int j) {
-        T value = c.at(n, column, j) * rescale;
-#pragma unroll
-        for (int r = 0; r < R; ++r) value += weights[r] * e.at(r, n, column, j);
-        c.at(n, column, j) = value;
-      });
-    }
+    pooled.add(columns, e, weights);
     e = next;
   }
   if (!unit.exists) return;
-  const T scale = total > T(0) || total != total ? T(1) / total : T(0);
-  if (columns.rank == 0) p.l[unit.number] = max == -kInfinity<T> ? max : max + log_of(total);
+  const T l = pooled.end(columns);
+  if (columns.rank == 0) p.l[unit.number] = l;
   if (p.c != nullptr) {
     write_row(columns, p.c + unit.number * in.dim,
-              [&](int i, int64_t column, int j) { return c.at(i, column, j) * scale; });
-    return;
+              [&](int i, int64_t column, int j) { return pooled.c.at(i, column, j); });
+  } else {
+    pooled.c.end(columns, p.partial_c + unit.number * in.dim);
   }
-  columns.for_each_number([&](int i, int64_t column, int j) { c.at(i, column, j) *= scale; });
-  c.end(columns, p.partial_c + unit.number * in.dim);
 }
 
 // ---- pooling, backward
@@ -378,12 +119,15 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
   const PoolInput<S>& in = p.call.in;
   const Unit unit = unit_of(p.plan, in.batch, in.steps, false);
   const Columns<S, N> columns(in.dim, p.plan);
-  const Admission<S> admission(in, unit);
+  const Admission<S> admission(in, unit.b, unit.begin, unit.end);
+  const int count = static_cast<int>(unit.end - unit.begin);
+  const int64_t place = unit.b * in.steps + unit.begin;  // of its first position
   TeamSum<T> sum = team_sum<T>(p.plan.team);
   const T lse = p.call.lse[unit.b];
-  const auto load = [&](Tile<S, N, R>& tile, int64_t t) {
+  const S* rows = in.e + offset_of(in, unit.b, unit.begin);
+  const auto load = [&](Tile<S, N, R>& tile, int i) {
     tile.load(columns, [&](int r) {
-      return admission.admits(t + r) && lse != -kInfinity<T> ? in.e + offset_of(in, unit.b, t + r) : nullptr;
+      return admission.admits(i + r) && lse != -kInfinity<T> ? rows + (i + r) * in.e_step_stride : nullptr;
     });
   };
 
@@ -404,12 +148,12 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
   }
   const T common = (p.call.grad_lse == nullptr ? T(0) : p.call.grad_lse[unit.b]) - along[0];
 
+  S* de = p.call.de == nullptr ? nullptr : p.call.de + offset_of(in, unit.b, unit.begin);
   Tile<S, N, R> e;
-  load(e, unit.begin);
-  for (int64_t i = 0; i < p.plan.chunk; i += R) {
-    const int64_t t = unit.begin + i;
+  load(e, 0);
+  for (int i = 0; i < static_cast<int>(p.plan.chunk); i += R) {
     Tile<S, N, R> next;
-    load(next, t + R);
+    load(next, i + R);
     T sums[2 * R] = {};
     columns.for_each_number([&](int n, int64_t column, int j) {
 #pragma unroll
@@ -423,15 +167,15 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       T s = -kInfinity<T>;
-      if (e.present(r)) s = in.u != nullptr ? sums[r] : widen(in.scores[unit.b * in.steps + t + r]);
+      if (e.present(r)) s = in.u != nullptr ? sums[r] : widen(in.scores[place + i + r]);
       alpha[r] = e.present(r) ? share_of(s - lse) : T(0);
       ds[r] = e.present(r) ? alpha[r] * (sums[R + r] + common) : T(0);
-      if (t + r >= unit.end) continue;
+      if (i + r >= count) continue;
       if (p.call.dscores != nullptr && columns.writes(r)) {
-        p.call.dscores[unit.b * in.steps + t + r] = narrow<S>(ds[r]);
+        p.call.dscores[place + i + r] = narrow<S>(ds[r]);
       }
-      if (p.call.de != nullptr) {
-        write_row(columns, p.call.de + offset_of(in, unit.b, t + r), [&](int n, int64_t column, int j) {
+      if (de != nullptr) {
+        write_row(columns, de + (i + r) * in.e_step_stride, [&](int n, int64_t column, int j) {
           return alpha[r] * g.at(0, n, column, j) + ds[r] * u.at(0, n, column, j);
         });
       }
@@ -451,44 +195,6 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
 
 // ---- the prefix form, forward: c_t = keep_t c_{t-1} + share_t e_t
 
-// From the scores of a tile and the log-sum-exp l before it, which is updated: the share of each position, and that of
-// the state before it, which is 1 - share. A score of -inf is that of a position that takes no part.
-template <int R, typename T>
-LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], T& l, T (&keep)[R], T (&share)[R]) {
-  T max = l;
-#pragma unroll
-  for (int r = 0; r < R; ++r) max = scores[r] > max ? scores[r] : max;
-  const T base = l > scores[0] ? l : scores[0];
-  if (max - base < T(kSafeRise)) {
-    // All relative to the largest: exponentials that do not wait for each other.
-    T sum = share_of(l - max);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const T weight = share_of(scores[r] - max), before = sum;
-      sum += weight;
-      const T inverse = T(1) / sum;
-      keep[r] = weight == T(0) ? T(1) : before * inverse;
-      share[r] = weight * inverse;
-    }
-    l = max + log_of(sum);
-    return;
-  }
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const T s = scores[r];
-    keep[r] = T(1);
-    share[r] = T(0);
-    if (s == -kInfinity<T>) continue;
-    const bool falls = l > s;
-    const T high = falls ? l : s;
-    const T ratio = share_of((falls ? s : l) - high);
-    const T larger = T(1) / (T(1) + ratio);
-    keep[r] = falls ? larger : ratio * larger;
-    share[r] = falls ? ratio * larger : larger;
-    l = high + log1p_of(ratio);
-  }
-}
-
 template <typename S>
 struct PrefixParams {
   PrefixPoolForwardParams<S> call;
@@ -506,10 +212,13 @@ void prefix_states(LLM_EXT_PARAMS PrefixParams<S> p) {
   const PoolInput<S>& in = p.call.in;
   const Unit unit = unit_of(p.plan, in.batch, in.steps, true);
   const Columns<S, N> columns(in.dim, p.plan);
-  const Admission<S> admission(in, unit);
+  const Admission<S> admission(in, unit.b, unit.begin, unit.end);
+  const int count = static_cast<int>(unit.end - unit.begin);
+  const int64_t place = unit.b * in.steps + unit.begin;  // of its first position
   TeamSum<T> sum = team_sum<T>(p.plan.team);
-  const auto load = [&](Tile<S, N, R>& tile, int64_t t) {
-    tile.load(columns, [&](int r) { return admission.admits(t + r) ? in.e + offset_of(in, unit.b, t + r) : nullptr; });
+  const S* rows = in.e + offset_of(in, unit.b, unit.begin);
+  const auto load = [&](Tile<S, N, R>& tile, int i) {
+    tile.load(columns, [&](int r) { return admission.admits(i + r) ? rows + (i + r) * in.e_step_stride : nullptr; });
   };
 
   Tile<S, N, 1> u;
@@ -518,41 +227,27 @@ void prefix_states(LLM_EXT_PARAMS PrefixParams<S> p) {
   Held<S, N> c;
   T* c_before = p.c_before == nullptr ? nullptr : p.c_before + unit.number * in.dim;
   if (unit.exists || N > 0) c.begin(columns, c_before, c_before);
+  S* c_rows = p.call.c + offset_of(in, unit.b, unit.begin);
   Tile<S, N, R> e;
-  load(e, unit.begin);
-  for (int64_t i = 0; i < p.plan.chunk; i += R) {
-    const int64_t t = unit.begin + i;
+  load(e, 0);
+  for (int i = 0; i < static_cast<int>(p.plan.chunk); i += R) {
     Tile<S, N, R> next;
-    load(next, t + R);
+    load(next, i + R);
     T scores[R], keep[R], share[R];
     if (p.scores == nullptr) {
-      score(in, unit, columns, e, u, t, sum, scores);
+      score(in, columns, e, u, in.scores + place + i, sum, scores);
     } else {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        scores[r] = e.present(r) ? p.scores[unit.b * in.steps + t + r] : -kInfinity<T>;
+        scores[r] = e.present(r) ? p.scores[place + i + r] : -kInfinity<T>;
       }
     }
     prefix_shares(scores, l, keep, share);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if (columns.writes(r) && t + r < unit.end) p.call.share[unit.b * in.steps + t + r] = share[r];
+      if (columns.writes(r) && i + r < count) p.call.share[place + i + r] = share[r];
     }
-    columns.for_each([&](int n, int64_t column) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        Pack<S, columns.kWide> pack;
-#pragma unroll
-        for (int j = 0; j < columns.kWide; ++j) {
-          T& state = c.at(n, column, j);
-          state = keep[r] * state + share[r] * e.at(r, n, column, j);
-          pack.at[j] = narrow<S>(state);
-        }
-        if (column < in.dim && t + r < unit.end) {
-          *reinterpret_cast<Pack<S, columns.kWide>*>(p.call.c + offset_of(in, unit.b, t + r) + column) = pack;
-        }
-      }
-    });
+    write_states(columns, c, e, keep, share, c_rows + i * in.e_step_stride, in.e_step_stride, count - i);
     e = next;
   }
   if (!unit.exists || p.scores != nullptr) return;
@@ -844,21 +539,6 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 
 // ---- launches
 
-// run(std::integral_constant<int, packs>).
-template <typename F>
-int with_packs(const PoolPlan& plan, const F& run) {
-  switch (plan.packs) {
-    case 1:
-      return run(std::integral_constant<int, 1>{});
-    case 2:
-      return run(std::integral_constant<int, 2>{});
-    case 4:
-      return run(std::integral_constant<int, 4>{});
-    default:
-      return run(std::integral_constant<int, 0>{});
-  }
-}
-
 template <typename T, typename Params>
 int launch_blocks(void (*kernel)(Params), const Params& params, int64_t blocks, void* stream) {
   if (blocks == 0) return 0;
@@ -910,6 +590,7 @@ template <typename S>
 int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& plan, void* stream) {
   using T = Compute<S>;
   const PoolInput<S>& in = call.in;
+  if (plan.teams > 0) return prefix_pool_rounds(call, plan, stream);
   PrefixParams<S> p = {call, plan, nullptr, call.l0, const_cast<T*>(call.c0)};
   if (!plan.whole()) {
     const int64_t units = in.batch * plan.chunks;

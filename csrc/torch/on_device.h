@@ -14,6 +14,9 @@ inline void check_queued(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": CUDA reports: ", cuda::error_text(error));
 }
 
+// cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize.
+inline bool is_too_large(int error) { return error == 701 || error == 720 || error == 912; }
+
 // Of a device, asked for once.
 inline const cuda::DeviceFacts& facts_of(const char* op, int device) {
   static std::mutex mutex;

@@ -26,9 +26,6 @@ inline constexpr cuda::Type kType<BFloat16> = cuda::Type::kBFloat16;
 template <>
 inline constexpr cuda::Type kType<Float16> = cuda::Type::kFloat16;
 
-// cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize.
-bool is_too_large(int error) { return error == 701 || error == 720 || error == 912; }
-
 // An op comes here as soon as one of its arguments is on such a device.
 int32_t device_of(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), op, ": x must be on the device of the others");

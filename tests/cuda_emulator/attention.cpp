@@ -2,6 +2,7 @@
 // Whatever the order of the threads, the results must have the same bits.
 #include "cuda/attention.h"
 
+#include "cuda/device.cuh"
 #include "device.h"
 #include "outputs.h"
 
@@ -46,10 +47,16 @@ PoolInput<S> pool_input(const Records& request) {
 }
 
 template <typename S>
-PoolPlan pool_plan(const Records& request) {
+PoolPlan pool_plan(const Records& request, bool forward) {
   if (!request.has("packs")) {
+    if (forward && request.number("op") == 1) {
+      DeviceFacts facts;
+      query_device(0, &facts);
+      return make_prefix_plan(request.number("batch"), request.number("steps"), request.number("dim"), sizeof(S),
+                              facts);
+    }
     return make_pool_plan(request.number("batch"), request.number("steps"), request.number("dim"), sizeof(S),
-                          static_cast<int>(request.number("sm_count", 132)));
+                          emulator::device.sm_count);
   }
   PoolPlan plan;  // that the rule need not choose
   plan.packs = static_cast<int>(request.number("packs"));
@@ -57,6 +64,7 @@ PoolPlan pool_plan(const Records& request) {
   plan.chunk = request.number("chunk");
   plan.chunks = (request.number("steps") + plan.chunk - 1) / plan.chunk;
   if (plan.chunks == 0) plan.chunks = 1;
+  if (forward) plan.teams = static_cast<int>(request.number("teams"));
   return plan;
 }
 
@@ -64,7 +72,7 @@ template <typename S>
 void pool(const Records& request, Outputs& out) {
   using T = Compute<S>;
   const PoolInput<S> in = pool_input<S>(request);
-  const PoolPlan plan = pool_plan<S>(request);
+  const PoolPlan plan = pool_plan<S>(request, false);
   S* c = out.add<S>("c", in.batch * in.dim);
   T* lse = out.add<T>("lse", in.batch);
   {
@@ -89,16 +97,16 @@ template <typename S>
 void prefix_pool(const Records& request, Outputs& out) {
   using T = Compute<S>;
   PoolInput<S> in = pool_input<S>(request);
-  const PoolPlan plan = pool_plan<S>(request);
+  const PoolPlan forward_plan = pool_plan<S>(request, true), plan = pool_plan<S>(request, false);
   const T* c0 = request.data<const T>("c0");
   S* c = out.add<S>("c", in.batch * in.steps * in.dim);
   T* share = out.add<T>("share", in.batch * in.steps);
   T* l_n = out.add<T>("l_n", in.batch);
   T* c_n = out.add<T>("c_n", in.batch * in.dim);
   {
-    const Workspace<T> workspace(prefix_pool_forward_workspace(in.batch, in.steps, in.dim, plan));
-    expect(prefix_pool_forward<S>({in, request.data<const T>("l0"), c0, c, share, l_n, c_n, workspace.data()}, plan,
-                                  nullptr),
+    const Workspace<T> workspace(prefix_pool_forward_workspace(in.batch, in.steps, in.dim, forward_plan));
+    expect(prefix_pool_forward<S>({in, request.data<const T>("l0"), c0, c, share, l_n, c_n, workspace.data()},
+                                  forward_plan, nullptr),
            "prefix_pool_forward");
   }
   const bool scored = in.scores != nullptr;
@@ -190,6 +198,8 @@ void run_all(const Records& request, emulator::Answer& answer) {
 int main(int, char** arguments) {
   const Records request(arguments[1]);
   emulator::Answer answer(arguments[2]);
+  emulator::device.sm_count = static_cast<int>(request.number("sm_count", 132));
+  emulator::device.shared_bytes = request.number("shared_bytes", 227 * 1024);
   switch (request.number("type")) {
     case 0:
       run_all<float>(request, answer);
