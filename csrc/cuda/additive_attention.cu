@@ -207,7 +207,7 @@ void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
         for (int i = 0; i < kQ; ++i) {
 #pragma unroll
           for (int j = 0; j < kK; ++j) {
-            if constexpr (exact()) {
+            if constexpr (decltype(exact)::value) {
               vr[i][j] += v[n] * exact_r(q[i][n] + k[j][n]) + v[n + 1] * exact_r(q[i][n + 1] + k[j][n + 1]);
             } else {
               const T x = T(1) + q[i][n] * k[j][n], y = T(1) + q[i][n + 1] * k[j][n + 1];
@@ -545,7 +545,7 @@ void additive_gradients(LLM_EXT_PARAMS GradientParams<S> p) {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         T r[2];
-        if constexpr (exact()) {
+        if constexpr (decltype(exact)::value) {
           r[0] = exact_r(x[i][0] + there[0]);
           r[1] = exact_r(x[i][1] + there[1]);
         } else {

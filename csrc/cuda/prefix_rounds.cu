@@ -24,6 +24,7 @@ template <typename S>
 struct RoundsParams {
   PrefixPoolForwardParams<S> call;
   PoolPlan plan;
+  RoundsLayout layout;
   int rounds;
   Compute<S>* summaries;  // [kSlots, B teams, D]
   Compute<S>* l;          // [kSlots, B teams] log-sum-exp of each chunk
@@ -49,10 +50,9 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
   const Columns<S, N> columns(in.dim, p.plan);
   TeamSum<T> sum = team_sum<T>(p.plan.team);
   // This team's rows and scores.
-  const RoundsLayout layout = rounds_layout(p.plan, in.dim, sizeof(S), sizeof(T));
-  unsigned char* own = shared_memory() + layout.sums + in_block * layout.team;
+  unsigned char* own = shared_memory() + p.layout.sums + in_block * p.layout.team;
   S* rows = reinterpret_cast<S*>(own);
-  T* scores = reinterpret_cast<T*>(own + layout.rows);
+  T* scores = reinterpret_cast<T*>(own + p.layout.rows);
 
   const auto begin_of = [&](int i) { return (static_cast<int64_t>(i) * teams + mine) * chunk; };
   const auto count_of = [&](int i) {
@@ -192,6 +192,7 @@ int prefix_pool_rounds(const PrefixPoolForwardParams<S>& call, const PoolPlan& p
   RoundsParams<S> p = {};
   p.call = call;
   p.plan = plan;
+  p.layout = rounds_layout(plan, in.dim, sizeof(S), sizeof(T));
   p.rounds = static_cast<int>((in.steps + plan.teams * plan.chunk - 1) / (plan.teams * plan.chunk));
   p.summaries = call.workspace;
   p.l = p.summaries + kSlots * units * in.dim;
@@ -203,8 +204,7 @@ int prefix_pool_rounds(const PrefixPoolForwardParams<S>& call, const PoolPlan& p
   LaunchShape shape;
   shape.grid_x = static_cast<unsigned>((units + kPoolThreads / plan.team - 1) / (kPoolThreads / plan.team));
   shape.threads = kPoolThreads;
-  const RoundsLayout layout = rounds_layout(plan, in.dim, sizeof(S), sizeof(T));
-  shape.shared_bytes = static_cast<size_t>(layout.sums + kPoolThreads / plan.team * layout.team);
+  shape.shared_bytes = static_cast<size_t>(p.layout.sums + kPoolThreads / plan.team * p.layout.team);
   shape.all_resident = true;
   return with_held_packs(plan, [&](auto packs) { return launch(prefix_rounds<S, packs()>, shape, p, stream); });
 }
