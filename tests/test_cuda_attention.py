@@ -6,13 +6,14 @@ Each case runs with several seeds, so in several orders of its threads, and must
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from cases import HALF_DTYPES, assert_close
-from cuda_emulator.program import DTYPES, ROOT, build, run, tensor
+from cuda_emulator.program import DTYPES, ROOT, KernelError, build, run, tensor
 from torch import Tensor
 
 from llm_ext import reference
@@ -343,3 +344,24 @@ def additive_cases() -> list[Additive]:
 @pytest.mark.parametrize("case", additive_cases(), ids=str)
 def test_additive(program: Path, case: Additive) -> None:
     check_additive(program, case)
+
+
+# A line that is taken out of a real kernel: a case in which that must be found.
+LINES = [
+    ("prefix_rounds.cu", "await_flag", Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2), teams=2)),
+    ("additive_attention.cu", "block_barrier", Additive(torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("file", "call", "case"), LINES, ids=[line[0] for line in LINES])
+def test_a_kernel_without_a_line(tmp_path: Path, file: str, call: str, case: Pool | Additive) -> None:
+    """Where a call of this name stands last in the file."""
+    text = (KERNELS / file).read_text()
+    last = list(re.finditer(rf"\b{call}\([^;]*\);", text))[-1]
+    changed = tmp_path / "cuda"
+    changed.mkdir()
+    (changed / file).write_text(text[: last.start()] + ";" + text[last.end() :])
+    others = [source for source in sources() if source.name != file]
+    program = build("changed_attention", [*others, changed / file], changed=tmp_path)
+    with pytest.raises(KernelError, match="race: "):
+        (check_pool if isinstance(case, Pool) else check_additive)(program, case)  # type: ignore[operator]
