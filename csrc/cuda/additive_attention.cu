@@ -169,8 +169,9 @@ template <typename T, typename Tile>
 constexpr int kScoreNumbers =
     larger((Tile::kQueries + Tile::kKeys) * kStride + kChunk, Tile::kSlices* Tile::kQueries* Tile::kKeys);
 
+// The exponentials of float64 want more registers.
 template <typename S, typename Tile>
-LLM_EXT_SHARING_KERNEL(kThreads, 2)
+LLM_EXT_SHARING_KERNEL(kThreads, (std::is_same_v<S, double> ? 1 : 2))
 void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
   using T = Compute<S>;
   constexpr int kQ = Tile::kQ, kK = Tile::kK;
@@ -190,7 +191,7 @@ void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
   // Of v . tanh = sum of v - 2 sum of v r this thread's part.
   T v_sum = T(0), vr[kQ][kK] = {};
   const auto add_chunk = [&](auto exact) {
-#pragma unroll 2
+#pragma unroll 1
     for (int part = slice; part < kChunk / kPart<T>; part += Tile::kSlices) {
       T v[kPart<T>], q[kQ][kPart<T>], k[kK][kPart<T>];
       read(v_row + part * kPart<T>, v);
@@ -767,7 +768,6 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
   // Once at least: without queries, gradients of keys and values are 0.
   do {
     const int64_t count = first + slab < in.queries ? slab : in.queries - first;
-    const bool is_first = first == 0, is_last = first + count == in.queries;
     const Matrix<S> grad_context = {p.grad_context == nullptr ? nullptr : p.grad_context + first * in.value_dim,
                                     in.queries * in.value_dim, in.value_dim, 1};
     attention.scores(first, count, workspace.scores);
@@ -819,7 +819,7 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
       gradients.others_end = first + count;
       gradients.ds_own = 1;
       gradients.ds_other = in.keys;
-      gradients.out = {p.dkey, workspace.key_sums, in.keys * in.attn_dim, is_first, is_last};
+      gradients.out = {p.dkey, workspace.key_sums, in.keys * in.attn_dim, first == 0, first + count == in.queries};
       gradients.dv = nullptr;
       attention.gradients(gradients);
     }
@@ -830,7 +830,7 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
       product.M = in.keys;
       product.N = in.value_dim;
       product.K = p.grad_context == nullptr ? 0 : count;
-      product.z = {p.dvalues, workspace.value_sums, in.keys * in.value_dim, is_first, is_last};
+      product.z = {p.dvalues, workspace.value_sums, in.keys * in.value_dim, first == 0, first + count == in.queries};
       attention.product(product);
     }
     first += slab;
