@@ -313,7 +313,7 @@ def test_model(cell: str, attention: str) -> None:
 def pooled(prefix: bool, inputs: Mapping[str, Tensor], **options: Any) -> list[Tensor]:
     """Results and gradients."""
     results = pool_functions(prefix, **options)[0](**inputs)
-    loss = sum((t * t).masked_fill(t.isinf(), 0).sum() for t in results)
+    loss = sum(t.masked_fill(t.isinf(), 0).square().sum() for t in results)
     return [*results, *torch.autograd.grad(loss, list(inputs.values()))]
 
 
