@@ -313,7 +313,7 @@ LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], T& l, T (&keep)[R], T (&
     for (int r = 0; r < R; ++r) {
       const T weight = share_of(scores[r] - max), before = sum;
       sum += weight;
-      const T inverse = T(1) / sum;
+      const T inverse = reciprocal(sum);
       keep[r] = weight == T(0) ? T(1) : before * inverse;
       share[r] = weight * inverse;
     }
@@ -329,7 +329,7 @@ LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], T& l, T (&keep)[R], T (&
     const bool falls = l > s;
     const T high = falls ? l : s;
     const T ratio = share_of((falls ? s : l) - high);
-    const T larger = T(1) / (T(1) + ratio);
+    const T larger = reciprocal(T(1) + ratio);
     keep[r] = falls ? larger : ratio * larger;
     share[r] = falls ? ratio * larger : larger;
     l = high + log1p_of(ratio);
