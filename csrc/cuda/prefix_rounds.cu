@@ -100,7 +100,7 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
       score(in, columns, e, u, in.scores + b * in.steps + begin + r0, sum, tile);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (columns.writes(r)) scores_at(i)[r0 + r] = tile[r];
+        if (columns.writes(r) && r0 + r < chunk) scores_at(i)[r0 + r] = tile[r];
       }
       pooled.add(columns, e, tile);
     }
