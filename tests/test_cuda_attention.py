@@ -204,9 +204,10 @@ def pool_cases() -> list[Pool]:
         some = Pool(True, dtype, D=3 * pack(dtype), T=30)
         cases += [
             replace(some, plan=(1, 4, 3), teams=3 * pack(dtype) // 4 + 1),
-            replace(some, plan=(1, 64, 2), teams=2, scored=i % 2 == 0, rows="lengths", state=False),
+            replace(some, plan=(1, 64, 2), teams=3, scored=i % 2 == 0, rows="lengths", state=False),
             replace(some, plan=(2, 8, 4), teams=5, rows="mask", time_major=True),
-            replace(some, B=1, plan=(1, 32, 5), teams=7, rows="full"),
+            replace(some, B=2, plan=(1, 32, 5), teams=11, rows="full"),
+            replace(some, B=2, plan=(1, 128, 4), teams=3),
         ]
     # Chosen by the rule.
     cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
@@ -348,7 +349,7 @@ def test_additive(program: Path, case: Additive) -> None:
 
 # A line that is taken out of a real kernel: a case in which that must be found.
 LINES = [
-    ("prefix_rounds.cu", "await_flag", Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2), teams=2)),
+    ("prefix_rounds.cu", "await_flag", Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2), teams=3)),
     ("additive_attention.cu", "block_barrier", Additive(torch.float32)),
 ]
 

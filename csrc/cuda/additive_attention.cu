@@ -193,25 +193,24 @@ void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
   const auto add_chunk = [&](auto exact) {
 #pragma unroll 1
     for (int part = slice; part < kChunk / kPart<T>; part += Tile::kSlices) {
-      T v[kPart<T>], q[kQ][kPart<T>], k[kK][kPart<T>];
+      T v[kPart<T>], k[kK][kPart<T>];
       read(v_row + part * kPart<T>, v);
 #pragma unroll
-      for (int i = 0; i < kQ; ++i) {
-        read(q_rows + (of_queries + i * Tile::kQueryStep) * kStride + part * kPart<T>, q[i]);
-      }
+      for (int n = 0; n < kPart<T>; ++n) v_sum += v[n];
 #pragma unroll
       for (int j = 0; j < kK; ++j) read(k_rows + (of_keys + j * Tile::kKeyStep) * kStride + part * kPart<T>, k[j]);
 #pragma unroll
-      for (int n = 0; n < kPart<T>; n += 2) {
-        v_sum += v[n] + v[n + 1];
+      for (int i = 0; i < kQ; ++i) {
+        T q[kPart<T>];
+        read(q_rows + (of_queries + i * Tile::kQueryStep) * kStride + part * kPart<T>, q);
 #pragma unroll
-        for (int i = 0; i < kQ; ++i) {
+        for (int n = 0; n < kPart<T>; n += 2) {
 #pragma unroll
           for (int j = 0; j < kK; ++j) {
             if constexpr (decltype(exact)::value) {
-              vr[i][j] += v[n] * exact_r(q[i][n] + k[j][n]) + v[n + 1] * exact_r(q[i][n + 1] + k[j][n + 1]);
+              vr[i][j] += v[n] * exact_r(q[n] + k[j][n]) + v[n + 1] * exact_r(q[n + 1] + k[j][n + 1]);
             } else {
-              const T x = T(1) + q[i][n] * k[j][n], y = T(1) + q[i][n + 1] * k[j][n + 1];
+              const T x = T(1) + q[n] * k[j][n], y = T(1) + q[n + 1] * k[j][n + 1];
               vr[i][j] += (v[n] * y + v[n + 1] * x) * reciprocal(x * y);
             }
           }

@@ -13,6 +13,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
 
+template <typename T>
+constexpr T kNone = -std::numeric_limits<T>::infinity();
+
 int64_t slabs_of(int64_t dim) { return dim > 0 ? (dim + kWarpThreads - 1) / kWarpThreads : 1; }
 
 template <typename S>
@@ -25,16 +28,15 @@ template <typename S>
 LLM_EXT_SHARING_KERNEL(kThreads, 4)
 void add_parts_kernel(LLM_EXT_PARAMS PartsParams<S> params) {
   using T = Compute<S>;
-  constexpr T kNone = -std::numeric_limits<T>::infinity();
   const Parts<S>& p = params.parts;
   const int64_t row = block_x() / params.slabs, column = block_x() % params.slabs * kWarpThreads + lane_index();
   const T* l = p.l == nullptr ? nullptr : p.l + row * p.count;
-  const auto weight_of = [](T x, T max) { return x == kNone ? T(0) : exp_of(x - max); };
-  T max = kNone, total = T(0);
+  const auto weight_of = [](T x, T max) { return x == kNone<T> ? T(0) : exp_of(x - max); };
+  T max = kNone<T>, total = T(0);
   for (int64_t i = 0; l != nullptr && i < p.count; ++i) max = l[i] > max || l[i] != l[i] ? l[i] : max;
-  for (int64_t i = 0; max != kNone && i < p.count; ++i) total += weight_of(l[i], max);
+  for (int64_t i = 0; max != kNone<T> && i < p.count; ++i) total += weight_of(l[i], max);
   T sum = T(0);
-  if (column < p.dim && (l == nullptr || max != kNone)) {
+  if (column < p.dim && (l == nullptr || max != kNone<T>)) {
     const T* x = p.x + row * p.count * p.dim + column;
 #pragma unroll 8
     for (int64_t i = warp_index(); i < p.count; i += kWarps) {
@@ -46,9 +48,9 @@ void add_parts_kernel(LLM_EXT_PARAMS PartsParams<S> params) {
   block_barrier();
   if (warp_index() > 0) return;
   for (int w = 1; w < kWarps; ++w) sum += shared[w * kWarpThreads + lane_index()];
-  if (l != nullptr && max != kNone) sum /= total;
+  if (l != nullptr && max != kNone<T>) sum /= total;
   if (column < p.dim) p.out[row * p.dim + column] = narrow<S>(sum);
-  if (p.lse != nullptr && column == 0) p.lse[row] = max == kNone ? max : max + log_of(total);
+  if (p.lse != nullptr && column == 0) p.lse[row] = max == kNone<T> ? max : max + log_of(total);
 }
 
 }  // namespace
