@@ -298,7 +298,7 @@ def additive_attention(
 ) -> None:
     """Raise if the arguments of `ops.additive_attention` do not fit together."""
     op = "additive_attention"
-    _check(op, "query", query, "B, Tq, A", (None, None, None), RECURRENCE_DTYPES)
+    _check(op, "query", query, "B, Tq, A", (None, None, None))
     B, Tq, A = query.shape
     same, like = (query.dtype,), ("query", query)
     _check(op, "keys", keys, "B, Tk, A", (B, None, A), same, like)
