@@ -52,6 +52,14 @@ TOLERANCE = {
     # The gradients are rounded, and before that read c, which was rounded, in dot products of up to 1000 terms.
     **{(f"{op}_backward", torch.bfloat16): 3e-2 for op in ("attention_pool", "prefix_pool")},
     **{(f"{op}_backward", torch.float16): 6e-3 for op in ("attention_pool", "prefix_pool")},
+    # A sum over A, one softmax and one weighted mean.
+    ("additive_attention", torch.float32): 1e-5,
+    ("additive_attention_backward", torch.float32): 5e-5,
+    # Computed in float32; what is returned is rounded, to 8 or 11 bits, and so are the gradients that come in.
+    ("additive_attention", torch.bfloat16): 4e-3,
+    ("additive_attention_backward", torch.bfloat16): 1.6e-2,
+    ("additive_attention", torch.float16): 5e-4,
+    ("additive_attention_backward", torch.float16): 2e-3,
     # A stack of the above.
     ("model", torch.float32): 1e-4,
     # float64 differs from the reference in the order of sums only.
@@ -65,6 +73,8 @@ TOLERANCE = {
     ("attention_pool_backward", torch.float64): 1e-12,
     ("prefix_pool", torch.float64): 1e-12,
     ("prefix_pool_backward", torch.float64): 1e-11,
+    ("additive_attention", torch.float64): 1e-13,
+    ("additive_attention_backward", torch.float64): 1e-12,
     ("model", torch.float64): 1e-11,
 }
 # Where the kernels of a device round more. In 16 bits those of CUDA read pre-activations, and multiply states and dz,
