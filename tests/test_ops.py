@@ -307,9 +307,7 @@ def test_pool_time_major(dtype: torch.dtype, prefix: bool) -> None:
         assert functions[0](**inputs)[0].stride() == (40, 120, 1)
 
 
-def plain_pool(
-    prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def plain_pool(prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, ...]:
     """The formula in torch's own operators, which round what each of them returns."""
     s = e @ u if scores is None else scores
     if not prefix:
@@ -331,13 +329,13 @@ def test_pool_is_no_less_exact_than_torch_in_16_bits(
     doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     weights = torch.randn(B, T, D).to(dtype) if prefix else torch.randn(B, D).to(dtype)
     results = []
-    for function, given in (
+    for function, arguments in (
         (pool_functions(prefix)[0], inputs),
         (partial(plain_pool, prefix), inputs),
         (partial(plain_pool, prefix), doubles),
     ):
-        c = function(**given)[0]
-        gradients = torch.autograd.grad(c, list(given.values()), weights.to(c.dtype))
+        c = function(**arguments)[0]
+        gradients = torch.autograd.grad(c, list(arguments.values()), weights.to(c.dtype))
         results.append([t.detach().double() for t in (c, *gradients)])
     for mine, other, true in zip(*results, strict=True):
         assert (mine - true).square().mean().sqrt() <= 1.5 * (other - true).square().mean().sqrt()
