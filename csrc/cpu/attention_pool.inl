@@ -241,9 +241,12 @@ template <typename S, int N, typename T = Compute<S>>
 static inline void pool_backward_tile(const PoolBackwardParams<S>& p, int64_t b, const int64_t* t, const S* const* rows,
                                       const S* const* next, PoolGrad<T>* grad) {
   const PoolInput<S>& in = p.in;
+  const T* u_row = grad->u;
+  const T* g_row = grad->g;
+  T* du = grad->du;
   Vec<T> with_u[N] = {}, with_g[N] = {};
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-    const Vec<T> u = load_part(grad->u + d, lanes), g = load_part(grad->g + d, lanes);
+    const Vec<T> u = load_part(u_row + d, lanes), g = load_part(g_row + d, lanes);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const Vec<T> e = load_part(rows[j] + d, lanes);
@@ -266,17 +269,18 @@ static inline void pool_backward_tile(const PoolBackwardParams<S>& p, int64_t b,
   }
   if (p.du != nullptr) {
     for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      Vec<T> sum = load_part(grad->du + d, lanes);
+      Vec<T> sum = load_part(du + d, lanes);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) sum += ds[j] * load_part(rows[j] + d, lanes);
-      store_part(grad->du + d, sum, lanes);
+      store_part(du + d, sum, lanes);
     });
   }
   // One row after the other: stores to several rows in turn are slower.
   for (int j = 0; j < N && p.de != nullptr; ++j) {
     S* de = p.de + offset_of(in, b, t[j]);
+    const T a = alpha[j], slope = ds[j];
     for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
-      store_part(de + d, alpha[j] * load_part(grad->g + d, lanes) + ds[j] * load_part(grad->u + d, lanes), lanes);
+      store_part(de + d, a * load_part(g_row + d, lanes) + slope * load_part(u_row + d, lanes), lanes);
     });
   }
 }
