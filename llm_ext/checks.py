@@ -29,7 +29,7 @@ class DtypeError(ArgumentError, TypeError):
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what numbers of a dtype are computed in, and what adds up over a sequence is kept in."""
-    return torch.float32 if dtype.itemsize == 2 else dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def fail_shape(op: str, name: str, letters: str, sizes: Sizes, got: Tensor) -> NoReturn:
