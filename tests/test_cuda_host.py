@@ -266,6 +266,7 @@ def test_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool) -> None:
 def test_pool_as_it_lies(prefix: bool) -> None:
     pools.test_pool_time_major(torch.float32, prefix, "cpu")
     pools.test_pool_time_major(torch.bfloat16, prefix, "cpu")
+    pools.test_pool_of_what_is_not_contiguous(torch.float32, prefix)
     pools.test_padding_holds_anything(prefix, "cpu")
 
 
