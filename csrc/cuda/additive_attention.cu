@@ -188,9 +188,16 @@ void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
   const int slice = thread_index() / Tile::kEach;
   const int of_keys = thread_index() % Tile::kKeyStep, of_queries = thread_index() % Tile::kEach / Tile::kKeyStep;
 
+  // Rows of a thread of which there is one at all in this tile: beyond the last query and key nothing is computed.
+  const auto rows_of = [](int64_t left, int step, int most) {
+    const int64_t used = (left + step - 1) / step;
+    return static_cast<int>(used < most ? used : most);
+  };
+  const int q_used = rows_of(end - q0, Tile::kQueryStep, kQ), k_used = rows_of(in.keys - k0, Tile::kKeyStep, kK);
+
   // Of v . tanh = sum of v - 2 sum of v r this thread's part.
   T v_sum = T(0), vr[kQ][kK] = {};
-  const auto add_chunk = [&](auto exact) {
+  const auto add_chunk = [&](auto exact, auto whole) {
 #pragma unroll 1
     for (int part = slice; part < kChunk / kPart<T>; part += Tile::kSlices) {
       T v[kPart<T>], k[kK][kPart<T>];
@@ -201,12 +208,14 @@ void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
       for (int j = 0; j < kK; ++j) read(k_rows + (of_keys + j * Tile::kKeyStep) * kStride + part * kPart<T>, k[j]);
 #pragma unroll
       for (int i = 0; i < kQ; ++i) {
+        if (!decltype(whole)::value && i >= q_used) continue;
         T q[kPart<T>];
         read(q_rows + (of_queries + i * Tile::kQueryStep) * kStride + part * kPart<T>, q);
 #pragma unroll
-        for (int n = 0; n < kPart<T>; n += 2) {
+        for (int j = 0; j < kK; ++j) {
+          if (!decltype(whole)::value && j >= k_used) continue;
 #pragma unroll
-          for (int j = 0; j < kK; ++j) {
+          for (int n = 0; n < kPart<T>; n += 2) {
             if constexpr (decltype(exact)::value) {
               vr[i][j] += v[n] * exact_r(q[n] + k[j][n]) + v[n + 1] * exact_r(q[n + 1] + k[j][n + 1]);
             } else {
@@ -232,9 +241,11 @@ void additive_scores(LLM_EXT_PARAMS ScoreParams<S> p) {
     }
     block_barrier();
     if (std::is_same_v<T, double> || exact) {
-      add_chunk(std::true_type{});
+      add_chunk(std::true_type{}, std::false_type{});
+    } else if (q_used == kQ && k_used == kK) {
+      add_chunk(std::false_type{}, std::true_type{});
     } else {
-      add_chunk(std::false_type{});
+      add_chunk(std::false_type{}, std::false_type{});
     }
   }
 
@@ -536,9 +547,10 @@ void additive_gradients(LLM_EXT_PARAMS GradientParams<S> p) {
 
   // Sums over the others of ds r (1 - r), of ds r and of ds.
   T d_own[kOwn][2] = {}, d_v[2] = {}, d_all = T(0);
-  const auto add_rows = [&](auto exact) {
+  const bool works = first + group * kOwn < p.own_end;  // the whole warp
+  const auto add_rows = [&](auto exact, int count) {
 #pragma unroll 2
-    for (int other = slice; other < kOthers; other += Tile::kSlices) {
+    for (int other = slice; works && other < count; other += Tile::kSlices) {
       T there[2], d[kOwn];
       read(rows + other * kStride + 2 * lane_index(), there);
       read(ds + other * Tile::kRows + group * kOwn, d);
@@ -577,10 +589,11 @@ void additive_gradients(LLM_EXT_PARAMS GradientParams<S> p) {
                                                    : T(0);
     }
     block_barrier();
+    const int count = static_cast<int>(p.others_end - other < kOthers ? p.others_end - other : kOthers);
     if (std::is_same_v<T, double> || exact) {
-      add_rows(std::true_type{});
+      add_rows(std::true_type{}, count);
     } else {
-      add_rows(std::false_type{});
+      add_rows(std::false_type{}, count);
     }
   }
 
