@@ -77,7 +77,7 @@ int64_t prefix_pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim,
 }
 
 int64_t prefix_pool_backward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {
-  return batch * plan.chunks * (2 * dim + 3) + batch * steps;
+  return batch * plan.chunks * (3 * dim + 3) + 2 * batch * steps;
 }
 
 int additive_rows(int64_t count) {

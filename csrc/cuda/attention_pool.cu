@@ -304,21 +304,27 @@ void prefix_scan(LLM_EXT_PARAMS ScanParams<S> p) {
 
 // ---- the prefix form, backward, from the last position to the first: G_t = g_t + keep_{t+1} G_{t+1}, and K_t likewise
 // from the dot products g_t . c_t
+//
+// A chunk does not know the state C before it, but c_t = l_t + p_t C, where l is what the state would be from zero, and
+// p the product of all keep up to t. So g_t . c_t = g_t . l_t + p_t g_t . C, and what the chunk hands on of K, the sum
+// of p_t g_t . c_t, is that of p_t g_t . l_t, and C times the sum of p_t^2 g_t.
 
 template <typename S>
 struct PrefixGradientParams {
   PrefixPoolBackwardParams<S> call;
   PoolPlan plan;
-  Compute<S>* products;    // [B, T] g . c
+  Compute<S>* products;    // [B, T] g . l
+  Compute<S>* passed;      // [B, T] p
   Compute<S>* g;           // [units, D] what a chunk hands to what is before it, then what comes to it from after it
-  Compute<S>* k;           // [units] what it hands on
-  Compute<S>* k_after;     // [units] what comes to it; before that, of a last chunk, grad_c_n . c_n
-  Compute<S>* through;     // [units] the share that what comes to it has in what it hands on
-  Compute<S>* states;      // [units, D] where c is, if it is not held
-  Compute<S>* partial_du;  // [units, D] out, in the same place; null: not wanted
+  Compute<S>* crossed;     // [units, D] sum of p^2 g
+  Compute<S>* states;      // [units, D] l at the end of a chunk, then C
+  Compute<S>* k;           // [units] what it hands on, but for the part of C
+  Compute<S>* k_after;     // [units] what comes to it
+  Compute<S>* through;     // [units] p at its end: the share that what comes to it has in what it hands on
+  Compute<S>* partial_du;  // [units, D] out, in the place of `crossed`; null: not wanted
 };
 
-// The states c are computed again from e, which is needed later anyway, and may be found in the cache then.
+// The other way round than the kernel after the next: that one may find g and e in the cache.
 template <typename S, int N>
 LLM_EXT_SHARING_KERNEL(kThreads, kBlocks<N>)
 void prefix_gradient_summaries(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
@@ -341,15 +347,11 @@ void prefix_gradient_summaries(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
     });
   };
 
-  Held<S, N> handed, c;
-  const int64_t row = unit.number * in.dim;
+  Held<S, N> handed, crossed, l;
+  const int64_t row = unit.number * in.dim, place = unit.b * in.steps + unit.begin;
   handed.begin(columns, p.g + row, nullptr);
-  c.begin(columns, p.states + row, unit.begin == 0 && call.c0 != nullptr ? call.c0 + unit.b * in.dim : nullptr);
-  if (unit.begin > 0) {
-    Tile<S, N, 1> before;
-    before.load(columns, [&](int) { return call.c + offset - in.e_step_stride; });
-    columns.for_each_number([&](int n, int64_t column, int j) { c.at(n, column, j) = before.at(0, n, column, j); });
-  }
+  crossed.begin(columns, p.crossed + row, nullptr);
+  l.begin(columns, p.states + row, nullptr);
   T k = T(0), through = T(1);
   Tile<S, N, R> g, e;
   load(g, e, 0);
@@ -364,39 +366,38 @@ void prefix_gradient_summaries(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
       passed[r] = through;
     }
     columns.for_each_number([&](int n, int64_t column, int j) {
-      T state = c.at(n, column, j), value = handed.at(n, column, j);
+      T state = l.at(n, column, j), once = handed.at(n, column, j), twice = crossed.at(n, column, j);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const T gradient = g.at(r, n, column, j);
+        const T gradient = g.at(r, n, column, j), part = passed[r] * gradient;
         state = (T(1) - share[r]) * state + share[r] * e.at(r, n, column, j);
         products[r] += gradient * state;
-        value += passed[r] * gradient;
+        once += part;
+        twice += passed[r] * part;
       }
-      c.at(n, column, j) = state;
-      handed.at(n, column, j) = value;
+      l.at(n, column, j) = state;
+      handed.at(n, column, j) = once;
+      crossed.at(n, column, j) = twice;
     });
     sum(products);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       k += passed[r] * products[r];
-      if (i + r < count && columns.writes(r)) p.products[unit.b * in.steps + unit.begin + i + r] = products[r];
+      if (i + r < count && columns.writes(r)) {
+        p.products[place + i + r] = products[r];
+        p.passed[place + i + r] = passed[r];
+      }
     }
     g = next_g;
     e = next_e;
   }
-  // The last state has a gradient of its own.
-  const bool last = unit.exists && call.grad_c_n != nullptr && (unit.number + 1) % p.plan.chunks == 0;
-  T along[1] = {T(0)};
-  columns.for_each_number([&](int n, int64_t column, int j) {
-    if (last && column < in.dim) along[0] += call.grad_c_n[unit.b * in.dim + column + j] * c.at(n, column, j);
-  });
-  sum(along);
   if (!unit.exists) return;
   handed.end(columns, p.g + row);
+  crossed.end(columns, p.crossed + row);
+  l.end(columns, p.states + row);
   if (columns.rank == 0) {
     p.k[unit.number] = k;
     p.through[unit.number] = through;
-    p.k_after[unit.number] = along[0];
   }
 }
 
@@ -410,26 +411,55 @@ void prefix_gradient_scan(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
   const PoolInput<S>& in = call.in;
   const int64_t b = block_x(), D = in.dim, chunks = p.plan.chunks;
   TeamSum<T> sum = team_sum<T>(kThreads);
-  T k = p.k_after[b * chunks + chunks - 1] - (call.grad_l_n == nullptr ? T(0) : call.grad_l_n[b]);
+  const int64_t first = b * chunks;
+  // The states before each chunk, and the last one, which has a gradient of its own.
+  T along[1] = {T(0)};
+  for (int64_t column = thread_index(); column < D; column += kThreads) {
+    T c = call.c0 == nullptr ? T(0) : call.c0[b * D + column];
+    for (int64_t from = 0; from < chunks; from += kAhead) {
+      T l[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) l[i] = from + i < chunks ? p.states[(first + from + i) * D + column] : T(0);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (from + i >= chunks) continue;
+        p.states[(first + from + i) * D + column] = c;
+        c = l[i] + p.through[first + from + i] * c;
+      }
+    }
+    if (call.grad_c_n != nullptr) along[0] += call.grad_c_n[b * D + column] * c;
+  }
+  sum(along);
   block_barrier();
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const int64_t unit = b * chunks + chunk;
+  // A warp owns a chunk: what K has of the state before it.
+  for (int64_t unit = first + warp_index(); unit < first + chunks; unit += kPoolWarps) {
+    T product = T(0);
+    for (int64_t column = lane_index(); column < D; column += kWarpThreads) {
+      product += p.states[unit * D + column] * p.crossed[unit * D + column];
+    }
+#pragma unroll
+    for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
+    if (lane_index() == 0) p.k[unit] += product;
+  }
+  block_barrier();
+  T k = along[0] - (call.grad_l_n == nullptr ? T(0) : call.grad_l_n[b]);
+  for (int64_t unit = first + chunks - 1; unit >= first; --unit) {
     if (thread_index() == 0) p.k_after[unit] = k;
     k = p.k[unit] + p.through[unit] * k;
   }
-  T along[1] = {T(0)};
+  along[0] = T(0);
   for (int64_t column = thread_index(); column < D; column += kThreads) {
     T g = call.grad_c_n == nullptr ? T(0) : call.grad_c_n[b * D + column];
     for (int64_t last = chunks - 1; last >= 0; last -= kAhead) {
       T handed[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        handed[i] = last - i >= 0 ? p.g[(b * chunks + last - i) * D + column] : T(0);
+        handed[i] = last - i >= 0 ? p.g[(first + last - i) * D + column] : T(0);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (last - i < 0) continue;
-        const int64_t unit = b * chunks + last - i;
+        const int64_t unit = first + last - i;
         p.g[unit * D + column] = g;
         g = handed[i] + p.through[unit] * g;
       }
@@ -469,9 +499,11 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 
   Tile<S, N, 1> u;
   u.load(columns, [&](int) { return in.u; });
-  Held<S, N> carried, du;
+  Held<S, N> carried, before, du;
   T* from = p.g + unit.number * in.dim;
-  if (unit.exists || N > 0) carried.begin(columns, from, unit.exists ? from : nullptr);
+  T* c_before = p.states + unit.number * in.dim;
+  carried.begin(columns, from, from);
+  before.begin(columns, c_before, c_before);
   const bool wants_du = p.partial_du != nullptr && unit.exists;
   if (wants_du || N > 0) du.begin(columns, N > 0 ? nullptr : p.partial_du + unit.number * in.dim, nullptr);
   T k = unit.exists ? p.k_after[unit.number] : T(0);
@@ -483,20 +515,20 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
     Tile<S, N, R> next_e, next_g;
     load_e(next_e, end - R);
     load_g(next_g, end - R);
-    T share[R], dots[R] = {};
+    // G . e, and g . C.
+    T share[R], dots[2 * R] = {};
 #pragma unroll
     for (int r = 0; r < R; ++r) share[r] = unit.exists ? share_at(end - 1 - r) : T(0);
-    if (unit.exists) {
-      columns.for_each_number([&](int n, int64_t column, int j) {
-        T state = carried.at(n, column, j);
+    columns.for_each_number([&](int n, int64_t column, int j) {
+      T state = carried.at(n, column, j);
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          state += g.at(r, n, column, j);
-          dots[r] += state * e.at(r, n, column, j);
-          state *= T(1) - share[r];
-        }
-      });
-    }
+      for (int r = 0; r < R; ++r) {
+        state += g.at(r, n, column, j);
+        dots[r] += state * e.at(r, n, column, j);
+        dots[R + r] += g.at(r, n, column, j) * before.at(n, column, j);
+        state *= T(1) - share[r];
+      }
+    });
     sum(dots);
     T ds[R];
 #pragma unroll
@@ -504,7 +536,7 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
       const int64_t t = end - 1 - r;
       ds[r] = T(0);
       if (!unit.exists || t < unit.begin) continue;
-      k += p.products[unit.b * in.steps + t];
+      k += p.products[unit.b * in.steps + t] + p.passed[unit.b * in.steps + t] * dots[R + r];
       if (share[r] != T(0)) ds[r] = share[r] * (dots[r] - k);
       k *= T(1) - share[r];
       if (call.dscores != nullptr && columns.writes(r)) {
@@ -622,12 +654,14 @@ int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan
   p.call = call;
   p.plan = plan;
   p.g = call.workspace;
-  p.states = p.g + units * in.dim;
-  p.partial_du = call.du == nullptr ? nullptr : p.states;
+  p.crossed = p.g + units * in.dim;
+  p.partial_du = call.du == nullptr ? nullptr : p.crossed;
+  p.states = p.crossed + units * in.dim;
   p.k = p.states + units * in.dim;
   p.k_after = p.k + units;
   p.through = p.k_after + units;
   p.products = p.through + units;
+  p.passed = p.products + in.batch * in.steps;
   int error = with_packs(plan, [&](auto packs) {
     return launch_units<T>(prefix_gradient_summaries<S, packs()>, p, plan, in.batch, stream);
   });
