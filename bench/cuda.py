@@ -215,9 +215,9 @@ def pool(causal: bool, mode: str, dtype: torch.dtype, B: int, T: int, D: int, *,
     """The layer, its score folded in each call, against formulas in torch, with `more` compiled as well."""
     training = mode == "training"
     plainly = (
-        {"cumsum": plain.prefix_cumsum, "T×T mask": plain.prefix_mask}
+        {"cumsum": plain.prefix_cumsum, "T×T mask": plain.prefix_mask, "SDPA": plain.prefix_sdpa}
         if causal
-        else {"as written": plain.pool_as_written, "folded": plain.pool_folded}
+        else {"as written": plain.pool_as_written, "folded": plain.pool_folded, "SDPA": plain.pool_sdpa}
     )
     compiled = "cumsum" if causal else "folded"
 
