@@ -332,6 +332,8 @@ def additive_cases() -> list[Additive]:
             replace(some, rows=("both", "lengths", "mask", "full")[i]),
             replace(some, Tq=1, Tk=66, A=64, rows=("mask", "full", "both", "lengths")[i]),
             replace(some, B=1, Tq=33, Tk=17, A=20, Dv=70, rows="by_query", slab=32),
+            replace(some, B=1, Tq=50, Tk=30, A=66, Dv=5, rows=("by_query", "full", "both", "lengths")[i]),
+            replace(some, B=2, Tq=52, Tk=27, A=4, Dv=5, rows="both", slab=32),
             replace(some, Tq=40, Tk=1, A=3, rows="full", bare=True),
             # Large numbers, some of which cancel; the same where exponentials would be beyond all bounds.
             replace(some, Tq=3, Tk=9, A=8, size=20.0, cancel=True),
