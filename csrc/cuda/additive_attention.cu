@@ -519,7 +519,7 @@ constexpr int kGradientNumbers =
     larger(kOthers * (kStride + Tile::kRows), (Tile::kSlices * Tile::kRows + kWarps) * kChunk);
 
 template <typename S, typename Tile>
-LLM_EXT_SHARING_KERNEL(kThreads, 2)
+LLM_EXT_SHARING_KERNEL(kThreads, (std::is_same_v<S, double> ? 1 : 2))
 void additive_gradients(LLM_EXT_PARAMS GradientParams<S> p) {
   using T = Compute<S>;
   constexpr int kOwn = Tile::kOwn;

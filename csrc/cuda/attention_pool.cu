@@ -499,11 +499,18 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 
   Tile<S, N, 1> u;
   u.load(columns, [&](int) { return in.u; });
-  Held<S, N> carried, before, du;
+  // The state before the chunk is held where there is room.
+  constexpr int kHeld = N > 2 ? 0 : N;
+  Held<S, N> carried, du;
+  Held<S, kHeld> before;
   T* from = p.g + unit.number * in.dim;
   T* c_before = p.states + unit.number * in.dim;
   carried.begin(columns, from, from);
-  before.begin(columns, c_before, c_before);
+  if constexpr (kHeld == N) before.begin(columns, c_before, c_before);
+  const auto before_at = [&](int n, int64_t column, int j) {
+    if constexpr (kHeld == N) return before.at(n, column, j);
+    return column < in.dim ? c_before[column + j] : T(0);
+  };
   const bool wants_du = p.partial_du != nullptr && unit.exists;
   if (wants_du || N > 0) du.begin(columns, N > 0 ? nullptr : p.partial_du + unit.number * in.dim, nullptr);
   T k = unit.exists ? p.k_after[unit.number] : T(0);
@@ -521,11 +528,12 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
     for (int r = 0; r < R; ++r) share[r] = unit.exists ? share_at(end - 1 - r) : T(0);
     columns.for_each_number([&](int n, int64_t column, int j) {
       T state = carried.at(n, column, j);
+      const T c = before_at(n, column, j);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         state += g.at(r, n, column, j);
         dots[r] += state * e.at(r, n, column, j);
-        dots[R + r] += g.at(r, n, column, j) * before.at(n, column, j);
+        dots[R + r] += g.at(r, n, column, j) * c;
         state *= T(1) - share[r];
       }
     });
