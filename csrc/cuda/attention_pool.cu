@@ -502,14 +502,17 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
   // The state before the chunk is held where there is room.
   constexpr int kHeld = N > 2 ? 0 : N;
   Held<S, N> carried, du;
-  Held<S, kHeld> before;
+  [[maybe_unused]] Held<S, kHeld> before;
   T* from = p.g + unit.number * in.dim;
   T* c_before = p.states + unit.number * in.dim;
   carried.begin(columns, from, from);
   if constexpr (kHeld == N) before.begin(columns, c_before, c_before);
   const auto before_at = [&](int n, int64_t column, int j) {
-    if constexpr (kHeld == N) return before.at(n, column, j);
-    return column < in.dim ? c_before[column + j] : T(0);
+    if constexpr (kHeld == N) {
+      return before.at(n, column, j);
+    } else {
+      return column < in.dim ? c_before[column + j] : T(0);
+    }
   };
   const bool wants_du = p.partial_du != nullptr && unit.exists;
   if (wants_du || N > 0) du.begin(columns, N > 0 ? nullptr : p.partial_du + unit.number * in.dim, nullptr);
