@@ -20,8 +20,8 @@ constexpr int kRowBlock = 4;
 constexpr int kQueryBlock = LLM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kWideBlock = 8;
 constexpr int kColumnSums = LLM_EXT_VECTOR_BYTES == 64 ? 16 : 8;
-// Pairs times A that repay one more thread: some microseconds.
-constexpr double kAdditiveWorkPerThread = 5.0e4;
+// Pairs times A that repay one more thread: some 5 us with AVX-512. An exponential counts for three of them.
+constexpr double kAdditiveWorkPerThread = 1.0e5;
 
 // Beyond this, exponentials are those of the bound: e^2q e^2k and 1 more than it stay finite.
 template <typename T>
@@ -381,8 +381,8 @@ static inline void for_each_row(const AdditiveAttentionInput<S>& in, bool backwa
 
 template <typename S>
 static int additive_threads(const AdditiveAttentionInput<S>& in, int threads) {
-  const double rows = static_cast<double>(in.queries) * in.keys + 8.0 * (in.queries + in.keys);
-  const double useful = rows * in.batch * in.attn_dim / kAdditiveWorkPerThread;
+  const double pairs = static_cast<double>(in.queries) * in.keys + 3.0 * (in.queries + in.keys);
+  const double useful = pairs * in.batch * in.attn_dim / kAdditiveWorkPerThread;
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
