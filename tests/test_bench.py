@@ -418,6 +418,8 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         cases.pooling("training", 2, 5, 4),
         cases.prefix("inference", 2, 5, 4),
         cases.prefix("training", 2, 70, 4),
+        cases.additive("inference", 2, 3, 5, 4),
+        cases.additive("training", 2, 3, 5, 4),
         *(cases.streaming(group, way, 2, 70, 4) for group in ("pooling", "prefix") for way in ("forward", "backward")),
         cases.streaming("prefix", "backward", 2, 70, 4, dtype=torch.bfloat16),
         cases.model_training(2, 3, 5, 4, 6),
