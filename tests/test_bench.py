@@ -437,6 +437,13 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
         assert entry["status"] in ("measured", "absent"), entry
 
 
+CASES_OF_ATTENTION = [
+    *(cuda.pool_op(causal, mode, torch.float32, 2, 9, 4) for causal in (False, True) for mode in cuda.MODES),
+    *(cuda.pool(causal, mode, torch.float32, 2, 9, 4) for causal in (False, True) for mode in cuda.MODES),
+    *(cuda.additive(mode, torch.float32, 2, 3, 5, 4) for mode in cuda.MODES),
+]
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -449,7 +456,8 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
             cuda.lengths(cell, "inference", torch.float32, 5, 8, 2, 4, bar=5),
             cuda.lengths(cell, "training", torch.float32, 5, 8, 2, 4, bar=5),
         )
-    ],
+    ]
+    + CASES_OF_ATTENTION,
     ids=lambda case: case.name,
 )
 def test_contestants_of_a_gpu_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
