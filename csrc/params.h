@@ -1,9 +1,10 @@
 // What one call of each op is: sizes, pointers, options. Plain C++; every room reads it.
 //
-// Letters: T time, B batch, I input size, H hidden size, P size of the state h and of the output (H, or smaller where
-// an LSTM projects), G gates, D embedding size. N is the number of rows of a sequence laid out one step after the
-// other: T * B, or fewer where packed sequences end early. All arrays are dense and row-major unless a stride is named;
-// no two may overlap unless the line says so; null only where the line says so.
+// Letters: T time, Tq queries, Tk keys, B batch, I input size, H hidden size, P size of the state h and of the output
+// (H, or smaller where an LSTM projects), G gates, D embedding size, Dv that of values, A attention size. N is the
+// number of rows of a sequence laid out one step after the other: T * B, or fewer where packed sequences end early. All
+// arrays are dense and row-major unless a stride is named; no two may overlap unless the line says so; null only where
+// the line says so.
 #pragma once
 
 #include <cstdint>
@@ -173,6 +174,50 @@ struct PrefixPoolBackwardParams {
   T* dl0;             // [B] out; null: not wanted
   T* dc0;             // [B, D] out; null: not wanted
   T* workspace;       // prefix_workspace() elements; contents do not matter
+};
+
+// Additive attention: scores v . tanh(query + key) of each pair, softmax over the keys, the weighted mean of the
+// values. Queries and keys are projected already, with the bias in one of them.
+template <typename S>
+struct AdditiveAttentionInput {
+  int64_t batch;               // B
+  int64_t queries;             // Tq
+  int64_t keys;                // Tk
+  int64_t attn_dim;            // A
+  int64_t value_dim;           // Dv
+  const S* query;              // [B, Tq, A]
+  const S* key;                // [B, Tk, A]
+  const S* v;                  // [A]
+  const S* values;             // [B, Tk, Dv]
+  const int64_t* key_lengths;  // [B] keys k >= key_lengths[b] take no part, 0 <= key_lengths[b] <= Tk; null: all Tk
+  const bool* mask;           // (b, q, k) at b * mask_batch_stride + q * mask_query_stride + k; a key takes no part for
+                              // a query where it is false; null: all do
+  int64_t mask_batch_stride;  // elements
+  int64_t mask_query_stride;  // elements; 0: one row for all queries of b
+};
+
+template <typename S>
+struct AdditiveAttentionForwardParams {
+  AdditiveAttentionInput<S> in;
+  S* context;             // [B, Tq, Dv] out: 0 where no key takes part
+  Compute<S>* lse;        // [B, Tq] out: log of the sum of exp(score); -inf where no key takes part
+  S* weights;             // [B, Tq, Tk] out: 0 where a key takes no part; null: not wanted
+  Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+};
+
+template <typename S>
+struct AdditiveAttentionBackwardParams {
+  AdditiveAttentionInput<S> in;
+  const S* context;       // [B, Tq, Dv] what the forward returned
+  const Compute<S>* lse;  // [B, Tq] what the forward returned
+  const S* weights;       // [B, Tq, Tk] what the forward returned; null exactly where grad_weights is
+  const S* grad_context;  // [B, Tq, Dv]; null: zeros
+  const S* grad_weights;  // [B, Tq, Tk]; null: zeros
+  S* dquery;              // [B, Tq, A] out; null: not wanted
+  S* dkey;                // [B, Tk, A] out; null: not wanted
+  S* dv;                  // [A] out; null: not wanted
+  S* dvalues;             // [B, Tk, Dv] out; null: not wanted
+  Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 }  // namespace llm_ext

@@ -1,4 +1,4 @@
-"""Fused recurrent layers and attention pooling for PyTorch."""
+"""Fused recurrent layers, attention pooling and additive attention for PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch  # noqa: F401  (its libraries must be loaded before the module that
 from llm_ext._C import build_info as _build_info
 from llm_ext._C import forget_weights as _forget_weights
 from llm_ext._C import remembered_bytes as _remembered_bytes
-from llm_ext.attention import AttentionPool
+from llm_ext.attention import AdditiveAttention, AttentionPool
 from llm_ext.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from llm_ext.model import LLM, LLMState
 
@@ -21,6 +21,7 @@ __all__ = [
     "LLM",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "AttentionPool",
     "GRUCell",
     "LLMState",

@@ -1,4 +1,4 @@
-"""Attention pooling as a module: parameters, and the choice between the ops."""
+"""Attention pooling and additive attention as modules: parameters, and the choice between the ops."""
 
 from __future__ import annotations
 
@@ -143,3 +143,109 @@ class AttentionPool(nn.Module):
         empty = (s == -math.inf).all(-1, keepdim=True)
         alpha = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0)
         return alpha[..., 1:] if self.causal else alpha
+
+
+class AdditiveAttention(nn.Module):
+    """Attend to keys by the additive score of Bahdanau, `s_qk = v·tanh(W_q query_q + W_k key_k + b)`.
+
+    The weights `α_q = softmax_k(s_qk)` give the context `c_q = Σ_k α_qk value_k`. No tensor of Tq × Tk × A is stored.
+
+    Args:
+        query_dim: Dq, size of the queries.
+        key_dim: Dk, size of the keys.
+        attn_dim: A, size of the attention space.
+        bias: whether there is a b.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+
+    Source: "Neural machine translation by jointly learning to align and translate", arXiv 1409.0473.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int,
+        attn_dim: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("query_dim", query_dim), ("key_dim", key_dim), ("attn_dim", attn_dim)):
+            if size <= 0:
+                raise ValueError(f"AdditiveAttention: {name} must be at least 1, got {size}")
+        self.query_dim = query_dim
+        self.key_dim = key_dim
+        self.attn_dim = attn_dim
+        self.bias: nn.Parameter | None
+        self.q_proj_weight = nn.Parameter(torch.empty(attn_dim, query_dim, device=device, dtype=dtype))
+        self.k_proj_weight = nn.Parameter(torch.empty(attn_dim, key_dim, device=device, dtype=dtype))
+        self.v = nn.Parameter(torch.empty(attn_dim, device=device, dtype=dtype))
+        b = nn.Parameter(torch.empty(attn_dim, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", b)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W_q and W_k by Xavier's rule and v from U(-1/√A, 1/√A); the bias is zero."""
+        nn.init.xavier_uniform_(self.q_proj_weight)
+        nn.init.xavier_uniform_(self.k_proj_weight)
+        nn.init.uniform_(self.v, -1 / math.sqrt(self.attn_dim), 1 / math.sqrt(self.attn_dim))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.query_dim}, {self.key_dim}, {self.attn_dim}, bias={self.bias is not None}"
+
+    def project_keys(self, keys: Tensor) -> Tensor:
+        """Return W_k keys + b, [B, Tk, A], of keys [B, Tk, Dk]: once for many calls with the same keys and weights.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        if keys.dim() != 3 or keys.shape[2] != self.key_dim:
+            checks.fail_shape("AdditiveAttention", "keys", "B, Tk, Dk", (None, None, self.key_dim), keys)
+        return F.linear(keys, self.k_proj_weight, self.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+        *,
+        projected_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to keys.
+
+        Args:
+            query: [B, Tq, Dq].
+            keys: [B, Tk, Dk]; None if both values and projected_keys are given.
+            values: [B, Tk, Dv]; None: the keys are the values.
+            key_lengths: [B] int64: key k of row b takes part if k < key_lengths[b].
+            mask: [B, Tk] or [B, Tq, Tk] bool: True takes part; with `key_lengths`, a key needs both.
+            need_weights: return α as well.
+            projected_keys: [B, Tk, A], what `project_keys` has returned for the keys; None: they are projected here.
+
+        Returns:
+            The context [B, Tq, Dv], and α [B, Tq, Tk] or None. Where no key takes part both are 0.
+
+        Raises:
+            ValueError: a shape or device that does not fit, or keys that are needed and missing.
+            TypeError: a dtype that does not fit.
+        """
+        if query.dim() != 3 or query.shape[2] != self.query_dim:
+            checks.fail_shape("AdditiveAttention", "query", "B, Tq, Dq", (None, None, self.query_dim), query)
+        if keys is None and (values is None or projected_keys is None):
+            raise ValueError("AdditiveAttention: keys must be given unless values and projected_keys are, got None")
+        if projected_keys is None:
+            assert keys is not None
+            projected_keys = self.project_keys(keys)
+        if values is None:
+            assert keys is not None
+            values = keys
+        q = F.linear(query, self.q_proj_weight)
+        return ops.additive_attention(
+            q, projected_keys, self.v, values, key_lengths=key_lengths, mask=mask, need_weights=need_weights
+        )

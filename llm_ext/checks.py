@@ -61,10 +61,10 @@ def _has_values(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu
 
 
-def _check_lengths(op: str, lengths: Tensor, T: int) -> None:
-    """Raise if a length is not from 0 to T."""
+def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> None:
+    """Raise if a length is not from 0 to T, which `letter` names."""
     if _has_values(lengths) and any(not 0 <= length <= T for length in lengths.tolist()):
-        raise ArgumentError(f"{op}: lengths must be from 0 to T = {T}, got {lengths.tolist()}")
+        raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
 
 
 def _recurrence(
@@ -100,7 +100,7 @@ def _recurrence(
         batch = x.shape[1]
         if lengths is not None:
             _check(op, "lengths", lengths, "B", (batch,), (torch.int64,), ("x", x))
-            _check_lengths(op, lengths, x.shape[0])
+            _check_lengths(op, "lengths", lengths, "T", x.shape[0])
     else:
         if lengths is not None:
             raise ArgumentError(f"{op}: lengths belong to a padded x [T, B, I], got batch_sizes too")
@@ -274,10 +274,35 @@ def pool(
         _check(op, "scores", scores, "B, T", (B, T), same, like)
     if lengths is not None:
         _check(op, "lengths", lengths, "B", (B,), (torch.int64,), like)
-        _check_lengths(op, lengths, T)
+        _check_lengths(op, "lengths", lengths, "T", T)
     if mask is not None:
         _check(op, "mask", mask, "B, T", (B, T), (torch.bool,), like)
     if state is not None:
         L, c = state
         _check(op, "state L", L, "B", (B,), same, like)
         _check(op, "state c", c, "B, D", (B, D), same, like)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Raise if the arguments of `ops.additive_attention` do not fit together."""
+    op = "additive_attention"
+    _check(op, "query", query, "B, Tq, A", (None, None, None), RECURRENCE_DTYPES)
+    B, Tq, A = query.shape
+    same, like = (query.dtype,), ("query", query)
+    _check(op, "keys", keys, "B, Tk, A", (B, None, A), same, like)
+    Tk = keys.shape[1]
+    _check(op, "v", v, "A", (A,), same, like)
+    _check(op, "values", values, "B, Tk, Dv", (B, Tk, None), same, like)
+    if key_lengths is not None:
+        _check(op, "key_lengths", key_lengths, "B", (B,), (torch.int64,), like)
+        _check_lengths(op, "key_lengths", key_lengths, "Tk", Tk)
+    if mask is not None:
+        letters, sizes = ("B, Tq, Tk", (B, Tq, Tk)) if mask.dim() == 3 else ("B, Tk", (B, Tk))
+        _check(op, "mask", mask, letters, sizes, (torch.bool,), like)

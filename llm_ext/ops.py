@@ -26,6 +26,8 @@ _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
 _prefix_pool_forward = _ops.prefix_pool_forward.default
 _prefix_pool_backward = _ops.prefix_pool_backward.default
+_additive_attention_forward = _ops.additive_attention_forward.default
+_additive_attention_backward = _ops.additive_attention_backward.default
 
 
 # What an op raises when it refuses its arguments, and what comes of one that is no tensor.
@@ -990,3 +992,113 @@ torch.library.register_autograd(
     "llm_ext::prefix_pool_forward", _prefix_pool_autograd, setup_context=_prefix_pool_setup_context
 )
 _not_differentiable("prefix_pool_backward")
+
+
+# ---- additive attention
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Additive attention, c_q = sum_k softmax_k(v tanh(query_q + keys_k)) values_k; no [Tq, Tk, A] is ever stored.
+
+    Args:
+        query: projected queries [B, Tq, A].
+        keys: projected keys [B, Tk, A]; a bias belongs to either of the two.
+        v: [A].
+        values: [B, Tk, Dv].
+        key_lengths: int64 [B], keys k >= key_lengths[b] take no part; None: all do. On CUDA only the kernel looks at
+            them, and takes a wrong one as the nearest right one.
+        mask: bool [B, Tk] or [B, Tq, Tk], True where a key takes part; None: all do. Both may be given, both must then
+            admit it.
+        need_weights: return the softmax as well; it is differentiable too.
+
+    Returns:
+        The context c [B, Tq, Dv], and the weights [B, Tq, Tk] or None. A query for which no key takes part gets 0, and
+        its gradients are 0.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or key_lengths outside 0 .. Tk.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
+
+    Source: "Neural machine translation by jointly learning to align and translate", arXiv 1409.0473; gradients in
+    docs/attention.md.
+    """
+    try:
+        context, _lse, weights = _additive_attention_forward(query, keys, v, values, key_lengths, mask, need_weights)
+    except _FAILURES as failure:
+        _explain(failure, checks.additive_attention, query, keys, v, values, key_lengths, mask)
+    return context, weights if need_weights else None
+
+
+def _additive_attention_forward_fake(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.additive_attention(query, keys, v, values, key_lengths, mask)
+    (B, Tq, _), (_, Tk, Dv) = query.shape, values.shape
+    return (
+        query.new_empty((B, Tq, Dv)),
+        query.new_empty((B, Tq), dtype=torch.promote_types(query.dtype, torch.float32)),
+        query.new_empty((B, Tq, Tk) if need_weights else 0),
+    )
+
+
+torch.library.register_fake("llm_ext::additive_attention_forward", _additive_attention_forward_fake)
+_register_autocast(_additive_attention_forward)
+
+
+def _additive_attention_backward_fake(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    return _gradients(*zip((query, keys, v, values), needs, strict=True))
+
+
+torch.library.register_fake("llm_ext::additive_attention_backward", _additive_attention_backward_fake)
+
+
+def _additive_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, need_weights = inputs
+    _context, lse, weights = output
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*((lse,) if need_weights else (lse, weights)))
+    ctx.set_materialize_grads(False)
+
+
+def _additive_attention_autograd(
+    ctx: Any, grad_context: Tensor | None, _grad_lse: None, grad_weights: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:4]
+    gradients = _additive_attention_backward(grad_context, grad_weights, *ctx.saved_tensors, *needs)
+    return *_wanted(gradients, needs), None, None, None
+
+
+torch.library.register_autograd(
+    "llm_ext::additive_attention_forward",
+    _additive_attention_autograd,
+    setup_context=_additive_attention_setup_context,
+)
+_not_differentiable("additive_attention_backward")

@@ -325,3 +325,44 @@ def prefix_pool(
         L = torch.where(admitted_t, torch.logaddexp(L, s_t), L)
         outputs.append(c[:, None])
     return torch.cat(outputs, 1), (L, c)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Additive attention, `s_qk = v·tanh(query_q + keys_k)`, `α_q = softmax_k(s_qk)`, `c_q = Σ_k α_qk values_k`.
+
+    Args:
+        query: [B, Tq, A], projected.
+        keys: [B, Tk, A], projected; the bias, if there is one, is part of either.
+        v: [A].
+        values: [B, Tk, Dv].
+        key_lengths: [B] int64: key k of row b takes part if k < key_lengths[b].
+        mask: [B, Tk] or [B, Tq, Tk] bool: True takes part.
+        need_weights: return α as well.
+
+    Returns:
+        c [B, Tq, Dv], and α [B, Tq, Tk] or None; 0 where no key takes part.
+
+    Source: "Neural machine translation by jointly learning to align and translate", arXiv 1409.0473.
+    """
+    (B, Tq, _), Tk = query.shape, keys.shape[1]
+    admitted = torch.ones(B, Tq, Tk, dtype=torch.bool, device=query.device)
+    if mask is not None:
+        admitted = admitted & (mask[:, None] if mask.dim() == 2 else mask)
+    if key_lengths is not None:
+        admitted = admitted & (torch.arange(Tk, device=query.device) < key_lengths[:, None, None])
+    # Replaced before use: whatever stands where no query looks, even NaN, reaches no result and no gradient.
+    unseen = ~admitted.any(1)[..., None]
+    keys, values = keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
+    s = (torch.tanh(query[:, :, None] + keys[:, None]) @ v).masked_fill(~admitted, -math.inf)
+    empty = (s == -math.inf).all(2, keepdim=True)
+    alpha = torch.softmax(s.masked_fill(empty, 0), 2).masked_fill(empty, 0)
+    return alpha @ values, alpha if need_weights else None

@@ -55,4 +55,12 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "prefix_pool_backward(Tensor? grad_c, Tensor? grad_l_n, Tensor? grad_c_n, Tensor e, Tensor? u, Tensor? c0, "
       "Tensor c, Tensor share, bool need_de, bool need_du, bool need_dscores, bool need_dstate) -> "
       "(Tensor de, Tensor du, Tensor dscores, Tensor dl0, Tensor dc0)");
+  m.def(
+      "additive_attention_forward(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, "
+      "Tensor? mask, bool need_weights) -> (Tensor context, Tensor lse, Tensor weights)");
+  m.def(
+      "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v, "
+      "Tensor values, Tensor? key_lengths, Tensor? mask, Tensor context, Tensor lse, Tensor weights, bool need_dquery, "
+      "bool need_dkeys, bool need_dv, bool need_dvalues) -> "
+      "(Tensor dquery, Tensor dkeys, Tensor dv, Tensor dvalues)");
 }
