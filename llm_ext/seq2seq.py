@@ -217,6 +217,7 @@ class Seq2Seq(nn.Module):
             TypeError: ids that are not of an integer dtype.
             IndexError: a token id outside its vocabulary.
         """
+        _check_ids("source", source, "B, S")
         _check_ids("target", target, "B, T")
         if target.shape[0] != source.shape[0]:
             raise ValueError(f"Seq2Seq: target must have the {source.shape[0]} rows of source, got {target.shape[0]}")
@@ -226,8 +227,8 @@ class Seq2Seq(nn.Module):
         if self.input_feeding:
             mask = self._mask(memory.keys, self.readout.in_features)
             steps = []
-            for ids in x.split(1, 1):
-                vectors, state, _ = self._step(ids, state, memory, mask)
+            for t in range(x.shape[1]):
+                vectors, state, _ = self._step(x[:, t : t + 1], state, memory, mask)
                 steps.append(vectors)
             vectors = torch.cat(steps, 1) if steps else x
             return self._scores(vectors if keep is None else vectors[keep])
@@ -281,18 +282,16 @@ class Seq2Seq(nn.Module):
     ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
         """One step from embeddings [B, K, E] to what is predicted from, [B, K, E]; `mask` is that of dropout."""
         B, K = x.shape[:2]
-        x = x.reshape(1, B * K, -1)
+        x = x.flatten(0, 1).unsqueeze(0)
         if state.fed is not None:
             x = torch.cat((x, state.fed.unsqueeze(0)), -1)
         h, state = self._decode(x, state)
-        features, weights = self._attend(h.view(B, K, -1), memory, need_weights)
+        features, weights = self._attend(h.view(B, K, h.shape[-1]), memory, need_weights)
         vectors = self._read_out(_dropped(features, mask))
         fed = None if state.fed is None else vectors.flatten(0, 1)
         return vectors, state._replace(fed=fed), weights
 
-    def _decode(
-        self, x: Tensor, state: Seq2SeqState, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Seq2SeqState]:
+    def _decode(self, x: Tensor, state: Seq2SeqState, lengths: Tensor | None = None) -> tuple[Tensor, Seq2SeqState]:
         """The decoder's recurrence over x [T, N, *]."""
         hidden, cell, fed = state
         h, last = self.decoder(x, hidden if cell is None else (hidden, cell), lengths=lengths)
@@ -430,9 +429,7 @@ class Seq2Seq(nn.Module):
 class _Beam:
     """The targets that a beam search follows, K for each of B sources, and the best that have ended."""
 
-    def __init__(
-        self, B: int, K: int, end: int, limits: Tensor, length_penalty: float, device: torch.device
-    ) -> None:
+    def __init__(self, B: int, K: int, end: int, limits: Tensor, length_penalty: float, device: torch.device) -> None:
         self.end, self.limits, self.length_penalty = end, limits, length_penalty
         self.length = 0
         longest = int(limits.max()) if B else 0
@@ -456,7 +453,7 @@ class _Beam:
         return self.paths[:, :, self.length - 1]
 
     def advance(self, scores: Tensor) -> Tensor:
-        """Take one more token each, by next-token scores [B, K, V]; return the rows [B · K] whose state is continued."""
+        """Take one more token each by scores [B, K, V]; return the rows [B · K] whose state goes on."""
         B, K, V = scores.shape
         if self.totals.dtype != scores.dtype:
             self.totals = self.totals.to(torch.promote_types(self.totals.dtype, scores.dtype))
