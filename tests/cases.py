@@ -46,6 +46,14 @@ TOLERANCE = {
     # L and c pass through T steps that each round once.
     ("prefix_pool", torch.float32): 5e-5,
     ("prefix_pool_backward", torch.float32): 1e-4,
+    # A sum over A, one softmax and one weighted mean.
+    ("additive_attention", torch.float32): 1e-5,
+    ("additive_attention_backward", torch.float32): 5e-5,
+    # Computed in float32; inputs are what they are, and what is returned is rounded, to 8 or 11 bits.
+    ("additive_attention", torch.bfloat16): 4e-3,
+    ("additive_attention_backward", torch.bfloat16): 8e-3,
+    ("additive_attention", torch.float16): 5e-4,
+    ("additive_attention_backward", torch.float16): 1e-3,
     # A stack of the above.
     ("model", torch.float32): 1e-4,
     # float64 differs from the reference in the order of sums only.
@@ -59,6 +67,8 @@ TOLERANCE = {
     ("attention_pool_backward", torch.float64): 1e-12,
     ("prefix_pool", torch.float64): 1e-12,
     ("prefix_pool_backward", torch.float64): 1e-11,
+    ("additive_attention", torch.float64): 1e-13,
+    ("additive_attention_backward", torch.float64): 1e-12,
     ("model", torch.float64): 1e-11,
 }
 # Where the kernels of a device round more. In 16 bits those of CUDA read pre-activations, and multiply states and dz,

@@ -7,5 +7,6 @@
 #include "cpu/cells.inl"
 #include "cpu/recurrence.inl"
 #include "cpu/attention_pool.inl"
+#include "cpu/additive_attention.inl"
 #include "cpu/table.inl"
 // clang-format on

@@ -48,6 +48,16 @@ struct PoolKernels {
   void (*prefix_backward)(const PrefixPoolBackwardParams<T>&, const Team&);
 };
 
+// Of additive attention whose tensors are stored as S.
+template <typename S>
+struct AdditiveAttentionKernels {
+  int (*threads)(const AdditiveAttentionInput<S>&, int threads);
+  int64_t (*forward_workspace)(const AdditiveAttentionInput<S>&, int threads);
+  int64_t (*backward_workspace)(const AdditiveAttentionInput<S>&, int threads);
+  void (*forward)(const AdditiveAttentionForwardParams<S>&, const Team&);
+  void (*backward)(const AdditiveAttentionBackwardParams<S>&, const Team&);
+};
+
 struct Kernels {
   const char* level;  // "baseline", "avx2", "avx512" or "avx512_bf16"
   // Digests of `bytes` of memory, in pieces of kDigestPiece bytes, one for each.
@@ -56,6 +66,9 @@ struct Kernels {
              RecurrenceKernels<Float16>>
       recurrences;
   std::tuple<PoolKernels<float>, PoolKernels<double>> pools;
+  std::tuple<AdditiveAttentionKernels<float>, AdditiveAttentionKernels<double>, AdditiveAttentionKernels<BFloat16>,
+             AdditiveAttentionKernels<Float16>>
+      additive_attentions;
 
   template <typename S>
   const RecurrenceKernels<S>& recurrence() const {
@@ -64,6 +77,10 @@ struct Kernels {
   template <typename T>
   const PoolKernels<T>& pool() const {
     return std::get<PoolKernels<T>>(pools);
+  }
+  template <typename S>
+  const AdditiveAttentionKernels<S>& additive_attention() const {
+    return std::get<AdditiveAttentionKernels<S>>(additive_attentions);
   }
 };
 

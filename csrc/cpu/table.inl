@@ -6,7 +6,9 @@ static constexpr Kernels kKernels = {
     LLM_EXT_LEVEL_NAME,
     digest,
     {kRecurrenceKernels<float>, kRecurrenceKernels<double>, kRecurrenceKernels<BFloat16>, kRecurrenceKernels<Float16>},
-    {kPoolKernels<float>, kPoolKernels<double>}};
+    {kPoolKernels<float>, kPoolKernels<double>},
+    {kAdditiveAttentionKernels<float>, kAdditiveAttentionKernels<double>, kAdditiveAttentionKernels<BFloat16>,
+     kAdditiveAttentionKernels<Float16>}};
 
 }  // namespace LLM_EXT_LEVEL
 }  // namespace llm_ext

@@ -69,6 +69,19 @@ static inline Vec<T> vec_exp(Vec<T> x) {
   return x > C::kMax ? broadcast(T(__builtin_inf())) : result;
 }
 
+// 1 / x for 1 <= x < inf. Relative error: float 1.2e-7, double half a unit in the last place.
+template <typename T>
+static inline Vec<T> reciprocal(Vec<T> x) {
+#if LLM_EXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    // 14 bits, and one step of Newton.
+    const Vec<T> guess = (Vec<T>)_mm512_rcp14_ps((__m512)x);
+    return guess + guess * (T(1) - x * guess);
+  }
+#endif
+  return T(1) / x;
+}
+
 // 1 / (1 + exp(-x)): 0 where exp(-x) is inf. Relative error where the result is normal: float 1.5e-7, double 2.8e-16.
 template <typename T>
 static inline Vec<T> vec_sigmoid(Vec<T> x) {
