@@ -27,7 +27,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-* $(VENV)/.built-*
 	$(PIP) install --quiet --constraint constraints.txt torch==$(TORCH) setuptools wheel ninja pybind11 lightning-fabric \
-	    matplotlib numpy safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
+	    matplotlib numpy sacrebleu safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)

@@ -176,13 +176,14 @@ class Seq2Seq(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise so that a recurrent network trains: U orthogonal, which keeps h in size, biases zero."""
-        for module in self.children():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        for layer in (self.encoder, self.decoder):
-            start_recurrence(layer)
+        for layer in (self.source_embedding, self.target_embedding, self.attention):
+            layer.reset_parameters()
+        for recurrent in (self.encoder, self.decoder):
+            recurrent.reset_parameters()
+            start_recurrence(recurrent)
         for linear in (self.bridge, self.cell_bridge, self.readout, self.head):
             if linear is not None:
+                linear.reset_parameters()
                 nn.init.zeros_(linear.bias)
         if self.tie_head:
             # As rows of a head, those of N(0, 1) would make scores as large as the root of E.
@@ -498,7 +499,7 @@ class _Beam:
 
 def _directions_together(state: Tensor) -> Tensor:
     """States [2 L, B, H] of both directions side by side, [L, B, 2 H]."""
-    return state.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+    return torch.cat((state[0::2], state[1::2]), -1)
 
 
 def _dropped(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -201,12 +201,14 @@ class Pairs:
     @property
     def source_lengths(self) -> Numbers:
         """Tokens of each source, without its end."""
-        return self._middle - self._begin
+        lengths: Numbers = self._middle - self._begin
+        return lengths
 
     @property
     def target_lengths(self) -> Numbers:
         """Tokens of each target, without its end."""
-        return self._end - self._middle
+        lengths: Numbers = self._end - self._middle
+        return lengths
 
     def source(self, index: int) -> Ids:
         """Return the ids of a source."""
@@ -253,10 +255,14 @@ def make_batch(pairs: Pairs, chosen: Numbers, ends: tuple[int, int]) -> Batch:
     expected, target_lengths = pad(targets, ends[1])
     target = torch.cat((expected.new_full((len(expected), 1), ends[1]), expected[:, :-1]), 1)
     keep = torch.arange(expected.shape[1]) < target_lengths[:, None]
-    lengths = (each if (each < width).any() else None for each, width in (
-        (source_lengths, source.shape[1]), (target_lengths, target.shape[1])
-    ))  # fmt: skip
-    return Batch(source, target, *lengths, keep, expected[keep])
+    return Batch(
+        source, target, _unless_all(source_lengths, source), _unless_all(target_lengths, target), keep, expected[keep]
+    )
+
+
+def _unless_all(lengths: Tensor, ids: Tensor) -> Tensor | None:
+    """Lengths, or None if no row ends before the others: then nothing need be packed."""
+    return lengths if (lengths < ids.shape[1]).any() else None
 
 
 def pad(lines: list[Ids], end: int) -> tuple[Tensor, Tensor]:

@@ -355,7 +355,7 @@ class _Trainer:
             "config": dataclasses.asdict(config),
             "progress": dataclasses.asdict(progress),
             "names": self.names,
-            "fingerprints": self.fingerprints,
+            "fingerprints": self.task.fingerprints,
         }
         failure = ""
         if self.fabric.is_global_zero:

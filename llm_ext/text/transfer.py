@@ -128,9 +128,10 @@ def _embeddings(model: Model) -> tuple[str, ...]:
 def _rows(model: Model, vocabularies: Sequence[Tokens]) -> dict[str, list[bytes | None]]:
     """Of each parameter with a row for each token, which token that is; None stands for the end of a line."""
     if isinstance(model, LLM):
-        return dict.fromkeys(("embedding.weight", "head.weight", "head.bias"), list(vocabularies[0].pieces))
+        pieces: list[bytes | None] = [*vocabularies[0].pieces]
+        return {name: pieces for name in ("embedding.weight", "head.weight", "head.bias")}
     source, target = ([*tokens.pieces, None] for tokens in vocabularies)
-    rows = dict.fromkeys(("target_embedding.weight", "head.weight", "head.bias"), target)
+    rows = {name: target for name in ("target_embedding.weight", "head.weight", "head.bias")}
     return {"source_embedding.weight": source, **rows}
 
 
