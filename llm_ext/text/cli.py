@@ -38,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         parser = _parser()
-        options = parser.parse_args(arguments)
+        options, more = parser.parse_known_args(arguments)
+        if more and getattr(options, "files", None) == [] and not any(word.startswith("-") for word in more):
+            # Before Python 3.12 argparse lets files that may be missing come only where DIR does, before any option.
+            options.files, more = [Path(word) for word in more], []
+        if more:
+            options.fail(f"unrecognized arguments: {' '.join(more)}")
         return int(options.run(options))
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
@@ -145,12 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     translate = commands.add_parser(
         "translate",
         help="translate lines",
-        description="Translate lines to lines, of FILE or of the standard input. Where every line waits for its own "
+        description="Translate lines to lines, of files or of the standard input. Where every line waits for its own "
         "(at a terminal, or --batch 1) it is printed as it is found, unless there is a beam.",
     )
     translate.set_defaults(run=_translate, fail=translate.error)
     translate.add_argument("dir", type=Path, metavar="DIR", help="run directory")
-    translate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="lines (default: standard input)")
+    translate.add_argument("files", nargs="*", type=Path, metavar="FILE", help="lines (default: standard input)")
     translate.add_argument(
         "--num-return-sequences", type=int, default=1, metavar="N", help="lines to write for each, best first"
     )
@@ -376,17 +381,16 @@ def _translate(options: argparse.Namespace) -> int:
     from llm_ext.text.translation import Translator
 
     _check_search(options)
-    if options.file is not None:
-        check_files([options.file])
+    check_files(options.files)
     translator = Translator.load(Run(options.dir), options.checkpoint, find_device(options.device))
     lines: Iterator[tuple[str, str]]
-    if options.file is not None:
-        lines = ((f"{options.file}: line {number}", line) for number, line in read_lines(options.file))
+    if options.files:
+        lines = ((f"{path}: line {number}", line) for path in options.files for number, line in read_lines(path))
     else:
         # Not the text of sys.stdin: it is UTF-8 here whatever the locale says.
         raw = enumerate(iter(sys.stdin.buffer.readline, b""), 1)
         lines = ((f"line {number}", decode_line(line, f"line {number}")) for number, line in raw)
-    batch = options.batch or (1 if options.file is None and sys.stdin.isatty() else 32)
+    batch = options.batch or (1 if not options.files and sys.stdin.isatty() else 32)
     if batch == 1 and options.beam == 1:
         for where, line in lines:
             ids = translator.encode(line.strip(), where, _warn) if line.strip() else []

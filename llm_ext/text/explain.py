@@ -217,8 +217,9 @@ def _png(picture: Picture) -> bytes:
     # A picture of very many words still fits what viewers take: 16,000 points a side.
     figure = Figure(figsize=size, dpi=min(150.0, 16000 / max(size)))
     axes = figure.add_axes((margin_left / size[0], 0.3 / size[1], width / size[0], height / size[1]))
-    colours = LinearSegmentedColormap.from_list("attention", ["white", "#{:02x}{:02x}{:02x}".format(*DARK)])
-    colours.set_bad("#eeeeee")
+    colours = LinearSegmentedColormap.from_list(
+        "attention", ["white", "#{:02x}{:02x}{:02x}".format(*DARK)]
+    ).with_extremes(bad="#eeeeee")
     image = axes.imshow(picture.weights, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(columns), [_literal(word) for word in picture.columns], rotation=90, fontsize=9)
     axes.set_yticks(range(rows), [_literal(word) for word in picture.rows], fontsize=9)
