@@ -109,71 +109,72 @@ struct RecurrenceBackwardParams {
   Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
-// Vectors e [B, T, D] to pool over T, and where their scores come from.
-template <typename T>
+// Vectors e [B, T, D] to pool over T, and where their scores come from. What grows with T is stored as S; log-sum-exps,
+// shares and the state of the prefix form, which add up over it, are what S is computed in.
+template <typename S>
 struct PoolInput {
   int64_t batch;           // B
   int64_t steps;           // T
   int64_t dim;             // D
-  const T* e;              // element (b, t, d) at e[b * e_batch_stride + t * e_step_stride + d]
+  const S* e;              // element (b, t, d) at e[b * e_batch_stride + t * e_step_stride + d]
   int64_t e_batch_stride;  // elements
   int64_t e_step_stride;   // elements
-  const T* u;              // [D] scores are e . u; null: `scores` holds them
-  const T* scores;         // [B, T]; null: `u` gives them
+  const S* u;              // [D] scores are e . u; null: `scores` holds them
+  const S* scores;         // [B, T]; null: `u` gives them
   const int64_t* lengths;  // [B] positions t >= lengths[b] take no part, 0 <= lengths[b] <= T; null: all T
   const bool* mask;        // [B, T] positions that are false take no part; null: all take part
 };
 
-template <typename T>
+template <typename S>
 struct PoolForwardParams {
-  PoolInput<T> in;
-  T* c;          // [B, D] out: the pooled vector; 0 where no position takes part
-  T* lse;        // [B] out: log of the sum of exp(score); -inf where no position takes part
-  T* workspace;  // workspace() elements; contents do not matter
+  PoolInput<S> in;
+  S* c;                   // [B, D] out: the pooled vector; 0 where no position takes part
+  Compute<S>* lse;        // [B] out: log of the sum of exp(score); -inf where no position takes part
+  Compute<S>* workspace;  // workspace() elements; contents do not matter
 };
 
-template <typename T>
+template <typename S>
 struct PoolBackwardParams {
-  PoolInput<T> in;
-  const T* c;         // [B, D] what the forward returned
-  const T* lse;       // [B] what the forward returned
-  const T* grad_c;    // [B, D]; null: zeros
-  const T* grad_lse;  // [B]; null: zeros
-  T* de;              // out, laid out as e; null: not wanted
-  T* du;              // [D] out; null: not wanted, or `scores` given
-  T* dscores;         // [B, T] out; null: not wanted, or `u` given
-  T* workspace;       // workspace() elements; contents do not matter
+  PoolInput<S> in;
+  const S* c;                  // [B, D] what the forward returned
+  const Compute<S>* lse;       // [B] what the forward returned
+  const S* grad_c;             // [B, D]; null: zeros
+  const Compute<S>* grad_lse;  // [B]; null: zeros
+  S* de;                       // out, laid out as e; null: not wanted
+  S* du;                       // [D] out; null: not wanted, or `scores` given
+  S* dscores;                  // [B, T] out; null: not wanted, or `u` given
+  Compute<S>* workspace;       // workspace() elements; contents do not matter
 };
 
 // The causal prefix form: c_t pools over the positions i <= t and an initial state.
-template <typename T>
+template <typename S>
 struct PrefixPoolForwardParams {
-  PoolInput<T> in;
-  const T* l0;   // [B] log-sum-exp of what came before; null: -inf
-  const T* c0;   // [B, D] pooled vector of what came before; null exactly where l0 is: 0
-  T* c;          // out, laid out as e
-  T* share;      // [B, T] out: a_t, the share of each position in c_t; 0 where it takes no part
-  T* l_n;        // [B] out: the state after the last step
-  T* c_n;        // [B, D] out
-  T* workspace;  // prefix_workspace() elements; contents do not matter
+  PoolInput<S> in;
+  const Compute<S>* l0;   // [B] log-sum-exp of what came before; null: -inf
+  const Compute<S>* c0;   // [B, D] pooled vector of what came before; null exactly where l0 is: 0
+  S* c;                   // out, laid out as e
+  Compute<S>* share;      // [B, T] out: a_t, the share of each position in c_t; 0 where it takes no part
+  Compute<S>* l_n;        // [B] out: the state after the last step
+  Compute<S>* c_n;        // [B, D] out
+  Compute<S>* workspace;  // prefix_workspace() elements; contents do not matter
 };
 
 // Lengths, mask and scores are not read: `share` knows all that follows from them.
-template <typename T>
+template <typename S>
 struct PrefixPoolBackwardParams {
-  PoolInput<T> in;
-  const T* c0;        // [B, D]; null: zeros
-  const T* c;         // laid out as e: what the forward returned
-  const T* share;     // [B, T] what the forward returned
-  const T* grad_c;    // laid out as e; null: zeros
-  const T* grad_l_n;  // [B]; null: zeros
-  const T* grad_c_n;  // [B, D]; null: zeros
-  T* de;              // out, laid out as e; null: not wanted
-  T* du;              // [D] out; null: not wanted
-  T* dscores;         // [B, T] out; null: not wanted
-  T* dl0;             // [B] out; null: not wanted
-  T* dc0;             // [B, D] out; null: not wanted
-  T* workspace;       // prefix_workspace() elements; contents do not matter
+  PoolInput<S> in;
+  const Compute<S>* c0;        // [B, D]; null: zeros
+  const S* c;                  // laid out as e: what the forward returned
+  const Compute<S>* share;     // [B, T] what the forward returned
+  const S* grad_c;             // laid out as e; null: zeros
+  const Compute<S>* grad_l_n;  // [B]; null: zeros
+  const Compute<S>* grad_c_n;  // [B, D]; null: zeros
+  S* de;                       // out, laid out as e; null: not wanted
+  S* du;                       // [D] out; null: not wanted
+  S* dscores;                  // [B, T] out; null: not wanted
+  Compute<S>* dl0;             // [B] out; null: not wanted
+  Compute<S>* dc0;             // [B, D] out; null: not wanted
+  Compute<S>* workspace;       // prefix_workspace() elements; contents do not matter
 };
 
 // Additive attention: scores v . tanh(query + key) of each pair, softmax over the keys, the weighted mean of the

@@ -22,7 +22,7 @@ class AttentionPool(nn.Module):
         score: "linear" for `s_i = vᵀ W e_i`, "tanh" for `s_i = vᵀ tanh(W e_i + b)`.
         causal: pool at each position over it and those before it.
         device: of the parameters.
-        dtype: of the parameters, float32 or float64.
+        dtype: of the parameters, float32, float64, bfloat16 or float16.
 
     Source: the tanh score is that of "Neural machine translation by jointly learning to align and translate",
     arXiv 1409.0473; the causal form is in "Attention as an RNN", arXiv 2405.13956.
@@ -85,7 +85,8 @@ class AttentionPool(nn.Module):
             lengths: [B] int64: position i of row b takes part if i < lengths[b].
             mask: [B, T] bool: True takes part; with `lengths`, a position needs both.
             return_weights: return α as well (which costs the memory of a T × T matrix a row when causal).
-            state: when causal, (L [B], c [B, D]) as returned for what came before e; None at the start.
+            state: when causal, (L [B], c [B, D]) as returned for what came before e; None at the start. It is float32
+                where e has 16 bits, because it adds up over the sequence.
             u: what `fold` has returned, for many calls with the same weights; None: it is formed in this call.
 
         Returns:
@@ -130,6 +131,7 @@ class AttentionPool(nn.Module):
         T = e.shape[1]
         s = e @ u if u is not None else scores
         assert s is not None
+        s = s.to(checks.compute_dtype(e.dtype))  # as the state
         position = torch.arange(T, device=e.device)
         if lengths is not None:
             s = s.masked_fill(position >= lengths[:, None], -math.inf)
@@ -142,7 +144,7 @@ class AttentionPool(nn.Module):
             s = torch.cat((past[:, None, None].expand(-1, T, 1), s), -1)
         empty = (s == -math.inf).all(-1, keepdim=True)
         alpha = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0)
-        return alpha[..., 1:] if self.causal else alpha
+        return (alpha[..., 1:] if self.causal else alpha).to(e.dtype)
 
 
 class AdditiveAttention(nn.Module):

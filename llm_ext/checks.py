@@ -13,8 +13,7 @@ from torch import Tensor
 
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
 STACK_CELLS = (*NONLINEARITIES, "gru", "lstm")
-DTYPES = (torch.float32, torch.float64)
-RECURRENCE_DTYPES = (*DTYPES, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Sizes of a tensor; None for any.
 Sizes = tuple[int | None, ...]
@@ -26,6 +25,11 @@ class ArgumentError(ValueError, RuntimeError):
 
 class DtypeError(ArgumentError, TypeError):
     """A wrong dtype: a TypeError too."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what numbers of a dtype are computed in, and what adds up over a sequence is kept in."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
 
 
 def fail_shape(op: str, name: str, letters: str, sizes: Sizes, got: Tensor) -> NoReturn:
@@ -83,7 +87,7 @@ def _recurrence(
 ) -> None:
     """Raise if the arguments of a recurrence do not fit together; w_ih is [gates * H, I]."""
     G = "" if gates == 1 else f"{gates} "
-    _check(op, "w_ih", w_ih, f"{G}H, I", (None, None), RECURRENCE_DTYPES)
+    _check(op, "w_ih", w_ih, f"{G}H, I", (None, None), DTYPES)
     rows, I = w_ih.shape  # noqa: E741
     if rows % gates:
         raise ArgumentError(f"{op}: w_ih must be [{G}H, I], got {list(w_ih.shape)}")
@@ -233,7 +237,7 @@ def stack(
         raise ArgumentError("stack: h0 and c0 must be given together")
     if cell != "lstm" and c0 is not None:
         raise ArgumentError(f"stack: c0 belongs to an LSTM, got one for {cell}")
-    _check("stack", "x", x, "T, B, I", (None, None, None), RECURRENCE_DTYPES)
+    _check("stack", "x", x, "T, B, I", (None, None, None), DTYPES)
     hidden = None
     for row in range(rows):
         names = [f"weights[{row * each + i}]" for i in range(each)]
@@ -279,8 +283,9 @@ def pool(
         _check(op, "mask", mask, "B, T", (B, T), (torch.bool,), like)
     if state is not None:
         L, c = state
-        _check(op, "state L", L, "B", (B,), same, like)
-        _check(op, "state c", c, "B, D", (B, D), same, like)
+        computed = (compute_dtype(e.dtype),)
+        _check(op, "state L", L, "B", (B,), computed, like)
+        _check(op, "state c", c, "B, D", (B, D), computed, like)
 
 
 def additive_attention(

@@ -25,7 +25,7 @@ class LLMState(NamedTuple):
     """What the model remembers of the text so far.
 
     hidden: last hidden state of each layer, [L, B, H].
-    attention: (L [B], c [B, D]) of the causal pool, or None without attention.
+    attention: (L [B], c [B, D]) of the causal pool, float32 where the model has 16 bits; or None without attention.
     cell: last cell state of each layer, [L, B, H], or None unless the cells are LSTMs.
     """
 
@@ -56,7 +56,7 @@ class LLM(nn.Module):
         attn_dim: A, size of the attention space; by default the size of what is pooled, at most 128.
         score: "linear" or "tanh", see `AttentionPool`.
         device: of the parameters.
-        dtype: of the parameters, float32 or float64; without attention bfloat16 or float16, too.
+        dtype: of the parameters, float32, float64, bfloat16 or float16.
 
     Raises:
         ValueError: a size, probability or name out of range.

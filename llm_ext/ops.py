@@ -68,20 +68,23 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)
 _autocast = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-call]
 
 
-def _register_autocast(op: Any, dtype: torch.dtype | None = None) -> None:
-    """Under autocast run `op` in autocast's dtype, or in `dtype`, as torch does: float64 stays what it is."""
+def _register_autocast(op: Any, states: tuple[int, ...] = ()) -> None:
+    """Under autocast run `op` in autocast's dtype, as torch does: float64 stays what it is.
+
+    `states` are the places of arguments that add up over a sequence: these become float32.
+    """
 
     def cast_on(device: str) -> Callable[..., Any]:
         def cast(*args: Any) -> Any:
-            target = torch.get_autocast_dtype(device) if dtype is None else dtype
+            lower = torch.get_autocast_dtype(device)
 
-            def cast_one(arg: Any) -> Any:
+            def cast_one(arg: Any, target: torch.dtype) -> Any:
                 if isinstance(arg, list):
-                    return [cast_one(a) for a in arg]
+                    return [cast_one(a, target) for a in arg]
                 return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in _CAST else arg
 
             with torch.autocast(device, enabled=False):
-                return op(*map(cast_one, args))
+                return op(*(cast_one(arg, torch.float32 if i in states else lower) for i, arg in enumerate(args)))
 
         return cast
 
@@ -798,12 +801,12 @@ def attention_pool(
         mask: bool [B, T], True where a position takes part; None: all do. Both may be given, both must then admit it.
 
     Returns:
-        c [B, D], and the log-sum-exp of the scores that take part, [B]. A row without any gives 0 and -inf, and its
-        gradients are 0.
+        c [B, D], and the log-sum-exp of the scores that take part, [B], float32 where e has 16 bits. A row without any
+        gives 0 and -inf, and its gradients are 0.
 
     Raises:
         ValueError: a shape or device that does not fit, or lengths outside 0 .. T.
-        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
 
     Source: docs/attention.md; the score folded into one vector, softmax in one pass (arXiv 1805.02867).
     """
@@ -827,11 +830,11 @@ def _attention_pool_forward_fake(
 ) -> tuple[Tensor, Tensor]:
     checks.pool("attention_pool", e, u, scores, lengths, mask)
     B, _T, D = e.shape
-    return e.new_empty((B, D)), e.new_empty(B)
+    return e.new_empty((B, D)), e.new_empty(B, dtype=checks.compute_dtype(e.dtype))
 
 
 torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
-_register_autocast(_attention_pool_forward, torch.float32)  # it knows no 16 bits
+_register_autocast(_attention_pool_forward)
 
 
 def _attention_pool_backward_fake(
@@ -898,14 +901,15 @@ def prefix_pool(
         scores: s [B, T]. Exactly one of the two.
         lengths: int64 [B], positions t >= lengths[b] take no part and leave the state as it is; None: all do.
         mask: bool [B, T], True where a position takes part; None: all do.
-        state: (L [B], c [B, D]) as returned for what came before; None: nothing came before (L = -inf, c = 0).
+        state: (L [B], c [B, D]) as returned for what came before, float32 where e has 16 bits; None: nothing came
+            before (L = -inf, c = 0).
 
     Returns:
         c [B, T, D], laid out in memory as e, and the state (L [B], c [B, D]) after the last position.
 
     Raises:
         ValueError: a shape or device that does not fit, or lengths outside 0 .. T.
-        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
 
     Source: "Attention as an RNN", arXiv 2405.13956; gradients in docs/attention.md.
     """
@@ -928,11 +932,12 @@ def _prefix_pool_forward_fake(
 ) -> tuple[Tensor, ...]:
     checks.pool("prefix_pool", e, u, scores, lengths, mask, None if l0 is None or c0 is None else (l0, c0))
     B, T, D = e.shape
-    return _empty_rows(e), e.new_empty((B, T)), e.new_empty(B), e.new_empty((B, D))
+    computed = checks.compute_dtype(e.dtype)
+    return _empty_rows(e), *(e.new_empty(size, dtype=computed) for size in ((B, T), (B,), (B, D)))
 
 
 torch.library.register_fake("llm_ext::prefix_pool_forward", _prefix_pool_forward_fake)
-_register_autocast(_prefix_pool_forward, torch.float32)  # it knows no 16 bits
+_register_autocast(_prefix_pool_forward, states=(5, 6))
 
 
 def _prefix_pool_backward_fake(
@@ -954,8 +959,8 @@ def _prefix_pool_backward_fake(
         _empty_rows(e) if need_de else e.new_empty(0),
         e.new_empty(D if need_du else 0),
         e.new_empty((B, T) if need_dscores else 0),
-        e.new_empty(B if need_dstate else 0),
-        e.new_empty((B, D) if need_dstate else 0),
+        share.new_empty(B if need_dstate else 0),
+        share.new_empty((B, D) if need_dstate else 0),
     )
 
 

@@ -49,11 +49,17 @@ TOLERANCE = {
     # A sum over A, one softmax and one weighted mean.
     ("additive_attention", torch.float32): 1e-5,
     ("additive_attention_backward", torch.float32): 5e-5,
-    # Computed in float32; inputs are what they are, and what is returned is rounded, to 8 or 11 bits.
+    # Computed in float32; what is returned is rounded, to 8 or 11 bits, and so are the gradients that come in.
     ("additive_attention", torch.bfloat16): 4e-3,
-    ("additive_attention_backward", torch.bfloat16): 8e-3,
+    ("additive_attention_backward", torch.bfloat16): 1.6e-2,
     ("additive_attention", torch.float16): 5e-4,
-    ("additive_attention_backward", torch.float16): 1e-3,
+    ("additive_attention_backward", torch.float16): 2e-3,
+    # What is returned is rounded, to 8 or 11 bits; sums and the state are not.
+    **{(op, torch.bfloat16): 4e-3 for op in ("attention_pool", "prefix_pool")},
+    **{(op, torch.float16): 5e-4 for op in ("attention_pool", "prefix_pool")},
+    # The gradients are rounded, and before that read c, which was rounded, in dot products of up to 1000 terms.
+    **{(f"{op}_backward", torch.bfloat16): 3e-2 for op in ("attention_pool", "prefix_pool")},
+    **{(f"{op}_backward", torch.float16): 6e-3 for op in ("attention_pool", "prefix_pool")},
     # A stack of the above.
     ("model", torch.float32): 1e-4,
     # float64 differs from the reference in the order of sums only.
@@ -82,8 +88,10 @@ TOLERANCE_ON = {
 }
 
 
-def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result") -> None:
-    """Shapes agree and errors stay within the table's row for `op` and the dtype of `actual`."""
+def assert_close(
+    op: str, actual: Tensor, expected: Tensor, what: str = "result", dtype: torch.dtype | None = None
+) -> None:
+    """Shapes agree and errors stay within the table's row for `op` and `dtype`, by default that of `actual`."""
     assert actual.shape == expected.shape, f"{op}: {what} is {list(actual.shape)}, not {list(expected.shape)}"
     if actual.numel() == 0:
         return
@@ -95,7 +103,8 @@ def assert_close(op: str, actual: Tensor, expected: Tensor, what: str = "result"
     if a.numel() == 0:
         return
     error = (a - b).abs().max().item()
-    tolerance = TOLERANCE_ON.get(actual.device.type, {}).get((op, actual.dtype), TOLERANCE[op, actual.dtype])
+    row = op, dtype or actual.dtype
+    tolerance = TOLERANCE_ON.get(actual.device.type, {}).get(row, TOLERANCE[row])
     allowed = tolerance * max(1.0, b.abs().max().item())
     assert error <= allowed, f"{op}: {what} is off by {error:.3g}, allowed {allowed:.3g}"
 

@@ -31,28 +31,32 @@ def compare(
     inputs: dict[str, Tensor],
     gradients: bool = True,
 ) -> None:
-    """Results and gradients of `function` against `truth` in float64 on the same numbers."""
+    """Results and gradients of `function` against `truth` in float64 on the same numbers.
+
+    The first input says what is stored; results that are kept more exactly depend on others that are not.
+    """
+    dtype = next(iter(inputs.values())).dtype
     doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     actual, expected = function(**inputs), truth(**doubles)
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(op, a, b, f"result {i}")
-    weights = [torch.randn_like(b) for b in expected]
+        assert_close(op, a, b, f"result {i}", dtype)
+    weights = [torch.randn_like(a) for a in actual]
     used = [i for i, b in enumerate(expected) if b.requires_grad]
     if not used or not gradients:
         return
     grads = torch.autograd.grad(
         [actual[i] for i in used],
         list(inputs.values()),
-        [weights[i].to(actual[i].dtype) for i in used],
+        [weights[i] for i in used],
         allow_unused=True,
     )
     truths = torch.autograd.grad(
-        [expected[i] for i in used], list(doubles.values()), [weights[i] for i in used], allow_unused=True
+        [expected[i] for i in used], list(doubles.values()), [weights[i].double() for i in used], allow_unused=True
     )
     for name, a, b in zip(inputs, grads, truths, strict=True):
         a = torch.zeros_like(inputs[name]) if a is None else a
         b = torch.zeros_like(doubles[name]) if b is None else b
-        assert_close(f"{op}_backward", a, b, f"gradient of {name}")
+        assert_close(f"{op}_backward", a, b, f"gradient of {name}", dtype)
 
 
 class Cell(NamedTuple):

@@ -277,7 +277,7 @@ def test_memory_grows_with_the_sum_of_queries_and_keys(B: int) -> None:
     A = 256
     for Tq, Tk in ((1000, 1000), (2000, 2000), (1, 4000), (4000, 1)):
         rows = 4 * B * (Tq + Tk) * A
-        # Inputs and their gradients are 4 of them, the workspace is some more; a few MB are the allocator's and torch's.
+        # Inputs and their gradients are 4 of them, the workspace is some more; a few MB are the allocator's.
         assert peak_bytes(B, Tq, Tk, A, A) <= 12 * rows + (16 << 20)
 
 
@@ -396,9 +396,9 @@ def test_keys_are_the_values_and_are_projected_once() -> None:
     assert torch.equal(whole, layer(query, None, keys, projected_keys=projected)[0])
     steps = [layer(query[:, t : t + 1], keys, projected_keys=projected)[0] for t in range(4)]
     assert_close("additive_attention", torch.cat(steps, 1), whole)
-    for values, given in ((None, projected), (keys, None)):
+    for values, once in ((None, projected), (keys, None)):
         with pytest.raises(ValueError, match="keys must be given unless values and projected_keys are"):
-            layer(query, None, values, projected_keys=given)
+            layer(query, None, values, projected_keys=once)
 
 
 def test_text_and_names() -> None:

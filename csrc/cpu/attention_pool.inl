@@ -2,6 +2,8 @@
 // through e once, a tile of rows at a time that stays in the first-level cache. docs/attention.md derives the formulas.
 //
 // A team shares the batch where it can; where the batch is smaller than the team, it shares time.
+//
+// S is what tensors are stored as, T what they are computed in. Sums, shares and the state are T throughout.
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
@@ -14,11 +16,6 @@ constexpr double kPoolWorkPerThread = 1.0e4;
 template <typename T>
 static inline void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, n * sizeof(T));
-}
-
-template <typename T>
-static inline void copy(T* to, const T* from, int64_t n) {
-  __builtin_memcpy(to, from, n * sizeof(T));
 }
 
 template <typename T>
@@ -42,14 +39,14 @@ static inline T scalar_log1p(T x) {
   return __builtin_log1p(x);
 }
 
-template <typename T>
-static inline bool takes_part(const PoolInput<T>& in, int64_t b, int64_t t) {
+template <typename S>
+static inline bool takes_part(const PoolInput<S>& in, int64_t b, int64_t t) {
   return (in.lengths == nullptr || t < in.lengths[b]) && (in.mask == nullptr || in.mask[b * in.steps + t]);
 }
 
 // Whether [begin, end) lies before `limit` and every position of it takes part.
-template <typename T>
-static inline bool all_take_part(const PoolInput<T>& in, int64_t b, int64_t begin, int64_t end, int64_t limit) {
+template <typename S>
+static inline bool all_take_part(const PoolInput<S>& in, int64_t b, int64_t begin, int64_t end, int64_t limit) {
   if (end > limit || (in.lengths != nullptr && end > in.lengths[b])) return false;
   for (int64_t t = begin; in.mask != nullptr && t < end; ++t) {
     if (!in.mask[b * in.steps + t]) return false;
@@ -57,21 +54,21 @@ static inline bool all_take_part(const PoolInput<T>& in, int64_t b, int64_t begi
   return true;
 }
 
-template <typename T>
-static inline int64_t offset_of(const PoolInput<T>& in, int64_t b, int64_t t) {
+template <typename S>
+static inline int64_t offset_of(const PoolInput<S>& in, int64_t b, int64_t t) {
   return b * in.e_batch_stride + t * in.e_step_stride;
 }
 
-template <typename T>
-static inline T dot(const T* a, const T* b, int64_t n) {
+template <typename A, typename B, typename T = Compute<A>>
+static inline T dot(const A* a, const B* b, int64_t n) {
   Vec<T> sum{};
   for_each_vector<T>(n, [&](int64_t d, int lanes) { sum += load_part(a + d, lanes) * load_part(b + d, lanes); });
   return sum_lanes<T>(sum);
 }
 
 // The same of a whole tile of rows.
-template <typename T>
-static inline void tile_dots(const T* const* rows, const T* v, int64_t n, T* dots) {
+template <typename S, typename T = Compute<S>>
+static inline void tile_dots(const S* const* rows, const S* v, int64_t n, T* dots) {
   Vec<T> sums[kPoolTile] = {};
   for_each_vector<T>(n, [&](int64_t d, int lanes) {
     const Vec<T> value = load_part(v + d, lanes);
@@ -82,11 +79,11 @@ static inline void tile_dots(const T* const* rows, const T* v, int64_t n, T* dot
 }
 
 // Scores of `count` positions t, all of which take part, and their rows.
-template <typename T>
-static inline void tile_scores(const PoolInput<T>& in, int64_t b, const int64_t* t, const T* const* rows, int count,
+template <typename S, typename T = Compute<S>>
+static inline void tile_scores(const PoolInput<S>& in, int64_t b, const int64_t* t, const S* const* rows, int count,
                                T* scores) {
   if (in.u == nullptr) {
-    for (int j = 0; j < count; ++j) scores[j] = in.scores[b * in.steps + t[j]];
+    for (int j = 0; j < count; ++j) scores[j] = read(in.scores + b * in.steps + t[j]);
   } else if (count == kPoolTile) {
     tile_dots(rows, in.u, in.dim, scores);
   } else {
@@ -95,15 +92,15 @@ static inline void tile_scores(const PoolInput<T>& in, int64_t b, const int64_t*
 }
 
 // Pools positions [range) of batch row b into c [D]; returns the log-sum-exp, -inf (and c = 0) if none takes part.
-template <typename T>
-static T pool_range(const PoolInput<T>& in, int64_t b, Range range, T* c) {
+template <typename S, typename T = Compute<S>>
+static T pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
   T max = -infinity<T>();
   T sum = T(0);
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { store_part(c + d, Vec<T>{}, lanes); });
   int64_t t = range.begin;
   while (t < range.end) {
     int64_t steps[kPoolTile];
-    const T* rows[kPoolTile];
+    const S* rows[kPoolTile];
     int count = 0;
     for (; t < range.end && count < kPoolTile; ++t) {
       if (!takes_part(in, b, t)) continue;
@@ -164,29 +161,31 @@ static inline void merge(int64_t dim, T* l, T* c, T l2, const T* c2) {
   });
 }
 
-template <typename T>
-static int pool_threads(const PoolInput<T>& in, int threads) {
+template <typename S>
+static int pool_threads(const PoolInput<S>& in, int threads) {
   const double useful = static_cast<double>(in.batch) * in.steps * in.dim / kPoolWorkPerThread;
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
-// Forward: partial results where time is shared. Backward: one gradient of u a thread.
-template <typename T>
-static int64_t pool_workspace(const PoolInput<T>& in, int threads) {
+// Forward: what each thread pools, kept apart where time is shared. Backward: one gradient of u a thread.
+template <typename S>
+static int64_t pool_workspace(const PoolInput<S>& in, int threads) {
   return aligned(in.dim + 1) * threads * (in.batch < threads ? in.batch + 1 : 1);
 }
 
-template <typename T>
-static void pool_forward(const PoolForwardParams<T>& p, const Team& team) {
-  const PoolInput<T>& in = p.in;
+template <typename S, typename T = Compute<S>>
+static void pool_forward(const PoolForwardParams<S>& p, const Team& team) {
+  const PoolInput<S>& in = p.in;
+  const int64_t size = aligned(in.dim + 1);
   if (in.batch >= team.size) {
     const Range batch = team.share(in.batch);
+    T* c = p.workspace + team.rank * size;
     for (int64_t b = batch.begin; b < batch.end; ++b) {
-      p.lse[b] = pool_range(in, b, {0, in.steps}, p.c + b * in.dim);
+      p.lse[b] = pool_range(in, b, {0, in.steps}, c);
+      convert(c, p.c + b * in.dim, in.dim);
     }
     return;
   }
-  const int64_t size = aligned(in.dim + 1);
   const Range steps = team.share(in.steps, kPoolTile);
   for (int64_t b = 0; b < in.batch; ++b) {
     T* partial = p.workspace + (b * team.size + team.rank) * size;
@@ -195,19 +194,19 @@ static void pool_forward(const PoolForwardParams<T>& p, const Team& team) {
   team.sync();
   if (team.rank != 0) return;
   for (int64_t b = 0; b < in.batch; ++b) {
-    const T* partial = p.workspace + b * team.size * size;
-    __builtin_memcpy(p.c + b * in.dim, partial, in.dim * sizeof(T));
-    p.lse[b] = partial[in.dim];
+    T* c = p.workspace + b * team.size * size;
+    p.lse[b] = c[in.dim];
     for (int rank = 1; rank < team.size; ++rank) {
-      partial += size;
-      merge(in.dim, p.lse + b, p.c + b * in.dim, partial[in.dim], partial);
+      const T* partial = c + rank * size;
+      merge(in.dim, p.lse + b, c, partial[in.dim], partial);
     }
+    convert(c, p.c + b * in.dim, in.dim);
   }
 }
 
 // du = sum over threads of their partial gradients at workspace + rank * stride, always in the same order.
-template <typename T>
-static inline void reduce_du(int64_t dim, const T* partial, int64_t stride, T* du, const Team& team) {
+template <typename S, typename T = Compute<S>>
+static inline void reduce_du(int64_t dim, const T* partial, int64_t stride, S* du, const Team& team) {
   team.sync();
   const Range columns = team.share(dim, kLanes<T>);
   for_each_vector<T>(columns.size(), [&](int64_t i, int lanes) {
@@ -218,22 +217,22 @@ static inline void reduce_du(int64_t dim, const T* partial, int64_t stride, T* d
   });
 }
 
-template <typename T>
-static void pool_backward_range(const PoolBackwardParams<T>& p, int64_t b, Range range, T* du) {
-  const PoolInput<T>& in = p.in;
+template <typename S, typename T = Compute<S>>
+static void pool_backward_range(const PoolBackwardParams<S>& p, int64_t b, Range range, T* du) {
+  const PoolInput<S>& in = p.in;
   const T lse = p.lse[b];
-  const T* g = p.grad_c == nullptr ? nullptr : p.grad_c + b * in.dim;
+  const S* g = p.grad_c == nullptr ? nullptr : p.grad_c + b * in.dim;
   const T g_lse = p.grad_lse == nullptr ? T(0) : p.grad_lse[b];
   const T g_c = g == nullptr ? T(0) : dot(g, p.c + b * in.dim, in.dim);
   for (int64_t t = range.begin; t < range.end; ++t) {
-    T* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
-    T* dscore = p.dscores == nullptr ? nullptr : p.dscores + b * in.steps + t;
+    S* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
+    S* dscore = p.dscores == nullptr ? nullptr : p.dscores + b * in.steps + t;
     if (!takes_part(in, b, t) || lse == -infinity<T>()) {
       if (de != nullptr) zero(de, in.dim);
-      if (dscore != nullptr) *dscore = T(0);
+      if (dscore != nullptr) zero(dscore, 1);
       continue;
     }
-    const T* e = in.e + offset_of(in, b, t);
+    const S* e = in.e + offset_of(in, b, t);
     Vec<T> eu{}, eg{}, eu2{}, eg2{};
     int64_t d = 0;
     for (; d + 2 * kLanes<T> <= in.dim; d += 2 * kLanes<T>) {
@@ -252,10 +251,10 @@ static void pool_backward_range(const PoolBackwardParams<T>& p, int64_t b, Range
       if (in.u != nullptr) eu += e0 * load_part(in.u + d + i, lanes);
       if (g != nullptr) eg += e0 * load_part(g + d + i, lanes);
     });
-    const T score = in.u == nullptr ? in.scores[b * in.steps + t] : sum_lanes<T>(eu + eu2);
+    const T score = in.u == nullptr ? read(in.scores + b * in.steps + t) : sum_lanes<T>(eu + eu2);
     const T alpha = scalar_exp(score - lse);
     const T ds = alpha * (sum_lanes<T>(eg + eg2) - g_c + g_lse);
-    if (dscore != nullptr) *dscore = ds;
+    if (dscore != nullptr) convert(&ds, dscore, 1);
     for_each_vector<T>(in.dim, [&](int64_t i, int lanes) {
       if (du != nullptr) store_part(du + i, load_part(du + i, lanes) + ds * load_part(e + i, lanes), lanes);
       if (de != nullptr) {
@@ -267,9 +266,9 @@ static void pool_backward_range(const PoolBackwardParams<T>& p, int64_t b, Range
   }
 }
 
-template <typename T>
-static void pool_backward(const PoolBackwardParams<T>& p, const Team& team) {
-  const PoolInput<T>& in = p.in;
+template <typename S, typename T = Compute<S>>
+static void pool_backward(const PoolBackwardParams<S>& p, const Team& team) {
+  const PoolInput<S>& in = p.in;
   const int64_t stride = aligned(in.dim + 1);
   T* du = p.du == nullptr ? nullptr : p.workspace + team.rank * stride;
   if (du != nullptr) zero(du, in.dim);
@@ -295,8 +294,8 @@ constexpr int kPrefixGradTile = 4;
 // B1 T8192 D512 on Zen 3, forward: 8 thousand 1.6 ms, 16 to 64 thousand 1.2 to 1.4.
 constexpr int64_t kChunkElements = 32768;
 
-template <typename T>
-static inline bool shares_time(const PoolInput<T>& in, int threads) {
+template <typename S>
+static inline bool shares_time(const PoolInput<S>& in, int threads) {
   return in.batch % threads != 0 && in.batch < 4 * threads;
 }
 
@@ -310,16 +309,16 @@ static inline int64_t chunk_steps(int64_t dim) {
 // backward pass keeps of each position of a thread's chunk.
 constexpr int kPrefixRows = 4;
 
-template <typename T>
-static int64_t prefix_pool_workspace(const PoolInput<T>& in, int threads) {
+template <typename S>
+static int64_t prefix_pool_workspace(const PoolInput<S>& in, int threads) {
   return threads * ((kPrefixRows + 2) * aligned(in.dim + 2) + aligned(chunk_steps(in.dim)));
 }
 
 // Scores of n <= kPoolTile positions from t on; -inf where a position takes no part.
-template <typename T>
-static inline void prefix_scores(const PoolInput<T>& in, int64_t b, int64_t t, int n, T* scores) {
+template <typename S, typename T = Compute<S>>
+static inline void prefix_scores(const PoolInput<S>& in, int64_t b, int64_t t, int n, T* scores) {
   int64_t steps[kPoolTile];
-  const T* rows[kPoolTile];
+  const S* rows[kPoolTile];
   int count = 0;
   for (int j = 0; j < n; ++j) {
     if (!takes_part(in, b, t + j)) continue;
@@ -373,8 +372,8 @@ static inline void prefix_shares(const T* scores, T* l, T* keep, T* share) {
 }
 
 // The state c through N rows of e, all of which take part, and into N rows of c_rows, unless that is null.
-template <typename T, int N>
-static inline void prefix_rows(const T* e, T* c_rows, int64_t stride, int64_t dim, const T* keep, const T* share,
+template <typename S, int N, typename T = Compute<S>>
+static inline void prefix_rows(const S* e, S* c_rows, int64_t stride, int64_t dim, const T* keep, const T* share,
                                T* c) {
   for_each_vector<T>(dim, [&](int64_t d, int lanes) {
     Vec<T> state = load_part(c + d, lanes);
@@ -393,14 +392,14 @@ enum class Pass { kWhole, kSummary, kResults };
 
 // Positions [range) of batch row b from the state (l, c), which is updated. Between the two passes p.share holds
 // scores.
-template <typename T, Pass pass>
-static void prefix_range(const PrefixPoolForwardParams<T>& p, int64_t b, Range range, T* l, T* c) {
-  const PoolInput<T>& in = p.in;
+template <typename S, Pass pass, typename T = Compute<S>>
+static void prefix_range(const PrefixPoolForwardParams<S>& p, int64_t b, Range range, T* l, T* c) {
+  const PoolInput<S>& in = p.in;
   const int64_t stride = in.e_step_stride;
   for (int64_t t = range.begin; t < range.end; t += kPoolTile) {
     const int n = static_cast<int>(range.end - t < kPoolTile ? range.end - t : kPoolTile);
-    const T* e = in.e + offset_of(in, b, t);
-    T* c_rows = pass == Pass::kSummary ? nullptr : p.c + offset_of(in, b, t);
+    const S* e = in.e + offset_of(in, b, t);
+    S* c_rows = pass == Pass::kSummary ? nullptr : p.c + offset_of(in, b, t);
     T* scores = p.share + b * in.steps + t;
     if (pass != Pass::kResults) prefix_scores(in, b, t, n, scores);
     bool whole = n == kPoolTile;
@@ -408,25 +407,25 @@ static void prefix_range(const PrefixPoolForwardParams<T>& p, int64_t b, Range r
     T keep[kPoolTile], share[kPoolTile];
     if (whole) {
       prefix_shares<T, kPoolTile>(scores, l, keep, share);
-      prefix_rows<T, kPoolTile>(e, c_rows, stride, in.dim, keep, share, c);
+      prefix_rows<S, kPoolTile>(e, c_rows, stride, in.dim, keep, share, c);
     } else {
       for (int j = 0; j < n; ++j) {
-        T* c_row = c_rows == nullptr ? nullptr : c_rows + j * stride;
+        S* c_row = c_rows == nullptr ? nullptr : c_rows + j * stride;
         prefix_shares<T, 1>(scores + j, l, keep + j, share + j);
         if (scores[j] != -infinity<T>()) {
-          prefix_rows<T, 1>(e + j * stride, c_row, 0, in.dim, keep + j, share + j, c);
+          prefix_rows<S, 1>(e + j * stride, c_row, 0, in.dim, keep + j, share + j, c);
         } else if (c_row != nullptr) {
-          copy(c_row, c, in.dim);
+          convert(c, c_row, in.dim);
         }
       }
     }
-    if (pass != Pass::kSummary) copy(scores, share, n);
+    if (pass != Pass::kSummary) convert(share, scores, n);
   }
 }
 
-template <typename T>
-static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team& team) {
-  const PoolInput<T>& in = p.in;
+template <typename S, typename T = Compute<S>>
+static void prefix_pool_forward(const PrefixPoolForwardParams<S>& p, const Team& team) {
+  const PoolInput<S>& in = p.in;
   const int64_t size = aligned(in.dim + 2);
   const bool by_time = shares_time(in, team.size);
   const Range batch = by_time ? Range{0, in.batch} : team.share(in.batch);
@@ -439,9 +438,9 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
     if (p.c0 == nullptr) {
       zero(c, in.dim);
     } else {
-      copy(c, p.c0 + b * in.dim, in.dim);
+      convert(p.c0 + b * in.dim, c, in.dim);
     }
-    if (!by_time) prefix_range<T, Pass::kWhole>(p, b, {0, in.steps}, &l, c);
+    if (!by_time) prefix_range<S, Pass::kWhole>(p, b, {0, in.steps}, &l, c);
     const int64_t block = chunk_steps(in.dim) * team.size;
     for (int64_t start = 0; by_time && start < in.steps; start += block) {
       const Range share = team.share(in.steps - start < block ? in.steps - start : block, kPoolTile);
@@ -450,22 +449,22 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<T>& p, const Team&
       T* mine = summaries + team.rank * size;
       zero(mine, in.dim);
       mine[in.dim] = -infinity<T>();
-      prefix_range<T, Pass::kSummary>(p, b, chunk, mine + in.dim, mine);
+      prefix_range<S, Pass::kSummary>(p, b, chunk, mine + in.dim, mine);
       team.sync();
       T chunk_l = l;
       for (int rank = 0; rank < team.size; ++rank) {
         if (rank == team.rank) {
           chunk_l = l;
-          copy(chunk_c, c, in.dim);
+          convert(c, chunk_c, in.dim);
         }
         merge(in.dim, &l, c, summaries[rank * size + in.dim], summaries + rank * size);
       }
-      prefix_range<T, Pass::kResults>(p, b, chunk, &chunk_l, chunk_c);
+      prefix_range<S, Pass::kResults>(p, b, chunk, &chunk_l, chunk_c);
       turn ^= 1;
     }
     if (!by_time || team.rank == 0) {
       p.l_n[b] = l;
-      copy(p.c_n + b * in.dim, c, in.dim);
+      convert(c, p.c_n + b * in.dim, in.dim);
     }
   }
 }
@@ -480,15 +479,15 @@ struct Carried {
 // N positions from t on, first to last: grad_c . c of each into `products`. The state c before them comes in and the
 // one after them goes out: to compute it again from e, which is needed anyway, is less work than to read all its rows.
 // With kSummary, adds what the positions hand back to those before them to `out`; *through is their share so far.
-template <typename T, int N, bool kSummary>
-static inline void prefix_products_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, T* c, T* products,
-                                        Carried<T>* out, T* through, const T* zeros) {
-  const PoolInput<T>& in = p.in;
+template <typename S, int N, bool kSummary, typename T = Compute<S>>
+static inline void prefix_products_tile(const PrefixPoolBackwardParams<S>& p, int64_t b, int64_t t, T* c, T* products,
+                                        Carried<T>* out, T* through, const S* zeros) {
+  const PoolInput<S>& in = p.in;
   const int64_t stride = in.e_step_stride;
   const int64_t grad_stride = p.grad_c == nullptr ? 0 : stride;
-  const T* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
+  const S* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
   const T* a = p.share + b * in.steps + t;
-  const T* e = N == 1 && *a == T(0) ? zeros : in.e + offset_of(in, b, t);
+  const S* e = N == 1 && *a == T(0) ? zeros : in.e + offset_of(in, b, t);
   T keep[N], passed[N];
   for (int j = 0; j < N; ++j) {
     keep[j] = T(1) - a[j];
@@ -516,9 +515,9 @@ static inline void prefix_products_tile(const PrefixPoolBackwardParams<T>& p, in
 }
 
 // The same of positions [range). Returns the share that what comes from after the range has in what goes out of it.
-template <typename T, bool kSummary>
-static T prefix_products(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, T* c, T* products,
-                         Carried<T>* out, const T* zeros) {
+template <typename S, bool kSummary, typename T = Compute<S>>
+static T prefix_products(const PrefixPoolBackwardParams<S>& p, int64_t b, Range range, T* c, T* products,
+                         Carried<T>* out, const S* zeros) {
   const T* share = p.share + b * p.in.steps;
   T through = T(1);
   for (int64_t t = range.begin; t < range.end;) {
@@ -526,9 +525,9 @@ static T prefix_products(const PrefixPoolBackwardParams<T>& p, int64_t b, Range 
     for (int j = 0; whole && j < kPoolTile; ++j) whole = share[t + j] != T(0);
     T* into = products + (t - range.begin);
     if (whole) {
-      prefix_products_tile<T, kPoolTile, kSummary>(p, b, t, c, into, out, &through, zeros);
+      prefix_products_tile<S, kPoolTile, kSummary>(p, b, t, c, into, out, &through, zeros);
     } else {
-      prefix_products_tile<T, 1, kSummary>(p, b, t, c, into, out, &through, zeros);
+      prefix_products_tile<S, 1, kSummary>(p, b, t, c, into, out, &through, zeros);
     }
     t += whole ? kPoolTile : 1;
   }
@@ -539,16 +538,16 @@ static T prefix_products(const PrefixPoolBackwardParams<T>& p, int64_t b, Range 
 // `carried` comes in from the positions after them, already times their share of the state, and goes out to those
 // before in the same form. Two scans: the first for the dot products from which the gradients of the scores follow, the
 // second for the results.
-template <typename T, int N>
-static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, int64_t b, int64_t t, const T* products,
-                                        Carried<T>* carried, T* du, const T* zeros) {
-  const PoolInput<T>& in = p.in;
+template <typename S, int N, typename T = Compute<S>>
+static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, int64_t b, int64_t t, const T* products,
+                                        Carried<T>* carried, T* du, const S* zeros) {
+  const PoolInput<S>& in = p.in;
   const int64_t stride = in.e_step_stride;
   // grad_c may be missing: then each row of it is the one of zeros. A position that takes no part has no e.
   const int64_t grad_stride = p.grad_c == nullptr ? 0 : stride;
-  const T* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
+  const S* grad_c = p.grad_c == nullptr ? zeros : p.grad_c + offset_of(in, b, t);
   const T* share = p.share + b * in.steps + t;
-  const T* e = N == 1 && *share == T(0) ? zeros : in.e + offset_of(in, b, t);
+  const S* e = N == 1 && *share == T(0) ? zeros : in.e + offset_of(in, b, t);
   T* state_row = carried->g;
   T keep[N], a[N], ds[N];
   for (int j = 0; j < N; ++j) {
@@ -573,10 +572,10 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, in
   }
 
   if (p.dscores != nullptr) {
-    for (int j = 0; j < N; ++j) p.dscores[b * in.steps + t - j] = ds[j];
+    for (int j = 0; j < N; ++j) convert(ds + j, p.dscores + b * in.steps + t - j, 1);
   }
-  const T* u = in.u == nullptr ? zeros : in.u;
-  T* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
+  const S* u = in.u == nullptr ? zeros : in.u;
+  S* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
     Vec<T> state = load_part(state_row + d, lanes);
     Vec<T> sum = load_part(du + d, lanes);
@@ -594,26 +593,26 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<T>& p, in
 }
 
 // Positions [range) of batch row b, last first; `products` begins with that of the first.
-template <typename T>
-static void prefix_backward_range(const PrefixPoolBackwardParams<T>& p, int64_t b, Range range, const T* products,
-                                  Carried<T>* carried, T* du, const T* zeros) {
+template <typename S, typename T = Compute<S>>
+static void prefix_backward_range(const PrefixPoolBackwardParams<S>& p, int64_t b, Range range, const T* products,
+                                  Carried<T>* carried, T* du, const S* zeros) {
   const T* share = p.share + b * p.in.steps;
   for (int64_t t = range.end - 1; t >= range.begin;) {
     bool whole = t - kPrefixGradTile + 1 >= range.begin;
     for (int j = 0; whole && j < kPrefixGradTile; ++j) whole = share[t - j] != T(0);
     const T* product = products + (t - range.begin);
     if (whole) {
-      prefix_backward_tile<T, kPrefixGradTile>(p, b, t, product, carried, du, zeros);
+      prefix_backward_tile<S, kPrefixGradTile>(p, b, t, product, carried, du, zeros);
     } else {
-      prefix_backward_tile<T, 1>(p, b, t, product, carried, du, zeros);
+      prefix_backward_tile<S, 1>(p, b, t, product, carried, du, zeros);
     }
     t -= whole ? kPrefixGradTile : 1;
   }
 }
 
-template <typename T>
-static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Team& team) {
-  const PoolInput<T>& in = p.in;
+template <typename S, typename T = Compute<S>>
+static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Team& team) {
+  const PoolInput<S>& in = p.in;
   const int64_t size = aligned(in.dim + 2);
   const bool by_time = shares_time(in, team.size);
   const Range batch = by_time ? Range{0, in.batch} : team.share(in.batch);
@@ -621,6 +620,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
   T* row = state + size;
   T* du = state + 2 * size;
   T* zeros = state + 3 * size;
+  const S* no_row = reinterpret_cast<const S*>(zeros);
   T* sets = p.workspace + team.size * kPrefixRows * size;
   T* products = sets + 2 * team.size * size + team.rank * aligned(chunk_steps(in.dim));
   int turn = 0;
@@ -628,36 +628,39 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
   zero(zeros, in.dim);
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     const T* c0 = p.c0 == nullptr ? zeros : p.c0 + b * in.dim;
-    const auto c_before = [&](int64_t t) { return t == 0 ? c0 : p.c + offset_of(in, b, t - 1); };
+    const auto copy_c_before = [&](int64_t t, T* to) {
+      t == 0 ? convert(c0, to, in.dim) : convert(p.c + offset_of(in, b, t - 1), to, in.dim);
+    };
     Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
     if (p.grad_c_n == nullptr) {
       zero(state, in.dim);
     } else {
-      copy(state, p.grad_c_n + b * in.dim, in.dim);
-      carried.k += dot(state, c_before(in.steps), in.dim);
+      convert(p.grad_c_n + b * in.dim, state, in.dim);
+      copy_c_before(in.steps, row);
+      carried.k += dot(state, row, in.dim);
     }
     const int64_t block = chunk_steps(in.dim) * (by_time ? team.size : 1);
     for (int64_t end = in.steps; end > 0; end -= block) {
       const int64_t count = end < block ? end : block;
       const Range share = by_time ? team.share(count, kPoolTile) : Range{0, count};
       const Range chunk = {end - count + share.begin, end - count + share.end};
-      copy(row, c_before(chunk.begin), in.dim);
+      copy_c_before(chunk.begin, row);
       if (!by_time) {
-        prefix_products<T, false>(p, b, chunk, row, products, nullptr, zeros);
-        prefix_backward_range(p, b, chunk, products, &carried, du, zeros);
+        prefix_products<S, false, T>(p, b, chunk, row, products, nullptr, no_row);
+        prefix_backward_range(p, b, chunk, products, &carried, du, no_row);
         continue;
       }
       T* summaries = sets + turn * team.size * size;
       T* mine = summaries + team.rank * size;
       zero(mine, in.dim);
       Carried<T> out = {mine, T(0)};
-      mine[in.dim] = prefix_products<T, true>(p, b, chunk, row, products, &out, zeros);
+      mine[in.dim] = prefix_products<S, true>(p, b, chunk, row, products, &out, no_row);
       mine[in.dim + 1] = out.k;
       team.sync();
       Carried<T> into = {row, T(0)};
       for (int rank = team.size - 1; rank >= 0; --rank) {
         if (rank == team.rank) {
-          copy(into.g, state, in.dim);
+          convert(state, into.g, in.dim);
           into.k = carried.k;
         }
         const T* summary = summaries + rank * size;
@@ -667,26 +670,26 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<T>& p, const Tea
         });
         carried.k = summary[in.dim + 1] + through * carried.k;
       }
-      prefix_backward_range(p, b, chunk, products, &into, du, zeros);
+      prefix_backward_range(p, b, chunk, products, &into, du, no_row);
       turn ^= 1;
     }
     if (!by_time || team.rank == 0) {
       if (p.dl0 != nullptr) p.dl0[b] = dot(state, c0, in.dim) - carried.k;
-      if (p.dc0 != nullptr) copy(p.dc0 + b * in.dim, state, in.dim);
+      if (p.dc0 != nullptr) convert(state, p.dc0 + b * in.dim, in.dim);
     }
   }
   if (p.du != nullptr) reduce_du(in.dim, p.workspace + 2 * size, kPrefixRows * size, p.du, team);
 }
 
-template <typename T>
-static constexpr PoolKernels<T> kPoolKernels = {
-    .threads = pool_threads<T>,
-    .workspace = pool_workspace<T>,
-    .forward = pool_forward<T>,
-    .backward = pool_backward<T>,
-    .prefix_workspace = prefix_pool_workspace<T>,
-    .prefix_forward = prefix_pool_forward<T>,
-    .prefix_backward = prefix_pool_backward<T>,
+template <typename S>
+static constexpr PoolKernels<S> kPoolKernels = {
+    .threads = pool_threads<S>,
+    .workspace = pool_workspace<S>,
+    .forward = pool_forward<S>,
+    .backward = pool_backward<S>,
+    .prefix_workspace = prefix_pool_workspace<S>,
+    .prefix_forward = prefix_pool_forward<S>,
+    .prefix_backward = prefix_pool_backward<S>,
 };
 
 }  // namespace LLM_EXT_LEVEL

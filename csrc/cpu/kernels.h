@@ -37,15 +37,16 @@ struct Digest {
 };
 constexpr int64_t kDigestPiece = 64 << 10;
 
-template <typename T>
+// Of pooling and its prefix form; workspaces in elements of what S is computed in.
+template <typename S>
 struct PoolKernels {
-  int (*threads)(const PoolInput<T>&, int threads);
-  int64_t (*workspace)(const PoolInput<T>&, int threads);
-  void (*forward)(const PoolForwardParams<T>&, const Team&);
-  void (*backward)(const PoolBackwardParams<T>&, const Team&);
-  int64_t (*prefix_workspace)(const PoolInput<T>&, int threads);
-  void (*prefix_forward)(const PrefixPoolForwardParams<T>&, const Team&);
-  void (*prefix_backward)(const PrefixPoolBackwardParams<T>&, const Team&);
+  int (*threads)(const PoolInput<S>&, int threads);
+  int64_t (*workspace)(const PoolInput<S>&, int threads);
+  void (*forward)(const PoolForwardParams<S>&, const Team&);
+  void (*backward)(const PoolBackwardParams<S>&, const Team&);
+  int64_t (*prefix_workspace)(const PoolInput<S>&, int threads);
+  void (*prefix_forward)(const PrefixPoolForwardParams<S>&, const Team&);
+  void (*prefix_backward)(const PrefixPoolBackwardParams<S>&, const Team&);
 };
 
 // Of additive attention whose tensors are stored as S.
@@ -65,7 +66,7 @@ struct Kernels {
   std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,
              RecurrenceKernels<Float16>>
       recurrences;
-  std::tuple<PoolKernels<float>, PoolKernels<double>> pools;
+  std::tuple<PoolKernels<float>, PoolKernels<double>, PoolKernels<BFloat16>, PoolKernels<Float16>> pools;
   std::tuple<AdditiveAttentionKernels<float>, AdditiveAttentionKernels<double>, AdditiveAttentionKernels<BFloat16>,
              AdditiveAttentionKernels<Float16>>
       additive_attentions;
@@ -74,9 +75,9 @@ struct Kernels {
   const RecurrenceKernels<S>& recurrence() const {
     return std::get<RecurrenceKernels<S>>(recurrences);
   }
-  template <typename T>
-  const PoolKernels<T>& pool() const {
-    return std::get<PoolKernels<T>>(pools);
+  template <typename S>
+  const PoolKernels<S>& pool() const {
+    return std::get<PoolKernels<S>>(pools);
   }
   template <typename S>
   const AdditiveAttentionKernels<S>& additive_attention() const {

@@ -16,7 +16,7 @@ void check_one_source(const char* op, const OptionalTensor& u, const OptionalTen
 }
 
 // Everything the four ops have in common; keeps dense copies alive for the call.
-template <typename T>
+template <typename S>
 class PoolArguments {
  public:
   PoolArguments(const char* op, const Tensor& e, const OptionalTensor& u, const OptionalTensor& scores,
@@ -36,7 +36,7 @@ class PoolArguments {
     in.batch = e.size(0);
     in.steps = e.size(1);
     in.dim = e.size(2);
-    in.e = data<T>(e_);
+    in.e = data<S>(e_);
     in.e_batch_stride = e_.stride(0);
     in.e_step_stride = e_.stride(1);
     in.u = u_.get();
@@ -48,12 +48,12 @@ class PoolArguments {
   // A new tensor [B, T, D] laid out as e is.
   Tensor empty_like_e() const {
     const int64_t strides[] = {in.e_batch_stride, in.e_step_stride, 1};
-    return empty_strided({in.batch, in.steps, in.dim}, strides, kScalarType<T>);
+    return empty_strided({in.batch, in.steps, in.dim}, strides, kScalarType<S>);
   }
 
   // A tensor that must be laid out as e is.
   Tensor laid_out_as_e(const char* op, const char* name, const Tensor& t) const {
-    check_tensor(t, op, name, kScalarType<T>, {in.batch, in.steps, in.dim});
+    check_tensor(t, op, name, kScalarType<S>, {in.batch, in.steps, in.dim});
     if (in.batch * in.steps * in.dim == 0) return t;
     const bool same = (in.batch == 1 || t.stride(0) == in.e_batch_stride) &&
                       (in.steps == 1 || t.stride(1) == in.e_step_stride) && (in.dim == 1 || t.stride(2) == 1);
@@ -63,44 +63,45 @@ class PoolArguments {
     return copy;
   }
 
-  PoolInput<T> in;
+  PoolInput<S> in;
 
  private:
   // e as it is where [B, T, D] or [T, B, D] lies dense in memory; otherwise a copy.
   static Tensor rows(const char* op, const Tensor& e) {
     STD_TORCH_CHECK(e.dim() == 3, op, ": e must be [B, T, D], got ", shape_text(e));
-    check_tensor(e, op, "e", kScalarType<T>, {e.size(0), e.size(1), e.size(2)});
+    check_tensor(e, op, "e", kScalarType<S>, {e.size(0), e.size(1), e.size(2)});
     const int64_t B = e.size(0), D = e.size(2);
     const bool time_major = e.stride(2) == 1 && e.stride(0) == D && e.stride(1) == B * D;
     return time_major ? e : dense(e);
   }
 
   Tensor e_;
-  Input<T> u_;
-  Input<T> scores_;
+  Input<S> u_;
+  Input<S> scores_;
   Input<int64_t> lengths_;
   Input<bool> mask_;
 };
 
-template <typename T>
+template <typename S>
 Tensor workspace_of(int64_t elements) {
-  return empty({elements}, kScalarType<T>);
+  return empty({elements}, kScalarType<Compute<S>>);
 }
 
 std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const OptionalTensor& u,
                                                   const OptionalTensor& scores, const OptionalTensor& lengths,
                                                   const OptionalTensor& mask) {
   constexpr const char* kOp = "attention_pool_forward";
-  return with_type<float, double>(e, kOp, "e", [&](auto type) {
-    using T = decltype(type);
+  return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
+    using S = decltype(type);
+    using T = Compute<S>;
     check_one_source(kOp, u, scores);
-    const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
-    const Tensor c = empty({args.in.batch, args.in.dim}, kScalarType<T>);
+    const PoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const Tensor c = empty({args.in.batch, args.in.dim}, kScalarType<S>);
     const Tensor lse = empty({args.in.batch}, kScalarType<T>);
-    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const PoolKernels<S>& kernel = kernels().pool<S>();
     const int threads = team_size(kernel.threads(args.in, max_threads()));
-    const Tensor workspace = workspace_of<T>(kernel.workspace(args.in, threads));
-    const PoolForwardParams<T> p = {args.in, mutable_data<T>(c), mutable_data<T>(lse), mutable_data<T>(workspace)};
+    const Tensor workspace = workspace_of<S>(kernel.workspace(args.in, threads));
+    const PoolForwardParams<S> p = {args.in, mutable_data<S>(c), mutable_data<T>(lse), mutable_data<T>(workspace)};
     run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     return std::make_tuple(c, lse);
   });
@@ -113,27 +114,28 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
                                                            const Tensor& lse, bool need_de, bool need_du,
                                                            bool need_dscores) {
   constexpr const char* kOp = "attention_pool_backward";
-  return with_type<float, double>(e, kOp, "e", [&](auto type) {
-    using T = decltype(type);
+  return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
+    using S = decltype(type);
+    using T = Compute<S>;
     check_one_source(kOp, u, scores);
-    const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
-    const PoolInput<T>& in = args.in;
-    const Input<T> c_in(c, kOp, "c", {in.batch, in.dim});
+    const PoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& in = args.in;
+    const Input<S> c_in(c, kOp, "c", {in.batch, in.dim});
     const Input<T> lse_in(lse, kOp, "lse", {in.batch});
-    const Input<T> grad_c_in(grad_c, kOp, "grad_c", {in.batch, in.dim});
+    const Input<S> grad_c_in(grad_c, kOp, "grad_c", {in.batch, in.dim});
     const Input<T> grad_lse_in(grad_lse, kOp, "grad_lse", {in.batch});
-    const Tensor de = need_de ? args.empty_like_e() : empty({0}, kScalarType<T>);
-    const Output<T> du(need_du && u.has_value(), {in.dim});
-    const Output<T> dscores(need_dscores && scores.has_value(), {in.batch, in.steps});
-    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const Tensor de = need_de ? args.empty_like_e() : empty({0}, kScalarType<S>);
+    const Output<S> du(need_du && u.has_value(), {in.dim});
+    const Output<S> dscores(need_dscores && scores.has_value(), {in.batch, in.steps});
+    const PoolKernels<S>& kernel = kernels().pool<S>();
     const int threads = team_size(kernel.threads(in, max_threads()));
-    const Tensor workspace = workspace_of<T>(kernel.workspace(in, threads));
-    const PoolBackwardParams<T> p = {in,
+    const Tensor workspace = workspace_of<S>(kernel.workspace(in, threads));
+    const PoolBackwardParams<S> p = {in,
                                      c_in.get(),
                                      lse_in.get(),
                                      grad_c_in.get(),
                                      grad_lse_in.get(),
-                                     need_de ? mutable_data<T>(de) : nullptr,
+                                     need_de ? mutable_data<S>(de) : nullptr,
                                      du.get(),
                                      dscores.get(),
                                      mutable_data<T>(workspace)};
@@ -148,25 +150,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
                                                                const OptionalTensor& mask, const OptionalTensor& l0,
                                                                const OptionalTensor& c0) {
   constexpr const char* kOp = "prefix_pool_forward";
-  return with_type<float, double>(e, kOp, "e", [&](auto type) {
-    using T = decltype(type);
+  return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
+    using S = decltype(type);
+    using T = Compute<S>;
     check_one_source(kOp, u, scores);
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
-    const PoolArguments<T> args(kOp, e, u, scores, lengths, mask);
-    const PoolInput<T>& in = args.in;
+    const PoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& in = args.in;
     const Input<T> l0_in(l0, kOp, "l0", {in.batch});
     const Input<T> c0_in(c0, kOp, "c0", {in.batch, in.dim});
     const Tensor c = args.empty_like_e();
     const Tensor share = empty({in.batch, in.steps}, kScalarType<T>);
     const Tensor l_n = empty({in.batch}, kScalarType<T>);
     const Tensor c_n = empty({in.batch, in.dim}, kScalarType<T>);
-    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const PoolKernels<S>& kernel = kernels().pool<S>();
     const int threads = team_size(kernel.threads(in, max_threads()));
-    const Tensor workspace = workspace_of<T>(kernel.prefix_workspace(in, threads));
-    const PrefixPoolForwardParams<T> p = {in,
+    const Tensor workspace = workspace_of<S>(kernel.prefix_workspace(in, threads));
+    const PrefixPoolForwardParams<S> p = {in,
                                           l0_in.get(),
                                           c0_in.get(),
-                                          mutable_data<T>(c),
+                                          mutable_data<S>(c),
                                           mutable_data<T>(share),
                                           mutable_data<T>(l_n),
                                           mutable_data<T>(c_n),
@@ -181,10 +184,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
     const OptionalTensor& u, const OptionalTensor& c0, const Tensor& c, const Tensor& share, bool need_de, bool need_du,
     bool need_dscores, bool need_dstate) {
   constexpr const char* kOp = "prefix_pool_backward";
-  return with_type<float, double>(e, kOp, "e", [&](auto type) {
-    using T = decltype(type);
-    const PoolArguments<T> args(kOp, e, u, {}, {}, {});
-    const PoolInput<T>& in = args.in;
+  return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
+    using S = decltype(type);
+    using T = Compute<S>;
+    const PoolArguments<S> args(kOp, e, u, {}, {}, {});
+    const PoolInput<S>& in = args.in;
     const Input<T> c0_in(c0, kOp, "c0", {in.batch, in.dim});
     const Tensor c_rows = args.laid_out_as_e(kOp, "c", c);
     const Input<T> share_in(share, kOp, "share", {in.batch, in.steps});
@@ -192,22 +196,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
     const Input<T> grad_c_n_in(grad_c_n, kOp, "grad_c_n", {in.batch, in.dim});
     OptionalTensor grad;
     if (grad_c.has_value()) grad = args.laid_out_as_e(kOp, "grad_c", *grad_c);
-    const Tensor de = need_de ? args.empty_like_e() : empty({0}, kScalarType<T>);
-    const Output<T> du(need_du, {in.dim});
-    const Output<T> dscores(need_dscores, {in.batch, in.steps});
+    const Tensor de = need_de ? args.empty_like_e() : empty({0}, kScalarType<S>);
+    const Output<S> du(need_du, {in.dim});
+    const Output<S> dscores(need_dscores, {in.batch, in.steps});
     const Output<T> dl0(need_dstate, {in.batch});
     const Output<T> dc0(need_dstate, {in.batch, in.dim});
-    const PoolKernels<T>& kernel = kernels().pool<T>();
+    const PoolKernels<S>& kernel = kernels().pool<S>();
     const int threads = team_size(kernel.threads(in, max_threads()));
-    const Tensor workspace = workspace_of<T>(kernel.prefix_workspace(in, threads));
-    const PrefixPoolBackwardParams<T> p = {in,
+    const Tensor workspace = workspace_of<S>(kernel.prefix_workspace(in, threads));
+    const PrefixPoolBackwardParams<S> p = {in,
                                            c0_in.get(),
-                                           data<T>(c_rows),
+                                           data<S>(c_rows),
                                            share_in.get(),
-                                           grad.has_value() ? data<T>(*grad) : nullptr,
+                                           grad.has_value() ? data<S>(*grad) : nullptr,
                                            grad_l_n_in.get(),
                                            grad_c_n_in.get(),
-                                           need_de ? mutable_data<T>(de) : nullptr,
+                                           need_de ? mutable_data<S>(de) : nullptr,
                                            du.get(),
                                            dscores.get(),
                                            dl0.get(),
