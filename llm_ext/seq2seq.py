@@ -249,12 +249,21 @@ class Seq2Seq(nn.Module):
         x = _dropped(x, self._mask(x))
         keys, last = self.encoder(x.transpose(0, 1), lengths=lengths)
         keys = keys.transpose(0, 1)  # [B, S, 2 H]
-        memory = Memory(keys, self.attention.project_keys(keys), lengths)
+        memory = Memory(keys, self._project(keys, lengths), lengths)
         h, c = last if isinstance(last, tuple) else (last, None)
         hidden = torch.tanh(self.bridge(_directions_together(h)))
         cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_directions_together(c))
         fed = keys.new_zeros(len(source), self.readout.out_features) if self.input_feeding else None
         return memory, Seq2SeqState(hidden, cell, fed)
+
+    def _project(self, keys: Tensor, lengths: Tensor | None) -> Tensor:
+        """The keys in the attention space, 0 beyond the lengths."""
+        # On CUDA the lengths would have to be waited for.
+        if lengths is None or keys.is_cuda:
+            return self.attention.project_keys(keys)
+        real = torch.arange(keys.shape[1]) < lengths.unsqueeze(1)
+        rows = self.attention.project_keys(keys[real].unsqueeze(0))[0]
+        return rows.new_zeros(*keys.shape[:2], rows.shape[-1]).index_put((real,), rows)
 
     def step(
         self, ids: Tensor, state: Seq2SeqState, memory: Memory, need_weights: bool = False
