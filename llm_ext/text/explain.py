@@ -209,7 +209,7 @@ def _png(picture: Picture) -> bytes:
     rows, columns = picture.weights.shape
     cell = 0.34
     labels = [max((len(word) for word in side), default=1) for side in (picture.rows, picture.columns)]
-    margin_left, margin_top = 0.9 + 0.095 * labels[0], 0.9 + 0.095 * labels[1]
+    margin_left, margin_top = 0.6 + 0.085 * labels[0], 0.6 + 0.085 * labels[1]
     width, height = max(columns * cell, 1.0), max(rows * cell, 1.0)
     title = _wrapped(picture.title, max(30, int((width + margin_left) / 0.1)))
     margin_top += 0.2 * len(title)

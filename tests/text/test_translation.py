@@ -458,3 +458,10 @@ def test_a_picture_of_a_language_model(
     assert cli.main(["explain", str(language_model), "--text", "one", "--out", str(out)]) == 1
     assert "--text must hold at least two words, got 'one'" in capsys.readouterr().err
     assert out.read_text() == page
+
+
+def test_bf16(pairs: Path, tmp_path: Path) -> None:
+    outcome = train(small_pairs(precision="bf16-mixed", dropout=0.0), [pairs], tmp_path / "run")
+    exact = train(small_pairs(dropout=0.0), [pairs], tmp_path / "exact")
+    assert outcome.progress.best_loss == pytest.approx(exact.progress.best_loss, abs=0.03)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
