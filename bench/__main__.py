@@ -21,8 +21,8 @@ from bench import contest, limits, peers, plot, report
 from bench.contest import Case, Mean
 
 HELP = "Run: `python -m bench PATTERN…`, each of them all, a group or part of a name; --help shows the options."
-# One step belongs to the recurrence; its own name selects it alone.
-PARTS = {"recurrence": ("recurrence", "step")}
+# One step belongs to the recurrence, each kind of attention to attention; its own name selects it alone.
+PARTS = {"recurrence": ("recurrence", "step"), "attention": ("pooling", "prefix", "additive")}
 
 
 def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:

@@ -390,6 +390,47 @@ def prefix(mode: str, B: int, T: int, D: int, bars: Bars = (None, None)) -> Case
     return Case(f"prefix/{mode}/{_sizes(B=B, T=T, D=D)}", build, mode == "training", work, "GB", limits)
 
 
+def additive(mode: str, B: int, Tq: int, Tk: int, A: int, bars: Bars = (None, None)) -> Case:
+    """Additive attention, projections included, queries and keys of size A; `bars` against torch and torch.compile."""
+    names = ("torch, product", "torch.compile, sum")
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        training = mode == "training"
+        layer = llm_ext.AdditiveAttention(A, A, A, dtype=dtype)
+        query, keys = (torch.randn(B, T, A, dtype=dtype, requires_grad=training) for T in (Tq, Tk))
+        inputs = [query, keys, *layer.parameters()]
+        g = torch.randn(B, Tq, A, dtype=dtype) if training else None
+
+        def exact() -> list[Tensor]:
+            query, keys, w_q, w_k, v, bias = doubles = [_double(tensor) for tensor in inputs]
+            projected = F.linear(query, w_q), F.linear(keys, w_k, bias)
+            context = reference.additive_attention(*projected, v, keys)[:1]
+            return tensors(_call(lambda: context, doubles, None if g is None else g.double())())
+
+        def on_torch(formula: Callable[..., Tensor]) -> Callable[[], Call]:
+            return lambda: _call(lambda: (formula(*inputs),), inputs, g)
+
+        def on_compile() -> Call:
+            return on_torch(torch.compile(plain.additive_sum, fullgraph=True, dynamic=False))()
+
+        with torch.set_grad_enabled(training):
+            truth = exact()
+        return Contest(
+            truth,
+            Contestant(
+                "llm_ext.AdditiveAttention", "llm_ext", lambda: _call(lambda: layer(query, keys)[:1], inputs, g)
+            ),
+            [
+                Contestant(names[0], "torch", on_torch(plain.additive_product)),
+                Contestant(names[1], "compile", on_compile),
+            ],
+        )
+
+    limits = _bars(dict(zip(names, bars, strict=True)))
+    name = f"additive/{mode}/{_sizes(B=B, Tq=Tq, Tk=Tk, A=A)}"
+    return Case(name, build, mode == "training", B * Tq * Tk * A / 1e9, "G tanh", limits)
+
+
 def model_training(B: int, T: int, V: int, E: int, H: int) -> Case:
     """A step of the usual training loop: forward, cross entropy, backward, Adam."""
 
@@ -545,6 +586,14 @@ CASES: tuple[Case, ...] = (
     prefix("training", 32, 128, 512),
     prefix("training", 8, 1024, 512),
     prefix("training", 1, 8192, 512, bars=(10, 400)),
+    additive("inference", 32, 1, 64, 512),
+    additive("inference", 32, 32, 32, 512, bars=(5, 2)),
+    additive("inference", 16, 64, 64, 512, bars=(8, 2)),
+    additive("inference", 1280, 1, 66, 1024),
+    additive("inference", 128, 10, 128, 1024),
+    additive("training", 32, 1, 64, 512),
+    additive("training", 32, 32, 32, 512, bars=(5, 2)),
+    additive("training", 16, 64, 64, 512, bars=(6, 2)),
     model_training(32, 64, 65, 128, 512),
     model_generation(1, 128, 65, 128, 512),
     model_generation(1, 128, 65, 128, 2048),

@@ -39,6 +39,26 @@ def prefix_mask(e: Tensor, weight: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(s.masked_fill(future, -math.inf), -1) @ e
 
 
+def additive_of_projected(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> Tensor:
+    """Additive attention of projected queries and keys."""
+    return torch.softmax(torch.tanh(query[:, :, None] + keys[:, None]) @ v, -1) @ values
+
+
+def additive_product(
+    query: Tensor, keys: Tensor, q_proj_weight: Tensor, k_proj_weight: Tensor, v: Tensor, bias: Tensor
+) -> Tensor:
+    """Additive attention with the scores as a product with v: query [B, Tq, D], keys [B, Tk, D] to c [B, Tq, D]."""
+    return additive_of_projected(F.linear(query, q_proj_weight), F.linear(keys, k_proj_weight, bias), v, keys)
+
+
+def additive_sum(
+    query: Tensor, keys: Tensor, q_proj_weight: Tensor, k_proj_weight: Tensor, v: Tensor, bias: Tensor
+) -> Tensor:
+    """Additive attention with the scores as a sum, which torch.compile fuses with tanh; else as `additive_product`."""
+    hidden = F.linear(query, q_proj_weight)[:, :, None] + F.linear(keys, k_proj_weight, bias)[:, None]
+    return torch.softmax((torch.tanh(hidden) * v).sum(-1), -1) @ keys
+
+
 class CausalPool(nn.Module):
     """`llm_ext.AttentionPool(..., causal=True)` in plain torch, with its parameters and its state."""
 

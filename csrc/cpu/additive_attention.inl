@@ -13,9 +13,10 @@ namespace LLM_EXT_LEVEL {
 
 // Queries of a tile: lanes of whole vectors at every level.
 constexpr int kQueryTile = 16;
-// Sums in registers: so many queries by so many keys, or by one vector of columns.
+// Sums in registers: of so many queries by so many keys; of rows by vectors of columns.
 constexpr int kPairBlock = 4;
-constexpr int kColumnBlock = 8;
+constexpr int kRowBlock = 8;
+constexpr int kColumnSums = LLM_EXT_VECTOR_BYTES == 64 ? 16 : 8;
 // Pairs times A that repay one more thread: some microseconds.
 constexpr double kAdditiveWorkPerThread = 5.0e4;
 
@@ -169,8 +170,9 @@ class AdditiveRow {
  public:
   using T = Compute<S>;
 
-  AdditiveRow(const AdditiveAttentionInput<S>& input, const AdditiveWorkspace<T>& workspace, const Team& those)
-      : in(input), w(workspace), team(those) {
+  AdditiveRow(const AdditiveAttentionInput<S>& input, const AdditiveWorkspace<T>& workspace, const Team& those,
+              bool backward)
+      : in(input), w(workspace), team(those), direct(input.queries == 1 && !backward) {
     if (team.rank != 0) return;
     for (int64_t a = 0; a < w.vectors; ++a) store(w.v + a * kLanes<T>, Vec<T>{});
     convert(in.v, w.v, in.attn_dim);
@@ -187,7 +189,7 @@ class AdditiveRow {
     for (int64_t a = 0; a < w.vectors; ++a) sum += load(w.v + a * kLanes<T>);
     v_sum = sum_lanes<T>(sum);
     own_keys = team.share(divide_up(count, kPairBlock) * kPairBlock, kPairBlock);
-    for (int64_t k = own_keys.begin; k < own_keys.end; k += kPairBlock) {
+    for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kPairBlock) {
       const S* from[kPairBlock];
       for (int j = 0; j < kPairBlock; ++j) from[j] = key(k + j);
       write_exponentials(from, kPairBlock, in.attn_dim, w.keys + k * kLanes<T>, w.rows, w.key_size + k);
@@ -199,7 +201,7 @@ class AdditiveRow {
     q0 = first;
     queries = n;
     const Range own = team.share(n, kPairBlock);
-    for (int64_t q = own.begin; q < own.end; q += kPairBlock) {
+    for (int64_t q = own.begin; !direct && q < own.end; q += kPairBlock) {
       const S* from[kPairBlock];
       const int rows = static_cast<int>(own.end - q < kPairBlock ? own.end - q : kPairBlock);
       for (int i = 0; i < rows; ++i) from[i] = query(q + i);
@@ -209,7 +211,7 @@ class AdditiveRow {
 
   // Scores of the tile with this thread's keys; -inf where a pair takes no part.
   void score() {
-    for (int64_t k = own_keys.begin; k < own_keys.end; k += kPairBlock) {
+    for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kPairBlock) {
       for_each_block<kPairBlock>(queries, [&](int64_t q, auto size) {
         Vec<T> sums[kPairBlock][size.value] = {};
         pair_sums<size.value>(w.query + q * kLanes<T>, w.keys + k * kLanes<T>, w.rows, w.v, w.vectors, sums);
@@ -220,7 +222,7 @@ class AdditiveRow {
         }
       });
     }
-    cancels = any_cancels();
+    cancels = direct || any_cancels();
     const bool masked = in.mask != nullptr && in.mask_query_stride != 0;
     if (!cancels && !masked) return;
     for (int64_t k = own_keys.begin; k < own_keys.end && k < count; ++k) {
@@ -228,7 +230,7 @@ class AdditiveRow {
         T& score = w.scores[k * kQueryTile + q];
         if (masked && !in.mask[b * in.mask_batch_stride + (q0 + q) * in.mask_query_stride + w.kept[k]]) {
           score = -infinity<T>();
-        } else if (may_cancel(w.query_size[q], w.key_size[k])) {
+        } else if (direct || may_cancel(w.query_size[q], w.key_size[k])) {
           Vec<T> sum{};
           for_each_vector<T>(in.attn_dim, [&](int64_t a, int lanes) {
             sum += load(w.v + a) * exact_reciprocal(query(q) + a, key(k) + a, lanes);
@@ -250,6 +252,8 @@ class AdditiveRow {
   const AdditiveAttentionInput<S>& in;
   const AdditiveWorkspace<T> w;
   const Team team;
+  // One query repays no exponentials of the keys for themselves: each pair has its own.
+  const bool direct;
   int64_t b = 0;
   int64_t count = 0;    // keys that are kept
   int64_t q0 = 0;       // first query of the tile
@@ -306,6 +310,28 @@ static inline void tile_softmax(const AdditiveRow<S>& row, T* lse) {
   }
 }
 
+// Means of values by the weights of queries q, q + 1, ...: columns from d on, `vectors` of them, of so many lanes.
+template <int queries, int vectors, typename S>
+static inline void weighted_means(const AdditiveRow<S>& row, int64_t q, int64_t d, int lanes, S* context) {
+  using T = Compute<S>;
+  Vec<T> sums[vectors][queries] = {};
+  for (int64_t k = 0; k < row.count; ++k) {
+    const S* values = row.value(k) + d;
+    const T* weights = row.w.scores + k * kQueryTile + q;
+#pragma GCC unroll 16
+    for (int i = 0; i < vectors; ++i) {
+      const Vec<T> value = load_part(values + i * kLanes<T>, lanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < queries; ++j) sums[i][j] += weights[j] * value;
+    }
+  }
+  for (int i = 0; i < vectors; ++i) {
+    for (int j = 0; j < queries; ++j) {
+      store_part(context + j * row.in.value_dim + d + i * kLanes<T>, sums[i][j], lanes);
+    }
+  }
+}
+
 // Weights from scores and their log-sum-exp, and gradients of the scores from those of the weights:
 // ds = weight (dweight - sum of weight dweight).
 template <typename S, typename T = Compute<S>>
@@ -342,7 +368,7 @@ static inline void for_each_row(const AdditiveAttentionInput<S>& in, bool backwa
   const bool shared = shares_rows(in, team.size);
   const int64_t size = AdditiveWorkspace<Compute<S>>(in, backward, nullptr).size();
   AdditiveRow<S> row(in, {in, backward, workspace + (shared ? 0 : team.rank * size)},
-                     shared ? team : Team{0, 1, team.barrier});
+                     shared ? team : Team{0, 1, team.barrier}, backward);
   const Range batch = shared ? Range{0, in.batch} : team.share(in.batch);
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     row.begin(b);
@@ -384,18 +410,16 @@ static void additive_forward(const AdditiveAttentionForwardParams<S>& p, const T
       const int64_t at = row.b * in.queries + first;
       if (row.team.rank == 0) tile_softmax(row, p.lse + at);
       row.team.sync();
-      for_each_block<kColumnBlock>(row.queries, [&](int64_t q, auto size) {
-        for_each_vector<T>(columns.size(), [&](int64_t i, int lanes) {
-          const int64_t d = columns.begin + i;
-          Vec<T> sums[size.value] = {};
-          for (int64_t k = 0; k < row.count; ++k) {
-            const Vec<T> value = load_part(row.value(k) + d, lanes);
-            const T* weights = row.w.scores + k * kQueryTile + q;
-#pragma GCC unroll 8
-            for (int j = 0; j < size.value; ++j) sums[j] += weights[j] * value;
-          }
-          for (int j = 0; j < size.value; ++j) store_part(p.context + (at + q + j) * in.value_dim + d, sums[j], lanes);
-        });
+      for_each_block<kRowBlock>(row.queries, [&](int64_t q, auto size) {
+        // Fewer queries, more columns: values are read in longer runs.
+        constexpr int kVectors = kColumnSums / size.value;
+        S* context = p.context + (at + q) * in.value_dim;
+        int64_t d = columns.begin;
+        for (; d + kVectors * kLanes<T> <= columns.end; d += kVectors * kLanes<T>) {
+          weighted_means<size.value, kVectors>(row, q, d, kLanes<T>, context);
+        }
+        for_each_vector<T>(columns.end - d,
+                           [&](int64_t i, int lanes) { weighted_means<size.value, 1>(row, q, d + i, lanes, context); });
       });
       if (p.weights != nullptr && row.team.rank == 0) {
         zero(p.weights + at * in.keys, row.queries * in.keys);
@@ -540,7 +564,7 @@ static void additive_backward(const AdditiveAttentionBackwardParams<S>& p, const
       if (row.team.rank == 0) tile_softmax_backward(row, p.lse + at);
       row.team.sync();
       if (p.dvalues != nullptr) {
-        for_each_block<kColumnBlock>(row.count, [&](int64_t k, auto size) {
+        for_each_block<kRowBlock>(row.count, [&](int64_t k, auto size) {
           for_each_vector<T>(columns.size(), [&](int64_t i, int) {
             const int64_t d = columns.begin + i;
             Vec<T> sums[size.value];
