@@ -21,6 +21,7 @@ from llm_ext.text.translation import Translator
 Weights = npt.NDArray[np.float64]
 
 END = "⏎"  # of a line
+LONGEST = 30  # characters of a word that are shown
 # From nothing to all of the attention: white to dark blue, in a PNG and in HTML alike.
 DARK = (8, 48, 107)
 
@@ -60,8 +61,8 @@ def words(pieces: Sequence[str]) -> list[tuple[str, slice]]:
         ends = at == len(pieces) or pieces[at][:1].isspace() or pieces[at] == END
         # A space that is a token of its own goes with the word after it.
         if ends and ("".join(pieces[begin:at]).strip() or at == len(pieces)):
-            word = "".join(pieces[begin:at])
-            found.append((word.strip() or "␣", slice(begin, at)))
+            word = "".join(pieces[begin:at]).strip() or "␣"
+            found.append((word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…", slice(begin, at)))
             begin = at
     return found
 

@@ -18,6 +18,7 @@ def test_tokens_make_words() -> None:
     assert words([*"a bc"]) == [("a", slice(0, 1)), ("bc", slice(1, 4))]
     assert words([*"a  b "]) == [("a", slice(0, 1)), ("b", slice(1, 4)), ("␣", slice(4, 5))]
     assert words(["a", explain.END]) == [("a", slice(0, 1)), (explain.END, slice(1, 2))]
+    assert words(["x" * 40]) == [("x" * 29 + "…", slice(0, 1))]
     assert words([]) == []
 
 
