@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, nargs="?", const=DEFAULT, metavar="FILE", help="write everything measured")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
     add("--curves", type=Path, metavar="FILE.svg", help=f"draw time against B, H and T; of the cases of {plot.CURVES}")
+    add(
+        "--lengths", type=Path, metavar="FILE.svg", help="draw time and memory against T; of pooling and prefix pooling"
+    )
     return result
 
 
@@ -126,12 +129,12 @@ def main(
         command.error("--device cuda needs a GPU, and llm_ext built with CUDA (llm_ext.build_info())")
     if options.json == DEFAULT:
         options.json = default_file(options.device)
-    drawings = [path for path in (options.plot, options.curves) if path is not None]
+    drawings = [path for path in (options.plot, options.curves, options.lengths) if path is not None]
     for path in (options.json, *drawings):
         if path is not None and not path.absolute().parent.is_dir():
             command.error(f"{path}: its folder does not exist")
     if drawings and importlib.util.find_spec("matplotlib") is None:
-        command.error("--plot and --curves need matplotlib (pip install --no-build-isolation '.[bench]')")
+        command.error("--plot, --curves and --lengths need matplotlib (pip install --no-build-isolation '.[bench]')")
     peers.prepare(options.threads)
     if cases is None:
         # Only now: what a library reads from the environment has been set.
@@ -182,6 +185,8 @@ def main(
         plot.ratios(run, options.plot)
     if options.curves is not None:
         plot.growth(run, options.curves)
+    if options.lengths is not None:
+        plot.lengths(run, options.lengths)
     return code
 
 

@@ -17,7 +17,7 @@ from bench import limits, peers, plain, translation
 from bench.cells import CELLS, RNN, Cell
 from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, tensors
 from bench.timing import Call
-from llm_ext import reference
+from llm_ext import ops, reference
 
 Bars = tuple[float | None, float | None]
 
@@ -150,7 +150,8 @@ def stacked(cell: Cell, B: int, T: int, H: int, bars: Mapping[str, float | None]
     return recurrence(cell, "inference", B, T, H, H, layers=2, bars=bars, kind=kind, against=("torch", "jax"))
 
 
-FMA_PEAK, READ_U = "FMA peak", "U read"
+FMA_PEAK, READ_U, COPY = "FMA peak", "U read", "copy"
+SDPA = "SDPA"  # scaled_dot_product_attention with a constant query
 
 
 def alone(cell: Cell, B: int, T: int, H: int, bar: float | None) -> Case:
@@ -362,32 +363,66 @@ def _pool_contest(
 
 def pooling(mode: str, B: int, T: int, D: int, bars: Bars = (None, None)) -> Case:
     """Attention pooling of a whole sequence; `bars` against the formula as written and the folded one."""
-    names = ("as written", "folded")
+    formulas = {"as written": plain.pool_as_written, "folded": plain.pool_folded, SDPA: plain.pool_sdpa}
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
         e = torch.randn(B, T, D, dtype=dtype, requires_grad=mode == "training")
-        formulas = dict(zip(names, (plain.pool_as_written, plain.pool_folded), strict=True))
         return _pool_contest(mode, e, False, formulas, "folded")
 
     # Memory that must move: e is read; in training it is read again, and its gradient written.
     work = B * T * D * 4 * (3 if mode == "training" else 1) / 1e9
-    limits = _bars({f"torch, {name}": bar for name, bar in zip(names, bars, strict=True)})
-    return Case(f"pooling/{mode}/{_sizes(B=B, T=T, D=D)}", build, mode == "training", work, "GB", limits)
+    limits = _bars({f"torch, {name}": bar for name, bar in zip(formulas, bars, strict=False)})
+    return Case(f"pooling/{mode}/{_sizes(B=B, T=T, D=D)}", build, mode == "training", work, "GB", limits, memory=True)
 
 
 def prefix(mode: str, B: int, T: int, D: int, bars: Bars = (None, None)) -> Case:
     """Causal prefix pooling; `bars` against the form by cumulative sums and the T × T mask."""
-    names = ("cumsum", "T×T mask")
+    formulas = {"cumsum": plain.prefix_cumsum, "T×T mask": plain.prefix_mask, SDPA: plain.prefix_sdpa}
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
         e = torch.randn(B, T, D, dtype=dtype, requires_grad=mode == "training")
-        formulas = dict(zip(names, (plain.prefix_cumsum, plain.prefix_mask), strict=True))
         return _pool_contest(mode, e, True, formulas, "cumsum")
 
     # e is read and c written; in training e and the gradient of c are read and the gradient of e is written.
     work = B * T * D * 4 * (5 if mode == "training" else 2) / 1e9
-    limits = _bars({f"torch, {name}": bar for name, bar in zip(names, bars, strict=True)})
-    return Case(f"prefix/{mode}/{_sizes(B=B, T=T, D=D)}", build, mode == "training", work, "GB", limits)
+    limits = _bars({f"torch, {name}": bar for name, bar in zip(formulas, bars, strict=False)})
+    return Case(f"prefix/{mode}/{_sizes(B=B, T=T, D=D)}", build, mode == "training", work, "GB", limits, memory=True)
+
+
+def streaming(
+    group: str, way: str, B: int, T: int, D: int, bar: float | None = None, dtype: torch.dtype | None = None
+) -> Case:
+    """Pooling or prefix pooling of what no cache holds, "forward" or "backward" alone.
+
+    `bar` is on the fraction of the bandwidth of copying: of the time a copy takes that moves as many bytes.
+    """
+    prefix, training = group == "prefix", way == "backward"
+    # What must move, each number once: e read, and c written if there is one a position; backward, e and its gradient,
+    # and the gradient of such c.
+    arrays = (3 if training else 2) if prefix else (2 if training else 1)
+    work = B * T * D * 4 * arrays / 1e9
+    op, truth = (ops.prefix_pool, _prefix_by_pieces) if prefix else (ops.attention_pool, reference.attention_pool)
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        e = torch.randn(B, T, D, dtype=dtype, requires_grad=training)
+        u = (torch.randn(D) * D**-0.5).to(dtype).requires_grad_(training)
+        g = torch.randn(e.shape if prefix else (B, D), dtype=dtype) if training else None
+
+        def call(pool: Callable[..., Any], inputs: list[Tensor], g: Tensor | None) -> Call:
+            if g is None:
+                return lambda: pool(*inputs)[0]
+            c = pool(*inputs)[0]
+            return lambda: torch.autograd.grad(c, inputs, g, retain_graph=True)
+
+        exact = [_double(e), _double(u)]
+        with torch.set_grad_enabled(training):
+            true = tensors(call(truth, exact, None if g is None else g.double())())
+        own = Contestant(f"llm_ext.{op.__name__}", OURS, lambda: call(op, [e, u], g))
+        return Contest(true, own, [_limit(COPY, lambda: limits.copy(work * dtype.itemsize / 4))])
+
+    kind = way if dtype is None else f"{str(dtype).removeprefix('torch.')}-{way}"
+    name = f"{group}/{kind}/{_sizes(B=B, T=T, D=D)}"
+    return Case(name, build, training, work, "GB", _bars({COPY: bar}), dtype=dtype)
 
 
 def additive(mode: str, B: int, Tq: int, Tk: int, A: int, bars: Bars = (None, None)) -> Case:
@@ -468,7 +503,7 @@ def model_generation(B: int, tokens: int, V: int, E: int, H: int, dtype: torch.d
 
     No token can cost less than to read the weights once, but for those of the embedding, of which it takes a row.
     """
-    # Attention pooling knows float32 and float64 only.
+    # In 16 bits the plain model would round the state of attention at each token, and soon be wrong.
     attention = "hidden" if dtype is None else "none"
 
     def build(dtype: torch.dtype, threads: int) -> Contest:
@@ -573,6 +608,18 @@ def _scaling_cases(cell: Cell) -> Iterator[Case]:
         yield scaling(cell, *point)
 
 
+# Points of the curves of time and memory against T.
+LENGTHS = (64, 256, 1024, 4096)
+
+
+def _streaming_cases() -> Iterator[Case]:
+    for group in ("pooling", "prefix"):
+        for way, bar in (("forward", 0.7), ("backward", 0.6)):
+            yield streaming(group, way, 8, 8192, 512, bar)
+            yield streaming(group, way, 1, 65536, 512, bar)
+            yield streaming(group, way, 8, 16384, 512, dtype=torch.bfloat16)
+
+
 CASES: tuple[Case, ...] = (
     *(case for cell in CELLS for case in _recurrent_cases(cell)),
     step(RNN, 512),
@@ -586,6 +633,8 @@ CASES: tuple[Case, ...] = (
     prefix("training", 32, 128, 512),
     prefix("training", 8, 1024, 512),
     prefix("training", 1, 8192, 512, bars=(10, 400)),
+    *(case("training", 4, T, 512) for case in (pooling, prefix) for T in LENGTHS),
+    *_streaming_cases(),
     additive("inference", 32, 1, 64, 512),
     additive("inference", 32, 32, 32, 512, bars=(5, 2)),
     additive("inference", 16, 64, 64, 512, bars=(8, 2)),

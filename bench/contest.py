@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import timing
+from bench import memory, timing
 
 # Largest difference over largest value of the truth, which is float64. float32 leaves room for gradients that
 # are sums of 8192 terms; a computation in bf16 or TF32 (errors from 1e-3) does not pass. bfloat16 has 8 bits.
@@ -76,6 +76,7 @@ class Case:
     threads: if not those of the settings.
     dtype: if not that of the settings.
     tf32: whether products of float32 on CUDA may round their factors, those of all contestants.
+    memory: whether to measure the peak of memory as well, where that can be done.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Case:
     threads: int | None = None
     dtype: torch.dtype | None = None
     tf32: bool = False
+    memory: bool = False
 
     @property
     def group(self) -> str:
@@ -212,9 +214,12 @@ def run(case: Case, settings: Settings) -> Entry:
                     calls[contestant.name] = peer
                 peers.append(entry | {"bar": case.bars.get(contestant.name) if barred(settings) else None})
             if call is not None:
-                turns = timing.take_turns(
-                    {contest.ours.name: call, **calls}, settings.seconds, settings.rounds, settings.device
-                )
+                calls = {contest.ours.name: call, **calls}
+                turns = timing.take_turns(calls, settings.seconds, settings.rounds, settings.device)
+                if case.memory and settings.device == "cpu" and memory.absent() is None:
+                    for entry in (ours, *peers):
+                        if entry["name"] in calls:
+                            entry["peak_bytes"] = memory.peak(calls[entry["name"]])[0]
     finally:
         torch.set_num_threads(before)
 

@@ -78,6 +78,13 @@ def read(floats: int, passes: int, threads: int) -> Call:
     return lambda: library.read(data.data_ptr(), groups, passes, threads)
 
 
+def copy(gb: float) -> Call:
+    """Return a call of torch that moves so many GB, half of them read and half written; it returns 1 likewise."""
+    source = torch.ones(round(gb * 1e9 / 8))
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)[-1]
+
+
 def measure(threads: int) -> dict[str, Any]:
     """Measure the limits of the machine now, each at its best.
 
@@ -88,10 +95,9 @@ def measure(threads: int) -> dict[str, Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     size, gflop = 64 * 2**20, 2.0
-    source = torch.ones(size)
-    target = torch.empty_like(source)
+    gb = size * 4 / 1e9
     a, b = torch.randn(2, 2048, 2048)
-    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    calls: dict[str, Call] = {"copy": copy(2 * gb), "product": lambda: a @ b}
     reason = absent()
     if reason is None:
         calls |= {"read": read(size, 1, threads), "fma": multiply_add(gflop, threads)}
@@ -99,9 +105,9 @@ def measure(threads: int) -> dict[str, Any]:
     torch.set_num_threads(before)
     best = {name: min(filter(None, seconds)) for name, seconds in turns.seconds.items()}
     return {
-        "copy_gb_per_s": 2 * source.nbytes / best["copy"] / 1e9,
+        "copy_gb_per_s": 2 * gb / best["copy"],
         "product_gflop_per_s": 2 * 2048**3 / best["product"] / 1e9,
-        "read_gb_per_s": source.nbytes / best["read"] / 1e9 if reason is None else None,
+        "read_gb_per_s": gb / best["read"] if reason is None else None,
         "fma_gflop_per_s": gflop / best["fma"] if reason is None else None,
         "absent": reason,
     }

@@ -1,4 +1,4 @@
-"""Peak memory of additive attention: `python -m bench.memory` prints what a call takes beside arguments and results."""
+"""Peak memory of a call; `python -m bench.memory` prints what additive attention takes beside arguments and results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import llm_ext
 from bench import plain
+from bench.timing import Call
 
 # B, Tq, Tk, A
 SHAPES = ((1280, 1, 66, 1024), (128, 10, 128, 1024))
@@ -27,14 +29,22 @@ def _status(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def peak(call: Callable[[], list[Tensor]]) -> tuple[int, int]:
-    """Return how many bytes resident memory rises during a call at most, and how many its results have."""
+def absent() -> str | None:
+    """Return why peaks cannot be measured; None if they can."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return None
+    return "the peak of memory is read from /proc, and free memory given back by glibc"
+
+
+def peak(call: Call) -> tuple[int, Any]:
+    """Return how many bytes resident memory rises during a call at most, and what the call returned."""
     call()  # what the first call makes may stay
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, so that it counts when it is taken again
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _status("VmRSS")
     results = call()
-    return _status("VmHWM") - before, sum(result.nbytes for result in results)
+    return _status("VmHWM") - before, results
 
 
 def _train(forward: Callable[..., Tensor], inputs: list[Tensor], g: Tensor) -> list[Tensor]:
@@ -49,8 +59,8 @@ def _infer(forward: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]
 
 def main() -> int:
     """Print a row for each shape and mode."""
-    if sys.platform != "linux":
-        print("python -m bench.memory reads /proc, which only Linux has", file=sys.stderr)
+    if (why := absent()) is not None:
+        print(f"python -m bench.memory: {why}", file=sys.stderr)
         return 1
     # What is freed goes back to the system at once, so that nothing hides in what malloc has kept: M_MMAP_THRESHOLD.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
@@ -64,9 +74,10 @@ def main() -> int:
             return llm_ext.ops.additive_attention(query, keys, v, values)[0]
 
         for mode, run in (("inference", _infer), ("training", functools.partial(_train, g=g))):
-            (own, results), (other, _) = (
+            (own, returned), (other, _) = (
                 peak(functools.partial(run, f, inputs)) for f in (ours, plain.additive_of_projected)
             )
+            results = sum(tensor.nbytes for tensor in returned)
             row = f"{f'{B}, {Tq}, {Tk}, {A}':<24}{mode:<12}{results / 1e6:>10.1f}"
             print(f"{row}{(own - results) / 1e6:>10.1f}{(other - results) / 1e6:>10.1f}")
     return 0

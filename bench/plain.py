@@ -24,6 +24,12 @@ def pool_folded(e: Tensor, weight: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(alpha[:, None], e)[:, 0]
 
 
+def pool_sdpa(e: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+    """Attention pooling as torch's attention with one constant query: e [B, T, D] to c [B, D]."""
+    query = (v @ weight).expand(e.shape[0], 1, -1)
+    return F.scaled_dot_product_attention(query, e, e, scale=1.0)[:, 0]
+
+
 def prefix_cumsum(e: Tensor, weight: Tensor, v: Tensor) -> Tensor:
     """Causal pooling by cumulative sums: c [B, T, D]; in float32 it breaks where scores lie 88 apart."""
     s = e @ (v @ weight)
@@ -37,6 +43,11 @@ def prefix_mask(e: Tensor, weight: Tensor, v: Tensor) -> Tensor:
     s = (e @ (v @ weight))[:, None].expand(-1, T, -1)
     future = torch.ones(T, T, dtype=torch.bool, device=e.device).triu(1)
     return torch.softmax(s.masked_fill(future, -math.inf), -1) @ e
+
+
+def prefix_sdpa(e: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+    """Causal pooling as torch's causal attention with the same query everywhere: c [B, T, D]."""
+    return F.scaled_dot_product_attention((v @ weight).expand_as(e), e, e, is_causal=True, scale=1.0)
 
 
 def additive_of_projected(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> Tensor:

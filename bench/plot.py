@@ -1,4 +1,4 @@
-"""What a run looks like: the ratios, and how time grows with B, H and T."""
+"""What a run looks like: the ratios, how time grows with B, H and T, and what pooling takes at each T."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ COLOURS = {
     "limit": "#666666",
 }
 CURVES = "scaling"  # the group of cases that `growth` draws
+# The cases that `lengths` draws, but for T.
+LENGTHS = {"pooling": r"pooling/training/B4-T(\d+)-D512", "prefix": r"prefix/training/B4-T(\d+)-D512"}
 # Letter: what it counts, and the power of it that the matrix products of a step grow with.
 PANELS = {
     "B": ("B, sequences in the batch", 1),
@@ -132,5 +134,40 @@ def growth(run: dict[str, Any], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     figure.suptitle(f"Inference, whole layer: {_title(run)}", fontsize=9)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def lengths(run: dict[str, Any], path: Path) -> None:
+    """Draw time and peak memory of the cases of `LENGTHS` against T, on logarithmic axes, as SVG."""
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(2, len(LENGTHS), figsize=(10, 7), sharex=True, layout="constrained")
+    rows = (("median_s", 1e3, "time of a call (median), ms"), ("peak_bytes", 1e-6, "memory at its peak, MB"))
+    for column, (group, pattern) in enumerate(LENGTHS.items()):
+        # Of each contestant its entries by T.
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for case in run["cases"]:
+            if match := re.fullmatch(pattern, case["case"]):
+                for entry in (case["ours"], *case["peers"]):
+                    found.setdefault(entry["name"], {})[int(match[1])] = entry
+        colours = dict(zip(found, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+        for (key, unit, label), axes in zip(rows, panels[:, column], strict=True):
+            for name, entries in found.items():
+                curve = sorted((T, entry[key] * unit) for T, entry in entries.items() if key in entry)
+                xs, ys = [T for T, _ in curve], [y for _, y in curve]
+                own = name.startswith("llm_ext")
+                colour, line = (COLOURS["llm_ext"], "-") if own else (colours[name], "--")
+                axes.plot(xs, ys, line, marker="o", label=name, color=colour, markersize=4, linewidth=1.3)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3)
+            axes.set_ylabel(label)
+        panels[0, column].set_title(f"{group}, forward and backward, B 4, D 512", fontsize=8)
+        panels[1, column].set_xlabel("T, positions")
+        if found:
+            panels[0, column].legend(fontsize=7)
+    figure.suptitle(_title(run), fontsize=9)
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

@@ -136,6 +136,8 @@ def table(case: dict[str, Any]) -> str:
         quartiles = f"[{duration(entry['q1_s']).strip()} – {duration(entry['q3_s']).strip()}]"
         rate = f"{entry['rate']:.4g} {case['unit']}/s"
         line = f"{name} {duration(entry['median_s']):>10} {quartiles:<22} {rate:>14}"
+        if "peak_bytes" in entry:
+            line = f"{line:<64} {entry['peak_bytes'] / 1e6:>8.1f} MB"
         if "ratio" in entry:
             ratio = f"{entry['ratio']:.3g} × [{entry['ratio_q1']:.3g} – {entry['ratio_q3']:.3g}]"
             line = f"{line:<80} {ratio:<26} {verdict(entry)}"

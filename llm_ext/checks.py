@@ -29,7 +29,7 @@ class DtypeError(ArgumentError, TypeError):
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what numbers of a dtype are computed in, and what adds up over a sequence is kept in."""
-    return torch.float32 if dtype.itemsize == 2 else dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def fail_shape(op: str, name: str, letters: str, sizes: Sizes, got: Tensor) -> NoReturn:
@@ -298,7 +298,7 @@ def additive_attention(
 ) -> None:
     """Raise if the arguments of `ops.additive_attention` do not fit together."""
     op = "additive_attention"
-    _check(op, "query", query, "B, Tq, A", (None, None, None), RECURRENCE_DTYPES)
+    _check(op, "query", query, "B, Tq, A", (None, None, None))
     B, Tq, A = query.shape
     same, like = (query.dtype,), ("query", query)
     _check(op, "keys", keys, "B, Tk, A", (B, None, A), same, like)

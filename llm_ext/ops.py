@@ -1056,7 +1056,7 @@ def _additive_attention_forward_fake(
     (B, Tq, _), (_, Tk, Dv) = query.shape, values.shape
     return (
         query.new_empty((B, Tq, Dv)),
-        query.new_empty((B, Tq), dtype=torch.promote_types(query.dtype, torch.float32)),
+        query.new_empty((B, Tq), dtype=checks.compute_dtype(query.dtype)),
         query.new_empty((B, Tq, Tk) if need_weights else 0),
     )
 

@@ -36,7 +36,7 @@ def positions(B: int, T: int, kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("score", ["linear", "tanh"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", ["none", "lengths", "both"])
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES + cases.HALF_DTYPES)
 @pytest.mark.parametrize(("B", "T", "D", "A"), [(1, 1, 1, 1), (3, 17, 5, 3), (2, 33, 17, 33)])
 def test_is_the_formula(
     B: int, T: int, D: int, A: int, dtype: torch.dtype, kind: str, causal: bool, score: str
@@ -61,7 +61,7 @@ def test_is_the_formula(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES + cases.HALF_DTYPES)
 def test_folded_once_for_many_calls(dtype: torch.dtype, causal: bool) -> None:
     pool = llm_ext.AttentionPool(5, 3, causal=causal, dtype=dtype)
     e = torch.randn(3, 17, 5, dtype=dtype)
@@ -169,10 +169,14 @@ def test_autocast(causal: bool, score: str) -> None:
     pool = llm_ext.AttentionPool(3, 5, score, causal)
     e = torch.randn(2, 4, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        c = pool(e)
-    c, expected = (c[0], pool(e)[0]) if causal else (c, pool(e))
-    assert c.dtype == torch.float32
-    torch.testing.assert_close(c, expected, atol=0.05, rtol=0.05)
+        found = pool(e)
+        if causal:  # the state goes on in float32
+            c, state = found
+            assert all(part.dtype == torch.float32 for part in state)
+            found = torch.cat((c, pool(e, state=state)[0]), 1)
+    expected = pool(torch.cat((e, e), 1))[0] if causal else pool(e)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_text_and_names() -> None:
@@ -190,7 +194,7 @@ def test_text_and_names() -> None:
 BAD = [
     ({"e": torch.zeros(2, 3)}, r"e must be \[B, T, D\] = \[\*, \*, 3\], got \[2, 3\]"),
     ({"e": torch.zeros(2, 4, 5)}, r"e must be \[B, T, D\] = \[\*, \*, 3\], got \[2, 4, 5\]"),
-    ({"e": torch.zeros(2, 4, 3, dtype=torch.int64)}, "e must be float32 or float64, got int64"),
+    ({"e": torch.zeros(2, 4, 3, dtype=torch.int64)}, "e must be float32, float64, bfloat16 or float16, got int64"),
     ({"lengths": torch.ones(3, dtype=torch.int64)}, r"lengths must be \[B\] = \[2\], got \[3\]"),
     ({"lengths": torch.ones(2)}, "lengths must be int64, got float32"),
     ({"lengths": [1, 2]}, "lengths must be a Tensor, got list"),
@@ -199,6 +203,7 @@ BAD = [
     ({"state": (torch.zeros(3), torch.zeros(2, 3))}, r"state L must be \[B\] = \[2\], got \[3\]"),
     ({"state": (torch.zeros(2), torch.zeros(2, 4))}, r"state c must be \[B, D\] = \[2, 3\], got \[2, 4\]"),
     ({"state": (torch.zeros(2).double(), torch.zeros(2, 3))}, "state L must be float32, got float64"),
+    ({"state": (torch.zeros(2), torch.zeros(2, 3).bfloat16())}, "state c must be float32, got bfloat16"),
 ]
 
 

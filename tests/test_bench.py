@@ -17,7 +17,7 @@ from torch import Tensor
 # bench is run from the checkout, not installed; last, so that an installed llm_ext comes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, contest, cuda, limits, peers, plot, report, timing, translation
+from bench import cases, contest, cuda, limits, memory, peers, plot, report, timing, translation
 from bench.__main__ import chosen, listing, main
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, Settings
@@ -315,6 +315,42 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "none.svg").exists()
 
 
+def test_lengths_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run: dict[str, object] = {"machine": {"cpu": "a machine"}, "settings": {"threads": 2, "dtype": "float32"}}
+    run["cases"] = [
+        {
+            "case": case.name,
+            "ours": {"name": "llm_ext.AttentionPool", "median_s": case.work, "peak_bytes": 10**6},
+            "peers": [{"name": f"torch, for {case.group}", "median_s": 2 * case.work}],
+        }
+        for case in cases.CASES
+    ]
+    plot.lengths(run, tmp_path / "lengths.svg")
+    drawn = (tmp_path / "lengths.svg").read_text(encoding="utf-8")
+    for words in ("T, positions", "at its peak, MB", "llm_ext.AttentionPool"):
+        assert words in drawn
+    for group in plot.LENGTHS:
+        assert f"torch, for {group}" in drawn
+
+
+@pytest.mark.skipif(memory.absent() is not None, reason="peaks cannot be measured here")
+def test_peak_of_memory() -> None:
+    """Of a contestant that takes more than it returns: what it takes at once, and nothing of the calls before."""
+    mb = 2**20
+
+    def call() -> Tensor:
+        return torch.ones(64 * mb, dtype=torch.uint8)[: 8 * mb].clone()
+
+    build: Callable[..., Contest] = lambda dtype, threads: Contest(  # noqa: E731
+        [torch.ones(8 * mb)], Contestant("ours", "llm_ext", lambda: call), []
+    )
+    case = Case("small/inference/B1", build, False, 1.0, "thing", memory=True)
+    entry = contest.run(case, dataclasses.replace(SETTINGS, rounds=1))["ours"]
+    assert 72 * mb <= entry["peak_bytes"] < 80 * mb
+    assert "MB" in report.table(contest.run(case, dataclasses.replace(SETTINGS, rounds=1)))
+
+
 def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(limits, "measure", lambda threads: AT_BEST)
@@ -382,6 +418,8 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         cases.pooling("training", 2, 5, 4),
         cases.prefix("inference", 2, 5, 4),
         cases.prefix("training", 2, 70, 4),
+        *(cases.streaming(group, way, 2, 70, 4) for group in ("pooling", "prefix") for way in ("forward", "backward")),
+        cases.streaming("prefix", "backward", 2, 70, 4, dtype=torch.bfloat16),
         cases.model_training(2, 3, 5, 4, 6),
         cases.model_generation(1, 4, 5, 4, 6),
         translation.training(3, 7, 5, 4, 6),

@@ -177,7 +177,7 @@ def test_dropout_before_the_head_is_one_mask_a_row() -> None:
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("score", ["linear", "tanh"])
 def test_mixed_precision(score: str, attention: str, cell: str) -> None:
-    """Under autocast the recurrence and the head run in bfloat16, and the pool in float32."""
+    """Under autocast everything runs in bfloat16, but the state of the pool goes on in float32."""
     m = model(attention, score=score, cell=cell, dtype=torch.float32)
     x = torch.randint(V, (2, 9))
     with torch.autocast("cpu", torch.bfloat16):
@@ -191,10 +191,11 @@ def test_mixed_precision(score: str, attention: str, cell: str) -> None:
 
 
 @every_cell
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(cell: str, dtype: torch.dtype) -> None:
-    """Without attention the whole model runs in 16 bits: initialised, trained by a step, and continuing a text."""
-    m = model("none", cell=cell, dtype=dtype)
+def test_half_precision(cell: str, attention: str, dtype: torch.dtype) -> None:
+    """The whole model runs in 16 bits: initialised, trained by a step, and continuing a text."""
+    m = model(attention, cell=cell, dtype=dtype)
     x = torch.randint(V, (3, 9))
     output, state = m(x)
     assert output.dtype == state.hidden.dtype == dtype

@@ -307,9 +307,26 @@ def test_pool_time_major(dtype: torch.dtype, prefix: bool) -> None:
         assert functions[0](**inputs)[0].stride() == (40, 120, 1)
 
 
-def plain_pool(
-    prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor | None = None
-) -> tuple[Tensor, ...]:
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
+def test_pool_of_what_is_not_contiguous(dtype: torch.dtype, prefix: bool) -> None:
+    tight = pool_inputs(3, 21, 40, dtype, folded=True, state=prefix)
+    loose = {name: spread(t.detach()) for name, t in tight.items()}
+    lengths, mask = torch.tensor([21, 0, 17]), torch.rand(3, 21) < 0.5
+    tight_pool = pool_functions(prefix, lengths=lengths, mask=mask)[0]
+    apart = torch.stack((lengths, lengths), 1)[:, 0]
+    loose_pool = pool_functions(prefix, lengths=apart, mask=mask.T.contiguous().T)[0]
+    for a, b in zip(tight_pool(**tight), loose_pool(**loose), strict=True):
+        assert torch.equal(a, b)
+    # Gradients that come in expanded or transposed.
+    c = tight_pool(**tight)[0]
+    from_sum = torch.autograd.grad(c.sum(), list(tight.values()), retain_graph=True)
+    transposed = torch.ones_like(c.mT, memory_format=torch.contiguous_format).mT
+    for a, b in zip(from_sum, torch.autograd.grad(c, list(tight.values()), transposed), strict=True):
+        assert torch.equal(a, b)
+
+
+def plain_pool(prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, ...]:
     """The formula in torch's own operators, which round what each of them returns."""
     s = e @ u if scores is None else scores
     if not prefix:
@@ -331,20 +348,20 @@ def test_pool_is_no_less_exact_than_torch_in_16_bits(
     doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     weights = torch.randn(B, T, D).to(dtype) if prefix else torch.randn(B, D).to(dtype)
     results = []
-    for function, given in (
+    for function, arguments in (
         (pool_functions(prefix)[0], inputs),
         (partial(plain_pool, prefix), inputs),
         (partial(plain_pool, prefix), doubles),
     ):
-        c = function(**given)[0]
-        gradients = torch.autograd.grad(c, list(given.values()), weights.to(c.dtype))
+        c = function(**arguments)[0]
+        gradients = torch.autograd.grad(c, list(arguments.values()), weights.to(c.dtype))
         results.append([t.detach().double() for t in (c, *gradients)])
     for mine, other, true in zip(*results, strict=True):
         assert (mine - true).square().mean().sqrt() <= 1.5 * (other - true).square().mean().sqrt()
 
 
 def test_prefix_pool_streams_past_the_cache() -> None:
-    """A result too large for the cache takes another way into memory; the numbers are the same."""
+    """Of what no cache holds the numbers are the same."""
     B, T, D = 3, 2100, 512
     e, u = torch.randn(B, T, D), torch.randn(D) / 20
     c, _ = ops.prefix_pool(e, u)
@@ -486,6 +503,46 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
         (
             "prefix_pool_backward",
             (de, gl, gc, de, du, gc, de, torch.softmax(scores.detach(), -1), True, True, False, True),
+        ),
+        # What adds up over the sequence is float32 beside tensors of 16 bits.
+        ("attention_pool_forward", (de.bfloat16(), du.bfloat16(), None, None, None)),
+        (
+            "attention_pool_backward",
+            (
+                gc.half(),
+                gl.float(),
+                de.half(),
+                None,
+                scores.detach().half(),
+                lengths,
+                mask,
+                gc.half(),
+                gl.float(),
+                True,
+                False,
+                True,
+            ),
+        ),
+        (
+            "prefix_pool_forward",
+            (de.bfloat16(), None, scores.detach().bfloat16(), None, None, l0.detach().float(), c0.detach().float()),
+        ),
+        (
+            "prefix_pool_backward",
+            (
+                de.bfloat16(),
+                gl.float(),
+                gc.float(),
+                de.bfloat16(),
+                du.bfloat16(),
+                gc.float(),
+                de.bfloat16(),
+                torch.softmax(scores.detach(), -1).float(),
+                True,
+                True,
+                False,
+                True,
+            ),
         ),
     ]
 

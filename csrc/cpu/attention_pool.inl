@@ -10,6 +10,8 @@ namespace LLM_EXT_LEVEL {
 // Rows of a tile: enough independent sums to hide the latency of a multiply-add, few enough for the registers.
 // Pooling of B32 T128 D512 on Zen 3: 4 rows 120 us, 8 rows 111, 16 rows 187.
 constexpr int kPoolTile = 8;
+// The same of the backward pass, which keeps two sums a row.
+constexpr int kPoolGradTile = 4;
 // Elements that repay one more thread. On Zen 3 two threads take 2 us for the forward of B4 T16 D512, one takes 4.
 constexpr double kPoolWorkPerThread = 1.0e4;
 
@@ -44,16 +46,6 @@ static inline bool takes_part(const PoolInput<S>& in, int64_t b, int64_t t) {
   return (in.lengths == nullptr || t < in.lengths[b]) && (in.mask == nullptr || in.mask[b * in.steps + t]);
 }
 
-// Whether [begin, end) lies before `limit` and every position of it takes part.
-template <typename S>
-static inline bool all_take_part(const PoolInput<S>& in, int64_t b, int64_t begin, int64_t end, int64_t limit) {
-  if (end > limit || (in.lengths != nullptr && end > in.lengths[b])) return false;
-  for (int64_t t = begin; in.mask != nullptr && t < end; ++t) {
-    if (!in.mask[b * in.steps + t]) return false;
-  }
-  return true;
-}
-
 template <typename S>
 static inline int64_t offset_of(const PoolInput<S>& in, int64_t b, int64_t t) {
   return b * in.e_batch_stride + t * in.e_step_stride;
@@ -66,26 +58,34 @@ static inline T dot(const A* a, const B* b, int64_t n) {
   return sum_lanes<T>(sum);
 }
 
-// The same of a whole tile of rows.
+// The same of a whole tile of rows. Asks for the first half of the rows `next` meanwhile.
 template <typename S, typename T = Compute<S>>
-static inline void tile_dots(const S* const* rows, const S* v, int64_t n, T* dots) {
+static inline void tile_dots(const S* const* rows, const S* const* next, const S* v, int64_t n, T* dots) {
   Vec<T> sums[kPoolTile] = {};
   for_each_vector<T>(n, [&](int64_t d, int lanes) {
     const Vec<T> value = load_part(v + d, lanes);
 #pragma GCC unroll 8
     for (int j = 0; j < kPoolTile; ++j) sums[j] += value * load_part(rows[j] + d, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kPoolTile / 2; ++j) prefetch(next[j], d);
   });
   for (int j = 0; j < kPoolTile; ++j) dots[j] = sum_lanes<T>(sums[j]);
 }
 
+// `count` rows from t on, for memory to be asked for; of positions within the sequence.
+template <typename S>
+static inline void next_rows(const PoolInput<S>& in, int64_t b, int64_t t, int count, const S** rows) {
+  for (int j = 0; j < count; ++j) rows[j] = in.e + offset_of(in, b, t + j < in.steps ? t + j : in.steps - 1);
+}
+
 // Scores of `count` positions t, all of which take part, and their rows.
 template <typename S, typename T = Compute<S>>
-static inline void tile_scores(const PoolInput<S>& in, int64_t b, const int64_t* t, const S* const* rows, int count,
-                               T* scores) {
+static inline void tile_scores(const PoolInput<S>& in, int64_t b, const int64_t* t, const S* const* rows,
+                               const S* const* next, int count, T* scores) {
   if (in.u == nullptr) {
     for (int j = 0; j < count; ++j) scores[j] = read(in.scores + b * in.steps + t[j]);
   } else if (count == kPoolTile) {
-    tile_dots(rows, in.u, in.dim, scores);
+    tile_dots(rows, next, in.u, in.dim, scores);
   } else {
     for (int j = 0; j < count; ++j) scores[j] = dot(rows[j], in.u, in.dim);
   }
@@ -110,7 +110,9 @@ static T pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
     if (count == 0) break;
     constexpr int kPadded = kPoolTile > kLanes<T> ? kPoolTile : kLanes<T>;
     T weights[kPadded] = {};
-    tile_scores(in, b, steps, rows, count, weights);
+    const S* next[kPoolTile];
+    next_rows(in, b, t, kPoolTile, next);
+    tile_scores(in, b, steps, rows, next, count, weights);
     T tile_max = max;
     for (int j = 0; j < count; ++j)
       tile_max = weights[j] > tile_max || weights[j] != weights[j] ? weights[j] : tile_max;
@@ -126,6 +128,8 @@ static T pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
 #pragma GCC unroll 8
         for (int j = 0; j < kPoolTile; ++j) value += weights[j] * load_part(rows[j] + d, lanes);
         store_part(c + d, value, lanes);
+#pragma GCC unroll 8
+        for (int j = kPoolTile / 2; j < kPoolTile; ++j) prefetch(next[j], d);
       });
     } else {
       for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
@@ -167,10 +171,14 @@ static int pool_threads(const PoolInput<S>& in, int threads) {
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
-// Forward: what each thread pools, kept apart where time is shared. Backward: one gradient of u a thread.
+// A thread's own rows in the backward pass: its part of the gradient of u, and u and the gradient of c as T.
+constexpr int kPoolGradRows = 3;
+
+// Forward: what each thread pools, of each row of the batch where time is shared.
 template <typename S>
 static int64_t pool_workspace(const PoolInput<S>& in, int threads) {
-  return aligned(in.dim + 1) * threads * (in.batch < threads ? in.batch + 1 : 1);
+  const int64_t rows = in.batch < threads && in.batch > kPoolGradRows ? in.batch : kPoolGradRows;
+  return aligned(in.dim + 1) * threads * rows;
 }
 
 template <typename S, typename T = Compute<S>>
@@ -217,66 +225,118 @@ static inline void reduce_du(int64_t dim, const T* partial, int64_t stride, S* d
   });
 }
 
-template <typename S, typename T = Compute<S>>
-static void pool_backward_range(const PoolBackwardParams<S>& p, int64_t b, Range range, T* du) {
+// What the backward pass of one batch row needs, as T: zeros where there is none.
+template <typename T>
+struct PoolGrad {
+  T lse, g_lse;
+  T g_c;       // g . c
+  const T* g;  // [D] gradient of c
+  const T* u;  // [D]
+  T* du;       // [D], added to
+  T excess;    // sum of alpha (g . e - g . c), added to: 0 but for the rounding of c, if over all positions
+};
+
+// N positions of batch row b, their rows of e, and rows to ask for meanwhile.
+template <typename S, int N, typename T = Compute<S>>
+static inline void pool_backward_tile(const PoolBackwardParams<S>& p, int64_t b, const int64_t* t, const S* const* rows,
+                                      const S* const* next, PoolGrad<T>* grad) {
   const PoolInput<S>& in = p.in;
-  const T lse = p.lse[b];
-  const S* g = p.grad_c == nullptr ? nullptr : p.grad_c + b * in.dim;
-  const T g_lse = p.grad_lse == nullptr ? T(0) : p.grad_lse[b];
-  const T g_c = g == nullptr ? T(0) : dot(g, p.c + b * in.dim, in.dim);
-  for (int64_t t = range.begin; t < range.end; ++t) {
-    S* de = p.de == nullptr ? nullptr : p.de + offset_of(in, b, t);
-    S* dscore = p.dscores == nullptr ? nullptr : p.dscores + b * in.steps + t;
-    if (!takes_part(in, b, t) || lse == -infinity<T>()) {
-      if (de != nullptr) zero(de, in.dim);
-      if (dscore != nullptr) zero(dscore, 1);
-      continue;
+  const T* u_row = grad->u;
+  const T* g_row = grad->g;
+  T* du = grad->du;
+  Vec<T> with_u[N] = {}, with_g[N] = {};
+  for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+    const Vec<T> u = load_part(u_row + d, lanes), g = load_part(g_row + d, lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> e = load_part(rows[j] + d, lanes);
+      with_u[j] += e * u;
+      with_g[j] += e * g;
+      prefetch(next[j], d);
     }
-    const S* e = in.e + offset_of(in, b, t);
-    Vec<T> eu{}, eg{}, eu2{}, eg2{};
-    int64_t d = 0;
-    for (; d + 2 * kLanes<T> <= in.dim; d += 2 * kLanes<T>) {
-      const Vec<T> e0 = load(e + d), e1 = load(e + d + kLanes<T>);
-      if (in.u != nullptr) {
-        eu += e0 * load(in.u + d);
-        eu2 += e1 * load(in.u + d + kLanes<T>);
+  });
+  constexpr int kPadded = N > kLanes<T> ? N : kLanes<T>;
+  T alpha[kPadded] = {}, ds[N];
+  for (int j = 0; j < N; ++j) {
+    alpha[j] = (in.u == nullptr ? read(in.scores + b * in.steps + t[j]) : sum_lanes<T>(with_u[j])) - grad->lse;
+  }
+  for (int j = 0; j < kPadded; j += kLanes<T>) store(alpha + j, vec_exp<T>(load(alpha + j)));
+  for (int j = 0; j < N; ++j) {
+    const T slope = alpha[j] * (sum_lanes<T>(with_g[j]) - grad->g_c);
+    grad->excess += slope;
+    ds[j] = slope + alpha[j] * grad->g_lse;
+    if (p.dscores != nullptr) convert(ds + j, p.dscores + b * in.steps + t[j], 1);
+  }
+  if (p.du != nullptr) {
+    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+      Vec<T> sum = load_part(du + d, lanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sum += ds[j] * load_part(rows[j] + d, lanes);
+      store_part(du + d, sum, lanes);
+    });
+  }
+  // One row after the other: stores to several rows in turn are slower.
+  for (int j = 0; j < N && p.de != nullptr; ++j) {
+    S* de = p.de + offset_of(in, b, t[j]);
+    const T a = alpha[j], slope = ds[j];
+    for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+      store_part(de + d, a * load_part(g_row + d, lanes) + slope * load_part(u_row + d, lanes), lanes);
+    });
+  }
+}
+
+template <typename S, typename T = Compute<S>>
+static void pool_backward_range(const PoolBackwardParams<S>& p, int64_t b, Range range, PoolGrad<T>* grad) {
+  const PoolInput<S>& in = p.in;
+  for (int64_t t = range.begin; t < range.end;) {
+    int64_t steps[kPoolGradTile];
+    const S* rows[kPoolGradTile];
+    int count = 0;
+    for (; t < range.end && count < kPoolGradTile; ++t) {
+      if (takes_part(in, b, t) && grad->lse != -infinity<T>()) {
+        steps[count] = t;
+        rows[count++] = in.e + offset_of(in, b, t);
+        continue;
       }
-      if (g != nullptr) {
-        eg += e0 * load(g + d);
-        eg2 += e1 * load(g + d + kLanes<T>);
-      }
+      if (p.de != nullptr) zero(p.de + offset_of(in, b, t), in.dim);
+      if (p.dscores != nullptr) zero(p.dscores + b * in.steps + t, 1);
     }
-    for_each_vector<T>(in.dim - d, [&](int64_t i, int lanes) {
-      const Vec<T> e0 = load_part(e + d + i, lanes);
-      if (in.u != nullptr) eu += e0 * load_part(in.u + d + i, lanes);
-      if (g != nullptr) eg += e0 * load_part(g + d + i, lanes);
-    });
-    const T score = in.u == nullptr ? read(in.scores + b * in.steps + t) : sum_lanes<T>(eu + eu2);
-    const T alpha = scalar_exp(score - lse);
-    const T ds = alpha * (sum_lanes<T>(eg + eg2) - g_c + g_lse);
-    if (dscore != nullptr) convert(&ds, dscore, 1);
-    for_each_vector<T>(in.dim, [&](int64_t i, int lanes) {
-      if (du != nullptr) store_part(du + i, load_part(du + i, lanes) + ds * load_part(e + i, lanes), lanes);
-      if (de != nullptr) {
-        Vec<T> value = g == nullptr ? Vec<T>{} : alpha * load_part(g + i, lanes);
-        if (in.u != nullptr) value += ds * load_part(in.u + i, lanes);
-        store_part(de + i, value, lanes);
-      }
-    });
+    const S* next[kPoolGradTile];
+    next_rows(in, b, t + kPoolGradTile, kPoolGradTile, next);
+    if (count == kPoolGradTile) {
+      pool_backward_tile<S, kPoolGradTile>(p, b, steps, rows, next, grad);
+    } else {
+      for (int j = 0; j < count; ++j) pool_backward_tile<S, 1>(p, b, steps + j, rows + j, next, grad);
+    }
   }
 }
 
 template <typename S, typename T = Compute<S>>
 static void pool_backward(const PoolBackwardParams<S>& p, const Team& team) {
   const PoolInput<S>& in = p.in;
-  const int64_t stride = aligned(in.dim + 1);
-  T* du = p.du == nullptr ? nullptr : p.workspace + team.rank * stride;
-  if (du != nullptr) zero(du, in.dim);
+  const int64_t size = aligned(in.dim + 1);
+  T* du = p.workspace + team.rank * kPoolGradRows * size;
+  T* u = du + size;
+  T* g = du + 2 * size;
+  zero(du, in.dim);
+  in.u == nullptr ? zero(u, in.dim) : convert(in.u, u, in.dim);
   const bool share_batch = in.batch >= team.size;
   const Range batch = share_batch ? team.share(in.batch) : Range{0, in.batch};
   const Range steps = share_batch ? Range{0, in.steps} : team.share(in.steps, kPoolTile);
-  for (int64_t b = batch.begin; b < batch.end; ++b) pool_backward_range(p, b, steps, du);
-  if (p.du != nullptr) reduce_du(in.dim, p.workspace, stride, p.du, team);
+  for (int64_t b = batch.begin; b < batch.end; ++b) {
+    const S* c = p.c + b * in.dim;
+    p.grad_c == nullptr ? zero(g, in.dim) : convert(p.grad_c + b * in.dim, g, in.dim);
+    const T g_lse = p.grad_lse == nullptr ? T(0) : p.grad_lse[b];
+    PoolGrad<T> grad = {p.lse[b], g_lse, dot(g, c, in.dim), g, u, du, T(0)};
+    pool_backward_range(p, b, steps, &grad);
+    if constexpr (kIsNarrow<S>) {
+      // c was rounded, and with it g . c, by the same error in all ds: in the sum du it would add up to that times c.
+      for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+        store_part(du + d, load_part(du + d, lanes) - grad.excess * load_part(c + d, lanes), lanes);
+      });
+    }
+  }
+  if (p.du != nullptr) reduce_du(in.dim, p.workspace, kPoolGradRows * size, p.du, team);
 }
 
 // ---- the causal prefix form: a_t = sigmoid(s_t - l), l <- logaddexp(l, s_t), c <- c + a_t (e_t - c)
@@ -326,7 +386,7 @@ static inline void prefix_scores(const PoolInput<S>& in, int64_t b, int64_t t, i
     rows[count++] = in.e + offset_of(in, b, t + j);
   }
   T found[kPoolTile];
-  tile_scores(in, b, steps, rows, count, found);
+  tile_scores(in, b, steps, rows, rows, count, found);
   for (int j = 0, next = 0; j < n; ++j) {
     scores[j] = next < count && steps[next] == t + j ? found[next++] : -infinity<T>();
   }
@@ -371,10 +431,11 @@ static inline void prefix_shares(const T* scores, T* l, T* keep, T* share) {
   }
 }
 
-// The state c through N rows of e, all of which take part, and into N rows of c_rows, unless that is null.
+// The state c through N rows of e, all of which take part, and into N rows of c_rows, unless that is null. Asks for the
+// rows that lie `ahead` elements after them, unless that is 0.
 template <typename S, int N, typename T = Compute<S>>
-static inline void prefix_rows(const S* e, S* c_rows, int64_t stride, int64_t dim, const T* keep, const T* share,
-                               T* c) {
+static inline void prefix_rows(const S* e, S* c_rows, int64_t stride, int64_t ahead, int64_t dim, const T* keep,
+                               const T* share, T* c) {
   for_each_vector<T>(dim, [&](int64_t d, int lanes) {
     Vec<T> state = load_part(c + d, lanes);
 #pragma GCC unroll 8
@@ -382,6 +443,7 @@ static inline void prefix_rows(const S* e, S* c_rows, int64_t stride, int64_t di
       // In this order the chain from row to row is one multiply-add.
       state = keep[j] * state + share[j] * load_part(e + j * stride + d, lanes);
       if (c_rows != nullptr) store_part(c_rows + j * stride + d, state, lanes);
+      if (ahead != 0) prefetch(e + j * stride + ahead, d);
     }
     store_part(c + d, state, lanes);
   });
@@ -391,9 +453,9 @@ static inline void prefix_rows(const S* e, S* c_rows, int64_t stride, int64_t di
 enum class Pass { kWhole, kSummary, kResults };
 
 // Positions [range) of batch row b from the state (l, c), which is updated. Between the two passes p.share holds
-// scores.
+// scores. The rows of so many steps `ahead` are asked for meanwhile.
 template <typename S, Pass pass, typename T = Compute<S>>
-static void prefix_range(const PrefixPoolForwardParams<S>& p, int64_t b, Range range, T* l, T* c) {
+static void prefix_range(const PrefixPoolForwardParams<S>& p, int64_t b, Range range, int64_t ahead, T* l, T* c) {
   const PoolInput<S>& in = p.in;
   const int64_t stride = in.e_step_stride;
   for (int64_t t = range.begin; t < range.end; t += kPoolTile) {
@@ -407,13 +469,14 @@ static void prefix_range(const PrefixPoolForwardParams<S>& p, int64_t b, Range r
     T keep[kPoolTile], share[kPoolTile];
     if (whole) {
       prefix_shares<T, kPoolTile>(scores, l, keep, share);
-      prefix_rows<S, kPoolTile>(e, c_rows, stride, in.dim, keep, share, c);
+      const int64_t next = t + ahead + kPoolTile <= in.steps ? ahead * stride : 0;
+      prefix_rows<S, kPoolTile>(e, c_rows, stride, next, in.dim, keep, share, c);
     } else {
       for (int j = 0; j < n; ++j) {
         S* c_row = c_rows == nullptr ? nullptr : c_rows + j * stride;
         prefix_shares<T, 1>(scores + j, l, keep + j, share + j);
         if (scores[j] != -infinity<T>()) {
-          prefix_rows<S, 1>(e + j * stride, c_row, 0, in.dim, keep + j, share + j, c);
+          prefix_rows<S, 1>(e + j * stride, c_row, 0, 0, in.dim, keep + j, share + j, c);
         } else if (c_row != nullptr) {
           convert(c, c_row, in.dim);
         }
@@ -440,7 +503,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<S>& p, const Team&
     } else {
       convert(p.c0 + b * in.dim, c, in.dim);
     }
-    if (!by_time) prefix_range<S, Pass::kWhole>(p, b, {0, in.steps}, &l, c);
+    if (!by_time) prefix_range<S, Pass::kWhole>(p, b, {0, in.steps}, kPoolTile, &l, c);
     const int64_t block = chunk_steps(in.dim) * team.size;
     for (int64_t start = 0; by_time && start < in.steps; start += block) {
       const Range share = team.share(in.steps - start < block ? in.steps - start : block, kPoolTile);
@@ -449,7 +512,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<S>& p, const Team&
       T* mine = summaries + team.rank * size;
       zero(mine, in.dim);
       mine[in.dim] = -infinity<T>();
-      prefix_range<S, Pass::kSummary>(p, b, chunk, mine + in.dim, mine);
+      prefix_range<S, Pass::kSummary>(p, b, chunk, 0, mine + in.dim, mine);
       team.sync();
       T chunk_l = l;
       for (int rank = 0; rank < team.size; ++rank) {
@@ -459,7 +522,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<S>& p, const Team&
         }
         merge(in.dim, &l, c, summaries[rank * size + in.dim], summaries + rank * size);
       }
-      prefix_range<S, Pass::kResults>(p, b, chunk, &chunk_l, chunk_c);
+      prefix_range<S, Pass::kResults>(p, b, chunk, block, &chunk_l, chunk_c);
       turn ^= 1;
     }
     if (!by_time || team.rank == 0) {
@@ -537,10 +600,10 @@ static T prefix_products(const PrefixPoolBackwardParams<S>& p, int64_t b, Range 
 // N positions of batch row b, t being the last of them: entry j is position t - j, products[-j] its grad_c . c.
 // `carried` comes in from the positions after them, already times their share of the state, and goes out to those
 // before in the same form. Two scans: the first for the dot products from which the gradients of the scores follow, the
-// second for the results.
+// second for the results. The rows of so many steps before, `ahead`, are asked for meanwhile.
 template <typename S, int N, typename T = Compute<S>>
-static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, int64_t b, int64_t t, const T* products,
-                                        Carried<T>* carried, T* du, const S* zeros) {
+static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, int64_t b, int64_t t, int64_t ahead,
+                                        const T* products, Carried<T>* carried, T* du, const S* zeros) {
   const PoolInput<S>& in = p.in;
   const int64_t stride = in.e_step_stride;
   // grad_c may be missing: then each row of it is the one of zeros. A position that takes no part has no e.
@@ -549,6 +612,8 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, in
   const T* share = p.share + b * in.steps + t;
   const S* e = N == 1 && *share == T(0) ? zeros : in.e + offset_of(in, b, t);
   T* state_row = carried->g;
+  const int64_t next = t - N + 1 - ahead >= 0 ? ahead * stride : 0;
+  const int64_t next_grad = next == 0 || p.grad_c == nullptr ? 0 : next;
   T keep[N], a[N], ds[N];
   for (int j = 0; j < N; ++j) {
     a[j] = share[-j];
@@ -563,6 +628,7 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, in
       state += load_part(grad_c - j * grad_stride + d, lanes);
       with_e[j] += state * load_part(e - j * stride + d, lanes);
       state *= keep[j];
+      if (N > 1) prefetch(e - j * stride - next, d);
     }
   });
   for (int j = 0; j < N; ++j) {
@@ -586,6 +652,7 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, in
       sum += ds[j] * load_part(e - j * stride + d, lanes);
       if (de != nullptr) store_part(de - j * stride + d, a[j] * state + ds[j] * score_vector, lanes);
       state *= keep[j];
+      if (N > 1) prefetch(grad_c - j * grad_stride - next_grad, d);
     }
     store_part(state_row + d, state, lanes);
     store_part(du + d, sum, lanes);
@@ -594,17 +661,17 @@ static inline void prefix_backward_tile(const PrefixPoolBackwardParams<S>& p, in
 
 // Positions [range) of batch row b, last first; `products` begins with that of the first.
 template <typename S, typename T = Compute<S>>
-static void prefix_backward_range(const PrefixPoolBackwardParams<S>& p, int64_t b, Range range, const T* products,
-                                  Carried<T>* carried, T* du, const S* zeros) {
+static void prefix_backward_range(const PrefixPoolBackwardParams<S>& p, int64_t b, Range range, int64_t ahead,
+                                  const T* products, Carried<T>* carried, T* du, const S* zeros) {
   const T* share = p.share + b * p.in.steps;
   for (int64_t t = range.end - 1; t >= range.begin;) {
     bool whole = t - kPrefixGradTile + 1 >= range.begin;
     for (int j = 0; whole && j < kPrefixGradTile; ++j) whole = share[t - j] != T(0);
     const T* product = products + (t - range.begin);
     if (whole) {
-      prefix_backward_tile<S, kPrefixGradTile>(p, b, t, product, carried, du, zeros);
+      prefix_backward_tile<S, kPrefixGradTile>(p, b, t, ahead, product, carried, du, zeros);
     } else {
-      prefix_backward_tile<S, 1>(p, b, t, product, carried, du, zeros);
+      prefix_backward_tile<S, 1>(p, b, t, ahead, product, carried, du, zeros);
     }
     t -= whole ? kPrefixGradTile : 1;
   }
@@ -647,7 +714,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Tea
       copy_c_before(chunk.begin, row);
       if (!by_time) {
         prefix_products<S, false, T>(p, b, chunk, row, products, nullptr, no_row);
-        prefix_backward_range(p, b, chunk, products, &carried, du, no_row);
+        prefix_backward_range(p, b, chunk, block, products, &carried, du, no_row);
         continue;
       }
       T* summaries = sets + turn * team.size * size;
@@ -670,7 +737,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Tea
         });
         carried.k = summary[in.dim + 1] + through * carried.k;
       }
-      prefix_backward_range(p, b, chunk, products, &into, du, no_row);
+      prefix_backward_range(p, b, chunk, block, products, &into, du, no_row);
       turn ^= 1;
     }
     if (!by_time || team.rank == 0) {

@@ -300,6 +300,12 @@ static inline void for_each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// Asks for the line of memory that begins at row + d, if one does: for loops over d that want what comes after the row.
+template <typename S>
+static inline void prefetch(const S* row, int64_t d) {
+  if (d % (64 / static_cast<int64_t>(sizeof(S))) == 0) __builtin_prefetch(row + d);
+}
+
 // Copies n numbers, into another type if the pointers say so.
 template <typename From, typename To>
 static inline void convert(const From* from, To* to, int64_t n) {
