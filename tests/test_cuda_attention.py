@@ -349,6 +349,38 @@ def test_additive(program: Path, case: Additive) -> None:
     check_additive(program, case)
 
 
+def test_plans_fit(program: Path) -> None:
+    """Whatever is to be run: a plan covers all positions and columns, and the device has room for it."""
+    pools = [
+        (B, T, D, size, *device)
+        for B in (0, 1, 7, 64, 1000)
+        for T in (0, 1, 100, 4096, 100_000)
+        for D in (0, 1, 8, 40, 512, 768, 1024, 4096, 9000)
+        for size in (2, 4, 8)
+        for device in ((132, 227 << 10), (108, 163 << 10), (7, 48 << 10))
+    ]
+    slabs = [(Tq, Tk, A) for Tq in (0, 1, 31, 50, 3000) for Tk in (0, 1, 50, 5000) for A in (0, 1, 64, 1024)]
+    answer = run(program, {"pools": torch.tensor(pools), "slabs": torch.tensor(slabs)})
+    for i, (B, T, D, size, multiprocessors, room) in enumerate(pools):
+        packs, team, chunk, chunks, teams, shared = tensor(answer[f"pool{i}"], torch.int64, 6).tolist()
+        what = f"{pools[i]} by {(packs, team, chunk, chunks, teams, shared)}"
+        assert team in (1, 2, 4, 8, 16, 32, 64, 128, 256), what
+        assert packs == 0 or (D * size % 16 == 0 and packs * team * 16 >= D * size), what
+        assert chunks >= 1, what
+        if teams == 0:
+            assert chunk * chunks >= T, what
+        else:  # all of them at the same time
+            assert packs > 0, what
+            assert B * teams <= multiprocessors * (256 // team), what
+            assert shared <= room, what
+            assert teams * team >= D, what
+    assert any(tensor(answer[f"pool{i}"], torch.int64, 6)[4] > 0 for i in range(len(pools)))
+    for i, (Tq, Tk, A) in enumerate(slabs):
+        slab = int.from_bytes(answer[f"slab{i}"], "little")
+        assert slab == Tq or slab % 32 == 0, slabs[i]
+        assert slab * Tk <= max(32 * Tk, (Tq + Tk) * max(A, 1)), slabs[i]
+
+
 # A line that is taken out of a real kernel: a case in which that must be found.
 LINES = [
     ("prefix_rounds.cu", "await_flag", Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2), teams=3)),

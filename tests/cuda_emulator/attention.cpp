@@ -193,11 +193,36 @@ void run_all(const Records& request, emulator::Answer& answer) {
   });
 }
 
+// The plans of prefix pooling: B, T, D, bytes of an element, multiprocessors, shared memory of a block; and the slabs
+// of additive attention: Tq, Tk, A.
+void plans(const Records& request, emulator::Answer& answer) {
+  const int64_t* problem = request.data<const int64_t>("pools");
+  for (size_t i = 0; i < request.bytes("pools") / (6 * sizeof(int64_t)); ++i, problem += 6) {
+    DeviceFacts facts;
+    facts.sm_count = static_cast<int>(problem[4]);
+    facts.shared_bytes = problem[5];
+    const PoolPlan plan = make_prefix_plan(problem[0], problem[1], problem[2], problem[3], facts);
+    const int computed = problem[3] == 8 ? 8 : 4;
+    const RoundsLayout layout = rounds_layout(plan, problem[2], static_cast<int>(problem[3]), computed);
+    const int64_t shared = plan.teams > 0 ? layout.sums + kPoolThreads / plan.team * layout.team : 0;
+    const int64_t numbers[] = {plan.packs, plan.team, plan.chunk, plan.chunks, plan.teams, shared};
+    answer.add("pool" + std::to_string(i), numbers, sizeof numbers);
+  }
+  problem = request.data<const int64_t>("slabs");
+  for (size_t i = 0; i < request.bytes("slabs") / (3 * sizeof(int64_t)); ++i, problem += 3) {
+    answer.number("slab" + std::to_string(i), additive_slab(problem[0], problem[1], problem[2]));
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
   const Records request(arguments[1]);
   emulator::Answer answer(arguments[2]);
+  if (request.has("pools")) {
+    plans(request, answer);
+    return 0;
+  }
   emulator::device.sm_count = static_cast<int>(request.number("sm_count", 132));
   emulator::device.shared_bytes = request.number("shared_bytes", 227 * 1024);
   switch (request.number("type")) {
