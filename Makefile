@@ -44,7 +44,7 @@ cuda-check:
 
 # torch with CUDA, nvcc of the same CUDA, g++; and of Python packages, besides those that torch needs:
 GPU_NEEDS := setuptools wheel ninja pybind11 numpy pytest hypothesis
-GPU_TESTS := tests/test_lengths.py tests/test_ops.py tests/test_layers.py tests/test_cuda.py
+GPU_TESTS := tests/test_lengths.py tests/test_ops.py tests/test_layers.py tests/test_additive_attention.py tests/test_cuda.py
 
 # Measured whatever the tests say, or if they hang: such a machine is not always at hand.
 gpu:

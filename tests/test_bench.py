@@ -418,6 +418,8 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         cases.pooling("training", 2, 5, 4),
         cases.prefix("inference", 2, 5, 4),
         cases.prefix("training", 2, 70, 4),
+        cases.additive("inference", 2, 3, 5, 4),
+        cases.additive("training", 2, 3, 5, 4),
         *(cases.streaming(group, way, 2, 70, 4) for group in ("pooling", "prefix") for way in ("forward", "backward")),
         cases.streaming("prefix", "backward", 2, 70, 4, dtype=torch.bfloat16),
         cases.model_training(2, 3, 5, 4, 6),
@@ -437,6 +439,13 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
         assert entry["status"] in ("measured", "absent"), entry
 
 
+CASES_OF_ATTENTION = [
+    *(cuda.pool_op(causal, mode, torch.float32, 2, 9, 4) for causal in (False, True) for mode in cuda.MODES),
+    *(cuda.pool(causal, mode, torch.float32, 2, 9, 4) for causal in (False, True) for mode in cuda.MODES),
+    *(cuda.additive(mode, torch.float32, 2, 3, 5, 4) for mode in cuda.MODES),
+]
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -449,7 +458,8 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
             cuda.lengths(cell, "inference", torch.float32, 5, 8, 2, 4, bar=5),
             cuda.lengths(cell, "training", torch.float32, 5, 8, 2, 4, bar=5),
         )
-    ],
+    ]
+    + CASES_OF_ATTENTION,
     ids=lambda case: case.name,
 )
 def test_contestants_of_a_gpu_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
