@@ -52,20 +52,21 @@ class TorchAttention(nn.Module):
     def forward(
         self,
         query: Tensor,
-        keys: Tensor,
+        keys: None,
+        values: Tensor,
         *,
         key_lengths: Tensor | None,
         projected_keys: Tensor,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend to keys."""
+        """Attend to values by their keys, which are projected already."""
         q = F.linear(query, self.q_proj_weight)
         scores = torch.tanh(q[:, :, None] + projected_keys[:, None]) @ self.v
         if key_lengths is not None:
-            beyond = torch.arange(keys.shape[1]) >= key_lengths[:, None, None]
+            beyond = torch.arange(values.shape[1]) >= key_lengths[:, None, None]
             scores = scores.masked_fill(beyond, -math.inf)
         alpha = torch.softmax(scores, -1)
-        return torch.bmm(alpha, keys), alpha if need_weights else None
+        return torch.bmm(alpha, values), alpha if need_weights else None
 
 
 def plain_translator(model: llm_ext.Seq2Seq) -> llm_ext.Seq2Seq:
