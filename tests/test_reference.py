@@ -1,5 +1,6 @@
 """The reference against torch.nn and against the formulas as a textbook writes them, in float64."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -355,3 +356,48 @@ def test_pools_of_nothing(B: int, T: int, D: int) -> None:
     for pool in (reference.attention_pool, reference.prefix_pool):
         _, gradients = cases.outputs_and_gradients(pool, {"e": e, "u": u})
         assert not gradients["u"].any()
+
+
+# ---- additive attention
+
+
+@pytest.mark.parametrize("kind", ["none", "lengths", "mask", "both"])
+def test_additive_attention_is_the_formula(kind: str) -> None:
+    B, Tq, Tk = 3, 4, 5
+    query, keys, v, values = (torch.randn(*shape, dtype=NUMBER) for shape in ((B, Tq, 2), (B, Tk, 2), (2,), (B, Tk, 3)))
+    part = positions(B, Tk, kind)
+    options = {"key_lengths": part.get("lengths"), "mask": part.get("mask")}
+    context, weights = reference.additive_attention(query, keys, v, values, **options, need_weights=True)
+    keep = admitted(B, Tk, **part)
+    for b, q in itertools.product(range(B), range(Tq)):
+        scores = torch.stack([v @ torch.tanh(query[b, q] + key) for key in keys[b]])
+        expected = torch.zeros(Tk, dtype=NUMBER)
+        if keep[b].any():
+            expected[keep[b]] = torch.softmax(scores[keep[b]], 0)
+        cases.assert_close("additive_attention", weights[b, q], expected, "weights")
+        cases.assert_close("additive_attention", context[b, q], expected @ values[b], "context")
+    assert reference.additive_attention(query, keys, v, values)[1] is None
+
+
+@pytest.mark.parametrize("of_each_query", [False, True])
+def test_additive_attention_gradients(of_each_query: bool) -> None:
+    shapes = (2, 3, 2), (2, 4, 2), (2,), (2, 4, 3)
+    inputs = [torch.randn(*shape, dtype=NUMBER, requires_grad=True) for shape in shapes]
+    mask = torch.rand(2, 3, 4) < 0.5 if of_each_query else torch.tensor([[True, False, True, True], [False] * 4])
+
+    def attend(*inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        return reference.additive_attention(*inputs, mask=mask, need_weights=True)
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_additive_attention_of_nothing() -> None:
+    for B, Tq, Tk, A, Dv in ((0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 3, 0, 4, 5), (2, 3, 4, 0, 5), (2, 3, 4, 5, 0)):
+        keys, values = torch.randn(B, Tk, A), torch.randn(B, Tk, Dv)
+        context, weights = reference.additive_attention(
+            torch.randn(B, Tq, A), keys, torch.randn(A), values, need_weights=True
+        )
+        assert context.shape == (B, Tq, Dv)
+        assert weights.shape == (B, Tq, Tk)
+        # Without A all scores are 0.
+        torch.testing.assert_close(weights.sum(-1), torch.full((B, Tq), float(Tk > 0)))

@@ -13,12 +13,15 @@ namespace LLM_EXT_LEVEL {
 
 // Queries of a tile: lanes of whole vectors at every level.
 constexpr int kQueryTile = 16;
-// Sums in registers: of so many queries by so many keys; of rows by vectors of columns.
-constexpr int kPairBlock = 4;
-constexpr int kRowBlock = 8;
+// Queries or keys at a time.
+constexpr int kRowBlock = 4;
+// Sums in registers: of so many queries by kRowBlock keys; of so many rows by one vector of columns or, where there are
+// fewer rows, by several. There are 32 registers with AVX-512, 16 without.
+constexpr int kQueryBlock = LLM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kWideBlock = 8;
 constexpr int kColumnSums = LLM_EXT_VECTOR_BYTES == 64 ? 16 : 8;
-// Pairs times A that repay one more thread: some microseconds.
-constexpr double kAdditiveWorkPerThread = 5.0e4;
+// Pairs times A that repay one more thread: some 5 us with AVX-512. An exponential counts for three of them.
+constexpr double kAdditiveWorkPerThread = 1.0e5;
 
 // Beyond this, exponentials are those of the bound: e^2q e^2k and 1 more than it stay finite.
 template <typename T>
@@ -54,7 +57,7 @@ struct AdditiveWorkspace {
   template <typename S>
   AdditiveWorkspace(const AdditiveAttentionInput<S>& in, bool backward, T* base)
       : vectors(divide_up(in.attn_dim, kLanes<T>)),
-        rows(divide_up(in.keys, kPairBlock) * kPairBlock),
+        rows(divide_up(in.keys, kRowBlock) * kRowBlock),
         width(divide_up(in.value_dim, kLanes<T>) * kLanes<T>),
         base_(base) {
     const int64_t attn = vectors * kLanes<T>;
@@ -99,18 +102,18 @@ struct AdditiveWorkspace {
   int64_t used_ = 0;
 };
 
-// The reciprocals of one pair as tanh would have them: where the two may cancel.
+// r of one pair from its own exponential, which is as exact as tanh of the sum.
 template <typename S, typename T = Compute<S>>
 static inline Vec<T> exact_reciprocal(const S* query, const S* key, int lanes) {
   const Vec<T> x = load_part(query, lanes) + load_part(key, lanes);
   return T(1) / (T(1) + vec_exp<T>(x + x));
 }
 
-// Exponentials of 0 < count <= kPairBlock rows of n numbers into neighbouring rows of a panel of `rows` rows, and the
+// Exponentials of 0 < count <= kRowBlock rows of n numbers into neighbouring rows of a panel of `rows` rows, and the
 // largest magnitude of each.
 template <typename S, typename T>
 static inline void write_exponentials(const S* const* from, int count, int64_t n, T* panel, int64_t rows, T* sizes) {
-  Vec<T> largest[kPairBlock] = {};
+  Vec<T> largest[kRowBlock] = {};
   for_each_vector<T>(n, [&](int64_t a, int lanes) {
     for (int j = 0; j < count; ++j) {
       Vec<T> x = load_part(from[j] + a, lanes);
@@ -129,17 +132,17 @@ static inline void write_exponentials(const S* const* from, int count, int64_t n
   }
 }
 
-// Sums of v r over A, of `queries` rows and kPairBlock keys.
+// Sums of v r over A, of `queries` rows and kRowBlock keys.
 template <int queries, typename T>
 static inline void pair_sums(const T* query, const T* keys, int64_t rows, const T* v, int64_t vectors,
-                             Vec<T> (&sums)[kPairBlock][queries]) {
+                             Vec<T> (&sums)[kRowBlock][queries]) {
   for (int64_t a = 0; a < vectors; ++a) {
     const Vec<T> factor = load(v + a * kLanes<T>);
     Vec<T> q[queries];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; ++i) q[i] = load(query + (a * kQueryTile + i) * kLanes<T>);
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairBlock; ++j) {
+    for (int j = 0; j < kRowBlock; ++j) {
       const Vec<T> k = load(keys + (a * rows + j) * kLanes<T>);
 #pragma GCC unroll 4
       for (int i = 0; i < queries; ++i) sums[j][i] += factor * reciprocal<T>(q[i] * k + T(1));
@@ -147,16 +150,16 @@ static inline void pair_sums(const T* query, const T* keys, int64_t rows, const 
   }
 }
 
-// Products of gradients of the context with the values of kPairBlock keys.
+// Products of gradients of the context with the values of kRowBlock keys.
 template <int queries, typename S, typename T>
 static inline void pair_products(const T* grad, int64_t width, const S* const* values, int64_t n,
-                                 Vec<T> (&sums)[kPairBlock][queries]) {
+                                 Vec<T> (&sums)[kRowBlock][queries]) {
   for_each_vector<T>(n, [&](int64_t d, int lanes) {
     Vec<T> g[queries];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; ++i) g[i] = load(grad + i * width + d);
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairBlock; ++j) {
+    for (int j = 0; j < kRowBlock; ++j) {
       const Vec<T> value = load_part(values[j] + d, lanes);
 #pragma GCC unroll 4
       for (int i = 0; i < queries; ++i) sums[j][i] += g[i] * value;
@@ -188,11 +191,11 @@ class AdditiveRow {
     Vec<T> sum{};
     for (int64_t a = 0; a < w.vectors; ++a) sum += load(w.v + a * kLanes<T>);
     v_sum = sum_lanes<T>(sum);
-    own_keys = team.share(divide_up(count, kPairBlock) * kPairBlock, kPairBlock);
-    for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kPairBlock) {
-      const S* from[kPairBlock];
-      for (int j = 0; j < kPairBlock; ++j) from[j] = key(k + j);
-      write_exponentials(from, kPairBlock, in.attn_dim, w.keys + k * kLanes<T>, w.rows, w.key_size + k);
+    own_keys = team.share(divide_up(count, kRowBlock) * kRowBlock, kRowBlock);
+    for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kRowBlock) {
+      const S* from[kRowBlock];
+      for (int j = 0; j < kRowBlock; ++j) from[j] = key(k + j);
+      write_exponentials(from, kRowBlock, in.attn_dim, w.keys + k * kLanes<T>, w.rows, w.key_size + k);
     }
   }
 
@@ -200,10 +203,10 @@ class AdditiveRow {
   void begin_tile(int64_t first, int64_t n) {
     q0 = first;
     queries = n;
-    const Range own = team.share(n, kPairBlock);
-    for (int64_t q = own.begin; !direct && q < own.end; q += kPairBlock) {
-      const S* from[kPairBlock];
-      const int rows = static_cast<int>(own.end - q < kPairBlock ? own.end - q : kPairBlock);
+    const Range own = team.share(n, kRowBlock);
+    for (int64_t q = own.begin; !direct && q < own.end; q += kRowBlock) {
+      const S* from[kRowBlock];
+      const int rows = static_cast<int>(own.end - q < kRowBlock ? own.end - q : kRowBlock);
       for (int i = 0; i < rows; ++i) from[i] = query(q + i);
       write_exponentials(from, rows, in.attn_dim, w.query + q * kLanes<T>, kQueryTile, w.query_size + q);
     }
@@ -211,20 +214,20 @@ class AdditiveRow {
 
   // Scores of the tile with this thread's keys; -inf where a pair takes no part.
   void score() {
-    for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kPairBlock) {
-      for_each_block<kPairBlock>(queries, [&](int64_t q, auto size) {
-        Vec<T> sums[kPairBlock][size.value] = {};
+    for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kRowBlock) {
+      for_each_block<kQueryBlock>(queries, [&](int64_t q, auto size) {
+        Vec<T> sums[kRowBlock][size.value] = {};
         pair_sums<size.value>(w.query + q * kLanes<T>, w.keys + k * kLanes<T>, w.rows, w.v, w.vectors, sums);
-        for (int j = 0; j < kPairBlock; ++j) {
+        for (int j = 0; j < kRowBlock; ++j) {
           for (int i = 0; i < size.value; ++i) {
             w.scores[(k + j) * kQueryTile + q + i] = v_sum - T(2) * sum_lanes<T>(sums[j][i]);
           }
         }
       });
     }
-    cancels = direct || any_cancels();
+    by_pair = direct || any_may_cancel();
     const bool masked = in.mask != nullptr && in.mask_query_stride != 0;
-    if (!cancels && !masked) return;
+    if (!by_pair && !masked) return;
     for (int64_t k = own_keys.begin; k < own_keys.end && k < count; ++k) {
       for (int64_t q = 0; q < queries; ++q) {
         T& score = w.scores[k * kQueryTile + q];
@@ -252,18 +255,18 @@ class AdditiveRow {
   const AdditiveAttentionInput<S>& in;
   const AdditiveWorkspace<T> w;
   const Team team;
-  // One query repays no exponentials of the keys for themselves: each pair has its own.
+  // One query does not repay exponentials of the keys: each pair takes its own.
   const bool direct;
   int64_t b = 0;
   int64_t count = 0;    // keys that are kept
   int64_t q0 = 0;       // first query of the tile
   int64_t queries = 0;  // of the tile
   T v_sum = T(0);
-  bool cancels = false;  // some pair of the tile
+  bool by_pair = false;  // some pair of the tile takes its own exponential
   Range own_keys{};      // whole blocks; those beyond `count` repeat the last
 
  private:
-  bool any_cancels() const {
+  bool any_may_cancel() const {
     T query_size = T(0), key_size = T(0);
     for (int64_t q = 0; q < queries; ++q) query_size = w.query_size[q] > query_size ? w.query_size[q] : query_size;
     for (int64_t k = 0; k < count; ++k) key_size = w.key_size[k] > key_size ? w.key_size[k] : key_size;
@@ -378,8 +381,8 @@ static inline void for_each_row(const AdditiveAttentionInput<S>& in, bool backwa
 
 template <typename S>
 static int additive_threads(const AdditiveAttentionInput<S>& in, int threads) {
-  const double rows = static_cast<double>(in.queries) * in.keys + 8.0 * (in.queries + in.keys);
-  const double useful = rows * in.batch * in.attn_dim / kAdditiveWorkPerThread;
+  const double pairs = static_cast<double>(in.queries) * in.keys + 3.0 * (in.queries + in.keys);
+  const double useful = pairs * in.batch * in.attn_dim / kAdditiveWorkPerThread;
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
@@ -410,7 +413,7 @@ static void additive_forward(const AdditiveAttentionForwardParams<S>& p, const T
       const int64_t at = row.b * in.queries + first;
       if (row.team.rank == 0) tile_softmax(row, p.lse + at);
       row.team.sync();
-      for_each_block<kRowBlock>(row.queries, [&](int64_t q, auto size) {
+      for_each_block<kWideBlock>(row.queries, [&](int64_t q, auto size) {
         // Fewer queries, more columns: values are read in longer runs.
         constexpr int kVectors = kColumnSums / size.value;
         S* context = p.context + (at + q) * in.value_dim;
@@ -444,8 +447,8 @@ static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, c
     const int lanes = static_cast<int>(in.attn_dim - a < kLanes<T> ? in.attn_dim - a : kLanes<T>);
     const T* keys = w.keys + a * w.rows;
     T* dkeys = w.dkeys + a * w.rows;
-    Vec<T> to_v = load(dv + a);
-    for_each_block<kPairBlock>(row.queries, [&](int64_t q, auto size) {
+    Vec<T> to_v{};  // of the tile alone: sums of sums round less
+    for_each_block<kRowBlock>(row.queries, [&](int64_t q, auto size) {
       Vec<T> queries[size.value], dqueries[size.value] = {};
 #pragma GCC unroll 4
       for (int i = 0; i < size.value; ++i) queries[i] = load(w.query + a * kQueryTile + (q + i) * kLanes<T>);
@@ -463,7 +466,7 @@ static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, c
         }
         store(dkeys + k * kLanes<T>, dkey);
       }
-      for (int64_t k = 0; row.cancels && k < row.count; ++k) {
+      for (int64_t k = 0; row.by_pair && k < row.count; ++k) {
         for (int i = 0; i < size.value; ++i) {
           if (!may_cancel(w.query_size[q + i], w.key_size[k])) continue;
           const T dscore = w.dscores[k * kQueryTile + q + i];
@@ -481,7 +484,7 @@ static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, c
         store_part(p.dquery + (row.b * in.queries + row.q0 + q + i) * in.attn_dim + a, factor * dqueries[i], lanes);
       }
     });
-    store(dv + a, to_v);
+    store(dv + a, load(dv + a) + to_v);
   }
 }
 
@@ -489,20 +492,20 @@ static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, c
 template <typename S, typename T = Compute<S>>
 static inline void tile_dweights(const AdditiveAttentionBackwardParams<S>& p, const AdditiveRow<S>& row) {
   const AdditiveWorkspace<T>& w = row.w;
-  for (int64_t k = row.own_keys.begin; k < row.own_keys.end; k += kPairBlock) {
-    const S* values[kPairBlock];
-    for (int j = 0; j < kPairBlock; ++j) values[j] = row.value(k + j);
-    for_each_block<kPairBlock>(row.queries, [&](int64_t q, auto size) {
-      Vec<T> sums[kPairBlock][size.value] = {};
+  for (int64_t k = row.own_keys.begin; k < row.own_keys.end; k += kRowBlock) {
+    const S* values[kRowBlock];
+    for (int j = 0; j < kRowBlock; ++j) values[j] = row.value(k + j);
+    for_each_block<kQueryBlock>(row.queries, [&](int64_t q, auto size) {
+      Vec<T> sums[kRowBlock][size.value] = {};
       pair_products<size.value>(w.grad + q * w.width, w.width, values, row.in.value_dim, sums);
-      for (int j = 0; j < kPairBlock; ++j) {
+      for (int j = 0; j < kRowBlock; ++j) {
         for (int i = 0; i < size.value; ++i) {
           w.dscores[(k + j) * kQueryTile + q + i] = sum_lanes<T>(sums[j][i]);
         }
       }
     });
     if (p.grad_weights == nullptr) continue;
-    for (int64_t j = k; j < k + kPairBlock && j < row.count; ++j) {
+    for (int64_t j = k; j < k + kRowBlock && j < row.count; ++j) {
       for (int64_t q = 0; q < row.queries; ++q) {
         w.dscores[j * kQueryTile + q] += read(p.grad_weights + row.pair(q, j));
       }
@@ -564,7 +567,7 @@ static void additive_backward(const AdditiveAttentionBackwardParams<S>& p, const
       if (row.team.rank == 0) tile_softmax_backward(row, p.lse + at);
       row.team.sync();
       if (p.dvalues != nullptr) {
-        for_each_block<kRowBlock>(row.count, [&](int64_t k, auto size) {
+        for_each_block<kWideBlock>(row.count, [&](int64_t k, auto size) {
           for_each_vector<T>(columns.size(), [&](int64_t i, int) {
             const int64_t d = columns.begin + i;
             Vec<T> sums[size.value];
