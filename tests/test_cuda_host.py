@@ -272,9 +272,9 @@ def test_pool_as_it_lies(prefix: bool) -> None:
 
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_pool_is_no_less_exact_than_torch_in_16_bits(dtype: torch.dtype, prefix: bool) -> None:
-    for folded in (False, True):
-        pools.test_pool_is_no_less_exact_than_torch_in_16_bits(3, 100, 33, folded, dtype, prefix)
+@pytest.mark.parametrize("folded", [False, True])
+def test_pool_is_no_less_exact_than_torch_in_16_bits(folded: bool, dtype: torch.dtype, prefix: bool) -> None:
+    pools.test_pool_is_no_less_exact_than_torch_in_16_bits(3, 100, 33, folded, dtype, prefix)
 
 
 def test_pool_of_nothing_and_of_any_scores() -> None:

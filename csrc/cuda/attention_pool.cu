@@ -139,14 +139,19 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
   if (wants_du || N > 0) du.begin(columns, N > 0 ? nullptr : p.partial_du + unit.number * in.dim, nullptr);
   // Of every ds: the gradient of the log-sum-exp, and that of c along c.
   T along[1] = {T(0)};
-  {
+  const auto load_c = [&] {
     Tile<S, N, 1> c;
     c.load(columns, [&](int) { return p.call.c + unit.b * in.dim; });
+    return c;
+  };
+  {
+    const Tile<S, N, 1> c = load_c();
     columns.for_each_number(
         [&](int i, int64_t column, int j) { along[0] += g.at(0, i, column, j) * c.at(0, i, column, j); });
     sum(along);
   }
-  const T common = (p.call.grad_lse == nullptr ? T(0) : p.call.grad_lse[unit.b]) - along[0];
+  const T of_lse = p.call.grad_lse == nullptr ? T(0) : p.call.grad_lse[unit.b];
+  T excess = T(0);  // sum of alpha (g . e - g . c), 0 over a whole row but for the rounding of c
 
   S* de = p.call.de == nullptr ? nullptr : p.call.de + offset_of(in, unit.b, unit.begin);
   Tile<S, N, R> e;
@@ -169,7 +174,9 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
       T s = -kInfinity<T>;
       if (e.present(r)) s = in.u != nullptr ? sums[r] : widen(in.scores[place + i + r]);
       alpha[r] = e.present(r) ? share_of(s - lse) : T(0);
-      ds[r] = e.present(r) ? alpha[r] * (sums[R + r] + common) : T(0);
+      const T slope = e.present(r) ? alpha[r] * (sums[R + r] - along[0]) : T(0);
+      excess += slope;
+      ds[r] = e.present(r) ? slope + alpha[r] * of_lse : T(0);
       if (i + r >= count) continue;
       if (p.call.dscores != nullptr && columns.writes(r)) {
         p.call.dscores[place + i + r] = narrow<S>(ds[r]);
@@ -190,7 +197,15 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
     }
     e = next;
   }
-  if (wants_du) du.end(columns, p.partial_du + unit.number * in.dim);
+  if (!wants_du) return;
+  if constexpr (!std::is_same_v<S, T>) {
+    // c was rounded, and with it g . c, by the same error in all ds: in the sum du it would add up to that times c.
+    const Tile<S, N, 1> c = load_c();
+    columns.for_each_number([&](int n, int64_t column, int j) {
+      if (column < in.dim) du.at(n, column, j) -= excess * c.at(0, n, column, j);
+    });
+  }
+  du.end(columns, p.partial_du + unit.number * in.dim);
 }
 
 // ---- the prefix form, forward: c_t = keep_t c_{t-1} + share_t e_t
