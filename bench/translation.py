@@ -38,44 +38,53 @@ class TorchLayer(nn.Module):
 
 
 class TorchAttention(nn.Module):
-    """`llm_ext.AdditiveAttention` as its formula stands, with the tensor of Tq × Tk × A formed."""
+    """`llm_ext.AdditiveAttention` as its formula stands, with the tensor of Tq × Tk × A formed.
 
-    def __init__(self, ours: llm_ext.AdditiveAttention) -> None:
+    Args:
+        ours: whose parameters it has.
+        ahead: whether keys are projected once for all steps, or anew in each.
+    """
+
+    def __init__(self, ours: llm_ext.AdditiveAttention, ahead: bool) -> None:
         super().__init__()
+        self.ahead = ahead
         self.q_proj_weight, self.k_proj_weight = ours.q_proj_weight, ours.k_proj_weight
         self.v, self.bias = ours.v, ours.bias
 
     def project_keys(self, keys: Tensor) -> Tensor:
-        """Return W_k keys + b, once for all steps."""
-        return F.linear(keys, self.k_proj_weight, self.bias)
+        """Return W_k keys + b, or the keys as they are."""
+        return F.linear(keys, self.k_proj_weight, self.bias) if self.ahead else keys
 
     def forward(
         self,
         query: Tensor,
-        keys: Tensor,
+        keys: None,
+        values: Tensor,
         *,
         key_lengths: Tensor | None,
         projected_keys: Tensor,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend to keys."""
+        """Attend to values by what `project_keys` returned for their keys."""
+        if not self.ahead:
+            projected_keys = F.linear(projected_keys, self.k_proj_weight, self.bias)
         q = F.linear(query, self.q_proj_weight)
         scores = torch.tanh(q[:, :, None] + projected_keys[:, None]) @ self.v
         if key_lengths is not None:
-            beyond = torch.arange(keys.shape[1]) >= key_lengths[:, None, None]
+            beyond = torch.arange(values.shape[1]) >= key_lengths[:, None, None]
             scores = scores.masked_fill(beyond, -math.inf)
         alpha = torch.softmax(scores, -1)
-        return torch.bmm(alpha, keys), alpha if need_weights else None
+        return torch.bmm(alpha, values), alpha if need_weights else None
 
 
-def plain_translator(model: llm_ext.Seq2Seq) -> llm_ext.Seq2Seq:
-    """Return a copy with the same weights, on torch.nn's layers and eager attention."""
+def plain_translator(model: llm_ext.Seq2Seq, ahead: bool = True) -> llm_ext.Seq2Seq:
+    """Return a copy with the same weights, on torch.nn's layers and eager attention; `ahead` as of that."""
     kind = getattr(nn, str(model.config()["cell"]).upper())
     model = copy.deepcopy(model)
     parts: Any = model  # of other classes than its own
     parts.encoder = TorchLayer(model.encoder, kind, pack=True)
     parts.decoder = TorchLayer(model.decoder, kind, pack=False)
-    parts.attention = TorchAttention(model.attention)
+    parts.attention = TorchAttention(model.attention, ahead)
     return model
 
 
@@ -155,7 +164,10 @@ def greedy(sentences: int, B: int, T: int, V: int, E: int, H: int) -> Case:
         return Contest(
             [torch.zeros(sentences, T, dtype=torch.float64)],
             Contestant("llm_ext.Seq2Seq", "llm_ext", searcher(ours), regret),
-            [Contestant("Seq2Seq on torch.nn", "torch", searcher(other), regret)],
+            [
+                Contestant("Seq2Seq on torch.nn", "torch", searcher(other), regret),
+                Contestant("the same, keys at each step", "torch", searcher(plain_translator(ours, False)), regret),
+            ],
         )
 
     name = f"translate/greedy/N{sentences}-B{B}-T{T}-V{V}-E{E}-H{H}"

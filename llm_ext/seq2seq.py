@@ -18,12 +18,13 @@ from llm_ext.model import CELLS, INTEGERS, recurrence, start_recurrence
 class Memory(NamedTuple):
     """What the encoder has read, for the decoder to attend to.
 
-    keys: [B, S, 2 H]; `projected`: the same in the attention space, [B, S, A].
+    keys: in the attention space, [B, S, A].
+    values: what is attended to, [B, S, E].
     lengths: of the sources, [B], or None if all have S tokens.
     """
 
     keys: Tensor
-    projected: Tensor
+    values: Tensor
     lengths: Tensor | None
 
 
@@ -71,9 +72,10 @@ class Seq2Seq(nn.Module):
     """Recurrent encoder and decoder with additive attention: reads a sequence, writes another.
 
     The encoder reads in both directions. At each step of the decoder its state h attends to what the encoder read,
-    and `tanh(W [h ; c])` is what the next token is predicted from. Attention comes after the recurrence, so that under
-    teacher forcing the decoder's recurrence is one call; with input feeding that vector enters the next step, and the
-    decoder goes step by step.
+    and `tanh(W h + b + c)` is what the next token is predicted from; the context c is a mean of what was read, which
+    has been projected to that size once. Attention comes after the recurrence, so that under teacher forcing the
+    decoder's recurrence is one call; with input feeding that vector enters the next step, and the decoder goes step by
+    step.
 
     Args:
         source_vocab_size: how many ids there are in a source.
@@ -86,7 +88,7 @@ class Seq2Seq(nn.Module):
         cell: of the recurrent layers: "rnn" (Elman), "gru" or "lstm".
         nonlinearity: of Elman layers, "tanh", "relu" or "sigmoid"; the others have their own.
         attn_dim: A, size of the attention space; by default H.
-        input_feeding: whether the decoder's input is `[embedding ; tanh(W [h ; c]) of the step before]`.
+        input_feeding: whether the decoder's input is the embedding and, beside it, what that token was predicted from.
         share_embedding: one embedding for source and target, whose vocabulary must then be one.
         tie_head: the weights of the head are those of the target's embedding.
         device: of the parameters.
@@ -167,7 +169,8 @@ class Seq2Seq(nn.Module):
         self.cell_bridge = nn.Linear(2 * H, H, **where) if cell == "lstm" else None  # type: ignore[arg-type]
         self.decoder = layers(E + E * input_feeding, H, n_layers, dropout=between, **where)
         self.attention = AdditiveAttention(H, 2 * H, attn_dim, **where)  # type: ignore[arg-type]
-        self.readout = nn.Linear(3 * H, E, **where)  # type: ignore[arg-type]
+        self.value = nn.Linear(2 * H, E, bias=False, **where)
+        self.readout = nn.Linear(H, E, **where)  # type: ignore[arg-type]
         self.head = nn.Linear(E, target_vocab_size, **where)  # type: ignore[arg-type]
         if tie_head:
             self.head.weight = self.target_embedding.weight
@@ -181,6 +184,7 @@ class Seq2Seq(nn.Module):
         for recurrent in (self.encoder, self.decoder):
             recurrent.reset_parameters()
             start_recurrence(recurrent)
+        self.value.reset_parameters()
         for linear in (self.bridge, self.cell_bridge, self.readout, self.head):
             if linear is not None:
                 linear.reset_parameters()
@@ -226,7 +230,7 @@ class Seq2Seq(nn.Module):
         x = self.target_embedding(target)  # [B, T, E]
         x = _dropped(x, self._mask(x))
         if self.input_feeding:
-            mask = self._mask(memory.keys, self.readout.in_features)
+            mask = self._mask(x, self.readout.in_features)
             steps = []
             for t in range(x.shape[1]):
                 vectors, state, _ = self._step(x[:, t : t + 1], state, memory, mask)
@@ -234,9 +238,12 @@ class Seq2Seq(nn.Module):
             vectors = torch.cat(steps, 1) if steps else x
             return self._scores(vectors if keep is None else vectors[keep])
         h, _ = self._decode(x.transpose(0, 1), state, target_lengths)
-        features = self._attend(h.transpose(0, 1), memory)[0]  # [B, T, 3 H]
-        features = _dropped(features, self._mask(features))
-        return self._scores(self._read_out(features if keep is None else features[keep]))
+        h = h.transpose(0, 1)  # [B, T, H]
+        context, _ = self._attend(h, memory)
+        h = _dropped(h, self._mask(h))
+        if keep is not None:
+            h, context = h[keep], context[keep]
+        return self._scores(self._read_out(h, context))
 
     def encode(self, source: Tensor, lengths: Tensor | None = None) -> tuple[Memory, Seq2SeqState]:
         """Read sources [B, S] int64 of `lengths` [B] int64; return what to attend to, and the decoder's first state.
@@ -247,23 +254,30 @@ class Seq2Seq(nn.Module):
         _check_ids("source", source, "B, S")
         x = self.source_embedding(source)  # [B, S, E]
         x = _dropped(x, self._mask(x))
-        keys, last = self.encoder(x.transpose(0, 1), lengths=lengths)
-        keys = keys.transpose(0, 1)  # [B, S, 2 H]
-        memory = Memory(keys, self._project(keys, lengths), lengths)
+        read, last = self.encoder(x.transpose(0, 1), lengths=lengths)
+        read = read.transpose(0, 1)  # [B, S, 2 H]
+        memory = self._remember(read, lengths)
         h, c = last if isinstance(last, tuple) else (last, None)
         hidden = torch.tanh(self.bridge(_directions_together(h)))
         cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_directions_together(c))
-        fed = keys.new_zeros(len(source), self.readout.out_features) if self.input_feeding else None
+        fed = read.new_zeros(len(source), self.readout.out_features) if self.input_feeding else None
         return memory, Seq2SeqState(hidden, cell, fed)
 
-    def _project(self, keys: Tensor, lengths: Tensor | None) -> Tensor:
-        """The keys in the attention space, 0 beyond the lengths."""
+    def _remember(self, read: Tensor, lengths: Tensor | None) -> Memory:
+        """Project what was read, [B, S, 2 H], to keys and values."""
+        mask = self._mask(read)
         # On CUDA the lengths would have to be waited for.
-        if lengths is None or keys.is_cuda:
-            return self.attention.project_keys(keys)
-        real = torch.arange(keys.shape[1]) < lengths.unsqueeze(1)
-        rows = self.attention.project_keys(keys[real].unsqueeze(0))[0]
-        return rows.new_zeros(*keys.shape[:2], rows.shape[-1]).index_put((real,), rows)
+        if lengths is None or read.is_cuda:
+            return Memory(self.attention.project_keys(read), self.value(_dropped(read, mask)), lengths)
+        # Nothing beyond the lengths: whatever stands there, attention does not look at it.
+        real = torch.arange(read.shape[1]) < lengths.unsqueeze(1)
+        rows = read[real]
+        keys = self.attention.project_keys(rows.unsqueeze(0))[0]
+        values = self.value(rows if mask is None else rows * mask.expand_as(read)[real])
+        keys, values = (
+            each.new_zeros(*read.shape[:2], each.shape[-1]).index_put((real,), each) for each in (keys, values)
+        )
+        return Memory(keys, values, lengths)
 
     def step(
         self, ids: Tensor, state: Seq2SeqState, memory: Memory, need_weights: bool = False
@@ -296,8 +310,9 @@ class Seq2Seq(nn.Module):
         if state.fed is not None:
             x = torch.cat((x, state.fed.unsqueeze(0)), -1)
         h, state = self._decode(x, state)
-        features, weights = self._attend(h.view(B, K, h.shape[-1]), memory, need_weights)
-        vectors = self._read_out(_dropped(features, mask))
+        h = h.view(B, K, h.shape[-1])
+        context, weights = self._attend(h, memory, need_weights)
+        vectors = self._read_out(_dropped(h, mask), context)
         fed = None if state.fed is None else vectors.flatten(0, 1)
         return vectors, state._replace(fed=fed), weights
 
@@ -309,19 +324,20 @@ class Seq2Seq(nn.Module):
         return h, Seq2SeqState(hidden, cell, fed)
 
     def _attend(self, h: Tensor, memory: Memory, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """States h [B, K, H] beside what they attend to, [B, K, 3 H], and the weights."""
-        context, weights = self.attention(
+        """What states h [B, K, H] attend to, [B, K, E], and the weights."""
+        found: tuple[Tensor, Tensor | None] = self.attention(
             h,
-            memory.keys,
+            None,
+            memory.values,
             key_lengths=memory.lengths,
-            projected_keys=memory.projected,
+            projected_keys=memory.keys,
             need_weights=need_weights,
         )
-        return torch.cat((h, context), -1), weights
+        return found
 
-    def _read_out(self, features: Tensor) -> Tensor:
+    def _read_out(self, h: Tensor, context: Tensor) -> Tensor:
         """What a token is predicted from, [..., E]."""
-        return torch.tanh(self.readout(features))
+        return torch.tanh(self.readout(h) + context)
 
     def _scores(self, vectors: Tensor) -> Tensor:
         return cast(Tensor, self.head(vectors))

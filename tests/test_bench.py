@@ -347,7 +347,8 @@ def test_peak_of_memory() -> None:
     )
     case = Case("small/inference/B1", build, False, 1.0, "thing", memory=True)
     entry = contest.run(case, dataclasses.replace(SETTINGS, rounds=1))["ours"]
-    assert 72 * mb <= entry["peak_bytes"] < 80 * mb
+    # 72 MB, which Linux counts by the batch of pages.
+    assert 71 * mb <= entry["peak_bytes"] < 80 * mb
     assert "MB" in report.table(contest.run(case, dataclasses.replace(SETTINGS, rounds=1)))
 
 

@@ -343,11 +343,14 @@ def plain_pool(prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor 
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize(("B", "T", "D"), [(5, 9, 7), (3, 100, 33), (2, 300, 130)])
+@pytest.mark.parametrize(("B", "T", "D"), [(100, 9, 7), (50, 100, 33), (20, 200, 130)])
 def test_pool_is_no_less_exact_than_torch_in_16_bits(
     B: int, T: int, D: int, folded: bool, dtype: torch.dtype, prefix: bool
 ) -> None:
-    """Results and gradients: the root mean square of the errors is at most 1.5 times that of the formula in torch."""
+    """Results and gradients: the root mean square of the errors is at most 1.5 times that of the formula in torch.
+
+    Over many rows of the batch: in each, the rounding of c has one effect on all gradients of scores.
+    """
     inputs = pool_inputs(B, T, D, dtype, folded=folded, state=False)
     doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     weights = torch.randn(B, T, D).to(dtype) if prefix else torch.randn(B, D).to(dtype)

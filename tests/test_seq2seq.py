@@ -77,7 +77,7 @@ def by_hand(m: llm_ext.Seq2Seq, source: Tensor, target: Tensor, lengths: Tensor)
         h, state = run(decoder, m.decoder, x[None], state)
         inner = torch.tanh((h[0] @ a.q_proj_weight.T)[:, None] + keys @ a.k_proj_weight.T + a.bias)
         alpha = torch.softmax((inner @ a.v).masked_fill(beyond, -math.inf), -1)
-        fed = torch.tanh(m.readout(torch.cat((h[0], (alpha[:, :, None] * keys).sum(1)), -1)))
+        fed = torch.tanh(m.readout(h[0]) + (alpha[:, :, None] * keys).sum(1) @ m.value.weight.T)
         scores.append(fed @ m.head.weight.T + m.head.bias)
         weights.append(alpha)
     return torch.stack(scores, 1), torch.stack(weights, 1)
@@ -194,11 +194,22 @@ def test_dropout_is_off_in_evaluation_and_the_same_along_a_row() -> None:
     source, target = sources(), torch.randint(V, (4, 5))
     assert not torch.equal(m(source, target, LENGTHS), m(source, target, LENGTHS))
     seen: list[Tensor] = []
-    m.readout.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    m(source, target, LENGTHS)
-    dropped = seen[0] == 0
-    assert 0.3 < dropped.double().mean() < 0.7
-    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        for layer in (m.encoder, m.value, m.decoder, m.readout)
+    ]
+    full = torch.full((4,), source.shape[1])
+    for lengths in (full, None):
+        seen.clear()
+        m(source, target, lengths)
+        # All that is dropped, of the encoder's and the decoder's input with time first.
+        for features, time in zip(seen, (0, 1, 0, 1), strict=True):
+            dropped = features.view(4, -1, 2 * H) == 0 if features.dim() == 2 else features == 0
+            first = dropped.narrow(time, 0, 1)
+            assert 0.2 < dropped.double().mean() < 0.8
+            assert torch.equal(dropped, first.expand_as(dropped))
+    for hook in hooks:
+        hook.remove()
     m.eval()
     assert torch.equal(m(source, target, LENGTHS), m(source, target, LENGTHS))
 
@@ -286,22 +297,20 @@ def test_a_beam_that_holds_everything_finds_the_best(length_penalty: float, inpu
 
 @feeding
 @every_cell
-def test_a_beam_does_no_worse_than_greedy_and_scores_what_it_says(cell: str, input_feeding: bool) -> None:
+def test_a_beam_does_better_than_greedy_and_scores_what_it_says(cell: str, input_feeding: bool) -> None:
     m = ended(model(cell=cell, input_feeding=input_feeding), 2.0)
     lengths = torch.randint(1, 9, (33,))
     source = sources(lengths)
     greedy = m.search(source, END, lengths, beam=1, length_penalty=0.0)
     beams = m.search(source, END, lengths, beam=4, num_return_sequences=4, length_penalty=0.0)
-    better = 0
     for row, length in enumerate(lengths.tolist()):
         for hypothesis in beams[row]:
             if len(hypothesis.ids) < 2 * length + 10:
                 expected = log_probability(m, source[row, :length], hypothesis.ids)
                 assert hypothesis.score == pytest.approx(expected)
         assert len({tuple(h.ids.tolist()) for h in beams[row]}) == len(beams[row])
-        better += beams[row][0].score > greedy[row][0].score + 1e-9
-        assert beams[row][0].score > greedy[row][0].score - 1.0
-    assert better > 0
+    # Not for each source: what leads to the best end may begin poorly, and leave the beam.
+    assert sum(row[0].score for row in beams) > sum(row[0].score for row in greedy)
 
 
 def test_limits() -> None:

@@ -23,7 +23,7 @@ _PARTS: dict[type[Model], dict[str, tuple[str, ...]]] = {
     Seq2Seq: {
         "embedding": ("source_embedding.", "target_embedding."),
         "encoder": ("encoder.",),
-        "attention": ("attention.",),
+        "attention": ("attention.", "value."),
         "decoder": ("bridge.", "cell_bridge.", "decoder."),
         "head": ("readout.", "head."),
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -347,8 +348,9 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) 
     Source: Post, "A call for clarity in reporting BLEU scores", arXiv 1804.08771.
     """
     # Imported here: training does without it.
-    from sacrebleu.metrics import BLEU
+    from sacrebleu import BLEU
 
     metric = BLEU()
-    score = metric.corpus_score(list(hypotheses), references)
+    # Its types do not say that it takes None.
+    score = metric.corpus_score(list(hypotheses), cast(Sequence[Sequence[str]], references))
     return float(score.score), str(metric.get_signature())
