@@ -1,4 +1,5 @@
 # make demo    set everything up and train a language model on the plays of Shakespeare
+# make demo-translate    the same for a translator from English to French: two and a half minutes of training
 # make test    set everything up and run the tests
 # make bench   set everything up, with the peers that are measured against, and run all benchmarks
 # make cuda-check    compile the CUDA kernels for all targets, and show what each takes of the device
@@ -18,7 +19,7 @@ BUILT := $(VENV)/.built-torch-$(TORCH)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test cuda-check gpu demo bench lint format clean
+.PHONY: build test cuda-check gpu demo demo-translate bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -27,7 +28,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-* $(VENV)/.built-*
 	$(PIP) install --quiet --constraint constraints.txt torch==$(TORCH) setuptools wheel ninja pybind11 lightning-fabric \
-	    matplotlib numpy safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
+	    matplotlib numpy sacrebleu safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
@@ -43,7 +44,7 @@ cuda-check:
 
 # torch with CUDA, nvcc of the same CUDA, g++; and of Python packages, besides those that torch needs:
 GPU_NEEDS := setuptools wheel ninja pybind11 numpy pytest hypothesis
-GPU_TESTS := tests/test_lengths.py tests/test_ops.py tests/test_layers.py tests/test_cuda.py
+GPU_TESTS := tests/test_lengths.py tests/test_ops.py tests/test_layers.py tests/test_additive_attention.py tests/test_cuda.py
 
 # Measured whatever the tests say, or if they hang: such a machine is not always at hand.
 gpu:
@@ -57,6 +58,9 @@ gpu:
 
 demo: $(BUILT)
 	$(BIN)/python examples/shakespeare/demo.py $(DEMO)
+
+demo-translate: $(BUILT)
+	$(BIN)/python examples/translation/demo.py $(DEMO)
 
 bench: $(BUILT)
 	$(PIP) install --quiet --constraint constraints.txt jax onnx onnxruntime openvino

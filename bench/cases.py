@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import llm_ext
-from bench import limits, peers, plain
+from bench import limits, peers, plain, translation
 from bench.cells import CELLS, RNN, Cell
 from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, tensors
 from bench.timing import Call
@@ -648,6 +648,7 @@ CASES: tuple[Case, ...] = (
     model_generation(1, 128, 65, 128, 2048),
     model_generation(1, 128, 65, 128, 512, torch.bfloat16),
     model_generation(1, 128, 65, 128, 2048, torch.bfloat16),
+    *translation.CASES,
     *(case for cell in CELLS for case in _scaling_cases(cell)),
 )
 

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from bench import peers
-from bench.cases import _bars, _call, _double, _kind, _sizes
+import llm_ext
+from bench import peers, plain
+from bench.cases import _bars, _call, _double, _kind, _prefix_by_pieces, _sizes
 from bench.cells import CELLS, GRU, LSTM, RNN, Cell
-from bench.contest import OURS, Case, Contest, Contestant, Mean, tensors
+from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, tensors
 from bench.timing import Call
-from llm_ext import reference
+from llm_ext import ops, reference
 
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {FP32: "float32", BF16: "bfloat16", FP16: "float16"}
 # Input features of the cases that are next to nothing but the recurrence; cuDNN wants 8 for its quicker ways.
 NO_INPUT = 8
+COPY = "copy of as many bytes"
 
 
 def _layers(cell: Cell, I: int, H: int, layers: int, both: bool, dtype: torch.dtype) -> tuple[Any, Any]:  # noqa: E741
@@ -163,6 +165,140 @@ def lengths(cell: Cell, mode: str, dtype: torch.dtype, B: int, T: int, I: int, H
     return Case(case_name, build, training, work, "GFLOP", _bars({name: bar}), dtype=dtype)
 
 
+def _copy(gb: float) -> Contestant:
+    """A copy that reads and writes so many GB together."""
+
+    def build() -> Call:
+        source = torch.empty(max(1, round(gb * 1e9 / 2)), dtype=torch.uint8, device=DEVICE)
+        target, done = torch.empty_like(source), torch.ones(())
+
+        def call() -> Tensor:
+            target.copy_(source)
+            return done
+
+        return call
+
+    return Contestant(COPY, LIMIT, build, truth=[torch.ones(())])
+
+
+def _pool_truth(causal: bool, e: Tensor, u: Callable[[Tensor], Tensor], inputs: list[Tensor], g: Tensor | None) -> Any:
+    op = _prefix_by_pieces if causal else reference.attention_pool
+    with torch.set_grad_enabled(g is not None):
+        return tensors(_call(lambda: (op(e, u(e))[0],), inputs, None if g is None else g.double())())
+
+
+def pool_op(causal: bool, mode: str, dtype: torch.dtype, B: int, T: int, D: int, bar: float | None = None) -> Case:
+    """The op alone, against a copy of the bytes that must move; `bar` is of that."""
+    training = mode == "training"
+    # e is read; the prefix form writes c. In training e is read again (and the gradient of c), its gradient written.
+    units = (5 if training else 2) if causal else (3 if training else 1)
+    gb = B * T * D * dtype.itemsize * units / 1e9
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        e = torch.randn(B, T, D, device=DEVICE, dtype=dtype, requires_grad=training)
+        u = (2 * D**-0.5 * torch.randn(D, device=DEVICE)).to(dtype).requires_grad_(training)
+        g = torch.randn(e.shape if causal else (B, D), device=DEVICE, dtype=dtype) if training else None
+        exact = [_double(e), _double(u)]
+        op = ops.prefix_pool if causal else ops.attention_pool
+        return Contest(
+            _pool_truth(causal, exact[0], lambda _: exact[1], exact, g),
+            Contestant("llm_ext.ops", OURS, lambda: _call(lambda: (op(e, u)[0],), [e, u], g)),
+            [_copy(gb)],
+        )
+
+    name = f"cuda/{'prefix' if causal else 'pooling'}-op-{NAMES[dtype]}-{mode}/{_sizes(B=B, T=T, D=D)}"
+    # Work in GB is that of float32.
+    return Case(name, build, training, gb * 4 / dtype.itemsize, "GB", _bars({COPY: bar}), dtype=dtype)
+
+
+def pool(causal: bool, mode: str, dtype: torch.dtype, B: int, T: int, D: int, *, more: bool = False) -> Case:
+    """The layer, its score folded in each call, against formulas in torch, with `more` compiled as well."""
+    training = mode == "training"
+    plainly = (
+        {"cumsum": plain.prefix_cumsum, "T×T mask": plain.prefix_mask, "SDPA": plain.prefix_sdpa}
+        if causal
+        else {"as written": plain.pool_as_written, "folded": plain.pool_folded, "SDPA": plain.pool_sdpa}
+    )
+    compiled = "cumsum" if causal else "folded"
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        layer = llm_ext.AttentionPool(D, D, causal=causal, device=DEVICE, dtype=dtype)
+        e = torch.randn(B, T, D, device=DEVICE, dtype=dtype, requires_grad=training)
+        inputs = [e, layer.weight, layer.v]
+        g = torch.randn(e.shape if causal else (B, D), device=DEVICE, dtype=dtype) if training else None
+        exact = [_double(tensor) for tensor in inputs]
+
+        def on_torch(formula: Callable[..., Tensor]) -> Callable[[], Call]:
+            return lambda: _call(lambda: (formula(*inputs),), inputs, g)
+
+        def own() -> tuple[Tensor]:
+            c = layer(e)
+            return (c[0] if causal else c,)
+
+        others = [Contestant(f"torch, {name}", "torch", on_torch(formula)) for name, formula in plainly.items()]
+        if more:
+            fused = on_torch(torch.compile(plainly[compiled], fullgraph=True, dynamic=False))
+            others.append(Contestant(f"torch.compile, {compiled}", "compile", fused))
+        return Contest(
+            _pool_truth(causal, exact[0], lambda _: exact[2] @ exact[1], exact, g),
+            Contestant("llm_ext.AttentionPool", OURS, lambda: _call(own, inputs, g)),
+            others,
+        )
+
+    units = (5 if training else 2) if causal else (3 if training else 1)
+    name = f"cuda/{'prefix' if causal else 'pooling'}-{NAMES[dtype]}-{mode}/{_sizes(B=B, T=T, D=D)}"
+    return Case(name, build, training, B * T * D * 4 * units / 1e9, "GB", dtype=dtype)
+
+
+def additive(
+    mode: str,
+    dtype: torch.dtype,
+    B: int,
+    Tq: int,
+    Tk: int,
+    A: int,
+    bar: float | None = None,
+    *,
+    more: bool = False,
+) -> Case:
+    """Additive attention, projections included, queries and keys of size A.
+
+    `bar` is against torch.compile, which takes part with `more`.
+    """
+    training = mode == "training"
+    names = ("torch, product", "torch.compile, sum")
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        layer = llm_ext.AdditiveAttention(A, A, A, device=DEVICE, dtype=dtype)
+        query, keys = (torch.randn(B, T, A, device=DEVICE, dtype=dtype, requires_grad=training) for T in (Tq, Tk))
+        inputs = [query, keys, *layer.parameters()]
+        g = torch.randn(B, Tq, A, device=DEVICE, dtype=dtype) if training else None
+
+        def exact() -> list[Tensor]:
+            doubles = [_double(tensor) for tensor in inputs]
+            result = _call(lambda: (plain.additive_product(*doubles),), doubles, None if g is None else g.double())()
+            return tensors(result)
+
+        def on_torch(formula: Callable[..., Tensor]) -> Callable[[], Call]:
+            return lambda: _call(lambda: (formula(*inputs),), inputs, g)
+
+        with torch.set_grad_enabled(training):
+            truth = exact()
+        others = [Contestant(names[0], "torch", on_torch(plain.additive_product))]
+        if more:
+            fused = on_torch(torch.compile(plain.additive_sum, fullgraph=True, dynamic=False))
+            others.append(Contestant(names[1], "compile", fused))
+        return Contest(
+            truth,
+            Contestant("llm_ext.AdditiveAttention", OURS, lambda: _call(lambda: layer(query, keys)[:1], inputs, g)),
+            others,
+        )
+
+    name = f"cuda/additive-{NAMES[dtype]}-{mode}/{_sizes(B=B, Tq=Tq, Tk=Tk, A=A)}"
+    bars = _bars({names[1]: bar})
+    return Case(name, build, training, B * Tq * Tk * A / 1e9, "G tanh", bars, dtype=dtype)
+
+
 MODES = ("inference", "training")
 SMALL: Mapping[str, tuple[int, ...]] = {"H": (64, 128, 256), "B": (1, 16, 64)}
 
@@ -188,6 +324,19 @@ def _cases() -> Iterator[Case]:
             yield recurrence(GRU, mode, BF16, B, 128, H, H, words=("odd",))
         for cell in CELLS:
             yield lengths(cell, mode, BF16, 32, 512, 512, 512, bar=5)
+    for mode in MODES:
+        for causal in (False, True):
+            yield pool_op(causal, mode, BF16, 8, 4096, 1024, bar=0.8 if mode == "inference" else None)
+            yield pool_op(causal, mode, FP32, 8, 4096, 1024)
+            # Few rows, many, and one.
+            for B, T, D in ((1, 16384, 1024), (512, 128, 512), (32, 1024, 512)):
+                yield pool_op(causal, mode, BF16, B, T, D)
+            for B, T, D in ((8, 1024, 512), (32, 128, 512)):
+                yield pool(causal, mode, BF16, B, T, D, more=mode == "inference" and B == 8)
+        yield additive(mode, BF16, 128, 50, 50, 1024, bar=3 if mode == "training" else None, more=True)
+        yield additive(mode, FP32, 128, 50, 50, 1024)
+        for B, Tq, Tk, A in ((1280, 1, 66, 1024), (128, 10, 128, 1024), (32, 32, 32, 512), (16, 64, 64, 512)):
+            yield additive(mode, BF16, B, Tq, Tk, A)
     for dtype in (BF16, FP32):
         for mode in MODES:
             for cell in CELLS:

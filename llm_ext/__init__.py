@@ -13,6 +13,7 @@ from llm_ext._C import remembered_bytes as _remembered_bytes
 from llm_ext.attention import AdditiveAttention, AttentionPool
 from llm_ext.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from llm_ext.model import LLM, LLMState
+from llm_ext.seq2seq import Hypothesis, Memory, Seq2Seq, Seq2SeqState
 
 __version__ = version("llm_ext")
 
@@ -24,9 +25,13 @@ __all__ = [
     "AdditiveAttention",
     "AttentionPool",
     "GRUCell",
+    "Hypothesis",
     "LLMState",
     "LSTMCell",
+    "Memory",
     "RNNCell",
+    "Seq2Seq",
+    "Seq2SeqState",
     "build_info",
     "forget_weights",
     "remembered_bytes",

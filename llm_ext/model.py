@@ -17,6 +17,7 @@ CELLS = ("rnn", "gru", "lstm")
 INTEGERS = (torch.int64, torch.int32)
 
 Embedding = Callable[..., Tensor]
+Recurrence = RNN | GRU | LSTM
 Pool = Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
 
 
@@ -113,10 +114,10 @@ class LLM(nn.Module):
         self.vocab_size = vocab_size
         self.attention = attention
         self.embedding = AffineEmbedding(vocab_size, embedding_dim, device=device, dtype=dtype)
-        kinds: dict[str, Callable[..., RNN | GRU | LSTM]]
-        kinds = {"rnn": partial(RNN, nonlinearity=nonlinearity), "gru": GRU, "lstm": LSTM}
         between = dropout if n_layers > 1 else 0.0
-        self.rnn = kinds[cell](embedding_dim, hidden_dim, n_layers, dropout=between, device=device, dtype=dtype)
+        self.rnn = recurrence(cell, nonlinearity)(
+            embedding_dim, hidden_dim, n_layers, dropout=between, device=device, dtype=dtype
+        )
         self.pool = (
             None
             if attention == "none"
@@ -134,19 +135,7 @@ class LLM(nn.Module):
         for module in (self.embedding, self.rnn, self.pool, self.head):
             if module is not None:
                 module.reset_parameters()
-        for name, parameter in self.rnn.named_parameters():
-            gates = torch.split(parameter.detach(), self.rnn.hidden_size)
-            if name.startswith("weight_hh"):
-                for gate in gates:
-                    # LAPACK knows no numbers of 16 bits.
-                    exact = torch.float32 if gate.dtype.itemsize == 2 else gate.dtype
-                    gate.copy_(nn.init.orthogonal_(torch.empty_like(gate, dtype=exact)))
-            elif name.startswith("bias"):
-                nn.init.zeros_(parameter)
-                if name.startswith("bias_ih") and isinstance(self.rnn, LSTM):
-                    # The order is i, f, g, o. With 0 the forget gate halves c at each step: neither what was read
-                    # nor its gradient would last (Gers et al., 2000).
-                    nn.init.ones_(gates[1])
+        start_recurrence(self.rnn)
         nn.init.zeros_(self.head.bias)
 
     def config(self) -> dict[str, int | float | str]:
@@ -302,6 +291,30 @@ class LLM(nn.Module):
         if self.pool is not None and _runs(self.pool, AttentionPool):
             pool = partial(self.pool, u=self.pool.fold())
         return embedding, pool
+
+
+def recurrence(cell: str, nonlinearity: str) -> Callable[..., Recurrence]:
+    """Return the layer of a cell, one of `CELLS`; the nonlinearity is that of Elman's."""
+    kinds: dict[str, Callable[..., Recurrence]]
+    kinds = {"rnn": partial(RNN, nonlinearity=nonlinearity), "gru": GRU, "lstm": LSTM}
+    return kinds[cell]
+
+
+def start_recurrence(layer: Recurrence) -> None:
+    """Initialise a layer so that it trains: U orthogonal, gate by gate, which keeps h in size, biases zero."""
+    for name, parameter in layer.named_parameters():
+        gates = torch.split(parameter.detach(), layer.hidden_size)
+        if name.startswith("weight_hh"):
+            for gate in gates:
+                # LAPACK knows no numbers of 16 bits.
+                exact = torch.float32 if gate.dtype.itemsize == 2 else gate.dtype
+                gate.copy_(nn.init.orthogonal_(torch.empty_like(gate, dtype=exact)))
+        elif name.startswith("bias"):
+            nn.init.zeros_(parameter)
+            if name.startswith("bias_ih") and isinstance(layer, LSTM):
+                # The order is i, f, g, o. With 0 the forget gate halves c at each step: neither what was read
+                # nor its gradient would last (Gers et al., 2000).
+                nn.init.ones_(gates[1])
 
 
 def _runs(layer: nn.Module, kind: type[nn.Module]) -> bool:

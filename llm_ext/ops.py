@@ -797,7 +797,8 @@ def attention_pool(
         e: vectors to pool [B, T, D]; a transposed view of a dense [T, B, D] is read as it lies.
         u: [D], the scores are s = e u; or
         scores: s [B, T]. Exactly one of the two.
-        lengths: int64 [B], positions t >= lengths[b] take no part; None: all do.
+        lengths: int64 [B], positions t >= lengths[b] take no part; None: all do. On CUDA only the kernel looks at
+            them, and takes a wrong one as the nearest right one.
         mask: bool [B, T], True where a position takes part; None: all do. Both may be given, both must then admit it.
 
     Returns:
@@ -899,7 +900,8 @@ def prefix_pool(
         e: vectors to pool [B, T, D]; a transposed view of a dense [T, B, D] is read as it lies.
         u: [D], the scores are s = e u; or
         scores: s [B, T]. Exactly one of the two.
-        lengths: int64 [B], positions t >= lengths[b] take no part and leave the state as it is; None: all do.
+        lengths: int64 [B], positions t >= lengths[b] take no part and leave the state as it is; None: all do. On CUDA
+            only the kernel looks at them, and takes a wrong one as the nearest right one.
         mask: bool [B, T], True where a position takes part; None: all do.
         state: (L [B], c [B, D]) as returned for what came before, float32 where e has 16 bits; None: nothing came
             before (L = -inf, c = 0).

@@ -157,7 +157,7 @@ def outputs_and_gradients(
     generator = torch.Generator().manual_seed(1)
     loss = torch.zeros((), dtype=torch.float64)
     for output in outputs:
-        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
         # The log-sum-exp of nothing is -inf, and has no part in a loss.
         loss = loss + (output * weights).masked_fill(output.isinf(), 0).sum()
     wanted = {name: t for name, t in prepared.items() if t is not None and t.requires_grad}

@@ -17,7 +17,7 @@ from torch import Tensor
 # bench is run from the checkout, not installed; last, so that an installed llm_ext comes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, contest, cuda, limits, memory, peers, plot, report, timing
+from bench import cases, contest, cuda, limits, memory, peers, plot, report, timing, translation
 from bench.__main__ import chosen, listing, main
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.contest import LIMIT, OURS, Case, Contest, Contestant, Mean, Settings
@@ -424,6 +424,8 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         cases.streaming("prefix", "backward", 2, 70, 4, dtype=torch.bfloat16),
         cases.model_training(2, 3, 5, 4, 6),
         cases.model_generation(1, 4, 5, 4, 6),
+        translation.training(3, 7, 5, 4, 6),
+        translation.greedy(5, 2, 4, 5, 4, 6),
     ],
     ids=lambda case: case.name,
 )
@@ -435,6 +437,13 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
     result = contest.run(case, settings)
     for entry in (result["ours"], *result["peers"]):
         assert entry["status"] in ("measured", "absent"), entry
+
+
+CASES_OF_ATTENTION = [
+    *(cuda.pool_op(causal, mode, torch.float32, 2, 9, 4) for causal in (False, True) for mode in cuda.MODES),
+    *(cuda.pool(causal, mode, torch.float32, 2, 9, 4) for causal in (False, True) for mode in cuda.MODES),
+    *(cuda.additive(mode, torch.float32, 2, 3, 5, 4) for mode in cuda.MODES),
+]
 
 
 @pytest.mark.parametrize(
@@ -449,7 +458,8 @@ def test_contestants_agree_with_the_reference(case: Case) -> None:
             cuda.lengths(cell, "inference", torch.float32, 5, 8, 2, 4, bar=5),
             cuda.lengths(cell, "training", torch.float32, 5, 8, 2, 4, bar=5),
         )
-    ],
+    ]
+    + CASES_OF_ATTENTION,
     ids=lambda case: case.name,
 )
 def test_contestants_of_a_gpu_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

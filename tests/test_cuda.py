@@ -7,13 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from cases import assert_close, flatten
 from recurrences import CELLS, KINDS, LSTM, ON_CUDA, RNN, Cell, cell_functions, cell_inputs, compare
+from test_additive_attention import functions as additive_functions
+from test_additive_attention import inputs_of as additive_inputs
+from test_additive_attention import selection as additive_selection
+from test_ops import pool_functions, pool_inputs
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -286,10 +290,11 @@ def test_compiles_whole(bidirectional: bool, kind: str) -> None:
         assert_close(kind.lower(), a, b)
 
 
+@pytest.mark.parametrize("attention", ["none", "hidden", "embedding"])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-def test_model(cell: str) -> None:
-    """A language model without attention runs where its weights are: the same scores, the same text."""
-    model = llm_ext.LLM(20, 8, 48, 20, 2, 0.0, cell=cell, attention="none", dtype=torch.float64)
+def test_model(cell: str, attention: str) -> None:
+    """A language model runs where its weights are: the same scores, the same text."""
+    model = llm_ext.LLM(20, 8, 48, 20, 2, 0.0, cell=cell, attention=attention, dtype=torch.float64)
     ids = torch.randint(20, (3, 7))
     scores, state = model(ids)
     text = model.generate(ids, 12, temperature=0)
@@ -300,6 +305,126 @@ def test_model(cell: str) -> None:
     on_gpu.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert torch.equal(model.generate(ids.cuda(), 12, temperature=0).cpu(), text)
+
+
+# ---- attention
+
+
+def pooled(prefix: bool, inputs: Mapping[str, Tensor], **options: Any) -> list[Tensor]:
+    """Results and gradients."""
+    results = pool_functions(prefix, **options)[0](**inputs)
+    loss = sum(t.masked_fill(t.isinf(), 0).square().sum() for t in results)
+    return [*results, *torch.autograd.grad(loss, list(inputs.values()))]
+
+
+def attended(inputs: Mapping[str, Tensor], **options: Any) -> list[Tensor]:
+    """Results and gradients."""
+    results = additive_functions(need_weights=True, **options)[0](**inputs)
+    return [*results, *torch.autograd.grad([t.square().sum() for t in results], list(inputs.values()))]
+
+
+# Teams of a few threads, of a warp, of several, with several packs each, and any; whole rows and chunks of them.
+POOL_SIZES = [(2, 400, 8), (1, 700, 256), (8, 300, 1024), (300, 40, 768), (3, 90, 4096), (2, 60, 8192), (2, 50, 9000)]
+# Tq of one, few and many; A of many chunks; several slabs of queries; more keys than a block has threads.
+ADDITIVE_SIZES = [(9, 1, 300, 1024, 512), (4, 10, 128, 1024, 96), (3, 50, 50, 512, 512), (2, 200, 260, 40, 33)]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize(("B", "T", "D"), POOL_SIZES)
+def test_pool_of_any_plan(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool) -> None:
+    inputs = pool_inputs(B, T, D, dtype, folded=D % 3 != 0, state=prefix, device="cuda")
+    lengths, mask = torch.randint(0, T + 1, (B,), device="cuda"), torch.rand(B, T, device="cuda") < 0.9
+    function, truth = pool_functions(prefix, lengths=lengths, mask=mask)
+    compare("prefix_pool" if prefix else "attention_pool", function, truth, inputs)
+    first, second = (pooled(prefix, inputs, lengths=lengths, mask=mask) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefix_pool_in_rounds(dtype: torch.dtype) -> None:
+    """Rows so few and long that the teams of all blocks go through them together; twice, with the same bits."""
+    inputs = pool_inputs(4, 4300, 1024, dtype, folded=True, state=True, device="cuda")
+    lengths, mask = torch.tensor([4300, 17, 0, 4000], device="cuda"), torch.rand(4, 4300, device="cuda") < 0.9
+    function, truth = pool_functions(True, lengths=lengths, mask=mask)
+    compare("prefix_pool", function, truth, inputs, gradients=False)
+    with torch.no_grad():
+        for a, b in zip(*(function(**inputs) for _ in range(2)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("sizes", ADDITIVE_SIZES)
+def test_additive_attention_of_any_plan(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = additive_inputs(*sizes, dtype=dtype, device="cuda")
+    options = additive_selection("both", *sizes[:3], "cuda")
+    compare("additive_attention", *additive_functions(need_weights=True, **options), inputs)
+    first, second = (attended(inputs, **options) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def attention_calls() -> dict[str, Callable[[], list[Tensor]]]:
+    """A call of each op, forward and backward, with lengths on the device."""
+    lengths = torch.tensor([300, 17, 0], device="cuda")
+    pools = [pool_inputs(3, 300, 256, torch.float32, folded=True, state=prefix, device="cuda") for prefix in (0, 1)]
+    both = additive_inputs(3, 20, 300, 128, 64, torch.float32, device="cuda")
+    return {
+        "pool": lambda: pooled(False, pools[0], lengths=lengths),
+        "prefix": lambda: pooled(True, pools[1], lengths=lengths),
+        "additive": lambda: attended(both, key_lengths=lengths),
+    }
+
+
+@pytest.mark.parametrize("name", ["pool", "prefix", "additive"])
+def test_attention_is_queued(name: str) -> None:
+    """Nothing waits for the device, calls can be captured, and a replay gives the bits of a call."""
+    call = attention_calls()[name]
+    expected = [t.clone() for t in call()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for t in captured:
+        t.detach().zero_()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_lengths_of_attention_do_no_harm() -> None:
+    wrong, right = (torch.tensor(n, device="cuda") for n in ([99, -1, 1 << 40], [40, 0, 40]))
+    for prefix in (False, True):
+        inputs = pool_inputs(3, 40, 64, torch.float32, folded=True, state=prefix, device="cuda")
+        for a, b in zip(*(pooled(prefix, inputs, lengths=n) for n in (wrong, right)), strict=True):
+            assert torch.equal(a, b)
+    inputs = additive_inputs(3, 7, 40, 64, 32, torch.float32, device="cuda")
+    for a, b in zip(*(attended(inputs, key_lengths=n) for n in (wrong, right)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_memory_of_additive_attention(B: int) -> None:
+    """Forward and backward: it grows with Tq + Tk, and nothing of Tq × Tk × A is there."""
+    A = 256
+    for Tq, Tk in ((500, 500), (2000, 2000), (1, 4000), (4000, 1)):
+        inputs = additive_inputs(B, Tq, Tk, A, A, torch.float32, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(ops.additive_attention(*inputs.values())[0].sum(), list(inputs.values()))
+        assert torch.cuda.max_memory_allocated() - before <= 8 * 4 * B * (Tq + Tk) * A + (4 << 20)
 
 
 # ---- errors
@@ -325,11 +450,6 @@ def test_wrong_lengths_do_no_harm(cell: Cell) -> None:
     wrong, right = (torch.tensor(n, device="cuda") for n in ([9, -1, 5, 1 << 40], [5, 0, 5, 5]))
     for a, b in zip(trained(cell, inputs, lengths=wrong), trained(cell, inputs, lengths=right), strict=True):
         assert torch.equal(a, b)
-
-
-def test_attention_has_no_kernels_yet() -> None:
-    with pytest.raises(NotImplementedError, match="no kernel of this op for cuda; built with CUDA"):
-        ops.attention_pool(torch.randn(2, 3, 4, device="cuda"), torch.randn(4, device="cuda"))
 
 
 def test_out_of_memory_is_said_and_leaves_nothing_behind() -> None:
@@ -385,5 +505,14 @@ for kind, dtype, H, B in (
     x = torch.randn(4, B, 8, device="cuda", dtype=dtype, requires_grad=True)
     lengths = torch.arange(B, device="cuda") % 5
     layer(x, lengths=lengths)[0].sum().backward()
+for dtype, D in ((torch.bfloat16, 1024), (torch.float32, 33), (torch.float64, 16)):
+    lengths, new = torch.tensor([200, 0, 9], device="cuda"), {"device": "cuda", "dtype": dtype}
+    e = torch.randn(3, 200, D, requires_grad=True, **new)
+    for causal in (False, True):
+        pool = llm_ext.AttentionPool(D, 8, causal=causal, **new)
+        result = pool(e, lengths=lengths)
+        (result[0] if causal else result).sum().backward()
+    attention = llm_ext.AdditiveAttention(D, D, 70, **new)
+    attention(e[:, :40], e, key_lengths=lengths)[0].sum().backward()
 torch.cuda.synchronize()
 """

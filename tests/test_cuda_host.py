@@ -1,4 +1,4 @@
-"""The ops of csrc/torch/recurrence_cuda.cpp, compiled for the CPU: the generic kernels run in the emulator.
+"""The ops of csrc/torch/*_cuda.cpp, compiled for the CPU: of the recurrence the generic kernels run in the emulator.
 
 What is not tried here is what a GPU's torch alone can do: streams, devices, memory that is pinned.
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 import cases
 import pytest
 import recurrences
+import test_additive_attention as additive
 import test_lengths as lengths
+import test_ops as pools
 import test_stack as stack
 import torch
 from cases import DTYPES, HALF_DTYPES, assert_close
@@ -30,11 +32,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 EMULATOR = HERE / "cuda_emulator"
 NAME = "llm_ext_emulated"
-WITH_TORCH = [ROOT / "csrc/torch/recurrence_cuda.cpp", ROOT / "csrc/torch/schema.cpp"]
+WITH_TORCH = [ROOT / f"csrc/torch/{name}.cpp" for name in ("attention_cuda", "recurrence_cuda", "schema")]
 WITHOUT = [
+    *(
+        ROOT / f"csrc/cuda/{name}.cu"
+        for name in ("additive_attention", "attention_pool", "parts", "prefix_rounds", "rows")
+    ),
     ROOT / "csrc/cuda/recurrence_generic.cu",
-    ROOT / "csrc/cuda/rows.cu",
-    ROOT / "csrc/cuda/plan.cpp",
+    *(ROOT / f"csrc/cuda/{name}.cpp" for name in ("attention_plan", "plan")),
     ROOT / "csrc/torch/cores.cpp",
     HERE / "cuda_host/backend.cpp",
     HERE / "cuda_host/no_sanitizer.cpp",
@@ -103,7 +108,7 @@ def emulated() -> types.ModuleType:
 
 @pytest.fixture(autouse=True)
 def _ops(emulated: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (recurrences, lengths, stack):
+    for module in (additive, recurrences, lengths, pools, stack):
         monkeypatch.setattr(module, "ops", emulated)
     monkeypatch.setattr(cases, "TOLERANCE_ON", {"cpu": cases.TOLERANCE_ON["cuda"]})
 
@@ -207,8 +212,8 @@ def test_an_evaluation_keeps_nothing(name: str, gates: int, blocks: int, emulate
         assert kept.shape == (6 if keep else 0, blocks * 5)
 
 
-def ops_of_one_direction() -> list[tuple[str, tuple[object, ...]]]:
-    return [(op, arguments) for op, arguments in opcheck_arguments() if "pool" not in op]
+def other_ops() -> list[tuple[str, tuple[object, ...]]]:
+    return [*opcheck_arguments(), *additive.opcheck_arguments()]
 
 
 @pytest.mark.parametrize("cell", [RNN, GRU, LSTM], ids=str)
@@ -231,9 +236,70 @@ def test_opcheck(cell: Cell, emulated: types.ModuleType) -> None:
             torch.library.opcheck(emulated._bidirectional_backward, backward)
 
 
-@pytest.mark.parametrize(("op", "arguments"), ops_of_one_direction(), ids=lambda a: a if isinstance(a, str) else "")
-def test_opcheck_of_one_direction(op: str, arguments: tuple[object, ...]) -> None:
+@pytest.mark.parametrize(("op", "arguments"), other_ops(), ids=lambda a: a if isinstance(a, str) else "")
+def test_opcheck_of_others(op: str, arguments: tuple[object, ...]) -> None:
     torch.library.opcheck(getattr(getattr(torch.ops, NAME), op).default, arguments)
+
+
+# Of those that test_ops.py has for the CPU: nothing, one, odd, whole packs, and several chunks of time.
+POOL_SIZES = [
+    (0, 4, 5),
+    (2, 0, 5),
+    (3, 4, 0),
+    (1, 1, 1),
+    (3, 5, 7),
+    (2, 9, 64),
+    (4, 17, 136),
+    (1, 130, 33),
+    (1, 140, 40),
+]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
+@pytest.mark.parametrize(("B", "T", "D"), POOL_SIZES)
+def test_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool) -> None:
+    pools.test_pool(B, T, D, dtype, prefix, "cpu")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_pool_as_it_lies(prefix: bool) -> None:
+    pools.test_pool_time_major(torch.float32, prefix, "cpu")
+    pools.test_pool_time_major(torch.bfloat16, prefix, "cpu")
+    pools.test_pool_of_what_is_not_contiguous(torch.float32, prefix)
+    pools.test_padding_holds_anything(prefix, "cpu")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_pool_is_no_less_exact_than_torch_in_16_bits(dtype: torch.dtype, prefix: bool) -> None:
+    for folded in (False, True):
+        pools.test_pool_is_no_less_exact_than_torch_in_16_bits(3, 100, 33, folded, dtype, prefix)
+
+
+def test_pool_of_nothing_and_of_any_scores() -> None:
+    pools.test_nothing_takes_part("cpu")
+    for rise in (50.0, 70.0, 500.0):
+        pools.test_scores_of_any_size(rise, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
+@pytest.mark.parametrize(("B", "Tq", "Tk", "A", "Dv"), additive.SIZES)
+def test_additive_attention(B: int, Tq: int, Tk: int, A: int, Dv: int, dtype: torch.dtype) -> None:
+    for kind in additive.SELECTIONS:
+        additive.test_is_the_reference(B, Tq, Tk, A, Dv, dtype, kind, "cpu")
+
+
+def test_additive_attention_of_odd_numbers() -> None:
+    """Padding and NaN, queries and keys that cancel, in memory with holes, and only some gradients."""
+    additive.test_not_contiguous("cpu")
+    additive.test_only_wanted_gradients("cpu")
+    additive.test_nothing_takes_part("cpu")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        additive.test_nan_and_infinity_come_through(value, "cpu")
+        additive.test_padding_holds_anything(abs(value), "cpu")
+    for dtype in DTYPES:
+        additive.test_queries_and_keys_nearly_cancel(dtype, 30.0, "cpu")
 
 
 def test_refusals(emulated: types.ModuleType) -> None:

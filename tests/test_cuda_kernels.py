@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +62,8 @@ class Case:
 
 
 def kernel_sources() -> list[Path]:
-    return [path for path in sorted((ROOT / "csrc" / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+    return [path for path in sources if not re.search("attention|parts|prefix", path.name)]
 
 
 def recurrence_sources() -> list[Path]:

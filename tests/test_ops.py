@@ -247,15 +247,17 @@ def test_activations_at_the_ends() -> None:
 # ---- pooling
 
 
-def pool_inputs(B: int, T: int, D: int, dtype: torch.dtype, *, folded: bool, state: bool) -> dict[str, Tensor]:
-    inputs = {"e": leaf(B, T, D, dtype=dtype)}
+def pool_inputs(
+    B: int, T: int, D: int, dtype: torch.dtype, *, folded: bool, state: bool, device: str = "cpu"
+) -> dict[str, Tensor]:
+    inputs = {"e": leaf(B, T, D, dtype=dtype, device=device)}
     if folded:
-        inputs["u"] = leaf(D, dtype=dtype, scale=2 * max(D, 1) ** -0.5)
+        inputs["u"] = leaf(D, dtype=dtype, scale=2 * max(D, 1) ** -0.5, device=device)
     else:
-        inputs["scores"] = leaf(B, T, dtype=dtype, scale=3)
+        inputs["scores"] = leaf(B, T, dtype=dtype, scale=3, device=device)
     if state:
         computed = checks.compute_dtype(dtype)
-        inputs |= {"l": leaf(B, dtype=computed), "c": leaf(B, D, dtype=computed)}
+        inputs |= {"l": leaf(B, dtype=computed, device=device), "c": leaf(B, D, dtype=computed, device=device)}
     return inputs
 
 
@@ -280,27 +282,29 @@ def pool_functions(prefix: bool, **options: object) -> list[Callable[..., tuple[
     return [bind(ops), bind(reference)]
 
 
+@every_device
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
 @pytest.mark.parametrize(("B", "T", "D"), POOL_SIZES)
-def test_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool) -> None:
+def test_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool, device: str) -> None:
     op = "prefix_pool" if prefix else "attention_pool"
-    lengths, mask = torch.randint(0, T + 1, (B,)), torch.rand(B, T) < 0.5
+    lengths, mask = torch.randint(0, T + 1, (B,), device=device), torch.rand(B, T, device=device) < 0.5
     # The reference is a loop over time: at long T one combination of options is enough.
     selections = [{"lengths": lengths, "mask": mask}]
     if T < 1000:
         selections += [{}, {"lengths": lengths}, {"mask": mask}]
     for folded, state, selection in itertools.product((True, False), (False, True) if prefix else (False,), selections):
-        inputs = pool_inputs(B, T, D, dtype, folded=folded, state=state)
+        inputs = pool_inputs(B, T, D, dtype, folded=folded, state=state, device=device)
         compare(op, *pool_functions(prefix, **selection), inputs)
 
 
+@every_device
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES + HALF_DTYPES)
-def test_pool_time_major(dtype: torch.dtype, prefix: bool) -> None:
+def test_pool_time_major(dtype: torch.dtype, prefix: bool, device: str) -> None:
     """[T, B, D] in memory is read as it lies, and results lie as it does."""
-    inputs = pool_inputs(3, 21, 40, dtype, folded=True, state=False)
-    inputs["e"] = leaf(21, 3, 40, dtype=dtype)
+    inputs = pool_inputs(3, 21, 40, dtype, folded=True, state=False, device=device)
+    inputs["e"] = leaf(21, 3, 40, dtype=dtype, device=device)
     functions = [lambda e, u, f=f: f(e.transpose(0, 1), u) for f in pool_functions(prefix)]
     compare("prefix_pool" if prefix else "attention_pool", *functions, inputs)
     if prefix:
@@ -377,11 +381,12 @@ def test_prefix_pool_streams_past_the_cache() -> None:
     assert_close("prefix_pool_backward", grad, expected)
 
 
+@every_device
 @pytest.mark.parametrize("prefix", [False, True])
-def test_padding_holds_anything(prefix: bool) -> None:
+def test_padding_holds_anything(prefix: bool, device: str) -> None:
     """What does not take part may be NaN or infinite: neither results nor gradients see it."""
-    e, u = torch.randn(2, 30, 9), torch.randn(9)
-    mask = torch.rand(2, 30) < 0.5
+    e, u = torch.randn(2, 30, 9, device=device), torch.randn(9, device=device)
+    mask = torch.rand(2, 30, device=device) < 0.5
     dirty = e.masked_fill(~mask[..., None], float("nan"))
     function = pool_functions(prefix, mask=mask)[0]
     for a, b in zip(function(e, u), function(dirty, u), strict=True):
@@ -392,10 +397,11 @@ def test_padding_holds_anything(prefix: bool) -> None:
     assert (grad[~mask] == 0).all()
 
 
-def test_nothing_takes_part() -> None:
-    e = torch.randn(3, 5, 7, requires_grad=True)
-    u = torch.randn(7, requires_grad=True)
-    lengths = torch.tensor([0, 5, 0])
+@every_device
+def test_nothing_takes_part(device: str) -> None:
+    e = torch.randn(3, 5, 7, device=device, requires_grad=True)
+    u = torch.randn(7, device=device, requires_grad=True)
+    lengths = torch.tensor([0, 5, 0], device=device)
     c, lse = ops.attention_pool(e, u, lengths=lengths)
     assert (c[[0, 2]] == 0).all()
     assert lse.tolist()[::2] == [-float("inf")] * 2
@@ -408,12 +414,13 @@ def test_nothing_takes_part() -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
+@every_device
 @pytest.mark.parametrize("rise", [50.0, 70.0, 500.0])
-def test_scores_of_any_size(rise: float) -> None:
+def test_scores_of_any_size(rise: float, device: str) -> None:
     """Scores that rise or fall by more than exp can hold, within a tile of rows and across."""
     for signs in ((1, 1), (1, -1), (-1, 1)):
-        e = torch.randn(2, 40, 5, dtype=torch.float64)
-        scores = torch.randn(2, 40, dtype=torch.float64)
+        e = torch.randn(2, 40, 5, dtype=torch.float64, device=device)
+        scores = torch.randn(2, 40, dtype=torch.float64, device=device)
         scores[:, 13:] += signs[0] * rise
         scores[:, 29:] += signs[1] * rise
         for prefix in (False, True):

@@ -19,6 +19,8 @@
 // A kernel of at most `threads` threads a block, one block a multiprocessor; what is called from kernels; and its
 // parameters, which are read where they lie.
 #define LLM_EXT_KERNEL(threads) __global__ __launch_bounds__(threads, 1)
+// The same where a multiprocessor has to have room for `blocks` of them.
+#define LLM_EXT_SHARING_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define LLM_EXT_DEVICE __device__ __forceinline__
 #define LLM_EXT_PARAMS const __grid_constant__
 
@@ -175,6 +177,20 @@ LLM_EXT_DEVICE double exp_of(double x) { return exp(x); }
 LLM_EXT_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 LLM_EXT_DEVICE double quotient(double a, double b) { return a / b; }
 LLM_EXT_DEVICE double tanh_of(double x) { return tanh(x); }
+// float: exact to the last place, of a normal number whose reciprocal is one.
+LLM_EXT_DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+LLM_EXT_DEVICE double reciprocal(double x) { return 1 / x; }
+// Exact to the last two places.
+LLM_EXT_DEVICE float exact_exp_of(float x) { return expf(x); }
+LLM_EXT_DEVICE double exact_exp_of(double x) { return exp(x); }
+LLM_EXT_DEVICE float log_of(float x) { return logf(x); }
+LLM_EXT_DEVICE double log_of(double x) { return log(x); }
+LLM_EXT_DEVICE float log1p_of(float x) { return log1pf(x); }
+LLM_EXT_DEVICE double log1p_of(double x) { return log1p(x); }
 
 // Matrix fragments. Lane 4 r + q (r < 8, q < 4) holds
 //   of a tile of weights [16 x 16]: columns 4 q and 4 q + 1 of row r, then of row r + 8, then columns 4 q + 2 and 4 q +

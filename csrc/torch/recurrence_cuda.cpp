@@ -3,7 +3,6 @@
 // All of it is queued on torch's current stream: nothing here waits for the device.
 #include <algorithm>
 #include <deque>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -12,6 +11,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/rows.h"
+#include "torch/on_device.h"
 #include "torch/recurrence.h"
 
 namespace llm_ext {
@@ -26,50 +26,11 @@ inline constexpr cuda::Type kType<BFloat16> = cuda::Type::kBFloat16;
 template <>
 inline constexpr cuda::Type kType<Float16> = cuda::Type::kFloat16;
 
-void check_queued(const char* op, int error) {
-  STD_TORCH_CHECK(error == 0, op, ": CUDA reports: ", cuda::error_text(error));
+// An op comes here as soon as one of its arguments is on such a device.
+int32_t device_of(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda(), op, ": x must be on the device of the others");
+  return x.get_device_index();
 }
-
-// cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize.
-bool is_too_large(int error) { return error == 701 || error == 720 || error == 912; }
-
-// Of a device, asked for once.
-const cuda::DeviceFacts& facts_of(const char* op, int device) {
-  static std::mutex mutex;
-  static std::deque<std::optional<cuda::DeviceFacts>> known;  // does not move what it holds
-  const std::lock_guard<std::mutex> lock(mutex);
-  while (static_cast<int>(known.size()) <= device) known.emplace_back();
-  std::optional<cuda::DeviceFacts>& facts = known[device];
-  if (!facts.has_value()) {
-    cuda::DeviceFacts found;
-    check_queued(op, cuda::device_facts(device, &found));
-    facts = found;
-  }
-  STD_TORCH_CHECK(facts->sm >= 80, op, ": cuda:", device, " has compute capability ", facts->sm / 10, ".",
-                  facts->sm % 10, ", but 8.0 is the least that llm_ext has kernels for");
-  return *facts;
-}
-
-// Makes the device of a tensor current as long as it lives, and knows its current stream.
-class OnDevice {
- public:
-  OnDevice(const char* op, const Tensor& x) : guard_(index_of(op, x)), facts(facts_of(op, x.get_device_index())) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  }
-
- private:
-  // An op comes here as soon as one of its arguments is on such a device.
-  static int32_t index_of(const char* op, const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda(), op, ": x must be on the device of the others");
-    return x.get_device_index();
-  }
-
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  const cuda::DeviceFacts& facts;
-  void* stream = nullptr;
-};
 
 // ---- matrices, which are views of tensors
 
@@ -124,7 +85,9 @@ class Layer {
  public:
   template <typename DirectionArguments>
   explicit Layer(const std::vector<DirectionArguments>& directions)
-      : op_(directions[0].common.op), tf32_(directions[0].common.tf32), on_(op_, directions[0].common.x) {
+      : op_(directions[0].common.op),
+        tf32_(directions[0].common.tf32),
+        on_(op_, device_of(op_, directions[0].common.x)) {
     for (const DirectionArguments& d : directions) r_.emplace_back(d.common);
     // Kernels count each of them in int.
     for (int64_t size : {sizes().steps, sizes().batch, sizes().hidden}) {

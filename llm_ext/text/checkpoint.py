@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from llm_ext.model import LLM
+from llm_ext.seq2seq import Seq2Seq
 from llm_ext.text import tokens as vocabulary
 from llm_ext.text.errors import TextError
 from llm_ext.text.files import read_json, sync_directory, write_json
@@ -28,6 +29,7 @@ from llm_ext.text.files import read_json, sync_directory, write_json
 RUN = "llm_ext run"
 CHECKPOINT = "llm_ext checkpoint"
 WEIGHTS, STATE = "model.safetensors", "state.safetensors"
+MODELS: dict[str, Callable[..., LLM | Seq2Seq]] = {"lm": LLM, "translate": Seq2Seq}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ class Checkpoint:
         except SafetensorError as error:
             raise TextError(f"{path}: expected safetensors, got something else ({error})") from None
 
-    def model(self) -> LLM:
+    @property
+    def task(self) -> str:
+        """What the model was trained for; those saved before there was a choice are language models."""
+        return str(self.config.get("task", "lm"))
+
+    def model(self) -> LLM | Seq2Seq:
         """Build the model and fill in its weights.
 
         Raises:
@@ -69,9 +76,13 @@ class Checkpoint:
         """
         weights = self.tensors(WEIGHTS)
         try:
-            model = LLM(**self.config["model"])
-            model.to(next(iter(weights.values())).dtype).load_state_dict(weights)
-        except (TypeError, ValueError, RuntimeError, StopIteration) as error:
+            model = MODELS[self.task](**self.config["model"]).to(next(iter(weights.values())).dtype)
+            # Not strictly: weights that stand in two places are saved once.
+            _, unknown = model.load_state_dict(weights, strict=False)
+            names = {name for name, _ in model.named_parameters()}
+            if missing := sorted(names - weights.keys()) + unknown:
+                raise ValueError(f"only one of them has {', '.join(missing)}")
+        except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
             raise TextError(f"{self.path}: the weights do not fit the configuration: {error}") from None
         return model
 
@@ -85,7 +96,8 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.vocabulary = path / "vocabulary.json"
+        # Of a translator with two vocabularies, that of the sources.
+        self.vocabulary, self.target_vocabulary = path / "vocabulary.json", path / "vocabulary.target.json"
         self._pointers = path / "run.json"
 
     def exists(self) -> bool:
@@ -116,11 +128,27 @@ class Run:
         """Build the model of a checkpoint, in evaluation mode, and its vocabulary.
 
         Raises:
-            TextError: something is missing, damaged, or does not fit.
+            TextError: something is missing, damaged, does not fit, or is not of a language model.
         """
         model = self.checkpoint(which).model()
-        tokens = vocabulary.load(self.vocabulary, model.vocab_size)
+        if not isinstance(model, LLM):
+            raise TextError(f"{self.path}: holds a translator, not a language model; llm-ext translate uses it")
+        (tokens,) = self.vocabularies(model)
         return model.eval(), tokens
+
+    def vocabularies(self, model: LLM | Seq2Seq) -> tuple[vocabulary.Tokens, ...]:
+        """Read the vocabulary of a model, or those of its source and its target, which may be the same.
+
+        Raises:
+            TextError: a file is missing, damaged, or does not fit the model.
+        """
+        if isinstance(model, LLM):
+            return (vocabulary.load(self.vocabulary, model.vocab_size),)
+        # The ends of lines have an id beyond the vocabulary's.
+        source = vocabulary.load(self.vocabulary, model.source_vocab_size - 1)
+        if model.config()["share_embedding"]:
+            return source, source
+        return source, vocabulary.load(self.target_vocabulary, model.target_vocab_size - 1)
 
     def save(
         self,
@@ -130,16 +158,18 @@ class Run:
         training: Mapping[str, Any],
         state: Mapping[str, Tensor],
         best: bool,
+        task: str = "lm",
     ) -> None:
         """Save a checkpoint and make it the last one, and the best one as well if `best`.
 
         Args:
             step: of the training.
-            model: arguments of `LLM`.
+            model: arguments of `LLM` or `Seq2Seq`.
             weights: of the model.
             training: what else is needed to continue, of JSON types.
             state: what else is needed to continue, in tensors.
             best: whether this is the best model so far.
+            task: what the model is trained for.
 
         Raises:
             OSError: it could not be written; what was saved before is untouched.
@@ -153,7 +183,7 @@ class Run:
         unfinished.mkdir()
         try:
             files = {WEIGHTS: _write(unfinished / WEIGHTS, weights), STATE: _write(unfinished / STATE, state)}
-            config = {"format": CHECKPOINT, "version": 1, "step": step, "model": dict(model)}
+            config = {"format": CHECKPOINT, "version": 1, "step": step, "task": task, "model": dict(model)}
             write_json(unfinished / "config.json", {**config, "training": dict(training), "files": files})
             os.rename(unfinished, self.path / name)
         except BaseException:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_ext.model import CELLS
 from llm_ext.text.tokens import KINDS
 
 SCHEDULES = ("one-cycle", "cosine", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
+# Of a model, as --freeze names them.
+PARTS = ("embedding", "encoder", "attention", "decoder", "head")
 
 
 def _option(
@@ -31,19 +33,22 @@ def _option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train: the text, the model, the training, the machine.
+def _again(name: str, default: Any) -> Any:
+    """A field of `Config` with another default."""
+    return dataclasses.field(default=default, metadata=Config.__dataclass_fields__[name].metadata)
 
-    Raises:
-        ValueError: a setting is out of range.
-    """
+
+@dataclass(frozen=True)
+class Config:
+    """What the settings of all tasks have in common; see the two below."""
+
+    task: ClassVar[str]
 
     tokens: str = _option("bytes", "what a token is; bpe learns its vocabulary", group="text", choices=KINDS)
     vocab_size: int = _option(4096, "tokens in the vocabulary of bpe", group="text", least=256, most=1 << 24)
     val_fraction: float = _option(
-        0.1, "part of the text, at its end, kept for validation unless --val is given", group="text", least=0,
-        most=0.9,
+        0.1, "part kept for validation unless --val is given: the end of the text, or the pairs of so many sources",
+        group="text", least=0, most=0.9,
     )  # fmt: skip
 
     embedding: int = _option(128, "size of a token's embedding", group="model", least=1)
@@ -52,19 +57,20 @@ class TrainConfig:
     dropout: float = _option(0.0, "probability of dropping a unit, in training", group="model", least=0, most=0.99)
     cell: str = _option("rnn", "of the recurrent layers; rnn is that of Elman", group="model", choices=CELLS)
     nonlinearity: str = _option("tanh", "of --cell rnn", group="model", choices=("tanh", "relu", "sigmoid"))
-    attention: str = _option(
-        "hidden", "what attention pools over", group="model", choices=("hidden", "embedding", "none")
-    )
-    score: str = _option("linear", "how attention scores", group="model", choices=("linear", "tanh"))
     attn_dim: int | None = _option(
-        None, "size of the attention space (default: that of what is pooled, at most 128)", group="model",
+        None, "size of the attention space (default: that of what is attended to, for lm at most 128)", group="model",
         type=int, least=1,
     )  # fmt: skip
 
+    init_from: str | None = _option(
+        None, "run whose best checkpoint lends its weights, matched by token", group="start", type=str
+    )
+    init: str = _option("all", "what is taken from it", group="start", choices=("all", "encoder", "embedding"))
+    freeze: str = _option("", "parts that are not trained, with commas between: " + ", ".join(PARTS), group="start")
+
     # Batch, chunk, rate, schedule and clip: with them this network reaches 1.517 nats a character on the plays of
     # Shakespeare in 4,800 steps; docs/text.md has what else was tried.
-    batch: int = _option(32, "streams read side by side, in each process", group="training", least=1)
-    chunk: int = _option(64, "tokens a step and stream; gradients reach back no further", group="training", least=1)
+    batch: int = _option(32, "streams read side by side, or pairs, in each process", group="training", least=1)
     steps: int | None = _option(
         None, "steps to train (default: 3000 if --minutes is not given)", group="training", type=int, least=1,
         resume=True,
@@ -106,13 +112,21 @@ class TrainConfig:
             numeric = meta["type"] in (int, float)
             kinds = (int, float) if meta["type"] is float else meta["type"]
             name = field.name.replace("_", "-")
-            if not isinstance(value, kinds) or isinstance(value, bool):
+            if not isinstance(value, kinds) or (isinstance(value, bool) and meta["type"] is not bool):
                 raise ValueError(f"{name} must be of type {meta['type'].__name__}, got {value!r}")
             if numeric and not (meta["least"] <= value <= meta["most"] and math.isfinite(value)):
                 most = "" if meta["most"] == math.inf else f" and at most {meta['most']}"
                 raise ValueError(f"{name} must be at least {meta['least']}{most}, got {value}")
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}")
+        for part in self.frozen:
+            if part not in PARTS:
+                raise ValueError(f"freeze must name some of {', '.join(PARTS)}, got {part!r}")
+
+    @property
+    def frozen(self) -> list[str]:
+        """The parts that are not trained."""
+        return [part for part in self.freeze.split(",") if part]
 
     @property
     def last_step(self) -> float:
@@ -136,6 +150,57 @@ class TrainConfig:
         if progress < self.warmup:
             return self.lr * _cosine(first, 1.0, progress / self.warmup)
         return self.lr * _cosine(1.0, last, (progress - self.warmup) / max(1 - self.warmup, 1e-9))
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How to train a language model: the text, the model, the training, the machine.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    task: ClassVar[str] = "lm"
+
+    attention: str = _option(
+        "hidden", "what attention pools over", group="model", choices=("hidden", "embedding", "none")
+    )
+    score: str = _option("linear", "how attention scores", group="model", choices=("linear", "tanh"))
+    chunk: int = _option(64, "tokens a step and stream; gradients reach back no further", group="training", least=1)
+
+
+@dataclass(frozen=True)
+class TranslateConfig(Config):
+    """How to train a model from line to line: the pairs, the model, the training, the machine.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    task: ClassVar[str] = "translate"
+
+    tokens: str = _again("tokens", "bpe")
+    embedding: int = _again("embedding", 256)
+    dropout: float = _again("dropout", 0.3)
+    cell: str = _again("cell", "gru")
+    batch: int = _again("batch", 64)
+    lr: float = _again("lr", 1e-3)
+    warmup: float = _again("warmup", 0.1)
+
+    vocabularies: str = _option(
+        "shared", "one vocabulary, and embedding, for both sides, or one each", group="text", choices=("shared", "two")
+    )
+    longest: int = _option(200, "tokens; pairs with a longer side are left out of training", group="text", least=1)
+    input_feeding: bool = _option(
+        False, "let each step of the decoder read what the last one predicted from; slower", group="model"
+    )
+    tie_head: bool = _option(True, "give the head the weights of the embedding", group="model")
+    label_smoothing: float = _option(
+        0.1, "part of the training target spread over all tokens", group="training", least=0, most=0.9
+    )
+
+
+CONFIGS: dict[str, type[Config]] = {config.task: config for config in (TrainConfig, TranslateConfig)}
 
 
 def _cosine(start: float, end: float, part: float) -> float:

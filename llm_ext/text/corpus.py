@@ -45,10 +45,11 @@ class Corpus:
         """Read rows of neighbouring ids [len(starts), length] int64; past `end` a row goes on at `begin`."""
         places = begin + (starts[:, None] - begin + np.arange(length)) % (end - begin)
         few = ROWS if len(self._map) > SMALL else max(len(places), 1)
-        parts = [self._read(places[at : at + few]) for at in range(0, len(places), few)]
+        parts = [self.read(places[at : at + few]) for at in range(0, len(places), few)]
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    def _read(self, places: npt.NDArray[np.int64] | slice) -> Ids:
+    def read(self, places: npt.NDArray[np.int64] | slice) -> Ids:
+        """Return a copy of the ids at some places."""
         ids: Ids = self._ids[places].copy()
         if len(self._map) > SMALL:
             self._map.madvise(mmap.MADV_DONTNEED)
@@ -62,7 +63,7 @@ class Corpus:
         """Return a hash of the length and of 64 samples of the ids, by which a changed text is noticed."""
         digest = hashlib.sha256(str(len(self)).encode())
         for start in np.linspace(0, len(self), num=64, endpoint=False).astype(np.int64).tolist():
-            digest.update(self._read(slice(start, start + 256)).astype("<u4").tobytes())
+            digest.update(self.read(slice(start, start + 256)).astype("<u4").tobytes())
         return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from llm_ext.text.errors import TextError
 
 
 def default_device() -> str:
-    """Return "cpu": attention pooling, which the models here have by default, has no kernels for CUDA yet."""
+    """Return "cpu": nothing here has been tried on a GPU yet."""
     return "cpu"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import json
 import re
 from abc import ABC, abstractmethod
@@ -120,10 +121,14 @@ class CharTokens(Tokens):
     @classmethod
     def train(cls, files: Iterable[Path]) -> CharTokens:
         """Collect the characters of files."""
+        return cls.learn(text for path in files for _, text in _text_blocks(path))
+
+    @classmethod
+    def learn(cls, texts: Iterable[str]) -> CharTokens:
+        """Collect the characters of texts."""
         seen = np.zeros(0x110000, dtype=bool)
-        for path in files:
-            for _, text in _text_blocks(path):
-                seen[_code_points(text)] = True
+        for text in texts:
+            seen[_code_points(text)] = True
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())))
 
     def encode(self, text: str) -> Ids:
@@ -169,6 +174,19 @@ class BpeTokens(Tokens):
     @classmethod
     def train(cls, files: Sequence[Path], vocab_size: int) -> BpeTokens:
         """Learn merges from files until there are `vocab_size` tokens, or nothing is left to merge."""
+        blocks = sum(path.stat().st_size for path in files) // BPE_SAMPLE + 1
+
+        def sample() -> Iterator[str]:
+            for path in files:
+                for number, (_, text) in enumerate(_text_blocks(path)):
+                    if number % blocks == 0:
+                        yield from _split(text)
+
+        return cls.learn(sample(), vocab_size)
+
+    @classmethod
+    def learn(cls, texts: Iterable[str], vocab_size: int) -> BpeTokens:
+        """Learn merges from texts, none of them long."""
         tokenizer = Tokenizer(BPE())
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
         tokenizer.decoder = ByteLevelDecoder()
@@ -178,15 +196,7 @@ class BpeTokens(Tokens):
             initial_alphabet=sorted(ByteLevel.alphabet()),
             show_progress=False,
         )
-        blocks = sum(path.stat().st_size for path in files) // BPE_SAMPLE + 1
-
-        def sample() -> Iterator[str]:
-            for path in files:
-                for number, (_, text) in enumerate(_text_blocks(path)):
-                    if number % blocks == 0:
-                        yield from _split(text)
-
-        tokenizer.train_from_iterator(sample(), trainer)
+        tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
 
     def encode(self, text: str) -> Ids:
@@ -231,6 +241,15 @@ def train(kind: str, files: Sequence[Path], vocab_size: int) -> Tokens:
     if kind == "bytes":
         return ByteTokens()
     return CharTokens.train(files) if kind == "chars" else BpeTokens.train(files, vocab_size)
+
+
+def learn(kind: str, texts: Iterable[str], vocab_size: int) -> Tokens:
+    """Make the vocabulary of texts, none of them long; the other arguments are those of `train`."""
+    if kind == "bytes":
+        # Read all the same: what is wrong with them must show.
+        collections.deque(texts, maxlen=0)
+        return ByteTokens()
+    return CharTokens.learn(texts) if kind == "chars" else BpeTokens.learn(texts, vocab_size)
 
 
 def load(path: Path, size: int | None = None) -> Tokens:

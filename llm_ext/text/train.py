@@ -1,4 +1,4 @@
-"""Training: parallel streams with the state carried along, on devices and processes of Lightning Fabric."""
+"""Training: the loop that all tasks share, on devices and processes of Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor
 
-from llm_ext.model import LLM, LLMState
-from llm_ext.text import corpus as corpora
-from llm_ext.text import tokens as vocabulary
-from llm_ext.text.carry import Carrier
 from llm_ext.text.checkpoint import STATE, Checkpoint, Run
-from llm_ext.text.config import TrainConfig
-from llm_ext.text.corpus import Corpus, Streams
+from llm_ext.text.config import CONFIGS, Config
+from llm_ext.text.corpus import check_files
 from llm_ext.text.device import default_device
 from llm_ext.text.errors import TextError
-from llm_ext.text.evaluate import EvaluationStoppedError, evaluate
+from llm_ext.text.evaluate import EvaluationStoppedError
+from llm_ext.text.language import LanguageTask
 from llm_ext.text.memory import keep_freed_memory
 from llm_ext.text.plot import plot_loss
 from llm_ext.text.report import Report, read_log
 from llm_ext.text.signals import Stop
-from llm_ext.text.tokens import Tokens
+from llm_ext.text.task import Task
+from llm_ext.text.transfer import freeze, take_over
+from llm_ext.text.translation import TranslationTask
 
 LOG, PLOT, CACHE = "log.jsonl", "loss.svg", "cache"
+TASKS: dict[str, Callable[..., Task]] = {"lm": LanguageTask, "translate": TranslationTask}
 
 
 @dataclass
@@ -74,20 +73,21 @@ class Outcome:
 
 
 def train(
-    config: TrainConfig,
+    config: Config,
     files: Sequence[Path],
     out: Path,
     *,
     val: Sequence[Path] = (),
     cache: Path | None = None,
 ) -> Outcome:
-    """Train a model on a text.
+    """Train a model.
 
     Args:
-        config: the settings.
-        files: the text.
+        config: the settings; their class says what is learnt.
+        files: the text; for a translator one file of tab-separated pairs, or that of the sources and that of the
+            targets.
         out: run directory for vocabulary, checkpoints, log and plot; it must hold no run yet.
-        val: text for validation; if none, the last part of `files`.
+        val: likewise, for validation; if none, a part of `files`.
         cache: directory for the encoded text; by default inside `out`.
 
     Raises:
@@ -96,33 +96,15 @@ def train(
     run = Run(out)
     if run.exists():
         raise TextError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-    corpora.check_files([*files, *val])
+    check_files([*files, *val])
+    if config.init_from is not None:
+        Run(Path(config.init_from)).checkpoint("best")
     fabric = _launch(config)
-    with fabric.rank_zero_first():
-        if fabric.is_global_zero:
-            out.mkdir(parents=True, exist_ok=True)
-            # Characters that only the validation has would be impossible to encode.
-            sources = [*files, *val] if config.tokens == "chars" else files
-            vocabulary.train(config.tokens, sources, config.vocab_size).save(run.vocabulary)
-        tokens = vocabulary.load(run.vocabulary)
-        texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
-
-    torch.manual_seed(config.seed)
-    model = LLM(
-        tokens.size,
-        config.embedding,
-        config.hidden,
-        tokens.size,
-        config.layers,
-        config.dropout,
-        cell=config.cell,
-        nonlinearity=config.nonlinearity,
-        attention=config.attention,
-        attn_dim=config.attn_dim,
-        score=config.score,
-    )
+    task = TASKS[config.task](fabric, config, run, files, val, cache or out / CACHE, None)
+    if config.init_from is not None:
+        task.notes.append(take_over(task.model, task.vocabularies, Path(config.init_from), config.init))
     names = {"files": [str(path.resolve()) for path in files], "val": [str(path.resolve()) for path in val]}
-    return _Trainer(fabric, config, run, tokens, texts, names, model, Progress()).run_loop()
+    return _Trainer(fabric, config, run, task, names, Progress()).run_loop()
 
 
 def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> Outcome:
@@ -140,7 +122,7 @@ def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> 
     checkpoint = run.checkpoint("last")
     saved = checkpoint.config["training"]
     try:
-        config = TrainConfig(**saved["config"])
+        config = CONFIGS[checkpoint.task](**saved["config"])
         progress = Progress(**saved["progress"])
         names = saved["names"]
         files, val = ([Path(path) for path in names[part]] for part in ("files", "val"))
@@ -148,20 +130,19 @@ def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> 
     except (KeyError, TypeError, ValueError) as error:
         raise TextError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
     config = dataclasses.replace(config, **changes)
-    corpora.check_files([*files, *val])
+    check_files([*files, *val])
     model = checkpoint.model()
-    tokens = vocabulary.load(run.vocabulary, model.vocab_size)
+    run.vocabularies(model)
     fabric = _launch(config)
-    with fabric.rank_zero_first():
-        texts = [corpora.encode(part, tokens, cache or out / CACHE) for part in (files, val) if part]
-    if [text.fingerprint() for text in texts] != fingerprints:
+    task = TASKS[config.task](fabric, config, run, files, val, cache or out / CACHE, model)
+    if task.fingerprints != fingerprints:
         raise TextError(f"{out}: cannot resume: the text has changed since the run was started")
-    trainer = _Trainer(fabric, config, run, tokens, texts, names, model, progress)
+    trainer = _Trainer(fabric, config, run, task, names, progress)
     trainer.restore(checkpoint)
     return trainer.run_loop()
 
 
-def _launch(config: TrainConfig) -> Fabric:
+def _launch(config: Config) -> Fabric:
     """Start the processes; under torchrun they run already, and it says how many.
 
     Their group is not taken down: DDP holds it last, and it would then wait, with Python's lock held, for threads of
@@ -188,38 +169,16 @@ class _Trainer:
     """The loop, and what it works on."""
 
     def __init__(
-        self,
-        fabric: Fabric,
-        config: TrainConfig,
-        run: Run,
-        tokens: Tokens,
-        texts: Sequence[Corpus],
-        names: dict[str, list[str]],
-        model: LLM,
-        progress: Progress,
+        self, fabric: Fabric, config: Config, run: Run, task: Task, names: dict[str, list[str]], progress: Progress
     ) -> None:
-        self.fabric, self.config, self.run, self.tokens = fabric, config, run, tokens
-        self.names, self.progress, self.model = names, progress, model
-        self.fingerprints = [text.fingerprint() for text in texts]
-
-        training, validation = texts[0], texts[-1]
-        split = len(training) if len(texts) == 2 else training.split(config.val_fraction)
-        self.validation, self.val_begin = validation, 0 if len(texts) == 2 else split
-        self.val_size = len(validation) - self.val_begin
-        if self.val_size < 2:
-            raise TextError(
-                f"the text for validation must have at least 2 tokens, got {self.val_size}; "
-                "give more text, a larger --val-fraction, or --val"
-            )
-        self.batch = config.batch * fabric.world_size
-        first = config.batch * fabric.global_rank
-        self.mine = slice(first, first + config.batch)
-        self.streams = Streams(training, 0, split, self.batch, config.chunk, self.mine)
+        self.fabric, self.config, self.run, self.task = fabric, config, run, task
+        self.names, self.progress, self.model = names, progress, task.model
+        freeze(self.model, config.frozen)
+        self.trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
 
         # One fused kernel a step in place of several for each parameter.
-        self.adam = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-        self.carrier = Carrier(model)
-        self.wrapped, self.optimizer = fabric.setup(self.carrier, self.adam)
+        self.adam = torch.optim.Adam([parameter for _, parameter in self.trained], lr=config.lr, fused=True)
+        self.wrapped, self.optimizer = fabric.setup(task.module, self.adam)
         self.saved: int | None = None  # step of the last checkpoint
         self.stop = Stop()
         # Tokens read and seconds spent on them since the last validation.
@@ -261,28 +220,24 @@ class _Trainer:
         if not tensors:
             return  # nothing was trained before it
         try:
-            names = enumerate(name for name, _ in self.model.named_parameters())
             keys = ("step", "exp_avg", "exp_avg_sq")
-            moments = {number: {key: tensors[f"{key}.{name}"] for key in keys} for number, name in names}
-            hidden, attention, cell = tensors["hidden"], None, None
-            if self.config.attention != "none":
-                attention = (tensors["attention.L"][self.mine], tensors["attention.c"][self.mine])
-            if self.config.cell == "lstm":
-                cell = tensors["cell"][:, self.mine]
+            moments = {
+                number: {key: tensors[f"{key}.{name}"] for key in keys} for number, (name, _) in enumerate(self.trained)
+            }
+            self.task.restore(tensors)
         except KeyError as error:
             raise TextError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
-        if hidden.shape[1] != self.batch:
-            raise TextError(f"cannot resume: batch × processes must be {hidden.shape[1]} as before, got {self.batch}")
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
-        self.carrier.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention, cell)))
 
     def _introduce(self) -> None:
         """Say what is about to be trained."""
+        for note in self.task.notes:
+            self.report.say(note)
         size = sum(parameter.numel() for parameter in self.model.parameters())
+        fixed = size - sum(parameter.numel() for _, parameter in self.trained)
         self.report.say(
-            f"{size:,} parameters, {self.tokens.size:,} tokens in the vocabulary ({self.tokens.kind}), "
-            f"{self.streams.end:,} tokens to train on, {self.val_size:,} to validate; "
-            f"{self.fabric.device}, {self.fabric.world_size} process(es), {self.batch} streams"
+            f"{size:,} parameters{f', {fixed:,} of them frozen' if fixed else ''}, {self.task.introduction()}; "
+            f"{self.fabric.device}, {self.fabric.world_size} process(es), {self.task.batch} {self.task.unit}"
         )
 
     def _stopped(self) -> bool:
@@ -300,15 +255,12 @@ class _Trainer:
         return cast(Tensor, self.fabric.all_reduce(values, reduce_op="sum"))
 
     def _step(self, part: float) -> None:
-        """Read one chunk of each stream and learn from it; `part` of the training is done."""
+        """Read what belongs to the step and learn from it; `part` of the training is done."""
         config, progress = self.config, self.progress
         started = time.perf_counter()
-        x, y = self.fabric.to_device(self.streams.read(progress.step))
-        if progress.step % self.streams.steps_per_pass == 0:
-            self.carrier.state = None
         # Dropout is a function of the step, so that a resumed training draws the same.
-        torch.manual_seed(zlib.crc32(f"{config.seed} {progress.step} {self.fabric.global_rank}".encode()))
-        loss = F.cross_entropy(self.wrapped(x).flatten(0, 1), y.flatten())
+        seed = zlib.crc32(f"{config.seed} {progress.step} {self.fabric.global_rank}".encode())
+        loss, tokens = self.task.loss(self.wrapped, progress.step, lambda: torch.manual_seed(seed))
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
@@ -327,7 +279,7 @@ class _Trainer:
 
         progress.step += 1
         progress.losses += loss_now
-        self.read += self.batch * config.chunk
+        self.read += tokens
         self.busy += time.perf_counter() - started
         speed = self.read / self.busy
         self.report.advance(part, f"step {progress.step}, loss {loss_now:.3f}, {speed:,.0f} tokens/s")
@@ -348,19 +300,7 @@ class _Trainer:
         """Measure the loss on the text for validation, and save."""
         progress = self.progress
         self.wrapped.eval()
-        with self.carrier.afresh():
-            score = evaluate(
-                self.wrapped,
-                self.validation,
-                self.val_begin,
-                len(self.validation),
-                self.tokens,
-                self.fabric.device,
-                rank=self.fabric.global_rank,
-                world=self.fabric.world_size,
-                total=self._total,
-                stop=self._stopped,
-            )
+        score = self.task.validate(self.wrapped, self._total, self._stopped)
         self.wrapped.train()
         self._check_finite(progress.step, "loss on the text for validation", score.loss)
         self._stopped()
@@ -406,19 +346,22 @@ class _Trainer:
             TextError: it could not be written.
         """
         config, progress = self.config, self.progress
-        state = self._carried()
-        for (name, _), moments in zip(self.model.named_parameters(), self.adam.state.values(), strict=False):
-            state |= {f"{key}.{name}": tensor for key, tensor in moments.items()}
+        # Before the first step Adam has no moments, and there is nothing to continue.
+        state = self.task.carried(self._total) if self.adam.state else {}
+        for name, parameter in self.trained:
+            state |= {f"{key}.{name}": tensor for key, tensor in self.adam.state.get(parameter, {}).items()}
         training = {
+            **self.task.known(),
             "config": dataclasses.asdict(config),
             "progress": dataclasses.asdict(progress),
             "names": self.names,
-            "fingerprints": self.fingerprints,
+            "fingerprints": self.task.fingerprints,
         }
         failure = ""
         if self.fabric.is_global_zero:
             try:
-                self.run.save(progress.step, self.model.config(), self.model.state_dict(), training, state, best=best)
+                weights = dict(self.model.named_parameters())
+                self.run.save(progress.step, self.model.config(), weights, training, state, best=best, task=config.task)
             except OSError as error:
                 reason = f"{error.strerror}; {self._kept()}"
                 failure = f"step {progress.step} cannot be saved in {self.run.path}: {reason}"
@@ -426,24 +369,3 @@ class _Trainer:
         if failure:
             raise TextError(failure)
         self.saved = progress.step
-
-    def _carried(self) -> dict[str, Tensor]:
-        """The state of all streams, those of other processes included."""
-        state = self.carrier.state
-        if state is None:
-            return {}
-
-        def gather(mine: Tensor, dim: int) -> Tensor:
-            shape = list(mine.shape)
-            shape[dim] = self.batch
-            whole = mine.new_zeros(shape)
-            whole.movedim(dim, 0)[self.mine] = mine.movedim(dim, 0)
-            return self._total(whole)
-
-        tensors = {"hidden": gather(state.hidden, 1)}
-        if state.attention is not None:
-            L, c = state.attention
-            tensors |= {"attention.L": gather(L, 0), "attention.c": gather(c, 0)}
-        if state.cell is not None:
-            tensors["cell"] = gather(state.cell, 1)
-        return tensors

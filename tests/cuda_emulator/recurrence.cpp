@@ -2,44 +2,20 @@
 // order of the threads, the results must have the same bits.
 #include <algorithm>
 #include <cinttypes>
-#include <vector>
 
 #include "cuda/kernels.h"
 #include "cuda/tiles.h"
 #include "device.h"
-#include "records.h"
+#include "outputs.h"
 
 namespace {
 
 using namespace llm_ext;
 using namespace llm_ext::cuda;
 using emulator::Answer;
+using emulator::expect;
+using emulator::Outputs;
 using emulator::Records;
-
-struct Output {
-  std::string name;
-  void* data;
-  size_t bytes;
-};
-
-// Memory for what the kernels return.
-class Outputs {
- public:
-  template <typename S>
-  S* add(const std::string& name, int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(S);
-    all_.push_back({name, emulator::device_memory(bytes), bytes});
-    return static_cast<S*>(all_.back().data);
-  }
-  const std::vector<Output>& all() const { return all_; }
-  void free() {
-    for (const Output& output : all_) emulator::free_device_memory(output.data);
-    all_.clear();
-  }
-
- private:
-  std::vector<Output> all_;
-};
 
 class Workspace {
  public:
@@ -55,10 +31,6 @@ class Workspace {
  private:
   void* data_ = nullptr;
 };
-
-void expect(int error, const char* what) {
-  if (error) emulator::fault(std::string(what) + " returned error " + std::to_string(error));
-}
 
 Plan plan_of(const Records& request, const Problem& problem) {
   DeviceFacts facts;
@@ -170,27 +142,12 @@ template <typename S>
 void run_all(const Records& request, const Problem& problem, Answer& answer) {
   const int64_t* offsets = request.data<const int64_t>("row_offsets");
   const int64_t rows = offsets ? offsets[problem.steps] : problem.steps * problem.batch;
-  const int64_t seeds = request.number("seeds", 1);
-  Outputs first;
-  for (int64_t seed = 0; seed < seeds; ++seed) {
-    emulator::seed(static_cast<uint64_t>(request.number("seed") + seed));
-    Outputs outputs;
-    // The last is an evaluation, where there are several: nothing is kept, and the rest is the same.
-    const bool keep = seed == 0 || seed + 1 < seeds;
-    run<S>(request, problem, rows, keep, outputs, seed == 0 ? &answer : nullptr);
-    if (seed == 0) {
-      first = outputs;
-      continue;
-    }
-    for (const Output& output : outputs.all())
-      for (const Output& expected : first.all())
-        // What is kept is undefined beyond a row's length.
-        if (output.name == expected.name && output.name != "kept" &&
-            memcmp(output.data, expected.data, output.bytes) != 0)
-          emulator::fault(output.name + " depends on the order of the threads, or on whether gates are kept");
-    outputs.free();
-  }
-  for (const Output& output : first.all()) answer.add(output.name, output.data, output.bytes);
+  emulator::in_every_order(request, answer, {"kept"}, [&](Outputs& outputs, int64_t turn, int64_t turns) {
+    // The last is an evaluation, where there are several: nothing is kept, and the rest is the same. What is kept is
+    // undefined beyond a row's length.
+    const bool keep = turn == 0 || turn + 1 < turns;
+    run<S>(request, problem, rows, keep, outputs, turn == 0 ? &answer : nullptr);
+  });
 }
 
 }  // namespace

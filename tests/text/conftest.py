@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_ext.text.config import TrainConfig
+from llm_ext.text.config import TrainConfig, TranslateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
@@ -36,6 +36,10 @@ WORDS = (
 # Settings of a model that trains in a second.
 SMALL: dict[str, object] = {"hidden": 16, "embedding": 8, "batch": 4, "chunk": 8, "tokens": "chars"}
 SMALL |= {"validate_every": 10, "log_every": 5, "accelerator": "cpu"}
+
+# The same of a translator.
+PAIRS: dict[str, object] = {"hidden": 16, "embedding": 8, "batch": 8, "tokens": "chars", "dropout": 0.1}
+PAIRS |= {"validate_every": 10, "log_every": 5, "accelerator": "cpu"}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,6 +67,28 @@ def text(tmp_path: Path) -> Path:
     draw = random.Random(0)
     path = tmp_path / "text.txt"
     path.write_text("\n".join(" ".join(draw.choices(WORDS, k=8)) for _ in range(180)), encoding="utf-8")
+    return path
+
+
+def pair_options(**changes: object) -> list[str]:
+    """Settings of a small translator for the command line."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in (PAIRS | changes).items()]
+    return ["--task", "translate", *(word for pair in pairs for word in pair)]
+
+
+def small_pairs(**changes: object) -> TranslateConfig:
+    """The same settings for the functions."""
+    return TranslateConfig(**(PAIRS | {"steps": 30} | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A tab-separated file of 200 pairs: a few words, and the same words in capitals and turned around."""
+    draw = random.Random(0)
+    path = tmp_path / "pairs.tsv"
+    lines = [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(200)]
+    turned = [" ".join(reversed(line.upper().split())) for line in lines]
+    path.write_text("".join(f"{a}\t{b}\tsomebody\n" for a, b in zip(lines, turned, strict=True)), encoding="utf-8")
     return path
 
 

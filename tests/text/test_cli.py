@@ -94,7 +94,7 @@ def test_generating_is_reproducible_by_its_seed(trained: Path, capsys: pytest.Ca
         (["train", "--resume", "--out", "run", "--cell", "gru"], "leave out --cell"),
         (["train", "text.txt", "--out", "run", "--lr", "nan"], "--lr must be at least 0"),
         (["train", "--resume", "--out", "run", "--hidden", "7", "text.txt"], "leave out --hidden, FILE"),
-        (["eval", "run"], "required: FILE"),
+        (["eval", "run"], "FILE is missing"),
         (["generate", "run", "--length", "-1"], "--length must be at least 0, got -1"),
         (["generate", "run", "--temperature", "nan"], "--temperature must be at least 0, got nan"),
         (["generate", "run", "--top-p", "0"], "--top-p must be above 0 and at most 1, got 0.0"),
@@ -270,7 +270,7 @@ def test_two_processes_train_like_one_with_the_doubled_batch(text: Path, tmp_pat
 
 
 def test_the_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["train"], ["eval"], ["generate"]):
+    for command in ([], ["eval"], ["generate"], ["translate"], ["explain"], ["train"]):
         with pytest.raises(SystemExit) as exit:
             cli.main([*command, "--help"])
         assert exit.value.code == 0

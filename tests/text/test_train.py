@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from llm_ext.text import language
 from llm_ext.text import train as training
 from llm_ext.text.carry import Carrier
 from llm_ext.text.checkpoint import STATE, WEIGHTS, Run
+from llm_ext.text.corpus import encode
 from llm_ext.text.errors import TextError
 from llm_ext.text.evaluate import evaluate
 from llm_ext.text.report import read_log
@@ -158,7 +160,7 @@ def test_the_loss_falls_and_the_best_is_what_was_measured(text: Path, tmp_path: 
     assert outcome.progress.best_loss == min(losses)
     run = Run(tmp_path / "run")
     model, tokens = run.load("best")
-    corpus = training.corpora.encode([text], tokens, tmp_path / "run" / "cache")
+    corpus = encode([text], tokens, tmp_path / "run" / "cache")
     begin = corpus.split(0.1)
     score = evaluate(Carrier(model), corpus, begin, len(corpus), tokens, torch.device("cpu"))
     assert score.loss == pytest.approx(min(losses), abs=1e-6)
@@ -167,13 +169,13 @@ def test_the_loss_falls_and_the_best_is_what_was_measured(text: Path, tmp_path: 
 
 def test_early_stop_keeps_the_best(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([2.0, 1.5, 1.6, 1.5, 1.7, 1.0])
-    original = training.evaluate
+    original = language.evaluate
 
     def scripted(*arguments: Any, **options: Any) -> Any:
         score = original(*arguments, **options)
         return type(score)(next(losses) * score.tokens, score.tokens, score.characters, score.bytes)
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(language, "evaluate", scripted)
     outcome = train(small(steps=1000, patience=3), [text], tmp_path / "run")
     assert outcome.progress.step == 50
     assert Run(tmp_path / "run").checkpoint("best").step == 20

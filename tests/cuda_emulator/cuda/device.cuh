@@ -13,6 +13,7 @@
 #include "params.h"
 
 #define LLM_EXT_KERNEL(threads)
+#define LLM_EXT_SHARING_KERNEL(threads, blocks)
 #define LLM_EXT_DEVICE inline
 #define LLM_EXT_PARAMS const
 // The last parameters of what can be waited in: where the call stands.
@@ -98,6 +99,14 @@ inline double exp_of(double x) { return std::exp(x); }
 inline float quotient(float a, float b) { return emulator::quotient_approximately(a, b); }
 inline double quotient(double a, double b) { return a / b; }
 inline double tanh_of(double x) { return std::tanh(x); }
+inline float reciprocal(float x) { return emulator::quotient_approximately(1, x); }
+inline double reciprocal(double x) { return 1 / x; }
+inline float exact_exp_of(float x) { return std::exp(x); }
+inline double exact_exp_of(double x) { return std::exp(x); }
+inline float log_of(float x) { return std::log(x); }
+inline double log_of(double x) { return std::log(x); }
+inline float log1p_of(float x) { return std::log1p(x); }
+inline double log1p_of(double x) { return std::log1p(x); }
 
 // The registers go to the instruction in the order in which csrc/cuda/device.cuh names them.
 inline void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states, BFloat16,

@@ -1,4 +1,4 @@
-// Stands before csrc/torch/stable.h where recurrence_cuda.cpp is compiled for the CPU, as the emulator's device.cuh
+// Stands before csrc/torch/stable.h where csrc/torch/*_cuda.cpp are compiled for the CPU, as the emulator's device.cuh
 // stands before that of csrc/cuda: what it asks of a GPU's torch is asked of the CPU's.
 #pragma once
 
