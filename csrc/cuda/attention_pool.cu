@@ -514,8 +514,9 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 
   Tile<S, N, 1> u;
   u.load(columns, [&](int) { return in.u; });
-  // The state before the chunk is held where there is room.
-  constexpr int kHeld = N > 2 ? 0 : N;
+  // Where there is room in registers, the state before the chunk is held, and the next tile asked for ahead.
+  constexpr bool kAhead = N <= 2;
+  constexpr int kHeld = kAhead ? N : 0;
   Held<S, N> carried, du;
   [[maybe_unused]] Held<S, kHeld> before;
   T* from = p.g + unit.number * in.dim;
@@ -537,9 +538,11 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
   load_g(g, unit.end);
   for (int64_t i = 0; i < p.plan.chunk; i += R) {
     const int64_t end = unit.end - i;
-    Tile<S, N, R> next_e, next_g;
-    load_e(next_e, end - R);
-    load_g(next_g, end - R);
+    [[maybe_unused]] Tile<S, N, R> next_e, next_g;
+    if constexpr (kAhead) {
+      load_e(next_e, end - R);
+      load_g(next_g, end - R);
+    }
     // G . e, and g . C.
     T share[R], dots[2 * R] = {};
 #pragma unroll
@@ -589,8 +592,13 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
         }
       });
     }
-    e = next_e;
-    g = next_g;
+    if constexpr (kAhead) {
+      e = next_e;
+      g = next_g;
+    } else {
+      load_e(e, end - R);
+      load_g(g, end - R);
+    }
   }
   if (wants_du) du.end(columns, p.partial_du + unit.number * in.dim);
 }
