@@ -1,5 +1,5 @@
 # make demo    set everything up and train a language model on the plays of Shakespeare
-# make demo-translate    the same for a translator from English to French: two and a half minutes of training
+# make demo-translate    the same for a translator from English to French: two minutes of training
 # make test    set everything up and run the tests
 # make bench   set everything up, with the peers that are measured against, and run all benchmarks
 # make cuda-check    compile the CUDA kernels for all targets, and show what each takes of the device
