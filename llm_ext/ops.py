@@ -108,6 +108,16 @@ def _tf32(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _matmul_tf32()
 
 
+def _before_autocast(like: Tensor, *tensors: Tensor | None) -> Any:
+    """Tensors in the dtype of `like`, as they must be, where autocast is about to cast them all anyway.
+
+    Layers under it hand each other what others have rounded; on the way to an op its dispatch takes care of that.
+    """
+    if not torch.is_autocast_enabled("cpu") or not isinstance(like, Tensor) or like.dtype not in _CAST:
+        return tensors
+    return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors)
+
+
 def _by_packing(
     x: Tensor,
     state: tuple[Tensor | None, ...],
@@ -187,6 +197,7 @@ def rnn(
     Source: J. Elman, "Finding structure in time", 1990; gradients in docs/recurrence.md.
     """
     if lengths is not None and not _on_cuda(x):
+        x, h0 = _before_autocast(w_ih, x, h0)
         checks.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity)
 
         def run(x: Tensor, state: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -328,6 +339,7 @@ def gru(
     docs/recurrence.md.
     """
     if lengths is not None and not _on_cuda(x):
+        x, h0 = _before_autocast(w_ih, x, h0)
         checks.gru(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths)
 
         def run(x: Tensor, state: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -463,6 +475,7 @@ def lstm(
     """
     h0, c0 = (None, None) if state is None else state
     if lengths is not None and not _on_cuda(x):
+        x, h0, c0 = _before_autocast(w_ih, x, h0, c0)
         checks.lstm(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
 
         def run(x: Tensor, state: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

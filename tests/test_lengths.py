@@ -249,6 +249,21 @@ def test_autocast_with_lengths() -> None:
     assert {y.dtype, h_n.dtype, c_n.dtype} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_autocast_with_lengths_of_what_was_rounded_before(kind: str) -> None:
+    """A second layer reads the output of the first, and a state may come from a linear layer."""
+    layer = getattr(llm_ext, kind)(4, 5, num_layers=2, bidirectional=True)
+    x, h0 = torch.randn(6, 3, 4).bfloat16(), torch.randn(4, 3, 5).bfloat16()
+    lengths = torch.tensor([6, 0, 4])
+    hx = (h0, h0.float()) if kind == "LSTM" else h0
+    exact = (h0.float(), h0.float()) if kind == "LSTM" else h0.float()
+    expected, _ = layer(x.float(), exact, lengths=lengths)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = layer(x, hx, lengths=lengths)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 class FromReference:
     """`bidirectional_forward` and its backward in plain torch: what an op of a device has to do, on the CPU."""
 

@@ -51,54 +51,56 @@ static inline void for_each_block(int64_t n, const Body& body, int64_t first = 0
   if constexpr (most > 1) for_each_block<most / 2>(n, body, first);
 }
 
-// Where things lie in the workspace of those who share a batch row. Without `base` it only counts.
+// Where things lie in the workspace of those who share a batch row: `shared` is theirs, `own` one thread's, each of
+// size() elements. Without them it only counts.
 template <typename T>
 struct AdditiveWorkspace {
   template <typename S>
-  AdditiveWorkspace(const AdditiveAttentionInput<S>& in, bool backward, T* base)
+  AdditiveWorkspace(const AdditiveAttentionInput<S>& in, bool backward, T* shared = nullptr, T* own = nullptr)
       : vectors(divide_up(in.attn_dim, kLanes<T>)),
         rows(divide_up(in.keys, kRowBlock) * kRowBlock),
-        width(divide_up(in.value_dim, kLanes<T>) * kLanes<T>),
-        base_(base) {
+        width(divide_up(in.value_dim, kLanes<T>) * kLanes<T>) {
     const int64_t attn = vectors * kLanes<T>;
-    kept = reinterpret_cast<int32_t*>(take(in.keys + 1));
-    v = take(attn);
-    keys = take(attn * rows);
-    query = take(attn * kQueryTile);
-    key_size = take(rows);
-    query_size = take(kQueryTile);
-    scores = take(rows * kQueryTile);
+    kept = reinterpret_cast<int32_t*>(take(own, in.keys));
+    v = take(own, attn);
+    keys = take(shared, attn * rows);
+    query = take(shared, attn * kQueryTile);
+    key_size = take(shared, rows);
+    query_size = take(shared, kQueryTile);
+    scores = take(shared, rows * kQueryTile);
     if (!backward) return;
-    dscores = take(rows * kQueryTile);
-    grad = take(width * kQueryTile);
-    dkeys = take(attn * rows);
-    dvalues = take(width * rows);
+    dv = take(own, attn);
+    dscores = take(shared, rows * kQueryTile);
+    grad = take(shared, width * kQueryTile);
+    dkeys = take(shared, attn * rows);
+    dvalues = take(shared, width * rows);
   }
+
+  int64_t size() const { return used_; }
 
   int64_t vectors;       // of A
   int64_t rows;          // of keys, in whole blocks
   int64_t width;         // Dv in whole vectors
-  int32_t* kept;         // [Tk + 1] the keys that any query of the row sees; last, how many
-  T* v;                  // [A]
+  int32_t* kept;         // [Tk] own: the keys that any query of the row sees
+  T* v;                  // [A] own
   T* keys;               // panel of e^2k of the kept keys
   T* query;              // panel of e^2q of the tile
   T* key_size;           // [rows] largest magnitude of each kept key
   T* query_size;         // [kQueryTile]
   T* scores;             // [rows, kQueryTile] then the weights
+  T* dv = nullptr;       // [A] own: sums of ds r, of all its rows
   T* dscores = nullptr;  // [rows, kQueryTile] gradients of the weights, then of the scores
   T* grad = nullptr;     // [kQueryTile, width] gradients of the context
   T* dkeys = nullptr;    // panel: sums of ds r (1 - r)
   T* dvalues = nullptr;  // [rows, width]
-  int64_t size() const { return used_; }
 
  private:
-  T* take(int64_t n) {
-    T* p = base_ == nullptr ? nullptr : base_ + used_;
+  T* take(T* base, int64_t n) {
+    T* p = base == nullptr ? nullptr : base + used_;
     used_ += aligned(n);
     return p;
   }
 
-  T* base_;
   int64_t used_ = 0;
 };
 
@@ -176,21 +178,18 @@ class AdditiveRow {
   AdditiveRow(const AdditiveAttentionInput<S>& input, const AdditiveWorkspace<T>& workspace, const Team& those,
               bool backward)
       : in(input), w(workspace), team(those), direct(input.queries == 1 && !backward) {
-    if (team.rank != 0) return;
     for (int64_t a = 0; a < w.vectors; ++a) store(w.v + a * kLanes<T>, Vec<T>{});
     convert(in.v, w.v, in.attn_dim);
+    Vec<T> sum{};
+    for (int64_t a = 0; a < w.vectors; ++a) sum += load(w.v + a * kLanes<T>);
+    v_sum = sum_lanes<T>(sum);
   }
 
   // Finds the keys of batch row b, and their exponentials.
   void begin(int64_t row) {
     b = row;
-    team.sync();  // the others may still read what belongs to the row before
-    if (team.rank == 0) find_keys();
-    team.sync();
-    count = w.kept[in.keys];
-    Vec<T> sum{};
-    for (int64_t a = 0; a < w.vectors; ++a) sum += load(w.v + a * kLanes<T>);
-    v_sum = sum_lanes<T>(sum);
+    find_keys();
+    if (row > 0) team.sync();  // the others may still read what belongs to the row before
     own_keys = team.share(divide_up(count, kRowBlock) * kRowBlock, kRowBlock);
     for (int64_t k = own_keys.begin; !direct && k < own_keys.end; k += kRowBlock) {
       const S* from[kRowBlock];
@@ -273,18 +272,17 @@ class AdditiveRow {
     return may_cancel(query_size, key_size);
   }
 
-  void find_keys() const {
+  void find_keys() {
     const int64_t length = in.key_lengths == nullptr ? in.keys : in.key_lengths[b];
     const int64_t mask_rows = in.mask_query_stride == 0 ? 1 : in.queries;
-    int32_t found = 0;
+    count = 0;
     for (int64_t k = 0; k < length; ++k) {
       bool seen = in.mask == nullptr;
       for (int64_t q = 0; !seen && q < mask_rows; ++q) {
         seen = in.mask[b * in.mask_batch_stride + q * in.mask_query_stride + k];
       }
-      if (seen) w.kept[found++] = static_cast<int32_t>(k);
+      if (seen) w.kept[count++] = static_cast<int32_t>(k);
     }
-    w.kept[in.keys] = found;
   }
 };
 
@@ -369,9 +367,10 @@ template <typename S, typename Row>
 static inline void for_each_row(const AdditiveAttentionInput<S>& in, bool backward, Compute<S>* workspace,
                                 const Team& team, const Row& run) {
   const bool shared = shares_rows(in, team.size);
-  const int64_t size = AdditiveWorkspace<Compute<S>>(in, backward, nullptr).size();
-  AdditiveRow<S> row(in, {in, backward, workspace + (shared ? 0 : team.rank * size)},
-                     shared ? team : Team{0, 1, team.barrier}, backward);
+  const int64_t size = AdditiveWorkspace<Compute<S>>(in, backward).size();
+  Compute<S>* own = workspace + team.rank * size;
+  AdditiveRow<S> row(in, {in, backward, shared ? workspace : own, own}, shared ? team : Team{0, 1, team.barrier},
+                     backward);
   const Range batch = shared ? Range{0, in.batch} : team.share(in.batch);
   for (int64_t b = batch.begin; b < batch.end; ++b) {
     row.begin(b);
@@ -388,15 +387,12 @@ static int additive_threads(const AdditiveAttentionInput<S>& in, int threads) {
 
 // For each thread one: fewer may come than were asked for, and then share otherwise.
 template <typename S>
-static int64_t additive_workspace(const AdditiveAttentionInput<S>& in, int threads) {
-  return AdditiveWorkspace<Compute<S>>(in, false, nullptr).size() * threads;
+static int64_t additive_forward_workspace(const AdditiveAttentionInput<S>& in, int threads) {
+  return threads * AdditiveWorkspace<Compute<S>>(in, false).size();
 }
-
-// Backward: besides, one gradient of v a thread.
 template <typename S>
 static int64_t additive_backward_workspace(const AdditiveAttentionInput<S>& in, int threads) {
-  const AdditiveWorkspace<Compute<S>> one(in, true, nullptr);
-  return threads * (one.size() + aligned(one.vectors * kLanes<Compute<S>>));
+  return threads * AdditiveWorkspace<Compute<S>>(in, true).size();
 }
 
 template <typename S>
@@ -438,8 +434,8 @@ static void additive_forward(const AdditiveAttentionForwardParams<S>& p, const T
 
 // What a tile adds to the gradients of queries, keys and v, of this thread's vectors of A.
 template <typename S, typename T = Compute<S>>
-static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, const AdditiveRow<S>& row, Range vectors,
-                                  T* dv) {
+static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, const AdditiveRow<S>& row,
+                                  Range vectors) {
   const AdditiveAttentionInput<S>& in = row.in;
   const AdditiveWorkspace<T>& w = row.w;
   for (int64_t vector = vectors.begin; vector < vectors.end; ++vector) {
@@ -484,7 +480,7 @@ static inline void tile_gradients(const AdditiveAttentionBackwardParams<S>& p, c
         store_part(p.dquery + (row.b * in.queries + row.q0 + q + i) * in.attn_dim + a, factor * dqueries[i], lanes);
       }
     });
-    store(dv + a, load(dv + a) + to_v);
+    store(w.dv + a, load(w.dv + a) + to_v);
   }
 }
 
@@ -540,10 +536,9 @@ static inline void row_gradients(const AdditiveAttentionBackwardParams<S>& p, co
 template <typename S>
 static void additive_backward(const AdditiveAttentionBackwardParams<S>& p, const Team& team) {
   using T = Compute<S>;
-  const AdditiveWorkspace<T> one(p.in, true, nullptr);
-  const int64_t dv_stride = aligned(one.vectors * kLanes<T>);
-  T* dv = p.workspace + team.size * one.size() + team.rank * dv_stride;
-  zero(dv, dv_stride);
+  const AdditiveWorkspace<T> own(p.in, true, nullptr,
+                                 p.workspace + AdditiveWorkspace<T>(p.in, true).size() * team.rank);
+  zero(own.dv, own.vectors * kLanes<T>);
   for_each_row(p.in, true, p.workspace, team, [&](AdditiveRow<S>& row) {
     const AdditiveAttentionInput<S>& in = row.in;
     const AdditiveWorkspace<T>& w = row.w;
@@ -581,26 +576,27 @@ static void additive_backward(const AdditiveAttentionBackwardParams<S>& p, const
           });
         });
       }
-      if (p.dquery != nullptr || p.dkey != nullptr || p.dv != nullptr) tile_gradients(p, row, vectors, dv);
+      if (p.dquery != nullptr || p.dkey != nullptr || p.dv != nullptr) tile_gradients(p, row, vectors);
     }
     row_gradients(p, row, vectors, columns);
   });
   if (p.dv == nullptr) return;
   // The gradients of a row of scores sum to 0, so that those of tanh = 1 - 2 r are -2 times those of r.
   team.sync();
-  const T* all = dv - team.rank * dv_stride;
-  const Range own = team.share(p.in.attn_dim, kLanes<T>);
-  for_each_vector<T>(own.size(), [&](int64_t i, int lanes) {
+  const T* first = own.dv - team.rank * own.size();
+  const Range columns = team.share(p.in.attn_dim, kLanes<T>);
+  for_each_vector<T>(columns.size(), [&](int64_t i, int lanes) {
+    const int64_t a = columns.begin + i;
     Vec<T> sum{};
-    for (int rank = 0; rank < team.size; ++rank) sum += load(all + rank * dv_stride + own.begin + i);
-    store_part(p.dv + own.begin + i, T(-2) * sum, lanes);
+    for (int rank = 0; rank < team.size; ++rank) sum += load(first + rank * own.size() + a);
+    store_part(p.dv + a, T(-2) * sum, lanes);
   });
 }
 
 template <typename S>
 static constexpr AdditiveAttentionKernels<S> kAdditiveAttentionKernels = {
     .threads = additive_threads<S>,
-    .forward_workspace = additive_workspace<S>,
+    .forward_workspace = additive_forward_workspace<S>,
     .backward_workspace = additive_backward_workspace<S>,
     .forward = additive_forward<S>,
     .backward = additive_backward<S>,

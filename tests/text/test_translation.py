@@ -460,8 +460,9 @@ def test_a_picture_of_a_language_model(
     assert out.read_text() == page
 
 
-def test_bf16(pairs: Path, tmp_path: Path) -> None:
-    outcome = train(small_pairs(precision="bf16-mixed", dropout=0.0), [pairs], tmp_path / "run")
-    exact = train(small_pairs(dropout=0.0), [pairs], tmp_path / "exact")
+@pytest.mark.parametrize("settings", [{}, {"cell": "lstm", "layers": 2, "input_feeding": True}])
+def test_bf16(pairs: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    outcome = train(small_pairs(precision="bf16-mixed", dropout=0.0, **settings), [pairs], tmp_path / "run")
+    exact = train(small_pairs(dropout=0.0, **settings), [pairs], tmp_path / "exact")
     assert outcome.progress.best_loss == pytest.approx(exact.progress.best_loss, abs=0.03)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
