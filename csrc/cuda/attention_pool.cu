@@ -512,10 +512,17 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
     });
   };
 
-  Tile<S, N, 1> u;
-  u.load(columns, [&](int) { return in.u; });
-  // Where there is room in registers, the state before the chunk is held, and the next tile asked for ahead.
+  // Where there is room in registers, u and the state before the chunk are held, and the next tile asked for ahead.
   constexpr bool kAhead = N <= 2;
+  [[maybe_unused]] Tile<S, N, 1> u;
+  if constexpr (kAhead) u.load(columns, [&](int) { return in.u; });
+  const auto u_at = [&](int n, int64_t column, int j) {
+    if constexpr (kAhead) {
+      return u.at(0, n, column, j);
+    } else {
+      return in.u != nullptr && column < in.dim ? widen(in.u[column + j]) : T(0);
+    }
+  };
   constexpr int kHeld = kAhead ? N : 0;
   Held<S, N> carried, du;
   [[maybe_unused]] Held<S, kHeld> before;
@@ -582,7 +589,7 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
           for (int j = 0; j < columns.kWide; ++j) {
             T& state = carried.at(n, column, j);
             state += g.at(r, n, column, j);
-            pack.at[j] = narrow<S>(share[r] * state + ds[r] * u.at(0, n, column, j));
+            pack.at[j] = narrow<S>(share[r] * state + ds[r] * u_at(n, column, j));
             state *= T(1) - share[r];
             if (wants_du) du.at(n, column, j) += ds[r] * e.at(r, n, column, j);
           }
