@@ -40,7 +40,7 @@ def compare(
     actual, expected = function(**inputs), truth(**doubles)
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert_close(op, a, b, f"result {i}", dtype)
-    weights = [torch.randn_like(a) for a in actual]
+    weights = [torch.randn_like(b).to(a.dtype) for a, b in zip(actual, expected, strict=True)]
     used = [i for i, b in enumerate(expected) if b.requires_grad]
     if not used or not gradients:
         return
