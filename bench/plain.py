@@ -90,6 +90,15 @@ class CausalPool(nn.Module):
         return c[:, None], (torch.logaddexp(L, s), c)
 
 
+def plain_linears(model: nn.Module) -> None:
+    """Put torch.nn's layers with the same parameters in the place of those that are llm_ext.Linear."""
+    for name, layer in list(model.named_children()):
+        if isinstance(layer, llm_ext.Linear):
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            plain.weight, plain.bias = layer.weight, layer.bias
+            setattr(model, name, plain)
+
+
 def plain_model(model: llm_ext.LLM) -> llm_ext.LLM:
     """Return a copy with the same weights, on torch.nn.RNN and plain-torch pooling (linear score)."""
     model = copy.deepcopy(model)
@@ -100,4 +109,5 @@ def plain_model(model: llm_ext.LLM) -> llm_ext.LLM:
     model.rnn = rnn  # type: ignore[assignment]
     if model.pool is not None:
         model.pool = CausalPool(model.pool)  # type: ignore[assignment]
+    plain_linears(model)
     return model

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import llm_ext
 from bench.contest import Case, Contest, Contestant, tensors
+from bench.plain import plain_linears
 from bench.timing import Call
 
 
@@ -85,6 +86,7 @@ def plain_translator(model: llm_ext.Seq2Seq, ahead: bool = True) -> llm_ext.Seq2
     parts.encoder = TorchLayer(model.encoder, kind, pack=True)
     parts.decoder = TorchLayer(model.decoder, kind, pack=False)
     parts.attention = TorchAttention(model.attention, ahead)
+    plain_linears(model)
     return model
 
 

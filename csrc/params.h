@@ -1,10 +1,10 @@
 // What one call of each op is: sizes, pointers, options. Plain C++; every room reads it.
 //
 // Letters: T time, Tq queries, Tk keys, B batch, I input size, H hidden size, P size of the state h and of the output
-// (H, or smaller where an LSTM projects), G gates, D embedding size, Dv that of values, A attention size. N is the
-// number of rows of a sequence laid out one step after the other: T * B, or fewer where packed sequences end early. All
-// arrays are dense and row-major unless a stride is named; no two may overlap unless the line says so; null only where
-// the line says so.
+// (H, or smaller where an LSTM projects), G gates, O output size of an affine map, D embedding size, Dv that of values,
+// A attention size. N is the number of rows of a sequence laid out one step after the other: T * B, or fewer where
+// packed sequences end early. All arrays are dense and row-major unless a stride is named; no two may overlap unless
+// the line says so; null only where the line says so.
 #pragma once
 
 #include <cstdint>
@@ -107,6 +107,35 @@ struct RecurrenceBackwardParams {
   S* db_ih;               // [G H] out; null: not wanted
   S* db_hh;               // [G H] out; null: not wanted
   Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes; contents do not matter
+};
+
+// An affine map of rows, y = x W^T + b.
+struct LinearSizes {
+  int64_t rows;    // N
+  int64_t input;   // I
+  int64_t output;  // O
+};
+
+template <typename S>
+struct LinearForwardParams {
+  LinearSizes sizes;
+  const S* x;    // [N, I]
+  const S* w;    // [O, I]
+  const S* b;    // [O]; null: zeros
+  S* y;          // [N, O] out
+  S* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+};
+
+template <typename S>
+struct LinearBackwardParams {
+  LinearSizes sizes;
+  const S* grad_y;  // [N, O]
+  const S* x;       // [N, I]
+  const S* w;       // [O, I]
+  S* dx;            // [N, I] out; null: not wanted
+  S* dw;            // [O, I] out; null: not wanted
+  S* db;            // [O] out; null: not wanted
+  S* workspace;     // backward_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 // Vectors e [B, T, D] to pool over T, and where their scores come from. What grows with T is stored as S; log-sum-exps,

@@ -11,7 +11,7 @@ from llm_ext._C import build_info as _build_info
 from llm_ext._C import forget_weights as _forget_weights
 from llm_ext._C import remembered_bytes as _remembered_bytes
 from llm_ext.attention import AdditiveAttention, AttentionPool
-from llm_ext.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from llm_ext.layers import GRU, LSTM, RNN, GRUCell, Linear, LSTMCell, RNNCell
 from llm_ext.model import LLM, LLMState
 from llm_ext.seq2seq import Hypothesis, Memory, Seq2Seq, Seq2SeqState
 
@@ -28,6 +28,7 @@ __all__ = [
     "Hypothesis",
     "LLMState",
     "LSTMCell",
+    "Linear",
     "Memory",
     "RNNCell",
     "Seq2Seq",

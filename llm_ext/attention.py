@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_ext import checks, ops
@@ -104,7 +103,7 @@ class AttentionPool(nn.Module):
         if self.bias is not None:
             if u is not None:
                 raise ValueError("AttentionPool: u must be None with a tanh score, got a Tensor")
-            scores = (torch.tanh(F.linear(e, self.weight, self.bias)) @ self.v).to(e.dtype)
+            scores = (torch.tanh(ops.linear(e, self.weight, self.bias)) @ self.v).to(e.dtype)
         elif u is None:
             u = (self.v @ self.weight).to(e.dtype)  # W e is never formed
 
@@ -206,7 +205,7 @@ class AdditiveAttention(nn.Module):
         """
         if keys.dim() != 3 or keys.shape[2] != self.key_dim:
             checks.fail_shape("AdditiveAttention", "keys", "B, Tk, Dk", (None, None, self.key_dim), keys)
-        return F.linear(keys, self.k_proj_weight, self.bias)
+        return ops.linear(keys, self.k_proj_weight, self.bias)
 
     def forward(
         self,
@@ -247,7 +246,7 @@ class AdditiveAttention(nn.Module):
         if values is None:
             assert keys is not None
             values = keys
-        q = F.linear(query, self.q_proj_weight)
+        q = ops.linear(query, self.q_proj_weight)
         return ops.additive_attention(
             q, projected_keys, self.v, values, key_lengths=key_lengths, mask=mask, need_weights=need_weights
         )

@@ -288,6 +288,18 @@ def pool(
         _check(op, "state c", c, "B, D", (B, D), computed, like)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise if the arguments of `ops.linear` do not fit together."""
+    op = "linear"
+    _check(op, "weight", weight, "O, I", (None, None))
+    same, like = (weight.dtype,), ("weight", weight)
+    O, I = weight.shape  # noqa: E741
+    leading: Sizes = (None,) * (x.dim() - 1) if isinstance(x, Tensor) else ()
+    _check(op, "x", x, "*, I", (*leading, I), same, like)
+    if bias is not None:
+        _check(op, "bias", bias, "O", (O,), same, like)
+
+
 def additive_attention(
     query: Tensor,
     keys: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_ext.attention import AttentionPool
-from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding
+from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding, Linear
 
 CELLS = ("rnn", "gru", "lstm")
 INTEGERS = (torch.int64, torch.int32)
@@ -124,7 +124,7 @@ class LLM(nn.Module):
             else AttentionPool(pooled_dim, attn_dim, score, causal=True, device=device, dtype=dtype)
         )
         self.dropout = nn.Dropout1d(dropout)
-        self.head = nn.Linear(hidden_dim + pooled_dim, output_dim, device=device, dtype=dtype)
+        self.head = Linear(hidden_dim + pooled_dim, output_dim, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

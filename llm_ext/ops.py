@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -22,6 +23,8 @@ _lstm_backward = _ops.lstm_backward.default
 _bidirectional_forward = _ops.bidirectional_forward.default
 _bidirectional_backward = _ops.bidirectional_backward.default
 _stack_forward = _ops.stack_forward.default
+_linear_forward = _ops.linear_forward.default
+_linear_backward = _ops.linear_backward.default
 _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
 _prefix_pool_forward = _ops.prefix_pool_forward.default
@@ -124,24 +127,30 @@ def _by_packing(
     features: tuple[int, ...],
     lengths: Tensor,
     run: Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+    directions: tuple[int, ...] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A recurrence over padded rows: packed, run, and padded with zeros again. The CPU's kernels read no lengths.
 
     Args:
         x: [T, B, I].
-        state: before the first step, each part [B, *] or [1, B, *], or None for zeros.
+        state: before the first step, each part [B, *], [1, B, *] or [directions, B, *], or None for zeros.
         features: of each part of the state.
         lengths: [B].
         run: of packed rows [N, I], the state of the rows that have steps, and batch_sizes: y [N, *] and the last state.
+        directions: (2,) if both are run.
     """
     T, B, _ = x.shape
+    sizes = [(*directions, B, size) for size in features]
+    first = [x.new_zeros(size) if part is None else part for part, size in zip(state, sizes, strict=True)]
+    if x.numel() > 0 and bool((lengths == T).all()):
+        y, last = run(x.flatten(0, 1), first, torch.full((T,), B))
+        return y.view(T, B, y.shape[-1]), last
     order = lengths.argsort(descending=True, stable=True)
     rows = order[: int(lengths.count_nonzero())]  # a row without steps cannot be packed
     if len(rows) > 0:
         data, batch_sizes, _, _ = pack_padded_sequence(x.index_select(1, rows), lengths[rows])
     else:
         data, batch_sizes = x[:, :0].flatten(0, 1), lengths[:0]
-    first = [x.new_zeros(B, size) if part is None else part for part, size in zip(state, features, strict=True)]
     y, last = run(data, [part.index_select(-2, rows) for part in first], batch_sizes)
     if len(rows) > 0:
         y, _ = pad_packed_sequence(PackedSequence(y, batch_sizes), total_length=T)
@@ -627,13 +636,23 @@ def _bidirectional_in_turn(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.bidirectional(cell, x, h0, c0, weights, bias, batch_sizes, lengths)
+    if lengths is not None:
+        features = (weights[1].shape[1], weights[0].shape[0] // 4)[: 1 + (cell == "lstm")]
+
+        def run(data: Tensor, first: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            h, c = first[0], first[1] if cell == "lstm" else None
+            y, h_n, c_n = _bidirectional_in_turn(cell, data, h, c, weights, bias, sizes, None)
+            return y, (h_n, c_n)[: len(first)]
+
+        y, (h_n, *cells) = _by_packing(x, (h0, c0)[: len(features)], features, lengths, run, (2,))
+        return y, h_n, cells[0] if cells else h_n.new_empty(0)
     outputs: list[Tensor] = []
     last: list[tuple[Tensor, ...]] = []
     each = len(weights) // 2
     for d in range(2):
         w_ih, w_hh, *others = weights[d * each : (d + 1) * each]
         b_ih, b_hh = others[:2] if bias else (None, None)
-        options: Any = {"batch_sizes": batch_sizes, "lengths": lengths, "reverse": d == 1}
+        options: Any = {"batch_sizes": batch_sizes, "reverse": d == 1}
         h, c = (None if state is None else state[d] for state in (h0, c0))
         if cell == "lstm":
             w_hr = others[-1] if len(others) % 2 else None
@@ -791,6 +810,67 @@ def _stack_forward_fake(
 torch.library.register_fake("llm_ext::stack_forward", _stack_forward_fake)
 _register_autocast(_stack_forward)
 _not_differentiable("stack_forward", "it is for inference")
+
+
+# ---- affine maps
+
+
+# Where torch has a product of its own that is at least as quick (16 bits, CUDA), it is used.
+_LINEAR = (torch.float32, torch.float64)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Affine map of vectors, y = x Wᵀ + b, as `torch.nn.functional.linear`.
+
+    On a CPU, in float32 and float64, the products are those of the recurrence; elsewhere they are torch's.
+
+    Args:
+        x: [*, I].
+        weight: W, [O, I].
+        bias: b, [O]; None for zeros.
+
+    Returns:
+        y, [*, O].
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: mixed dtypes.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in _LINEAR or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    try:
+        return cast(Tensor, _linear_forward(x, weight, bias))
+    except _FAILURES as failure:
+        _explain(failure, checks.linear, x, weight, bias)
+
+
+def _linear_forward_fake(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    checks.linear(x, w, b)
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+torch.library.register_fake("llm_ext::linear_forward", _linear_forward_fake)
+
+
+def _linear_backward_fake(grad_y: Tensor, x: Tensor, w: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    return _gradients(*zip((x, w, w.new_empty(w.shape[0])), needs, strict=True))
+
+
+torch.library.register_fake("llm_ext::linear_backward", _linear_backward_fake)
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, _b = inputs
+    ctx.save_for_backward(x, w)
+
+
+def _linear_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    return _wanted(_linear_backward(grad_y, *ctx.saved_tensors, *needs), needs)
+
+
+torch.library.register_autograd("llm_ext::linear_forward", _linear_autograd, setup_context=_linear_setup_context)
+_not_differentiable("linear_backward")
 
 
 # ---- attention pooling

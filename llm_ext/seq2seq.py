@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_ext.attention import AdditiveAttention
-from llm_ext.layers import AffineEmbedding
+from llm_ext.layers import AffineEmbedding, Linear
 from llm_ext.model import CELLS, INTEGERS, recurrence, start_recurrence
 
 
@@ -165,13 +165,13 @@ class Seq2Seq(nn.Module):
         )
         layers, between = recurrence(cell, nonlinearity), dropout if n_layers > 1 else 0.0
         self.encoder = layers(E, H, n_layers, dropout=between, bidirectional=True, **where)
-        self.bridge = nn.Linear(2 * H, H, **where)  # type: ignore[arg-type]
-        self.cell_bridge = nn.Linear(2 * H, H, **where) if cell == "lstm" else None  # type: ignore[arg-type]
+        self.bridge = Linear(2 * H, H, **where)  # type: ignore[arg-type]
+        self.cell_bridge = Linear(2 * H, H, **where) if cell == "lstm" else None  # type: ignore[arg-type]
         self.decoder = layers(E + E * input_feeding, H, n_layers, dropout=between, **where)
         self.attention = AdditiveAttention(H, 2 * H, attn_dim, **where)  # type: ignore[arg-type]
-        self.value = nn.Linear(2 * H, E, bias=False, **where)
-        self.readout = nn.Linear(H, E, **where)  # type: ignore[arg-type]
-        self.head = nn.Linear(E, target_vocab_size, **where)  # type: ignore[arg-type]
+        self.value = Linear(2 * H, E, bias=False, **where)
+        self.readout = Linear(H, E, **where)  # type: ignore[arg-type]
+        self.head = Linear(E, target_vocab_size, **where)  # type: ignore[arg-type]
         if tie_head:
             self.head.weight = self.target_embedding.weight
         self.dropout = nn.Dropout(dropout)
@@ -252,6 +252,9 @@ class Seq2Seq(nn.Module):
             ValueError, TypeError, IndexError: as `forward`.
         """
         _check_ids("source", source, "B, S")
+        # Those of a GPU would have to be waited for.
+        if lengths is not None and lengths.is_cpu and bool((lengths == source.shape[1]).all()):
+            lengths = None
         x = self.source_embedding(source)  # [B, S, E]
         x = _dropped(x, self._mask(x))
         read, last = self.encoder(x.transpose(0, 1), lengths=lengths)

@@ -60,6 +60,9 @@ TOLERANCE = {
     ("additive_attention_backward", torch.bfloat16): 1.6e-2,
     ("additive_attention", torch.float16): 5e-4,
     ("additive_attention_backward", torch.float16): 2e-3,
+    # A dot product, and sums over rows.
+    ("linear", torch.float32): 2e-5,
+    ("linear_backward", torch.float32): 5e-5,
     # A stack of the above.
     ("model", torch.float32): 1e-4,
     # float64 differs from the reference in the order of sums only.
@@ -75,6 +78,8 @@ TOLERANCE = {
     ("prefix_pool_backward", torch.float64): 1e-11,
     ("additive_attention", torch.float64): 1e-13,
     ("additive_attention_backward", torch.float64): 1e-12,
+    ("linear", torch.float64): 1e-13,
+    ("linear_backward", torch.float64): 1e-12,
     ("model", torch.float64): 1e-11,
 }
 # Where the kernels of a device round more. In 16 bits those of CUDA read pre-activations, and multiply states and dz,

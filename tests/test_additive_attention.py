@@ -452,7 +452,7 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_compile(need_weights: bool) -> None:
-    """One node of ours in the graph, and the same gradients through AOT autograd."""
+    """One node of attention in the graph, and the same gradients through AOT autograd."""
     layer = llm_ext.AdditiveAttention(3, 4, 33)
     query, keys, lengths = torch.randn(2, 5, 3), torch.randn(2, 6, 4), torch.tensor([6, 2])
     graphs: list[torch.fx.GraphModule] = []
@@ -468,7 +468,7 @@ def test_compile(need_weights: bool) -> None:
     for a, b in zip(torch.compile(run, fullgraph=True, backend=backend)(query, keys), run(query, keys), strict=True):
         assert torch.equal(a, b)
     (graph,) = graphs
-    assert sum("llm_ext" in str(node.target) for node in graph.graph.nodes if node.op == "call_function") == 1
+    assert sum("additive" in str(node.target) for node in graph.graph.nodes if node.op == "call_function") == 1
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     parameters = list(layer.parameters())

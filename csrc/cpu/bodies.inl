@@ -3,6 +3,8 @@
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
 #include "cpu/gemm.inl"
+#include "cpu/gradients.inl"
+#include "cpu/linear.inl"
 #include "cpu/digest.inl"
 #include "cpu/cells.inl"
 #include "cpu/recurrence.inl"

@@ -49,10 +49,16 @@ constexpr int64_t kFarBytes = 6 << 20;
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// n rows in tiles of at most kRows, kMostRows in a single one, as even as can be; divides once.
+static inline Range intersect(Range a, Range b) {
+  const int64_t begin = a.begin > b.begin ? a.begin : b.begin;
+  const int64_t end = a.end < b.end ? a.end : b.end;
+  return {begin, end > begin ? end : begin};
+}
+
+// n rows in tiles of at most `most`, `most_alone` in a single one, as even as can be; divides once.
 struct Tiles {
-  explicit Tiles(int64_t n)
-      : count(n == kMostRows ? 1 : divide_up(n, kRows)), size(n / (count > 0 ? count : 1)), larger(n - size * count) {}
+  explicit Tiles(int64_t n, int most = kRows, int most_alone = kMostRows)
+      : count(n == most_alone ? 1 : divide_up(n, most)), size(n / (count > 0 ? count : 1)), larger(n - size * count) {}
 
   Range operator[](int64_t i) const {
     const int64_t begin = i * size + (i < larger ? i : larger);
@@ -398,21 +404,129 @@ static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_
   }
 }
 
-// Sum over i of a[i] * w[j][i] for the kDots rows of w at w, into sums: products too small to pay for packing.
-template <typename T, int kDots, typename A, typename W>
-static inline void dots(const A* a, const W* w, int64_t k, Vec<T> (&sums)[kDots]) {
+// The product turned around, (a w^T)^T = w a^T, for a left factor of few rows: it is that which is packed, as weights
+// are elsewhere (pack_transposed), and the weights are read in their own layout, w [*, k]. finish(row, column, values,
+// lanes) takes the results of `columns`, turned back.
+//
+// It pays where the rows nearly fill vectors. Zen 5, 512 columns, k = 512: 32 rows 48 us by dot products and 44 turned,
+// 24 rows 35 and 47; 4096 columns, k = 256: 32 rows 209 and 154, 24 rows 152 and 148.
+template <typename T>
+static inline bool turning_pays(int64_t rows) {
+  return rows > kLanes<T> && 5 * rows >= 4 * divide_up(rows, kLanes<T>) * kLanes<T>;
+}
+
+template <typename R, typename Finish>
+static inline void turned_product(const R* w, int64_t stride, Range columns, int64_t k, const R* packed, int64_t rows,
+                                  Finish finish) {
+  constexpr int64_t kBlock = 48;  // columns at a time: whole vectors, and whole tiles
+  alignas(64) R results[kBlock * kPanel<R>];
+  for (int64_t p = 0; p < panels_of<R>(rows); ++p) {
+    const int64_t first = p * kPanel<R>;
+    const int64_t width = rows - first < kPanel<R> ? rows - first : kPanel<R>;
+    for (int64_t begin = columns.begin; begin < columns.end; begin += kBlock) {
+      const int64_t count = columns.end - begin < kBlock ? columns.end - begin : kBlock;
+      product(
+          Rows<R>{w + begin * stride, stride}, count, k, packed, rows, Panels{{p, p + 1}}, [](int64_t, int64_t) {},
+          [&](int64_t m, int64_t n, Vec<R> value, int) { store(results + m * kPanel<R> + n - first, value); });
+      for_each_vector<R>(count, [&](int64_t j, int lanes) {
+        for (int64_t n = 0; n < width; n += kLanes<R>) {
+          Vec<R> square[kLanes<R>];
+          for (int i = 0; i < kLanes<R>; ++i)
+            square[i] = i < lanes ? load(results + (j + i) * kPanel<R> + n) : Vec<R>{};
+          transpose<R>(square);
+          for (int i = 0; i < kLanes<R> && n + i < width; ++i) finish(first + n + i, begin + j, square[i], lanes);
+        }
+      });
+    }
+  }
+}
+
+// Products with weights in their own layout, [cols, k]: dot products of their rows with those of the left factor, in
+// tiles of both, vectors lying along k. No packing; instead each dot product ends with a sum over lanes. A tile of
+// accumulators, vectors of its right rows and one of a left row fit into the register file.
+constexpr int kDotRows = LLM_EXT_VECTOR_BYTES == 64 ? 6 : 2;
+template <typename T, int kRowsOfTile>
+constexpr int kDotColumns = [] {
+  constexpr int kChains = 8;  // multiply-adds that run at once
+  constexpr int kWanted = kRowsOfTile == 1 ? kChains : 4;
+  return kLanes<T> < kWanted ? kLanes<T> : kWanted;
+}();
+
+// Rows of two factors over k numbers.
+template <typename L, typename R>
+struct DotFactors {
+  const L* a;
+  int64_t a_stride;
+  const R* w;
+  int64_t w_stride;
+  int64_t k;
+
+  DotFactors rows_from(int64_t row) const { return {a + row * a_stride, a_stride, w, w_stride, k}; }
+  DotFactors columns_from(int64_t col, int step = 1) const {
+    return {a, a_stride, w + col * w_stride, step * w_stride, k};
+  }
+};
+
+// acc[m * N + n] += a_m . w_n, in lanes.
+template <typename T, int M, int N, typename L, typename R>
+static inline void add_dots(const DotFactors<L, R>& f, Vec<T> (&acc)[M * N]) {
+  const auto add = [&](auto load_at) {
+    Vec<T> right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) right[n] = load_at(f.w + n * f.w_stride);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> left = load_at(f.a + m * f.a_stride);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m * N + n] += left * right[n];
+    }
+  };
   int64_t i = 0;
-  for (; i + kLanes<T> <= k; i += kLanes<T>) {
-    const Vec<T> left = load(a + i);
-#pragma GCC unroll 8
-    for (int j = 0; j < kDots; ++j) sums[j] += left * load(w + j * k + i);
+  for (; i + kLanes<T> <= f.k; i += kLanes<T>) add([&](const auto* row) { return load(row + i); });
+  if (i < f.k) add([&](const auto* row) { return load_part(row + i, static_cast<int>(f.k - i)); });
+}
+
+// dots[m][j] = a_m . w_j of `first`, and on top of it of `second`, for M rows and a vector of columns, the first
+// `lanes` of it.
+template <typename T, int M, typename L1, typename L2, typename R>
+__attribute__((noinline)) static void row_dots(const DotFactors<L1, R>& first, const DotFactors<L2, R>& second,
+                                               int lanes, Vec<T>* dots) {
+  constexpr int N = kDotColumns<T, M>;
+  constexpr int kTiles = kLanes<T> / N;
+  if (lanes < kLanes<T>) {
+    for (int j = 0; j < lanes; ++j) {
+      Vec<T> acc[M] = {};
+      add_dots<T, M, 1>(first.columns_from(j), acc);
+      add_dots<T, M, 1>(second.columns_from(j), acc);
+      for (int m = 0; m < M; ++m) dots[m][j] = sum_lanes<T>(acc[m]);
+    }
+    return;
   }
-  if (i < k) {
-    const int lanes = static_cast<int>(k - i);
-    const Vec<T> left = load_part(a + i, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < kDots; ++j) sums[j] += left * load_part(w + j * k + i, lanes);
+  Vec<T> tiles[M][kTiles];
+  for (int t = 0; t < kTiles; ++t) {
+    // Every kTiles-th column, so that they are in order when the tiles take turns.
+    Vec<T> acc[M * N] = {};
+    add_dots<T, M, N>(first.columns_from(t, kTiles), acc);
+    add_dots<T, M, N>(second.columns_from(t, kTiles), acc);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) tiles[m][t] = sum_halves<T, N>(acc + m * N);
   }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) dots[m] = sum_halves<T, kTiles>(tiles[m]);
+}
+
+// The same for any number of rows up to kDotRows.
+template <typename T, typename L1, typename L2, typename R>
+static inline void row_dots(const DotFactors<L1, R>& first, const DotFactors<L2, R>& second, int64_t rows, int lanes,
+                            Vec<T>* dots) {
+  using Dots = void (*)(const DotFactors<L1, R>&, const DotFactors<L2, R>&, int, Vec<T>*);
+  static constexpr Dots kTable[kDotRows] = {
+      row_dots<T, 1, L1, L2, R>, row_dots<T, 2, L1, L2, R>,
+#if LLM_EXT_VECTOR_BYTES == 64
+      row_dots<T, 3, L1, L2, R>, row_dots<T, 4, L1, L2, R>, row_dots<T, 5, L1, L2, R>, row_dots<T, 6, L1, L2, R>,
+#endif
+  };
+  kTable[rows - 1](first, second, lanes, dots);
 }
 
 }  // namespace LLM_EXT_LEVEL

@@ -37,6 +37,16 @@ struct Digest {
 };
 constexpr int64_t kDigestPiece = 64 << 10;
 
+// Of affine maps of rows.
+template <typename S>
+struct LinearKernels {
+  int (*threads)(const LinearSizes&, int threads);
+  int64_t (*forward_workspace)(const LinearSizes&, int threads);
+  int64_t (*backward_workspace)(const LinearSizes&, int threads);
+  void (*forward)(const LinearForwardParams<S>&, const Team&);
+  void (*backward)(const LinearBackwardParams<S>&, const Team&);
+};
+
 // Of pooling and its prefix form; workspaces in elements of what S is computed in.
 template <typename S>
 struct PoolKernels {
@@ -66,6 +76,7 @@ struct Kernels {
   std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,
              RecurrenceKernels<Float16>>
       recurrences;
+  std::tuple<LinearKernels<float>, LinearKernels<double>> linears;
   std::tuple<PoolKernels<float>, PoolKernels<double>, PoolKernels<BFloat16>, PoolKernels<Float16>> pools;
   std::tuple<AdditiveAttentionKernels<float>, AdditiveAttentionKernels<double>, AdditiveAttentionKernels<BFloat16>,
              AdditiveAttentionKernels<Float16>>
@@ -74,6 +85,10 @@ struct Kernels {
   template <typename S>
   const RecurrenceKernels<S>& recurrence() const {
     return std::get<RecurrenceKernels<S>>(recurrences);
+  }
+  template <typename S>
+  const LinearKernels<S>& linear() const {
+    return std::get<LinearKernels<S>>(linears);
   }
   template <typename S>
   const PoolKernels<S>& pool() const {

@@ -12,6 +12,7 @@
 #include "cpu/vec.inl"
 #include "cpu/vec_math.inl"
 #include "cpu/gemm.inl"
+#include "cpu/gradients.inl"
 #include "cpu/cells.inl"
 #include "cpu/recurrence.inl"
 // clang-format on

@@ -28,13 +28,6 @@ constexpr int64_t kRowsPerThread = 4;
 constexpr int64_t kNearBytes = 256 << 10;
 constexpr int64_t kRowsPerThreadFar = 9;
 constexpr int64_t kOutOfCacheBytes = 3 << 19;
-// The weight gradients are products over all rows of the sequence. A block of such a product is so many of those rows
-// deep (384 floats: 1 % quicker than 256), so many columns of dz high, whose packed form stays in the second-level
-// cache, and so many panels wide, so that little of dz is packed twice.
-template <typename T>
-constexpr int64_t kGradientDepth = 1536 / sizeof(T);
-constexpr int64_t kGradientHeight = 16 * kRows;
-constexpr int64_t kGradientPanels = 2048 / (kPanelVectors * LLM_EXT_VECTOR_BYTES);
 // Pre-activations of so many bytes are computed ahead of the loop, and of so many rows at least.
 constexpr int64_t kBlockBytesOfSteps = 2 << 20;
 constexpr int64_t kBlockRows = 192;
@@ -94,6 +87,13 @@ static bool recurrences_apart(const RecurrenceSizes& s, int recurrences, int thr
 
 static inline bool goes_direct(const RecurrenceSizes& s) {
   return !s.projected() && total_rows(s) <= (s.steps <= 2 ? 2 * kDirectRows : kDirectRows);
+}
+
+// Whether the products of forward_direct are turned around: rows whose products are packed factors must be of the type
+// that is computed in, and all steps alike.
+template <typename S>
+static inline bool turns(const RecurrenceSizes& s) {
+  return !kIsNarrow<S> && of_one_length(s) && turning_pays<Compute<S>>(s.batch);
 }
 
 // Rows of a block of steps: so many, but at least one step.
@@ -157,15 +157,23 @@ struct ForwardSpace {
   int64_t total;
 };
 
+// Where forward_direct has what of each thread, where it turns its products. Sizes in elements of S.
+template <typename S>
+struct TurnedSpace {
+  explicit TurnedSpace(const RecurrenceSizes& s)
+      : x(!turns<S>(s) ? 0 : aligned(packed_size<S>(s.batch, s.input))),
+        h(!turns<S>(s) ? 0 : aligned(packed_size<S>(s.batch, s.hidden))) {}
+
+  int64_t x;  // the input of a step, packed
+  int64_t h;  // the states before it
+};
+
 template <typename S>
 static int64_t recurrence_forward_workspace(const RecurrenceSizes& s, int threads) {
   const ForwardSpace<S> space(s, threads);
-  return goes_direct(s) ? space.states + space.cells : space.total;
+  const TurnedSpace<S> turned(s);
+  return goes_direct(s) ? space.states + space.cells + threads * (turned.x + turned.h) : space.total;
 }
-
-// Factors, of both sides, of a block of the weight gradients.
-template <typename T>
-constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradientPanels * kPanel<T>);
 
 // Where the backward pass puts what, besides its results. Sizes in elements of T.
 template <typename S, typename T = Compute<S>>
@@ -219,12 +227,6 @@ struct Order {
     return s.row_offsets[t + 1] - s.row_offsets[t];
   }
 };
-
-static inline Range intersect(Range a, Range b) {
-  const int64_t begin = a.begin > b.begin ? a.begin : b.begin;
-  const int64_t end = a.end < b.end ? a.end : b.end;
-  return {begin, end > begin ? end : begin};
-}
 
 // The first batch row r such that the rows before it hold `share` of all N rows of the sequence. Sequences are sorted
 // by falling length, so equal counts of batch rows would be unequal work.
@@ -412,65 +414,109 @@ class States {
   T* cells_;
 };
 
-// A few steps with the weights in their own layout, [G H, I] and [G H, H]: eight dot products at a time.
+// A few rows with the weights in their own layout, [G H, I] and [G H, H]: a vector of units at a time.
 template <typename S, typename C>
 static void forward_direct(const RecurrenceForwardParams<S>& p, const Team& team) {
   using T = Compute<S>;
-  constexpr int kDots = 8;
-  constexpr int kPadded = kLanes<T> > kDots ? kLanes<T> : kDots;
   const RecurrenceSizes& s = p.sizes;
   const int64_t H = s.hidden;
   const int64_t kept_width = kept_blocks(s.cell, false) * H;
   const Order order{s};
   const Range columns = team.share(H, kLanes<T>);
   const Range all = {0, s.batch};
-  const States<S, C> states(p, p.workspace, p.workspace + ForwardSpace<S>(s, team.size).states);
+  const ForwardSpace<S> space(s, team.size);
+  const TurnedSpace<S> turned_space(s);
+  const States<S, C> states(p, p.workspace, p.workspace + space.states);
+  T* const packed_x = p.workspace + space.states + space.cells + team.rank * (turned_space.x + turned_space.h);
+  T* const packed_h = packed_x + turned_space.x;
   states.start(all, columns, columns);
   if (kIsNarrow<S>) team.sync();
   for (int64_t i = 0; i < s.steps; ++i) {
     const auto target = states.target(i);
-    for (int64_t col = columns.begin; col < columns.end; col += kDots) {
-      const int64_t count = columns.end - col < kDots ? columns.end - col : kDots;
-      for (int64_t r = 0; r < order.rows(i); ++r) {
-        const int64_t row = order.first_row(i) + r;
-        const S* x = p.x + row * s.input;
-        const T* h = states.before(i, r);
-        T z[C::kBlocks][kPadded] = {};
-#pragma GCC unroll 4
-        for (int b = 0; b < C::kBlocks; ++b) {
-          const bool of_input = b < C::kGates;
-          const bool of_state = state_gate<C>(b) >= 0;
-          const int64_t in = input_gate<C>(b) * H + col;
-          const int64_t hidden = state_gate<C>(b) * H + col;
-          if (count == kDots) {
-            Vec<T> sums[kDots] = {};
-            if (of_input) dots<T, kDots>(x, p.w_ih + in * s.input, s.input, sums);
-            if (of_state && h != nullptr) dots<T, kDots>(h, p.w_hh + hidden * H, H, sums);
-            for (int j = 0; j < kDots; ++j) z[b][j] = sum_lanes<T>(sums[j]);
-          } else {
-            for (int64_t j = 0; j < count; ++j) {
-              Vec<T> sum[1] = {};
-              if (of_input) dots<T, 1>(x, p.w_ih + (in + j) * s.input, s.input, sum);
-              if (of_state && h != nullptr) dots<T, 1>(h, p.w_hh + (hidden + j) * H, H, sum);
-              z[b][j] = sum_lanes<T>(sum[0]);
-            }
+    const int64_t first_row = order.first_row(i);
+    // Of rows that all go on, or all join: the states before them, null for zeros, and row m of them.
+    const auto finish = [&](Range rows, const T* h, int64_t m, int64_t col, Vec<T>(&blocks)[C::kBlocks], int lanes) {
+      for (int b = 0; b < C::kBlocks; ++b) {
+        const int64_t in = input_gate<C>(b) * H + col, hidden = state_gate<C>(b) * H + col;
+        if (b < C::kGates && p.b_ih != nullptr) blocks[b] += load_part(p.b_ih + in, lanes);
+        if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) blocks[b] += load_part(p.b_hh + hidden, lanes);
+      }
+      const int64_t r = rows.begin + m;
+      const Vec<T> h_now =
+          forward_units<S, C>(blocks, h == nullptr ? nullptr : h + m * H + col, states.cell(r, col),
+                              p.kept == nullptr ? nullptr : p.kept + (first_row + r) * kept_width + col, H, lanes);
+      target.store(r, col, h_now, lanes);
+    };
+    const auto by_dots = [&](Range rows, const S* x, const T* h) {
+      const Tiles tiles(rows.size(), kDotRows, kDotRows);
+      for_each_vector<T>(columns.size(), [&](int64_t j, int lanes) {
+        const int64_t col = columns.begin + j;
+        for (int64_t tile = 0; tile < tiles.count; ++tile) {
+          const Range part = tiles[tile];
+          Vec<T> z[C::kBlocks][kDotRows];
+          for (int b = 0; b < C::kBlocks; ++b) {
+            DotFactors<S, S> input{};
+            DotFactors<T, S> state{};
+            if (b < C::kGates) input = {x, s.input, p.w_ih + (input_gate<C>(b) * H + col) * s.input, s.input, s.input};
+            if (state_gate<C>(b) >= 0 && h != nullptr) state = {h, H, p.w_hh + (state_gate<C>(b) * H + col) * H, H, H};
+            row_dots<T>(input.rows_from(part.begin), state.rows_from(part.begin), part.size(), lanes, z[b]);
           }
-          for (int64_t j = 0; j < count; ++j) {
-            if (of_input && p.b_ih != nullptr) z[b][j] += read(p.b_ih + in + j);
-            if (of_state && p.b_hh != nullptr) z[b][j] += read(p.b_hh + hidden + j);
+          for (int64_t m = part.begin; m < part.end; ++m) {
+            Vec<T> blocks[C::kBlocks];
+            for (int b = 0; b < C::kBlocks; ++b) blocks[b] = z[b][m - part.begin];
+            finish(rows, h, m, col, blocks, lanes);
           }
         }
-        for_each_vector<T>(count, [&](int64_t j, int lanes) {
-          Vec<T> blocks[C::kBlocks];
-          for (int b = 0; b < C::kBlocks; ++b) blocks[b] = load(z[b] + j);
-          const int64_t at = col + j;
-          const Vec<T> h_now =
-              forward_units<S, C>(blocks, h == nullptr ? nullptr : h + at, states.cell(r, at),
-                                  p.kept == nullptr ? nullptr : p.kept + row * kept_width + at, H, lanes);
-          target.store(r, at, h_now, lanes);
-        });
+      });
+    };
+    const auto turned = [&](Range rows, const S* x, const T* h) {
+      if constexpr (!kIsNarrow<S>) {
+        pack_transposed([&](int64_t r) { return x + r * s.input; }, rows.size(), s.input,
+                        {0, panels_of<T>(rows.size())}, packed_x);
+        if (h != nullptr) {
+          pack_transposed([&](int64_t r) { return h + r * H; }, rows.size(), H, {0, panels_of<T>(rows.size())},
+                          packed_h);
+        }
+        constexpr int64_t kUnits = 48;
+        for (int64_t begin = columns.begin; begin < columns.end; begin += kUnits) {
+          const Range units = intersect({begin, begin + kUnits}, columns);
+          T z[C::kBlocks][2 * kDirectRows][kUnits];
+          for (int b = 0; b < C::kBlocks; ++b) {
+            const int in = input_gate<C>(b), hidden = state_gate<C>(b);
+            const auto into = [&](bool add) {
+              return [&, add](int64_t r, int64_t col, Vec<T> value, int) {
+                T* place = z[b][r] + col - begin;
+                store(place, add ? value + load(place) : value);
+              };
+            };
+            if (b < C::kGates) {
+              turned_product(p.w_ih + in * H * s.input, s.input, units, s.input, packed_x, rows.size(), into(false));
+            }
+            if (hidden >= 0 && h != nullptr) {
+              turned_product(p.w_hh + hidden * H * H, H, units, H, packed_h, rows.size(), into(b < C::kGates));
+            }
+          }
+          for (int64_t m = 0; m < rows.size(); ++m) {
+            for_each_vector<T>(units.size(), [&](int64_t j, int lanes) {
+              Vec<T> blocks[C::kBlocks];
+              for (int b = 0; b < C::kBlocks; ++b) {
+                blocks[b] = b < C::kGates || h != nullptr ? load(z[b][m] + j) : Vec<T>{};
+              }
+              finish(rows, h, m, begin + j, blocks, lanes);
+            });
+          }
+        }
       }
-    }
+    };
+    const auto step = [&](Range rows) {
+      if (rows.size() == 0) return;
+      const S* x = p.x + (first_row + rows.begin) * s.input;
+      const T* h = states.before(i, rows.begin);
+      turns<S>(s) ? turned(rows, x, h) : by_dots(rows, x, h);
+    };
+    const Range now = {0, order.rows(i)};
+    step(intersect(now, {0, order.rows(i - 1)}));
+    step(intersect(now, {order.rows(i - 1), order.rows(i)}));
     states.end(i, all, columns);
     if (i + 1 < s.steps) team.sync();
   }
@@ -666,130 +712,6 @@ class PreviousState {
   int64_t first_;
   int64_t t_ = 0;
 };
-
-// A weight gradient: sum over the rows of the sequence of left(row)^T right(row).
-template <typename S>
-struct WeightGradient {
-  Compute<S>* dw;  // [gates * height, width]; null: not wanted
-  int64_t width;   // of a row of the right side
-  int gates[4];    // which of its blocks of `height` rows each block of the left side belongs to; -1: none
-  bool of_state;   // the right side is the state before, else `right`
-  const S* right;  // [N, width], `stride` apart
-  int64_t stride;
-};
-
-// Rows [rows) of the sequence, whose left sides lie at `left_rows`; on top of what the gradients hold if `more`.
-// Gradients that have the left side [*, blocks * height] in common are one product with their right sides side by side,
-// so that the left side is packed once.
-template <typename S, int kSides>
-static void weight_gradients(const RecurrenceBackwardParams<S>& p, Range rows, const Factor<S>* left_rows,
-                             int64_t height, int blocks, const WeightGradient<S> (&sides)[kSides], bool more,
-                             Factor<S>* space, const Team& team) {
-  using T = Compute<S>;
-  using L = Factor<S>;
-  const int64_t n = rows.size();
-  const int64_t left_width = blocks * height;
-  Range places[kSides];  // of each side among the panels of all
-  Range panels = {0, 0};
-  for (int j = 0; j < kSides; ++j) {
-    const int64_t wanted = sides[j].dw == nullptr ? 0 : panels_of<T>(sides[j].width);
-    places[j] = {panels.end, panels.end + wanted};
-    panels.end += wanted;
-  }
-  Range heights = {0, height};
-  if (panels.end >= 2 * team.size) {
-    panels = team.share(panels.end);
-  } else {
-    heights = team.share(height, kRows);
-  }
-  if (n == 0) {
-    for (const WeightGradient<S>& side : sides) {
-      if (side.dw == nullptr) continue;
-      int used = 0;
-      for (int b = 0; b < blocks; ++b) used += side.gates[b] >= 0;
-      const Range part = team.share(used * height * side.width);
-      __builtin_memset(side.dw + part.begin, 0, part.size() * sizeof(T));
-    }
-    return;
-  }
-  L* right = space;
-  L* left = space + kGradientDepth<T> * kGradientPanels * kPanel<T>;
-  for (int64_t i = 0; i < n; i += kGradientDepth<T>) {
-    const int64_t depth = n - i < kGradientDepth<T> ? n - i : kGradientDepth<T>;
-    for (int64_t begin = panels.begin; begin < panels.end; begin += kGradientPanels) {
-      const Range group = intersect({begin, begin + kGradientPanels}, panels);
-      // Calls body(side, its panels of the group, their columns, their place in `right`).
-      const auto for_each_side = [&](auto body) {
-        for (int j = 0; j < kSides; ++j) {
-          const Range mine = intersect(group, places[j]);
-          if (mine.size() == 0) continue;
-          const int64_t first = (mine.begin - places[j].begin) * kPanel<T>;
-          const Range columns = intersect({first, first + mine.size() * kPanel<T>}, {0, sides[j].width});
-          body(sides[j], Range{0, mine.size()}, columns,
-               right + (mine.begin - group.begin) * kPanel<T> * padded<L>(depth));
-        }
-      };
-      for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, L* packed) {
-        for (int64_t j = some.begin; j < some.end; ++j) {
-          PreviousState<S> state(p, rows.begin + i);
-          const auto row = [&](int64_t k) -> const S* {
-            const S* source = side.of_state ? state(k) : side.right + (rows.begin + i + k) * side.stride;
-            return source == nullptr ? nullptr : source + columns.begin;
-          };
-          pack_rows(row, columns.size(), depth, {j, j + 1}, packed);
-        }
-      });
-      for (int b = 0; b < blocks; ++b) {
-        for (int64_t r = heights.begin; r < heights.end; r += kGradientHeight) {
-          const Range some_height = intersect({r, r + kGradientHeight}, heights);
-          pack_columns(left_rows + i * left_width, left_width, depth,
-                       {b * height + some_height.begin, b * height + some_height.end}, left);
-          for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, const L* packed) {
-            if (side.gates[b] < 0) return;
-            T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
-            product(
-                PackedColumns<L>{left}, some_height.size(), depth, packed, columns.size(), Panels{some},
-                [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
-                [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
-                  T* out = target + m * side.width + col;
-                  store_part(out, i == 0 && !more ? value : value + load_part(out, lanes), lanes);
-                });
-          });
-        }
-      }
-    }
-  }
-}
-
-// The gradients of both biases: sums of n rows of dz [n, blocks H], on top of what they hold if `more`. Null: not
-// wanted.
-template <typename C, typename L, typename T>
-static void bias_gradients(const L* dz, int64_t n, int64_t H, T* of_input, T* of_state, bool more, const Team& team) {
-  constexpr int64_t kSums = 8;
-  constexpr int64_t kWidth = kSums * kLanes<T>;
-  const Range columns = team.share(H, kLanes<T>);
-  for (int b = 0; b < C::kBlocks; ++b) {
-    T* db_ih = of_input == nullptr || b >= C::kGates ? nullptr : of_input + input_gate<C>(b) * H;
-    T* db_hh = of_state == nullptr || state_gate<C>(b) < 0 ? nullptr : of_state + state_gate<C>(b) * H;
-    if (db_ih == nullptr && db_hh == nullptr) continue;
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      const int64_t width = columns.end - c < kWidth ? columns.end - c : kWidth;
-      Vec<T> sums[kSums] = {};
-      for_each_vector<T>(width, [&](int64_t j, int lanes) {
-        if (more) sums[j / kLanes<T>] = load_part((db_ih != nullptr ? db_ih : db_hh) + c + j, lanes);
-      });
-      for (int64_t i = 0; i < n; ++i) {
-        for_each_vector<T>(width, [&](int64_t j, int lanes) {
-          sums[j / kLanes<T>] += load_part(dz + (i * C::kBlocks + b) * H + c + j, lanes);
-        });
-      }
-      for_each_vector<T>(width, [&](int64_t j, int lanes) {
-        if (db_ih != nullptr) store_part(db_ih + c + j, sums[j / kLanes<T>], lanes);
-        if (db_hh != nullptr) store_part(db_hh + c + j, sums[j / kLanes<T>], lanes);
-      });
-    }
-  }
-}
 
 // The backward pass, as one thread of the team sees it.
 template <typename S, typename C>
@@ -1024,12 +946,19 @@ class BackwardPass {
     }
     const Range rows = {block_.first, block_.first + block_.rows};
     const bool more = block_.steps.end < s_.steps;
-    weight_gradients(p_, rows, block_.dz, H, C::kBlocks, {of_input, of_state}, more, space_, team_);
+    const auto state_before_rows = [&](int64_t first) { return PreviousState<S>(p_, first); };
+    weight_gradients(state_before_rows, rows, block_.dz, H, C::kBlocks, {of_input, of_state}, more, space_, team_);
     if (projected_) {
       const WeightGradient<S> of_cell = {dw_hr_, H, {0}, false, p_.kept + (C::kBlocks + 1) * H, kept_width_};
-      weight_gradients(p_, rows, dh_, P, 1, {of_cell}, more, space_, team_);
+      weight_gradients(state_before_rows, rows, dh_, P, 1, {of_cell}, more, space_, team_);
     }
-    bias_gradients<C>(block_.dz, block_.rows, H, db_ih_, db_hh_, more, team_);
+    const Range columns = team_.share(H, kLanes<T>);
+    for (int b = 0; b < C::kBlocks; ++b) {
+      const int input = b < C::kGates ? input_gate<C>(b) : -1;
+      T* db_ih = db_ih_ == nullptr || input < 0 ? nullptr : db_ih_ + input * H + columns.begin;
+      T* db_hh = db_hh_ == nullptr || state_gate<C>(b) < 0 ? nullptr : db_hh_ + state_gate<C>(b) * H + columns.begin;
+      column_sums(block_.dz + b * H + columns.begin, block_.rows, dz_width_, columns.size(), db_ih, db_hh, more);
+    }
   }
 
   const RecurrenceBackwardParams<S>& p_;

@@ -6,6 +6,7 @@ static constexpr Kernels kKernels = {
     LLM_EXT_LEVEL_NAME,
     digest,
     {kRecurrenceKernels<float>, kRecurrenceKernels<double>, kRecurrenceKernels<BFloat16>, kRecurrenceKernels<Float16>},
+    {kLinearKernels<float>, kLinearKernels<double>},
     {kPoolKernels<float>, kPoolKernels<double>, kPoolKernels<BFloat16>, kPoolKernels<Float16>},
     {kAdditiveAttentionKernels<float>, kAdditiveAttentionKernels<double>, kAdditiveAttentionKernels<BFloat16>,
      kAdditiveAttentionKernels<Float16>}};

@@ -292,6 +292,22 @@ static inline void transpose(Vec<T> (&square)[kLanes<T>]) {
   }
 }
 
+// Sums the lanes of kCount vectors, a power of two up to kLanes, until one vector holds what is left of all: lane l has
+// to do with v[l % kCount]. Halves upon each other, as sum_lanes; with kCount = kLanes it is done.
+template <typename T, int kCount>
+static inline Vec<T> sum_halves(Vec<T>* v) {
+#pragma GCC unroll 4
+  for (int n = kCount / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      Vec<T> low, high;
+      interleave<T>(v[i], v[i + n], low, high);
+      v[i] = low + high;
+    }
+  }
+  return v[0];
+}
+
 // Walks over [0, n) in whole vectors and one part: body(offset, lanes).
 template <typename T, typename Body>
 static inline void for_each_vector(int64_t n, Body body) {

@@ -151,29 +151,37 @@ inline TypeCode type_code(ScalarType dtype) {
   }
 }
 
-inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype,
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dimensions, ScalarType dtype,
                             const Place& place = {}) {
   AtenTensorHandle handle;
   auto [code, bytes] = type_code(dtype);
-  for (int64_t size : sizes) bytes *= size;  // all of our layouts are dense
+  for (int64_t i = 0; i < dimensions; ++i) bytes *= sizes[i];  // all of our layouts are dense
   // The C interface of torch says that it failed, not why.
-  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, place.type,
-                                           place.index, &handle) == TORCH_SUCCESS,
-                  "llm_ext: out of memory: no ", bytes, " bytes to be had on ", place.text());
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes, strides, code, place.type, place.index, &handle) == TORCH_SUCCESS,
+      "llm_ext: out of memory: no ", bytes, " bytes to be had on ", place.text());
   const Tensor t(handle);
   if (place.is_cpu()) prefer_huge_pages(t, bytes);
   return t;
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Place& place = {}) {
-  int64_t strides[4] = {};
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype,
+                            const Place& place = {}) {
+  return empty_strided(sizes.begin(), strides, static_cast<int64_t>(sizes.size()), dtype, place);
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t dimensions, ScalarType dtype, const Place& place = {}) {
+  constexpr int64_t kMostDimensions = 64;  // as torch
+  int64_t strides[kMostDimensions];
   int64_t stride = 1;
-  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+  for (int64_t i = dimensions - 1; i >= 0; --i) {
     strides[i] = stride;
-    const int64_t size = sizes.begin()[i];
-    stride *= size > 0 ? size : 1;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  return empty_strided(sizes, strides, dtype, place);
+  return empty_strided(sizes, strides, dimensions, dtype, place);
+}
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Place& place = {}) {
+  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, place);
 }
 
 // An output that the caller may not want: then it is empty and the kernel gets null.
@@ -189,6 +197,13 @@ class Output {
   bool wanted_;
   Tensor tensor_;
 };
+
+// Of so many elements; null if there are none.
+template <typename S>
+OptionalTensor workspace_of(int64_t elements) {
+  if (elements == 0) return std::nullopt;
+  return empty({elements}, kScalarType<Compute<S>>);
+}
 
 inline int max_threads() {
 #ifdef _OPENMP

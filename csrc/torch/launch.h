@@ -74,13 +74,6 @@ void pass_state(int64_t elements, const S* from, S* to) {
   }
 }
 
-// Of so many elements; null if there are none.
-template <typename S>
-OptionalTensor workspace_of(int64_t elements) {
-  if (elements == 0) return std::nullopt;
-  return empty({elements}, kScalarType<Compute<S>>);
-}
-
 // `packed` and `workspace` of the params are filled in here. A sequence has at least one step.
 template <typename S>
 void launch_forward(RecurrenceForwardParams<S>& p) {

@@ -41,6 +41,10 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
   m.def(
       "stack_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bias, "
       "bool bidirectional, bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def("linear_forward(Tensor x, Tensor w, Tensor? b) -> Tensor y");
+  m.def(
+      "linear_backward(Tensor grad_y, Tensor x, Tensor w, bool need_dx, bool need_dw, bool need_db) -> "
+      "(Tensor dx, Tensor dw, Tensor db)");
   m.def(
       "attention_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask) -> "
       "(Tensor c, Tensor lse)");

@@ -1,0 +1,130 @@
+// Affine maps of rows, y = x W^T + b, and their gradients: the products beside the recurrence, as quick as those in it.
+namespace llm_ext {
+namespace LLM_EXT_LEVEL {
+
+// The three ways to the product: dot products for few rows, the product turned around, which packs x, and the one that
+// packs W, which is quicker where the rows repay it.
+enum class LinearWay { kDots, kTurned, kPacked };
+
+template <typename S>
+static LinearWay linear_way(const LinearSizes& s) {
+  if (s.rows > s.output / 2 && s.rows > 4 * kDotRows) return LinearWay::kPacked;
+  return turning_pays<S>(s.rows) ? LinearWay::kTurned : LinearWay::kDots;
+}
+
+static int linear_threads(const LinearSizes& s, int threads) {
+  constexpr double kWork = 1.0e5;  // as kWorkPerThread
+  const double useful = static_cast<double>(s.rows) * s.input * s.output / kWork;
+  return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
+}
+
+// Threads pack x together if there is a panel for each; else each of them all of it, and need not meet.
+template <typename S>
+static bool packs_together(const LinearSizes& s, int threads) {
+  return panels_of<S>(s.rows) >= threads;
+}
+
+template <typename S>
+static int64_t linear_forward_workspace(const LinearSizes& s, int threads) {
+  switch (linear_way<S>(s)) {
+    case LinearWay::kDots:
+      return 0;
+    case LinearWay::kTurned:
+      return packed_size<S>(s.rows, s.input) * (packs_together<S>(s, threads) ? 1 : threads);
+    case LinearWay::kPacked:
+      return packed_size<S>(s.output, s.input);
+  }
+  return 0;
+}
+
+template <typename S>
+static void linear_forward(const LinearForwardParams<S>& p, const Team& team) {
+  const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
+  const auto finish = [&](int64_t row, int64_t col, Vec<S> value, int lanes) {
+    if (p.b != nullptr) value += load_part(p.b + col, lanes);
+    store_part(p.y + row * O + col, value, lanes);
+  };
+  const Range columns = team.share(O, kLanes<S>);
+  switch (linear_way<S>(p.sizes)) {
+    case LinearWay::kDots:
+      for_each_vector<S>(columns.size(), [&](int64_t j, int lanes) {
+        const int64_t col = columns.begin + j;
+        const Tiles tiles(N, kDotRows, kDotRows);
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          const Range rows = tiles[i];
+          Vec<S> values[kDotRows];
+          row_dots<S>(DotFactors<S, S>{p.x + rows.begin * I, I, p.w + col * I, I, I}, DotFactors<S, S>{}, rows.size(),
+                      lanes, values);
+          for (int64_t r = rows.begin; r < rows.end; ++r) finish(r, col, values[r - rows.begin], lanes);
+        }
+      });
+      return;
+    case LinearWay::kTurned: {
+      const bool together = packs_together<S>(p.sizes, team.size);
+      const Range all = {0, panels_of<S>(N)};
+      S* const packed = p.workspace + (together ? 0 : team.rank * packed_size<S>(N, I));
+      pack_transposed([&](int64_t row) { return p.x + row * I; }, N, I, together ? team.share(all.end) : all, packed);
+      if (together) team.sync();
+      turned_product(p.w, I, columns, I, packed, N, finish);
+      return;
+    }
+    case LinearWay::kPacked:
+      pack_transposed([&](int64_t col) { return p.w + col * I; }, O, I, team.share(panels_of<S>(O)), p.workspace);
+      team.sync();
+      const Range rows = team.share(N, kRows);
+      long_product(
+          p.x + rows.begin * I, I, rows.size(), I, p.workspace, O, static_cast<S*>(nullptr),
+          [&](int64_t row, int64_t col, Vec<S> value, int lanes) { finish(rows.begin + row, col, value, lanes); });
+  }
+}
+
+// Where the backward pass puts what, besides its results. Sizes in elements of S.
+template <typename S>
+struct LinearBackwardSpace {
+  LinearBackwardSpace(const LinearSizes& s, int threads)
+      : packed(divide_up(packed_size<S>(s.input, s.output), kLanes<S>) * kLanes<S>),
+        total(packed + threads * kGradientBlock<S>) {}
+
+  int64_t packed;  // W, for dx
+  int64_t total;   // and for each thread a block of the weight gradient
+};
+
+template <typename S>
+static int64_t linear_backward_workspace(const LinearSizes& s, int threads) {
+  return LinearBackwardSpace<S>(s, threads).total;
+}
+
+template <typename S>
+static void linear_backward(const LinearBackwardParams<S>& p, const Team& team) {
+  const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
+  const LinearBackwardSpace<S> space(p.sizes, team.size);
+  if (p.dx != nullptr) {
+    pack_rows([&](int64_t i) { return p.w + i * I; }, I, O, team.share(panels_of<S>(I)), p.workspace);
+    team.sync();
+    const Range rows = team.share(N, kRows);
+    S* const dx = p.dx + rows.begin * I;
+    long_product(
+        p.grad_y + rows.begin * O, O, rows.size(), O, p.workspace, I, static_cast<S*>(nullptr),
+        [&](int64_t row, int64_t col, Vec<S> value, int lanes) { store_part(dx + row * I + col, value, lanes); });
+  }
+  const auto nothing_gathered = [](int64_t) { return [](int64_t) { return static_cast<const S*>(nullptr); }; };
+  const WeightGradient<S> of_weight = {p.dw, I, {0}, false, p.x, I};
+  weight_gradients<S>(nothing_gathered, {0, N}, p.grad_y, O, 1, {of_weight}, false,
+                      p.workspace + space.packed + team.rank * kGradientBlock<S>, team);
+  const Range columns = team.share(O, kLanes<S>);
+  if (p.db != nullptr) {
+    column_sums(p.grad_y + columns.begin, N, O, columns.size(), p.db + columns.begin, static_cast<S*>(nullptr), false);
+  }
+}
+
+template <typename S>
+static constexpr LinearKernels<S> kLinearKernels = {
+    .threads = linear_threads,
+    .forward_workspace = linear_forward_workspace<S>,
+    .backward_workspace = linear_backward_workspace<S>,
+    .forward = linear_forward<S>,
+    .backward = linear_backward<S>,
+};
+
+}  // namespace LLM_EXT_LEVEL
+}  // namespace llm_ext
