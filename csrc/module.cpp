@@ -40,5 +40,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "What the module was built with, and the instruction level in use.");
   m.def("remembered_bytes", &llm_ext::remembered_bytes, "Bytes of the packed weights that are remembered.");
+  m.def("cached_bytes", &llm_ext::cached_bytes, "Bytes of memory of large tensors that waits for others.");
+  m.def("empty_cache", &llm_ext::empty_cache, "Give the memory that waits for large tensors back to the system.");
   m.def("forget_weights", &llm_ext::forget_weights, "Free the packed weights that are remembered.");
 }

@@ -8,6 +8,8 @@ from typing import TypedDict, cast
 import torch  # noqa: F401  (its libraries must be loaded before the module that calls them)
 
 from llm_ext._C import build_info as _build_info
+from llm_ext._C import cached_bytes as _cached_bytes
+from llm_ext._C import empty_cache as _empty_cache
 from llm_ext._C import forget_weights as _forget_weights
 from llm_ext._C import remembered_bytes as _remembered_bytes
 from llm_ext.attention import AdditiveAttention, AttentionPool
@@ -34,6 +36,8 @@ __all__ = [
     "Seq2Seq",
     "Seq2SeqState",
     "build_info",
+    "cached_bytes",
+    "empty_cache",
     "forget_weights",
     "remembered_bytes",
 ]
@@ -70,3 +74,16 @@ def remembered_bytes() -> int:
 def forget_weights() -> None:
     """Free the memory of `remembered_bytes`."""
     _forget_weights()
+
+
+def cached_bytes() -> int:
+    """Bytes of memory on the CPU that large results have left and that wait for the next ones, at most 512 MiB.
+
+    Results of 32 MB and more have their memory from here, because fresh memory is slow at its first use.
+    """
+    return _cached_bytes()
+
+
+def empty_cache() -> None:
+    """Give the memory of `cached_bytes` back to the system."""
+    _empty_cache()

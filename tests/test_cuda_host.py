@@ -41,6 +41,7 @@ WITHOUT = [
     ROOT / "csrc/cuda/recurrence_generic.cu",
     *(ROOT / f"csrc/cuda/{name}.cpp" for name in ("attention_plan", "plan")),
     ROOT / "csrc/torch/cores.cpp",
+    ROOT / "csrc/torch/large_blocks.cpp",
     HERE / "cuda_host/backend.cpp",
     HERE / "cuda_host/no_sanitizer.cpp",
     *(EMULATOR / f"{name}.cpp" for name in ("scheduler", "races", "device")),

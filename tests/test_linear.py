@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import llm_ext
 from llm_ext import ops
 
-# Nothing, one, odd; by dot products, one above a tile of rows (6) and of columns (4) and a vector (16); turned around, in
+# Nothing, one, odd; by dot products, one above a tile of rows (6), of columns (4) and a vector (16); turned around, in
 # one panel (64), a whole one and several; with packed weights.
 SIZES = [  # N, I, O
     (0, 3, 4),

@@ -17,6 +17,7 @@
 
 #include "cpu/kernels.h"
 #include "torch/cores.h"
+#include "torch/large_blocks.h"
 #include "torch/stable.h"
 
 namespace llm_ext {
@@ -151,17 +152,36 @@ inline TypeCode type_code(ScalarType dtype) {
   }
 }
 
+// A tensor on the CPU whose memory goes back to large_blocks(). False: there is no memory.
+inline bool empty_large(const int64_t* sizes, const int64_t* strides, int64_t dimensions, int32_t dtype, int64_t bytes,
+                        AtenTensorHandle* handle) {
+  const Block block = large_blocks().take(bytes);
+  if (block.data == nullptr) return false;
+  const auto give_back = [](void* data, void* size) {
+    large_blocks().give_back({data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size))});
+  };
+  void* const size = reinterpret_cast<void*>(static_cast<intptr_t>(block.bytes));
+  constexpr int32_t kNoIndex = -1;  // as memory of the CPU is known to torch
+  const bool got =
+      torch_from_blob(block.data, dimensions, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), kNoIndex, handle,
+                      aoti_torch_layout_strided(), nullptr, 0, give_back, size) == TORCH_SUCCESS;
+  if (!got) give_back(block.data, size);
+  return got;
+}
+
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dimensions, ScalarType dtype,
                             const Place& place = {}) {
   AtenTensorHandle handle;
   auto [code, bytes] = type_code(dtype);
   for (int64_t i = 0; i < dimensions; ++i) bytes *= sizes[i];  // all of our layouts are dense
+  const bool large = place.is_cpu() && bytes >= LargeBlocks::kLeastBytes;
+  const bool got = large ? empty_large(sizes, strides, dimensions, code, bytes, &handle)
+                         : aoti_torch_empty_strided(dimensions, sizes, strides, code, place.type, place.index,
+                                                    &handle) == TORCH_SUCCESS;
   // The C interface of torch says that it failed, not why.
-  STD_TORCH_CHECK(
-      aoti_torch_empty_strided(dimensions, sizes, strides, code, place.type, place.index, &handle) == TORCH_SUCCESS,
-      "llm_ext: out of memory: no ", bytes, " bytes to be had on ", place.text());
+  STD_TORCH_CHECK(got, "llm_ext: out of memory: no ", bytes, " bytes to be had on ", place.text());
   const Tensor t(handle);
-  if (place.is_cpu()) prefer_huge_pages(t, bytes);
+  if (place.is_cpu() && !large) prefer_huge_pages(t, bytes);
   return t;
 }
 
