@@ -40,7 +40,9 @@ def peak(call: Call) -> tuple[int, Any]:
     """Return how many bytes resident memory rises during a call at most, and what the call returned."""
     call()  # what the first call makes may stay
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, so that it counts when it is taken again
+    # What is free goes back to the system, so that it counts when it is taken again.
+    llm_ext.empty_cache()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _status("VmRSS")
     results = call()
