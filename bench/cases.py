@@ -314,6 +314,36 @@ def step(cell: Cell, H: int, bars: Bars = (None, None)) -> Case:
     return Case(name, build, False, 1e-3, "k step", _bars(dict(zip(names, bars, strict=True))), threads=1)
 
 
+def linear(mode: str, N: int, I: int, O: int) -> Case:  # noqa: E741
+    """An affine map of N rows; in training with its three gradients."""
+    training = mode == "training"
+    work = 2 * N * I * O * (3 if training else 1) / 1e9
+
+    def build(dtype: torch.dtype, threads: int) -> Contest:
+        other = torch.nn.Linear(I, O, dtype=dtype)
+        ours = llm_ext.Linear(I, O, dtype=dtype)
+        ours.load_state_dict(other.state_dict())
+        x = torch.randn(N, I, dtype=dtype, requires_grad=training)
+        g = torch.randn(N, O, dtype=dtype) if training else None
+        exact = [_double(tensor) for tensor in (x, other.weight, other.bias)]
+        with torch.set_grad_enabled(training):
+            truth = _call(lambda: (F.linear(*exact),), exact, None if g is None else g.double())()
+
+        def call(layer: torch.nn.Linear) -> Callable[[], Call]:
+            return lambda: _call(lambda: (layer(x),), [x, layer.weight, layer.bias], g)
+
+        return Contest(
+            tensors(truth),
+            Contestant("llm_ext.Linear", OURS, call(ours)),
+            [
+                Contestant("torch.nn.Linear", "torch", call(other)),
+                _limit(FMA_PEAK, lambda: limits.multiply_add(work, threads)),
+            ],
+        )
+
+    return Case(f"linear/{mode}/{_sizes(N=N, I=I, O=O)}", build, training, work, "GFLOP")
+
+
 def _prefix_by_pieces(e: Tensor, u: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     # The backward pass of the reference takes time quadratic in T.
     outputs, state = [], None
@@ -643,6 +673,10 @@ CASES: tuple[Case, ...] = (
     additive("training", 32, 1, 64, 512),
     additive("training", 32, 32, 32, 512, bars=(5, 2)),
     additive("training", 16, 64, 64, 512, bars=(6, 2)),
+    *(linear(mode, N, 512, 512) for mode in ("inference", "training") for N in (1, 8, 32, 33, 128, 1024)),
+    *(linear(mode, N, 256, 4096) for mode in ("inference", "training") for N in (1, 32, 1024)),
+    linear("inference", 4096, 64, 64),
+    linear("training", 4096, 64, 64),
     model_training(32, 64, 65, 128, 512),
     model_generation(1, 128, 65, 128, 512),
     model_generation(1, 128, 65, 128, 2048),

@@ -415,6 +415,8 @@ def test_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
                 cases.scaling(cell, 2, 3, 4),
             )
         ),
+        cases.linear("inference", 3, 5, 4),
+        cases.linear("training", 3, 5, 4),
         cases.pooling("inference", 2, 5, 4),
         cases.pooling("training", 2, 5, 4),
         cases.prefix("inference", 2, 5, 4),
