@@ -277,6 +277,20 @@ static inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
   }
 }
 
+// The lanes at even places, and after them those at odd ones: what interleaving has mixed.
+template <typename T>
+static inline Vec<T> separate(Vec<T> v) {
+  if constexpr (kLanes<T> == 2) {
+    return v;
+  } else if constexpr (kLanes<T> == 4) {
+    return Vec<T>{v[0], v[2], v[1], v[3]};
+  } else if constexpr (kLanes<T> == 8) {
+    return Vec<T>{v[0], v[2], v[4], v[6], v[1], v[3], v[5], v[7]};
+  } else {
+    return Vec<T>{v[0], v[2], v[4], v[6], v[8], v[10], v[12], v[14], v[1], v[3], v[5], v[7], v[9], v[11], v[13], v[15]};
+  }
+}
+
 // Transposes the square of kLanes vectors: rows that are half the square apart, interleaved, as often as it can be
 // halved.
 template <typename T>
