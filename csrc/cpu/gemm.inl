@@ -501,7 +501,9 @@ static inline void row_dots(const DotFactors<L1, R>& first, const DotFactors<L2,
   }
   Vec<T> tiles[M][kTiles];
   for (int t = 0; t < kTiles; ++t) {
-    Vec<T> acc[M * N] = {};
+    Vec<T> acc[M * N];
+#pragma GCC unroll 24
+    for (int i = 0; i < M * N; ++i) acc[i] = Vec<T>{};  // not at once: that would be done in memory
     add_dots<T, M, N>(first.columns_from(t * N), acc);
     add_dots<T, M, N>(second.columns_from(t * N), acc);
 #pragma GCC unroll 6

@@ -310,16 +310,17 @@ static inline void transpose(Vec<T> (&square)[kLanes<T>]) {
 // to do with v[l % kCount]. Halves upon each other, as sum_lanes; with kCount = kLanes it is done.
 template <typename T, int kCount>
 static inline Vec<T> sum_halves(Vec<T>* v) {
-#pragma GCC unroll 4
-  for (int n = kCount / 2; n > 0; n /= 2) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < kCount / 2; ++i) {
       Vec<T> low, high;
-      interleave<T>(v[i], v[i + n], low, high);
+      interleave<T>(v[i], v[i + kCount / 2], low, high);
       v[i] = low + high;
     }
+    return sum_halves<T, kCount / 2>(v);
   }
-  return v[0];
 }
 
 // Walks over [0, n) in whole vectors and one part: body(offset, lanes).
