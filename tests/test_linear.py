@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import llm_ext
 from llm_ext import ops
 
-# Nothing, one, odd; by dot products, one above a tile of rows (6), of columns (4) and a vector (16); turned around, in
-# one panel (64), a whole one and several; with packed weights.
+# Nothing, one, odd; by dot products, one above a tile of rows (6), of columns (4) and a vector (16), several tiles; with
+# packed weights, which are for more than 24 rows and half of the columns.
 SIZES = [  # N, I, O
     (0, 3, 4),
     (3, 0, 4),

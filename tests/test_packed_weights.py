@@ -107,8 +107,8 @@ def test_functional_calls(kind: str) -> None:
 def test_one_bit(place: int, bit: int) -> None:
     """Whichever bit of W or U changes, it is in the result."""
     w_ih, w_hh = torch.rand(H, 7) + 1, torch.rand(H, H) + 1
-    # Row by row the columns of W, then those of U, each by itself.
-    x, h0 = torch.eye(40, 7)[None], torch.zeros(40, H)
+    # Row by row the columns of W, then those of U, each by itself; more rows than go without packing.
+    x, h0 = torch.eye(70, 7)[None], torch.zeros(70, H)
     h0[7 : 7 + H] = torch.eye(H)
     for _ in range(3):
         ops.rnn(x, h0, w_ih, w_hh, nonlinearity="relu")

@@ -404,43 +404,6 @@ static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_
   }
 }
 
-// The product turned around, (a w^T)^T = w a^T, for a left factor of few rows: it is that which is packed, as weights
-// are elsewhere (pack_transposed), and the weights are read in their own layout, w [*, k]. finish(row, column, values,
-// lanes) takes the results of `columns`, turned back.
-//
-// It pays where the rows nearly fill vectors. Zen 5, 512 columns, k = 512: 32 rows 48 us by dot products and 44 turned,
-// 24 rows 35 and 47; 4096 columns, k = 256: 32 rows 209 and 154, 24 rows 152 and 148.
-template <typename T>
-static inline bool turning_pays(int64_t rows) {
-  return rows > kLanes<T> && 5 * rows >= 4 * divide_up(rows, kLanes<T>) * kLanes<T>;
-}
-
-template <typename R, typename Finish>
-static inline void turned_product(const R* w, int64_t stride, Range columns, int64_t k, const R* packed, int64_t rows,
-                                  Finish finish) {
-  constexpr int64_t kBlock = 48;  // columns at a time: whole vectors, and whole tiles
-  alignas(64) R results[kBlock * kPanel<R>];
-  for (int64_t p = 0; p < panels_of<R>(rows); ++p) {
-    const int64_t first = p * kPanel<R>;
-    const int64_t width = rows - first < kPanel<R> ? rows - first : kPanel<R>;
-    for (int64_t begin = columns.begin; begin < columns.end; begin += kBlock) {
-      const int64_t count = columns.end - begin < kBlock ? columns.end - begin : kBlock;
-      product(
-          Rows<R>{w + begin * stride, stride}, count, k, packed, rows, Panels{{p, p + 1}}, [](int64_t, int64_t) {},
-          [&](int64_t m, int64_t n, Vec<R> value, int) { store(results + m * kPanel<R> + n - first, value); });
-      for_each_vector<R>(count, [&](int64_t j, int lanes) {
-        for (int64_t n = 0; n < width; n += kLanes<R>) {
-          Vec<R> square[kLanes<R>];
-          for (int i = 0; i < kLanes<R>; ++i)
-            square[i] = i < lanes ? load(results + (j + i) * kPanel<R> + n) : Vec<R>{};
-          transpose<R>(square);
-          for (int i = 0; i < kLanes<R> && n + i < width; ++i) finish(first + n + i, begin + j, square[i], lanes);
-        }
-      });
-    }
-  }
-}
-
 // Products with weights in their own layout, [cols, k]: dot products of their rows with those of the left factor, in
 // tiles of both, vectors lying along k. No packing; instead each dot product ends with a sum over lanes. A tile of
 // accumulators, vectors of its right rows and one of a left row fit into the register file.

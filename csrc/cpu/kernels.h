@@ -41,7 +41,7 @@ constexpr int64_t kDigestPiece = 64 << 10;
 template <typename S>
 struct LinearKernels {
   int (*threads)(const LinearSizes&, int threads);
-  int64_t (*forward_workspace)(const LinearSizes&, int threads);
+  int64_t (*forward_workspace)(const LinearSizes&);
   int64_t (*backward_workspace)(const LinearSizes&, int threads);
   void (*forward)(const LinearForwardParams<S>&, const Team&);
   void (*backward)(const LinearBackwardParams<S>&, const Team&);

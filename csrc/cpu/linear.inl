@@ -2,14 +2,11 @@
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
-// The three ways to the product: dot products for few rows, the product turned around, which packs x, and the one that
-// packs W, which is quicker where the rows repay it.
-enum class LinearWay { kDots, kTurned, kPacked };
-
+// Whether W is packed first: where rows are many beside its columns. Else it is read in its own layout. Zen 5, 512
+// columns, k = 512: 256 rows 454 GFLOP/s by dot products and 471 packed, 384 rows 438 and 491.
 template <typename S>
-static LinearWay linear_way(const LinearSizes& s) {
-  if (s.rows > s.output / 2 && s.rows > 4 * kDotRows) return LinearWay::kPacked;
-  return turning_pays<S>(s.rows) ? LinearWay::kTurned : LinearWay::kDots;
+static bool packs_linear(const LinearSizes& s) {
+  return s.rows > 4 * kDotRows && s.rows > s.output / 2;
 }
 
 static int linear_threads(const LinearSizes& s, int threads) {
@@ -18,23 +15,9 @@ static int linear_threads(const LinearSizes& s, int threads) {
   return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
 }
 
-// Threads pack x together if there is a panel for each; else each of them all of it, and need not meet.
 template <typename S>
-static bool packs_together(const LinearSizes& s, int threads) {
-  return panels_of<S>(s.rows) >= threads;
-}
-
-template <typename S>
-static int64_t linear_forward_workspace(const LinearSizes& s, int threads) {
-  switch (linear_way<S>(s)) {
-    case LinearWay::kDots:
-      return 0;
-    case LinearWay::kTurned:
-      return packed_size<S>(s.rows, s.input) * (packs_together<S>(s, threads) ? 1 : threads);
-    case LinearWay::kPacked:
-      return packed_size<S>(s.output, s.input);
-  }
-  return 0;
+static int64_t linear_forward_workspace(const LinearSizes& s) {
+  return packs_linear<S>(s) ? packed_size<S>(s.output, s.input) : 0;
 }
 
 template <typename S>
@@ -44,37 +27,28 @@ static void linear_forward(const LinearForwardParams<S>& p, const Team& team) {
     if (p.b != nullptr) value += load_part(p.b + col, lanes);
     store_part(p.y + row * O + col, value, lanes);
   };
+  if (packs_linear<S>(p.sizes)) {
+    pack_transposed([&](int64_t col) { return p.w + col * I; }, O, I, team.share(panels_of<S>(O)), p.workspace);
+    team.sync();
+    const Range rows = team.share(N, kRows);
+    return long_product(
+        p.x + rows.begin * I, I, rows.size(), I, p.workspace, O, static_cast<S*>(nullptr),
+        [&](int64_t row, int64_t col, Vec<S> value, int lanes) { finish(rows.begin + row, col, value, lanes); });
+  }
   const Range columns = team.share(O, kLanes<S>);
-  switch (linear_way<S>(p.sizes)) {
-    case LinearWay::kDots:
-      for_each_vector<S>(columns.size(), [&](int64_t j, int lanes) {
-        const int64_t col = columns.begin + j;
-        const Tiles tiles(N, kDotRows, kDotRows);
-        for (int64_t i = 0; i < tiles.count; ++i) {
-          const Range rows = tiles[i];
-          Vec<S> values[kDotRows];
-          row_dots<S>(DotFactors<S, S>{p.x + rows.begin * I, I, p.w + col * I, I, I}, DotFactors<S, S>{}, rows.size(),
-                      lanes, values);
-          for (int64_t r = rows.begin; r < rows.end; ++r) finish(r, col, values[r - rows.begin], lanes);
-        }
-      });
-      return;
-    case LinearWay::kTurned: {
-      const bool together = packs_together<S>(p.sizes, team.size);
-      const Range all = {0, panels_of<S>(N)};
-      S* const packed = p.workspace + (together ? 0 : team.rank * packed_size<S>(N, I));
-      pack_transposed([&](int64_t row) { return p.x + row * I; }, N, I, together ? team.share(all.end) : all, packed);
-      if (together) team.sync();
-      turned_product(p.w, I, columns, I, packed, N, finish);
-      return;
-    }
-    case LinearWay::kPacked:
-      pack_transposed([&](int64_t col) { return p.w + col * I; }, O, I, team.share(panels_of<S>(O)), p.workspace);
-      team.sync();
-      const Range rows = team.share(N, kRows);
-      long_product(
-          p.x + rows.begin * I, I, rows.size(), I, p.workspace, O, static_cast<S*>(nullptr),
-          [&](int64_t row, int64_t col, Vec<S> value, int lanes) { finish(rows.begin + row, col, value, lanes); });
+  const int64_t block = rows_of_block<S>(I);
+  for (int64_t begin = 0; begin < N; begin += block) {
+    const Tiles tiles(N - begin < block ? N - begin : block, kDotRows, kDotRows);
+    for_each_vector<S>(columns.size(), [&](int64_t j, int lanes) {
+      const int64_t col = columns.begin + j;
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const Range rows = {begin + tiles[i].begin, begin + tiles[i].end};
+        Vec<S> values[kDotRows];
+        row_dots<S>(DotFactors<S, S>{p.x + rows.begin * I, I, p.w + col * I, I, I}, DotFactors<S, S>{}, rows.size(),
+                    lanes, values);
+        for (int64_t r = rows.begin; r < rows.end; ++r) finish(r, col, values[r - rows.begin], lanes);
+      }
+    });
   }
 }
 

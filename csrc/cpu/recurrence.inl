@@ -9,9 +9,9 @@
 namespace llm_ext {
 namespace LLM_EXT_LEVEL {
 
-// Up to so many rows of the sequence (twice as many in one or two steps), weights are read in their own layout instead
-// of being packed first. On Zen 3 that takes 6.7 us instead of 7.4 for 16 rows of H = 64 and 200 instead of 239 for
-// H = 512; for 32 rows in two steps the same for H = 64 and 220 instead of 279 for H = 512.
+// Up to so many rows of the sequence (four times as many in one or two steps), weights are read in their own layout
+// instead of being packed first. GRU of I = 256, H = 512, a step of 64 rows on Zen 5 goes at 440 GFLOP/s either way if
+// packed weights are remembered, and at half of that where they are not.
 constexpr int64_t kDirectRows = 16;
 // Multiply-adds that repay one more thread: a team costs some 3 us. T16 H64 takes 8 us on one thread or two.
 constexpr double kWorkPerThread = 1.0e5;
@@ -86,14 +86,7 @@ static bool recurrences_apart(const RecurrenceSizes& s, int recurrences, int thr
 }
 
 static inline bool goes_direct(const RecurrenceSizes& s) {
-  return !s.projected() && total_rows(s) <= (s.steps <= 2 ? 2 * kDirectRows : kDirectRows);
-}
-
-// Whether the products of forward_direct are turned around: rows whose products are packed factors must be of the type
-// that is computed in, and all steps alike.
-template <typename S>
-static inline bool turns(const RecurrenceSizes& s) {
-  return !kIsNarrow<S> && of_one_length(s) && turning_pays<Compute<S>>(s.batch);
+  return !s.projected() && total_rows(s) <= (s.steps <= 2 ? 4 * kDirectRows : kDirectRows);
 }
 
 // Rows of a block of steps: so many, but at least one step.
@@ -157,22 +150,10 @@ struct ForwardSpace {
   int64_t total;
 };
 
-// Where forward_direct has what of each thread, where it turns its products. Sizes in elements of S.
-template <typename S>
-struct TurnedSpace {
-  explicit TurnedSpace(const RecurrenceSizes& s)
-      : x(!turns<S>(s) ? 0 : aligned(packed_size<S>(s.batch, s.input))),
-        h(!turns<S>(s) ? 0 : aligned(packed_size<S>(s.batch, s.hidden))) {}
-
-  int64_t x;  // the input of a step, packed
-  int64_t h;  // the states before it
-};
-
 template <typename S>
 static int64_t recurrence_forward_workspace(const RecurrenceSizes& s, int threads) {
   const ForwardSpace<S> space(s, threads);
-  const TurnedSpace<S> turned(s);
-  return goes_direct(s) ? space.states + space.cells + threads * (turned.x + turned.h) : space.total;
+  return goes_direct(s) ? space.states + space.cells : space.total;
 }
 
 // Where the backward pass puts what, besides its results. Sizes in elements of T.
@@ -424,30 +405,17 @@ static void forward_direct(const RecurrenceForwardParams<S>& p, const Team& team
   const Order order{s};
   const Range columns = team.share(H, kLanes<T>);
   const Range all = {0, s.batch};
-  const ForwardSpace<S> space(s, team.size);
-  const TurnedSpace<S> turned_space(s);
-  const States<S, C> states(p, p.workspace, p.workspace + space.states);
-  T* const packed_x = p.workspace + space.states + space.cells + team.rank * (turned_space.x + turned_space.h);
-  T* const packed_h = packed_x + turned_space.x;
+  const States<S, C> states(p, p.workspace, p.workspace + ForwardSpace<S>(s, team.size).states);
   states.start(all, columns, columns);
   if (kIsNarrow<S>) team.sync();
   for (int64_t i = 0; i < s.steps; ++i) {
     const auto target = states.target(i);
     const int64_t first_row = order.first_row(i);
-    // Of rows that all go on, or all join: the states before them, null for zeros, and row m of them.
-    const auto finish = [&](Range rows, const T* h, int64_t m, int64_t col, Vec<T>(&blocks)[C::kBlocks], int lanes) {
-      for (int b = 0; b < C::kBlocks; ++b) {
-        const int64_t in = input_gate<C>(b) * H + col, hidden = state_gate<C>(b) * H + col;
-        if (b < C::kGates && p.b_ih != nullptr) blocks[b] += load_part(p.b_ih + in, lanes);
-        if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) blocks[b] += load_part(p.b_hh + hidden, lanes);
-      }
-      const int64_t r = rows.begin + m;
-      const Vec<T> h_now =
-          forward_units<S, C>(blocks, h == nullptr ? nullptr : h + m * H + col, states.cell(r, col),
-                              p.kept == nullptr ? nullptr : p.kept + (first_row + r) * kept_width + col, H, lanes);
-      target.store(r, col, h_now, lanes);
-    };
-    const auto by_dots = [&](Range rows, const S* x, const T* h) {
+    // Rows that all go on, or all join.
+    const auto step = [&](Range rows) {
+      if (rows.size() == 0) return;
+      const S* x = p.x + (first_row + rows.begin) * s.input;
+      const T* h = states.before(i, rows.begin);
       const Tiles tiles(rows.size(), kDotRows, kDotRows);
       for_each_vector<T>(columns.size(), [&](int64_t j, int lanes) {
         const int64_t col = columns.begin + j;
@@ -462,57 +430,21 @@ static void forward_direct(const RecurrenceForwardParams<S>& p, const Team& team
             row_dots<T>(input.rows_from(part.begin), state.rows_from(part.begin), part.size(), lanes, z[b]);
           }
           for (int64_t m = part.begin; m < part.end; ++m) {
+            const int64_t r = rows.begin + m;
             Vec<T> blocks[C::kBlocks];
-            for (int b = 0; b < C::kBlocks; ++b) blocks[b] = z[b][m - part.begin];
-            finish(rows, h, m, col, blocks, lanes);
+            for (int b = 0; b < C::kBlocks; ++b) {
+              blocks[b] = z[b][m - part.begin];
+              const int64_t in = input_gate<C>(b) * H + col, hidden = state_gate<C>(b) * H + col;
+              if (b < C::kGates && p.b_ih != nullptr) blocks[b] += load_part(p.b_ih + in, lanes);
+              if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) blocks[b] += load_part(p.b_hh + hidden, lanes);
+            }
+            const Vec<T> h_now = forward_units<S, C>(
+                blocks, h == nullptr ? nullptr : h + m * H + col, states.cell(r, col),
+                p.kept == nullptr ? nullptr : p.kept + (first_row + r) * kept_width + col, H, lanes);
+            target.store(r, col, h_now, lanes);
           }
         }
       });
-    };
-    const auto turned = [&](Range rows, const S* x, const T* h) {
-      if constexpr (!kIsNarrow<S>) {
-        pack_transposed([&](int64_t r) { return x + r * s.input; }, rows.size(), s.input,
-                        {0, panels_of<T>(rows.size())}, packed_x);
-        if (h != nullptr) {
-          pack_transposed([&](int64_t r) { return h + r * H; }, rows.size(), H, {0, panels_of<T>(rows.size())},
-                          packed_h);
-        }
-        constexpr int64_t kUnits = 48;
-        for (int64_t begin = columns.begin; begin < columns.end; begin += kUnits) {
-          const Range units = intersect({begin, begin + kUnits}, columns);
-          T z[C::kBlocks][2 * kDirectRows][kUnits];
-          for (int b = 0; b < C::kBlocks; ++b) {
-            const int in = input_gate<C>(b), hidden = state_gate<C>(b);
-            const auto into = [&](bool add) {
-              return [&, add](int64_t r, int64_t col, Vec<T> value, int) {
-                T* place = z[b][r] + col - begin;
-                store(place, add ? value + load(place) : value);
-              };
-            };
-            if (b < C::kGates) {
-              turned_product(p.w_ih + in * H * s.input, s.input, units, s.input, packed_x, rows.size(), into(false));
-            }
-            if (hidden >= 0 && h != nullptr) {
-              turned_product(p.w_hh + hidden * H * H, H, units, H, packed_h, rows.size(), into(b < C::kGates));
-            }
-          }
-          for (int64_t m = 0; m < rows.size(); ++m) {
-            for_each_vector<T>(units.size(), [&](int64_t j, int lanes) {
-              Vec<T> blocks[C::kBlocks];
-              for (int b = 0; b < C::kBlocks; ++b) {
-                blocks[b] = b < C::kGates || h != nullptr ? load(z[b][m] + j) : Vec<T>{};
-              }
-              finish(rows, h, m, begin + j, blocks, lanes);
-            });
-          }
-        }
-      }
-    };
-    const auto step = [&](Range rows) {
-      if (rows.size() == 0) return;
-      const S* x = p.x + (first_row + rows.begin) * s.input;
-      const T* h = states.before(i, rows.begin);
-      turns<S>(s) ? turned(rows, x, h) : by_dots(rows, x, h);
     };
     const Range now = {0, order.rows(i)};
     step(intersect(now, {0, order.rows(i - 1)}));

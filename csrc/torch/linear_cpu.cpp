@@ -75,7 +75,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b)
     const Tensor y = a.empty_rows(s.output);
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
-    const OptionalTensor workspace = workspace_of<S>(kernel.forward_workspace(s, threads));
+    const OptionalTensor workspace = workspace_of<S>(kernel.forward_workspace(s));
     const LinearForwardParams<S> p = {
         s, a.x(), a.w(), b_in.get(), mutable_data<S>(y), workspace ? mutable_data<S>(*workspace) : nullptr};
     run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
