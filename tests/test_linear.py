@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import llm_ext
 from llm_ext import ops
 
-# Nothing, one, odd; by dot products, one above a tile of rows (6), of columns (4) and a vector (16), several tiles; with
+# Nothing, one, odd; by dot products, one above a tile of rows (6), of columns (4) and a vector (16), many tiles; with
 # packed weights, which are for more than 24 rows and half of the columns.
 SIZES = [  # N, I, O
     (0, 3, 4),
