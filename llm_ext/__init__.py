@@ -79,7 +79,7 @@ def forget_weights() -> None:
 def cached_bytes() -> int:
     """Bytes of memory on the CPU that large results have left and that wait for the next ones, at most 512 MiB.
 
-    Results of 32 MB and more have their memory from here, because fresh memory is slow at its first use.
+    Results of 4 MB and more have their memory from here, because fresh memory is slow at its first use.
     """
     return _cached_bytes()
 
