@@ -1,10 +1,10 @@
 // Memory of large tensors on the CPU, kept from one to the next.
 //
 // glibc takes blocks of 32 MB and more from the system whenever they are asked for, and gives them back at once. Such
-// memory comes page by page, zeroed, at its first use: on 2 cores of a Zen 5 134 MB in 8 ms, which is longer than pooling
-// takes to write them. Smaller ones it keeps, but aligned ones can leave holes that it does not fill again: the scores
-// of a validation, 8 MB at a time, took 6 GB. So what a large result or workspace has left waits for the next one of
-// about its size.
+// memory comes page by page, zeroed, at its first use: on 2 cores of a Zen 5 134 MB in 8 ms, which is longer than
+// pooling takes to write them. Smaller ones it keeps, but aligned ones can leave holes that it does not fill again: the
+// scores of a validation, 8 MB at a time, took 6 GB. So what a large result or workspace has left waits for the next
+// one of about its size.
 #pragma once
 
 #include <cstdint>
