@@ -252,7 +252,7 @@ class Seq2Seq(nn.Module):
             ValueError, TypeError, IndexError: as `forward`.
         """
         _check_ids("source", source, "B, S")
-        # Those of a GPU would have to be waited for.
+        # Where no row ends early there is nothing to pack or mask. A GPU's lengths would have to be waited for.
         if lengths is not None and lengths.is_cpu and bool((lengths == source.shape[1]).all()):
             lengths = None
         x = self.source_embedding(source)  # [B, S, E]

@@ -1,9 +1,15 @@
 """What the tests share: the table of tolerances, odd sizes, inputs, and gradients by name."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 
+import pytest
 import torch
 from torch import Tensor
+
+import llm_ext
 
 DTYPES = (torch.float32, torch.float64)
 # The recurrence is computed in float32 where these are stored.
@@ -112,6 +118,31 @@ def assert_close(
     tolerance = TOLERANCE_ON.get(actual.device.type, {}).get(row, TOLERANCE[row])
     allowed = tolerance * max(1.0, b.abs().max().item())
     assert error <= allowed, f"{op}: {what} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def supported_levels() -> list[str]:
+    """The instruction levels up to the one in use."""
+    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    return levels[: levels.index(llm_ext.build_info()["simd"]) + 1]
+
+
+def at_lower_levels(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test for each level below the one in use; the level is chosen once in a process."""
+    test = pytest.mark.parametrize("level", supported_levels()[:-1])(test)
+    return pytest.mark.skipif("LLM_EXT_SIMD" in os.environ, reason="this is the run of one level")(test)
+
+
+def run_tests_at(level: str, path: str, chosen: str) -> None:
+    """Run the tests of a file whose names `chosen` selects, at a level."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", path, "-k", f"({chosen}) and not levels"],
+        env=os.environ | {"LLM_EXT_SIMD": level},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 def spread(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, HALF_DTYPES, assert_close, outputs_and_gradients, spread
+from cases import DTYPES, HALF_DTYPES, assert_close, at_lower_levels, outputs_and_gradients, run_tests_at, spread
 from hypothesis import given
 from hypothesis import strategies as st
 from recurrences import compare, every_device, leaf
@@ -480,20 +479,7 @@ def test_compile(need_weights: bool) -> None:
 # ---- the levels
 
 
-@pytest.mark.skipif("LLM_EXT_SIMD" in os.environ, reason="this is the run of one level")
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@at_lower_levels
 def test_lower_levels(level: str) -> None:
-    """The tests of the kernels at every level below the one in use; the level is chosen once in a process."""
-    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    if levels.index(level) >= levels.index(llm_ext.build_info()["simd"]):
-        pytest.skip("not below the one in use")
-    chosen = "reference or size or torch or cancel or padding or part or infinity or gradcheck"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"({chosen}) and not levels"],
-        env=os.environ | {"LLM_EXT_SIMD": level},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    """The tests of the kernels again."""
+    run_tests_at(level, __file__, "reference or size or torch or cancel or padding or part or infinity or gradcheck")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, HALF_DTYPES, assert_close, spread
+from cases import DTYPES, HALF_DTYPES, assert_close, at_lower_levels, run_tests_at, spread
 from hypothesis import given
 from hypothesis import strategies as st
 from recurrences import compare, leaf
@@ -213,19 +210,7 @@ def test_bad_arguments(arguments: tuple[Tensor, ...], error: type[Exception], me
         ops.linear(*arguments)
 
 
-@pytest.mark.skipif("LLM_EXT_SIMD" in os.environ, reason="this is the run of one level")
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@at_lower_levels
 def test_lower_levels(level: str) -> None:
-    """The tests of the kernels at every level below the one in use; the level is chosen once in a process."""
-    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    if levels.index(level) >= levels.index(llm_ext.build_info()["simd"]):
-        pytest.skip("not below the one in use")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "torch or size or threads or gradcheck"],
-        env=os.environ | {"LLM_EXT_SIMD": level},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    """The tests of the kernels again."""
+    run_tests_at(level, __file__, "torch or size or threads or gradcheck")

@@ -11,7 +11,16 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, HALF_DTYPES, assert_close, batch_sizes_of, spread
+from cases import (
+    DTYPES,
+    HALF_DTYPES,
+    assert_close,
+    at_lower_levels,
+    batch_sizes_of,
+    run_tests_at,
+    spread,
+    supported_levels,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from recurrences import (
@@ -758,33 +767,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def supported_levels() -> list[str]:
-    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    return levels[: levels.index(llm_ext.build_info()["simd"]) + 1]
-
-
-@pytest.mark.skipif("LLM_EXT_SIMD" in os.environ, reason="this is the run of one level")
-@pytest.mark.parametrize("level", supported_levels()[:-1])
+@at_lower_levels
 def test_lower_levels(level: str) -> None:
-    """All tests of this file again at every level below the one in use; the level is chosen once in a process."""
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            __file__,
-            "-k",
-            "recurrence or pool or scores or padding or activations or nan",
-        ],
-        env=os.environ | {"LLM_EXT_SIMD": level},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    """All tests of this file again that have to do with kernels."""
+    run_tests_at(level, __file__, "recurrence or pool or scores or padding or activations or nan")
 
 
 def test_level_is_forced_and_reported() -> None:

@@ -381,8 +381,7 @@ static inline void for_each_row(const AdditiveAttentionInput<S>& in, bool backwa
 template <typename S>
 static int additive_threads(const AdditiveAttentionInput<S>& in, int threads) {
   const double pairs = static_cast<double>(in.queries) * in.keys + 3.0 * (in.queries + in.keys);
-  const double useful = pairs * in.batch * in.attn_dim / kAdditiveWorkPerThread;
-  return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
+  return threads_worth(pairs * in.batch * in.attn_dim, kAdditiveWorkPerThread, threads);
 }
 
 // For each thread one: fewer may come than were asked for, and then share otherwise.

@@ -167,8 +167,7 @@ static inline void merge(int64_t dim, T* l, T* c, T l2, const T* c2) {
 
 template <typename S>
 static int pool_threads(const PoolInput<S>& in, int threads) {
-  const double useful = static_cast<double>(in.batch) * in.steps * in.dim / kPoolWorkPerThread;
-  return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
+  return threads_worth(static_cast<double>(in.batch) * in.steps * in.dim, kPoolWorkPerThread, threads);
 }
 
 // A thread's own rows in the backward pass: its part of the gradient of u, and u and the gradient of c as T.

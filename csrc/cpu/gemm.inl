@@ -47,7 +47,17 @@ constexpr int64_t kRowsAhead = 8;
 // H = 1500 7.6 instead of 8.9; Elman of H = 2048 3.1 instead of 3.5. Up to 4 MB there is nothing to gain.
 constexpr int64_t kFarBytes = 6 << 20;
 
+// Multiply-adds of products that repay one more thread: a team costs some 3 us. T16 H64 takes 8 us on one thread or
+// two.
+constexpr double kWorkPerThread = 1.0e5;
+
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many of `threads` so much work repays, `work_per_thread` being what repays one more of them.
+static inline int threads_worth(double work, double work_per_thread, int threads) {
+  const double useful = work / work_per_thread;
+  return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
+}
 
 static inline Range intersect(Range a, Range b) {
   const int64_t begin = a.begin > b.begin ? a.begin : b.begin;

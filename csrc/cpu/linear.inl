@@ -10,9 +10,7 @@ static bool packs_linear(const LinearSizes& s) {
 }
 
 static int linear_threads(const LinearSizes& s, int threads) {
-  constexpr double kWork = 1.0e5;  // as kWorkPerThread
-  const double useful = static_cast<double>(s.rows) * s.input * s.output / kWork;
-  return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
+  return threads_worth(static_cast<double>(s.rows) * s.input * s.output, kWorkPerThread, threads);
 }
 
 template <typename S>

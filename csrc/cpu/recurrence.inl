@@ -13,8 +13,6 @@ namespace LLM_EXT_LEVEL {
 // instead of being packed first. GRU of I = 256, H = 512, a step of 64 rows on Zen 5 goes at 440 GFLOP/s either way if
 // packed weights are remembered, and at half of that where they are not.
 constexpr int64_t kDirectRows = 16;
-// Multiply-adds that repay one more thread: a team costs some 3 us. T16 H64 takes 8 us on one thread or two.
-constexpr double kWorkPerThread = 1.0e5;
 // Multiply-adds of one step that repay a barrier, some 0.3 us. B1 H128 (16 thousand) takes 0.8 us with it and 1.0
 // without.
 constexpr double kStepWorkPerThread = 8.0e3;
@@ -70,8 +68,7 @@ static inline Split choose_split(const RecurrenceSizes& s, int threads) {
 
 static int recurrence_threads(const RecurrenceSizes& s, int threads) {
   const double projection = static_cast<double>(gates_of(s.cell)) * s.hidden * s.input;
-  const double useful = total_rows(s) * (row_work(s) + projection) / kWorkPerThread;
-  return useful >= threads ? threads : (useful < 1 ? 1 : static_cast<int>(useful));
+  return threads_worth(total_rows(s) * (row_work(s) + projection), kWorkPerThread, threads);
 }
 
 // Recurrences that a thread each runs meet no barrier, but each thread reads a whole U. Two layers, T256 on 2 cores of
@@ -878,11 +875,11 @@ class BackwardPass {
     }
     const Range rows = {block_.first, block_.first + block_.rows};
     const bool more = block_.steps.end < s_.steps;
-    const auto state_before_rows = [&](int64_t first) { return PreviousState<S>(p_, first); };
-    weight_gradients(state_before_rows, rows, block_.dz, H, C::kBlocks, {of_input, of_state}, more, space_, team_);
+    const auto states_before = [&](int64_t first) { return PreviousState<S>(p_, first); };
+    weight_gradients(states_before, rows, block_.dz, H, C::kBlocks, {of_input, of_state}, more, space_, team_);
     if (projected_) {
       const WeightGradient<S> of_cell = {dw_hr_, H, {0}, false, p_.kept + (C::kBlocks + 1) * H, kept_width_};
-      weight_gradients(state_before_rows, rows, dh_, P, 1, {of_cell}, more, space_, team_);
+      weight_gradients(states_before, rows, dh_, P, 1, {of_cell}, more, space_, team_);
     }
     const Range columns = team_.share(H, kLanes<T>);
     for (int b = 0; b < C::kBlocks; ++b) {

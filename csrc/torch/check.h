@@ -6,10 +6,6 @@
 #include <omp.h>
 #endif
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -115,21 +111,6 @@ class Input {
   OptionalTensor tensor_;
 };
 
-// Asks for huge pages where a large tensor will lie, as numpy does: fresh memory comes page by page at its first use,
-// and 84 MB take 57 ms to come in pages of 4 KB, and 12 in pages of 2 MB (a virtual machine with Linux 6.18).
-inline void prefer_huge_pages(const Tensor& t, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (start + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)t, (void)bytes;
-#endif
-}
-
 // As the C interface of torch numbers it, and bytes of an element.
 struct TypeCode {
   int32_t code;
@@ -180,9 +161,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
                                                     &handle) == TORCH_SUCCESS;
   // The C interface of torch says that it failed, not why.
   STD_TORCH_CHECK(got, "llm_ext: out of memory: no ", bytes, " bytes to be had on ", place.text());
-  const Tensor t(handle);
-  if (place.is_cpu() && !large) prefer_huge_pages(t, bytes);
-  return t;
+  return Tensor(handle);
 }
 
 inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType dtype,

@@ -30,6 +30,8 @@ class LargeBlocks {
   int64_t bytes();
 
  private:
+  void free_all();  // by whoever holds the lock
+
   // Nobody waits for it but clear() and bytes(): whoever does not get it goes to the system. So a process forked while
   // it was held goes on.
   std::mutex mutex_;
