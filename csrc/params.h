@@ -119,11 +119,24 @@ struct LinearSizes {
 template <typename S>
 struct LinearForwardParams {
   LinearSizes sizes;
-  const S* x;    // [N, I]
-  const S* w;    // [O, I]
-  const S* b;    // [O]; null: zeros
-  S* y;          // [N, O] out
-  S* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  const S* x;       // [N, I]
+  const S* w;       // [O, I]
+  const S* b;       // [O]; null: zeros
+  const S* addend;  // [N, O]; null: zeros
+  bool tanh;        // whether y is the tanh of the sum
+  S* y;             // [N, O] out
+  S* workspace;     // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+};
+
+// The place of the largest result of each row; the results themselves are not stored.
+template <typename S>
+struct LinearArgmaxParams {
+  LinearSizes sizes;  // O > 0
+  const S* x;         // [N, I]
+  const S* w;         // [O, I]
+  const S* b;         // [O]; null: zeros
+  int64_t* places;    // [N] out: of several that are equal the first; any NaN before all numbers
+  S* workspace;       // argmax_workspace() elements, aligned to 64 bytes; contents do not matter
 };
 
 template <typename S>

@@ -14,6 +14,8 @@ from torch import Tensor
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
 STACK_CELLS = (*NONLINEARITIES, "gru", "lstm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of affine maps of our own, on a CPU; elsewhere torch has products that are at least as quick.
+LINEAR_DTYPES = (torch.float32, torch.float64)
 
 # Sizes of a tensor; None for any.
 Sizes = tuple[int | None, ...]
@@ -223,37 +225,76 @@ def stack(
     weights: list[Tensor],
     bias: bool,
     bidirectional: bool,
+    op: str = "stack",
 ) -> None:
     """Raise if the arguments of `ops.stack` do not fit together."""
     if cell not in STACK_CELLS:
-        raise ValueError(f"stack: cell must be one of {STACK_CELLS}, got {cell!r}")
+        raise ValueError(f"{op}: cell must be one of {STACK_CELLS}, got {cell!r}")
     gates = {"gru": 3, "lstm": 4}.get(cell, 1)
     directions, each = 1 + bidirectional, 2 + 2 * bias
     rows = len(weights) // each
     if rows == 0 or len(weights) % (each * directions):
         per = f"{each} tensors for each layer" + (" and direction" if bidirectional else "")
-        raise ArgumentError(f"stack: weights must be {per}, got {len(weights)} tensors")
+        raise ArgumentError(f"{op}: weights must be {per}, got {len(weights)} tensors")
     if cell == "lstm" and (h0 is None) != (c0 is None):
-        raise ArgumentError("stack: h0 and c0 must be given together")
+        raise ArgumentError(f"{op}: h0 and c0 must be given together")
     if cell != "lstm" and c0 is not None:
-        raise ArgumentError(f"stack: c0 belongs to an LSTM, got one for {cell}")
-    _check("stack", "x", x, "T, B, I", (None, None, None), DTYPES)
+        raise ArgumentError(f"{op}: c0 belongs to an LSTM, got one for {cell}")
+    _check(op, "x", x, "T, B, I", (None, None, None), DTYPES)
     hidden = None
     for row in range(rows):
         names = [f"weights[{row * each + i}]" for i in range(each)]
         w_ih, w_hh, *biases = weights[row * each : (row + 1) * each]
         like = ("x", x)
         features = x.shape[2] if row < directions or hidden is None else directions * hidden
-        _check("stack", names[0], w_ih, f"{gates} H, I", (None, features), (x.dtype,), like)
+        _check(op, names[0], w_ih, f"{gates} H, I", (None, features), (x.dtype,), like)
         if w_ih.shape[0] % gates or hidden not in (None, w_ih.shape[0] // gates):
-            raise ArgumentError(f"stack: {names[0]} must have {gates} H rows in every layer, got {list(w_ih.shape)}")
+            raise ArgumentError(f"{op}: {names[0]} must have {gates} H rows in every layer, got {list(w_ih.shape)}")
         hidden = w_ih.shape[0] // gates
-        _check("stack", names[1], w_hh, f"{gates} H, H", (gates * hidden, hidden), (x.dtype,), like)
+        _check(op, names[1], w_hh, f"{gates} H, H", (gates * hidden, hidden), (x.dtype,), like)
         for name, b in zip(names[2:], biases, strict=True):
-            _check("stack", name, b, f"{gates} H", (gates * hidden,), (x.dtype,), like)
+            _check(op, name, b, f"{gates} H", (gates * hidden,), (x.dtype,), like)
     for name, state in (("h0", h0), ("c0", c0)):
         if state is not None:
-            _check("stack", name, state, "L, B, H", (rows, x.shape[1], hidden), (x.dtype,), ("x", x))
+            _check(op, name, state, "L, B, H", (rows, x.shape[1], hidden), (x.dtype,), ("x", x))
+
+
+def attention_step(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    w_query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    key_lengths: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+) -> None:
+    """Raise if the arguments of `ops.attention_step` do not fit together."""
+    op = "attention_step"
+    _check(op, "x", x, "1, N, I", (1, None, None), LINEAR_DTYPES)
+    _check(op, "h0", h0, "L, N, H", (None, x.shape[1], None))
+    stack(cell, x, h0, c0, weights, bias, False, op)
+    N, H = h0.shape[1:]
+    same, like = (x.dtype,), ("x", x)
+    _check(op, "keys", keys, "B, Tk, A", (None, None, None), same, like)
+    B, Tk, A = keys.shape
+    if (N if B == 0 else N % B) != 0:
+        raise ArgumentError(f"{op}: keys must be of B sources, N = {N} a multiple of B, got {list(keys.shape)}")
+    _check(op, "w_query", w_query, "A, H", (A, H), same, like)
+    _check(op, "v", v, "A", (A,), same, like)
+    _check(op, "values", values, "B, Tk, D", (B, Tk, None), same, like)
+    D = values.shape[2]
+    if key_lengths is not None:
+        _check(op, "key_lengths", key_lengths, "B", (B,), (torch.int64,), like)
+        _check_lengths(op, "key_lengths", key_lengths, "Tk", Tk)
+    _check(op, "w_out", w_out, "D, H", (D, H), same, like)
+    if b_out is not None:
+        _check(op, "b_out", b_out, "D", (D,), same, like)
 
 
 def pool(
@@ -288,9 +329,8 @@ def pool(
         _check(op, "state c", c, "B, D", (B, D), computed, like)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, op: str = "linear") -> None:
     """Raise if the arguments of `ops.linear` do not fit together."""
-    op = "linear"
     _check(op, "weight", weight, "O, I", (None, None))
     same, like = (weight.dtype,), ("weight", weight)
     O, I = weight.shape  # noqa: E741
@@ -298,6 +338,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check(op, "x", x, "*, I", (*leading, I), same, like)
     if bias is not None:
         _check(op, "bias", bias, "O", (O,), same, like)
+
+
+def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise if the arguments of `ops.linear_argmax` do not fit together."""
+    linear(x, weight, bias, "linear_argmax")
+    if len(weight) == 0:
+        raise ArgumentError(f"linear_argmax: weight must have a row at least, got {list(weight.shape)}")
 
 
 def additive_attention(

@@ -131,14 +131,14 @@ class _Recurrent(nn.Module, Generic[State]):
         raise NotImplementedError
 
     @property
-    def _cell(self) -> str:
+    def cell(self) -> str:
         """The name of the cell in the ops of several."""
         raise NotImplementedError
 
     def _stack(self, x: Tensor, hx: State | None, weights: list[Tensor], both: bool) -> tuple[Tensor, State]:
         """All layers at once, in both directions if so; without a derivative."""
         h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
-        y, h_n, c_n = ops.stack(self._cell, x, h0, c0, weights, bias=self.bias, bidirectional=both)
+        y, h_n, c_n = ops.stack(self.cell, x, h0, c0, weights, bias=self.bias, bidirectional=both)
         return y, self._state_of(h_n, c_n)
 
     def _both(
@@ -153,7 +153,7 @@ class _Recurrent(nn.Module, Generic[State]):
         h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
         weights = [getattr(self, name) for row in (2 * layer, 2 * layer + 1) for name in self._names[row] if name]
         options: Any = {"bias": self.bias, "batch_sizes": batch_sizes, "lengths": lengths}
-        y, h_n, c_n = ops.bidirectional(self._cell, x, h0, c0, weights, **options)
+        y, h_n, c_n = ops.bidirectional(self.cell, x, h0, c0, weights, **options)
         return y, self._state_of(h_n, c_n)
 
     def _state_of(self, h: Tensor, c: Tensor) -> State:
@@ -222,7 +222,7 @@ class _Elman(_Recurrent[Tensor]):
         )
 
     @property
-    def _cell(self) -> str:
+    def cell(self) -> str:
         return self.nonlinearity
 
     def _state_of(self, h: Tensor, c: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class _GRU(_Recurrent[Tensor]):
         return ops.gru(x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes=batch_sizes, lengths=lengths, reverse=reverse)
 
     @property
-    def _cell(self) -> str:
+    def cell(self) -> str:
         return "gru"
 
     def _state_of(self, h: Tensor, c: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class _LSTM(_Recurrent[Pair]):
         )
 
     @property
-    def _cell(self) -> str:
+    def cell(self) -> str:
         return "lstm"
 
     def _state_of(self, h: Tensor, c: Tensor) -> Pair:

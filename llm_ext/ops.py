@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import llm_ext._C  # importing it registers the ops
 from llm_ext import checks
@@ -23,7 +22,9 @@ _lstm_backward = _ops.lstm_backward.default
 _bidirectional_forward = _ops.bidirectional_forward.default
 _bidirectional_backward = _ops.bidirectional_backward.default
 _stack_forward = _ops.stack_forward.default
+_attention_step = _ops.attention_step.default
 _linear_forward = _ops.linear_forward.default
+_linear_argmax = _ops.linear_argmax.default
 _linear_backward = _ops.linear_backward.default
 _attention_pool_forward = _ops.attention_pool_forward.default
 _attention_pool_backward = _ops.attention_pool_backward.default
@@ -121,6 +122,36 @@ def _before_autocast(like: Tensor, *tensors: Tensor | None) -> Any:
     return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors)
 
 
+class Packing(NamedTuple):
+    """How a padded batch [T, B, *] is packed.
+
+    rows: the batch rows that have steps, the longest first, [R] int64.
+    batch_sizes: rows of each step, [T'] int64, T' the most steps of any row.
+    steps: the step of each packed row, [N] int64.
+    rows_of: and its batch row, [N] int64.
+    """
+
+    rows: Tensor
+    batch_sizes: Tensor
+    steps: Tensor
+    rows_of: Tensor
+
+
+def packing(lengths: Tensor, T: int) -> Packing:
+    """Return how a batch of T steps and of these lengths, [B] int64 on the CPU, is packed: as PackedSequence is."""
+    order = lengths.argsort(descending=True, stable=True)
+    steps = torch.arange(T).unsqueeze(1)
+    taken = steps < lengths.index_select(0, order)  # [T, B]
+    batch_sizes = taken.sum(1)
+    R, used = int(lengths.count_nonzero()), int(batch_sizes.count_nonzero())
+    return Packing(
+        order[:R],
+        batch_sizes[:used],
+        steps.expand_as(taken).masked_select(taken),
+        order.expand_as(taken).masked_select(taken),
+    )
+
+
 def _by_packing(
     x: Tensor,
     state: tuple[Tensor | None, ...],
@@ -145,18 +176,14 @@ def _by_packing(
     if x.numel() > 0 and bool((lengths == T).all()):
         y, last = run(x.flatten(0, 1), first, torch.full((T,), B))
         return y.view(T, B, y.shape[-1]), last
-    order = lengths.argsort(descending=True, stable=True)
-    rows = order[: int(lengths.count_nonzero())]  # a row without steps cannot be packed
-    if len(rows) > 0:
-        data, batch_sizes, _, _ = pack_padded_sequence(x.index_select(1, rows), lengths[rows])
-    else:
-        data, batch_sizes = x[:, :0].flatten(0, 1), lengths[:0]
+    rows, batch_sizes, steps, rows_of = packing(lengths, T)
+    places = steps * B + rows_of
+    if x.is_contiguous():
+        data = x.flatten(0, 1).index_select(0, places)
+    else:  # as with batch_first
+        data = x.transpose(0, 1).flatten(0, 1).index_select(0, rows_of * T + steps)
     y, last = run(data, [part.index_select(-2, rows) for part in first], batch_sizes)
-    if len(rows) > 0:
-        y, _ = pad_packed_sequence(PackedSequence(y, batch_sizes), total_length=T)
-    else:
-        y = y.view(T, 0, y.shape[-1])
-    y = y.new_zeros(T, B, y.shape[-1]).index_copy(1, rows, y)
+    y = y.new_zeros(T * B, y.shape[-1]).index_copy(0, places, y).view(T, B, y.shape[-1])
     # Under autocast the state comes back in another dtype.
     return y, tuple(part.to(new.dtype).index_copy(-2, rows, new) for part, new in zip(first, last, strict=True))
 
@@ -812,11 +839,96 @@ _register_autocast(_stack_forward)
 _not_differentiable("stack_forward", "it is for inference")
 
 
+def attention_step(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    w_query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None = None,
+    *,
+    bias: bool = True,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of a decoder with attention in one call, on a CPU and for inference: there is no derivative.
+
+    The same as `stack` over one step, `additive_attention` by w_query times what that returns, and
+    out = tanh(w_out y + b_out + context).
+
+    Args:
+        cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
+        x: input of N rows, [1, N, I]; float32 or float64.
+        h0: states, [L, N, H].
+        c0: cell states of an LSTM in the same shape; None for the others.
+        weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer.
+        w_query: [A, H].
+        keys: of B sources, projected, [B, Tk, A]; N is a multiple of B, and as many rows attend to each, one after the
+            other.
+        v: [A].
+        values: [B, Tk, D].
+        w_out: [D, H].
+        b_out: [D], or None for zeros.
+        bias: whether the layers have biases.
+        key_lengths: [B] int64: key k of source b takes part if k < key_lengths[b].
+
+    Returns:
+        out [N, D], the new h [L, N, H], and the new c [L, N, H] of an LSTM, [0, N, H] of the others.
+
+    Raises:
+        ValueError: an unknown cell, or a shape, number or device that does not fit.
+        TypeError: a dtype other than float32 and float64, or mixed dtypes.
+        NotImplementedError: tensors of another device.
+
+    Source: attention after the recurrence: Luong et al., arXiv 1508.04025.
+    """
+    arguments = cell, x, h0, c0, weights, bias, w_query, keys, v, values, key_lengths, w_out, b_out
+    try:
+        out, h_n, c_n = _attention_step(*arguments)
+    except _FAILURES as failure:
+        _explain(failure, checks.attention_step, *arguments)
+    return out, h_n, c_n
+
+
+def _attention_step_fake(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    bias: bool,
+    w_query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    key_lengths: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.attention_step(cell, x, h0, c0, weights, bias, w_query, keys, v, values, key_lengths, w_out, b_out)
+    states = x.new_empty(h0.shape)
+    return x.new_empty((x.shape[1], values.shape[2])), states, x.new_empty(states[:0].shape if c0 is None else h0.shape)
+
+
+torch.library.register_fake("llm_ext::attention_step", _attention_step_fake)
+_not_differentiable("attention_step", "it is for inference")
+
+
 # ---- affine maps
 
 
-# Where torch has a product of its own that is at least as quick (16 bits, CUDA), it is used.
-_LINEAR = (torch.float32, torch.float64)
+def own_products(x: Tensor) -> bool:
+    """Whether affine maps of x are ours; of 16 bits and on CUDA torch has a product that is at least as quick."""
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in checks.LINEAR_DTYPES
+        and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -836,7 +948,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape or device that does not fit.
         TypeError: mixed dtypes.
     """
-    if not isinstance(x, Tensor) or x.dtype not in _LINEAR or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if not own_products(x):
         return F.linear(x, weight, bias)
     try:
         return cast(Tensor, _linear_forward(x, weight, bias))
@@ -871,6 +983,40 @@ def _linear_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("llm_ext::linear_forward", _linear_autograd, setup_context=_linear_setup_context)
 _not_differentiable("linear_backward")
+
+
+def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Where the largest component of each vector x Wᵀ + b is, as `linear(x, weight, bias).argmax(-1)`.
+
+    Where `linear` is ours, the components are not stored: greedy search needs no scores.
+
+    Args:
+        x: [*, I].
+        weight: W, [O, I], O > 0.
+        bias: b, [O]; None for zeros.
+
+    Returns:
+        Places [*] int64; of several that are equal the first. A NaN is larger than all numbers, and of several any is taken.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: mixed dtypes.
+    """
+    if not own_products(x):
+        return F.linear(x, weight, bias).argmax(-1)
+    try:
+        return cast(Tensor, _linear_argmax(x, weight, bias))
+    except _FAILURES as failure:
+        _explain(failure, checks.linear_argmax, x, weight, bias)
+
+
+def _linear_argmax_fake(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    checks.linear_argmax(x, w, b)
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+torch.library.register_fake("llm_ext::linear_argmax", _linear_argmax_fake)
+_not_differentiable("linear_argmax", "places have none")
 
 
 # ---- attention pooling

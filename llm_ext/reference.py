@@ -366,3 +366,47 @@ def additive_attention(
     empty = (s == -math.inf).all(2, keepdim=True)
     alpha = torch.softmax(s.masked_fill(empty, 0), 2).masked_fill(empty, 0)
     return alpha @ values, alpha if need_weights else None
+
+
+def attention_step(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    w_query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    values: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None = None,
+    *,
+    bias: bool = True,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of a decoder with attention: its layers, then `out = tanh(w_out y + b_out + context)`.
+
+    Args:
+        cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
+        x: [1, N, I].
+        h0: [L, N, H].
+        c0: likewise, of an LSTM; None otherwise.
+        weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer.
+        w_query: [A, H].
+        keys: [B, Tk, A], projected; N / B rows attend to each source.
+        v: [A].
+        values: [B, Tk, D].
+        w_out: [D, H].
+        b_out: [D], or None for zeros.
+        bias: whether the layers have biases.
+        key_lengths: [B] int64: key k of source b takes part if k < key_lengths[b].
+
+    Returns:
+        out [N, D], the new h [L, N, H], and the new c [L, N, H] of an LSTM, otherwise [0, N, H].
+
+    Source: attention after the recurrence: Luong et al., arXiv 1508.04025.
+    """
+    y, h_n, c_n = stack(cell, x, h0, c0, weights, bias=bias)
+    query = F.linear(y[0], w_query).unflatten(0, (keys.shape[0], -1))
+    context, _ = additive_attention(query, keys, v, values, key_lengths=key_lengths)
+    return torch.tanh(F.linear(y[0], w_out, b_out) + context.flatten(0, 1)), h_n, c_n

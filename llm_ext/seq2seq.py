@@ -9,9 +9,11 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+from llm_ext import ops
 from llm_ext.attention import AdditiveAttention
-from llm_ext.layers import AffineEmbedding, Linear
+from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding, Linear
 from llm_ext.model import CELLS, INTEGERS, recurrence, start_recurrence
 
 
@@ -228,9 +230,10 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"Seq2Seq: target must have the {source.shape[0]} rows of source, got {target.shape[0]}")
         memory, state = self.encode(source, source_lengths)
         x = self.target_embedding(target)  # [B, T, E]
-        x = _dropped(x, self._mask(x))
+        B = len(x)
+        x = _dropped(x, self._mask(B, x))
         if self.input_feeding:
-            mask = self._mask(x, self.readout.in_features)
+            mask = self._mask(B, x, self.readout.in_features)
             steps = []
             for t in range(x.shape[1]):
                 vectors, state, _ = self._step(x[:, t : t + 1], state, memory, mask)
@@ -240,7 +243,7 @@ class Seq2Seq(nn.Module):
         h, _ = self._decode(x.transpose(0, 1), state, target_lengths)
         h = h.transpose(0, 1)  # [B, T, H]
         context, _ = self._attend(h, memory)
-        h = _dropped(h, self._mask(h))
+        h = _dropped(h, self._mask(B, h))
         if keep is not None:
             h, context = h[keep], context[keep]
         return self._scores(self._read_out(h, context))
@@ -253,34 +256,50 @@ class Seq2Seq(nn.Module):
         """
         _check_ids("source", source, "B, S")
         # Where no row ends early there is nothing to pack or mask. A GPU's lengths would have to be waited for.
-        if lengths is not None and lengths.is_cpu and bool((lengths == source.shape[1]).all()):
-            lengths = None
-        x = self.source_embedding(source)  # [B, S, E]
-        x = _dropped(x, self._mask(x))
-        read, last = self.encoder(x.transpose(0, 1), lengths=lengths)
-        read = read.transpose(0, 1)  # [B, S, 2 H]
-        memory = self._remember(read, lengths)
+        if lengths is not None and lengths.is_cpu:
+            if bool((lengths == source.shape[1]).all()):
+                lengths = None
+            elif bool((lengths > 0).all()):  # what is empty cannot be packed
+                return self._encode_packed(source, lengths)
+
+        def dropped(features: Tensor) -> Tensor:
+            mask = self._mask(len(source), features)
+            return features if mask is None else features * mask
+
+        read, last = self.encoder(dropped(self.source_embedding(source.t())), lengths=lengths)  # [S, B, 2 H]
+        keys, values = self.attention.project_keys(read), self.value(dropped(read))
+        # Dense, because every step of a search looks at them.
+        keys, values = (each.transpose(0, 1).contiguous() for each in (keys, values))
+        return Memory(keys, values, lengths), self._first_state(last, keys)
+
+    def _encode_packed(self, source: Tensor, lengths: Tensor) -> tuple[Memory, Seq2SeqState]:
+        """The same of sources of unequal lengths from 1 on: from the ids on there is nothing but what has been read."""
+        B, S = source.shape
+        rows, batch_sizes, steps, rows_of = ops.packing(lengths, S)
+        places = rows_of * S + steps
+
+        def dropped(features: Tensor) -> Tensor:
+            mask = self._mask(B, features)
+            return features if mask is None else features * mask.index_select(0, rows_of)
+
+        x = self.source_embedding(source.flatten().index_select(0, places))  # [N, E]
+        packed, last = self.encoder(PackedSequence(dropped(x), batch_sizes, rows, rows.argsort()))
+        keys, values = (
+            each.new_zeros(B * S, each.shape[-1]).index_copy(0, places, each).unflatten(0, (B, S))
+            for each in (
+                self.attention.project_keys(packed.data.unsqueeze(0)).squeeze(0),
+                self.value(dropped(packed.data)),
+            )
+        )
+        return Memory(keys, values, lengths), self._first_state(last, keys)
+
+    def _first_state(self, last: Tensor | tuple[Tensor, Tensor], like: Tensor) -> Seq2SeqState:
+        """What the decoder starts from, by the encoder's last state."""
         h, c = last if isinstance(last, tuple) else (last, None)
         hidden = torch.tanh(self.bridge(_directions_together(h)))
         cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_directions_together(c))
-        fed = read.new_zeros(len(source), self.readout.out_features) if self.input_feeding else None
-        return memory, Seq2SeqState(hidden, cell, fed)
-
-    def _remember(self, read: Tensor, lengths: Tensor | None) -> Memory:
-        """Project what was read, [B, S, 2 H], to keys and values."""
-        mask = self._mask(read)
-        # On CUDA the lengths would have to be waited for.
-        if lengths is None or read.is_cuda:
-            return Memory(self.attention.project_keys(read), self.value(_dropped(read, mask)), lengths)
-        # Nothing beyond the lengths: whatever stands there, attention does not look at it.
-        real = torch.arange(read.shape[1]) < lengths.unsqueeze(1)
-        rows = read[real]
-        keys = self.attention.project_keys(rows.unsqueeze(0))[0]
-        values = self.value(rows if mask is None else rows * mask.expand_as(read)[real])
-        keys, values = (
-            each.new_zeros(*read.shape[:2], each.shape[-1]).index_put((real,), each) for each in (keys, values)
-        )
-        return Memory(keys, values, lengths)
+        fed = like.new_zeros(h.shape[1], self.readout.out_features) if self.input_feeding else None
+        return Seq2SeqState(hidden, cell, fed)
 
     def step(
         self, ids: Tensor, state: Seq2SeqState, memory: Memory, need_weights: bool = False
@@ -312,12 +331,41 @@ class Seq2Seq(nn.Module):
         x = x.flatten(0, 1).unsqueeze(0)
         if state.fed is not None:
             x = torch.cat((x, state.fed.unsqueeze(0)), -1)
+        if mask is None and not need_weights and self._steps_at_once(x):
+            weights = [weight for row in self.decoder.all_weights for weight in row]
+            vectors, hidden, c = ops.attention_step(
+                self.decoder.cell,
+                x,
+                state.hidden,
+                state.cell,
+                weights,
+                self.attention.q_proj_weight,
+                memory.keys,
+                self.attention.v,
+                memory.values,
+                self.readout.weight,
+                self.readout.bias,
+                key_lengths=memory.lengths,
+            )
+            cell, fed = None if state.cell is None else c, None if state.fed is None else vectors
+            return vectors.unflatten(0, (B, K)), Seq2SeqState(hidden, cell, fed), None
         h, state = self._decode(x, state)
         h = h.view(B, K, h.shape[-1])
         context, weights = self._attend(h, memory, need_weights)
         vectors = self._read_out(_dropped(h, mask), context)
         fed = None if state.fed is None else vectors.flatten(0, 1)
         return vectors, state._replace(fed=fed), weights
+
+    def _steps_at_once(self, x: Tensor) -> bool:
+        """Whether the op for a whole step can take the place of these layers: it has no derivative, dropout or hooks."""
+        return (
+            not torch.is_grad_enabled()
+            and not self.training
+            and ops.own_products(x)
+            and _untouched(self.decoder, RNN, GRU, LSTM)
+            and _untouched(self.attention, AdditiveAttention)
+            and _untouched(self.readout, Linear)
+        )
 
     def _decode(self, x: Tensor, state: Seq2SeqState, lengths: Tensor | None = None) -> tuple[Tensor, Seq2SeqState]:
         """The decoder's recurrence over x [T, N, *]."""
@@ -345,11 +393,17 @@ class Seq2Seq(nn.Module):
     def _scores(self, vectors: Tensor) -> Tensor:
         return cast(Tensor, self.head(vectors))
 
-    def _mask(self, features: Tensor, size: int | None = None) -> Tensor | None:
-        """What dropout multiplies features [B, T, size] by: drawn once a row, since anew at each position is slow."""
+    def _best(self, vectors: Tensor) -> Tensor:
+        """The ids of the largest scores."""
+        if _untouched(self.head, Linear):
+            return ops.linear_argmax(vectors, self.head.weight, self.head.bias)
+        return self._scores(vectors).argmax(-1)
+
+    def _mask(self, rows: int, like: Tensor, size: int | None = None) -> Tensor | None:
+        """What dropout multiplies features by, [rows, size]: drawn once a row, since anew at each position is slow."""
         if not self.training or self.dropout.p == 0:
             return None
-        return cast(Tensor, self.dropout(features.new_ones(len(features), 1, size or features.shape[-1])))
+        return cast(Tensor, self.dropout(like.new_ones(rows, size or like.shape[-1])))
 
     def stream(
         self,
@@ -386,10 +440,10 @@ class Seq2Seq(nn.Module):
         for n in range(1, int(limits.max()) + 1 if len(limits) else 0):
             if ended.all():
                 return
-            scores, state, _ = self.step(ids.unsqueeze(1), state, memory)
+            vectors, state, _ = self._step(self.target_embedding(ids.unsqueeze(1)), state, memory)
             if n == 1:
-                _check_scores(scores)
-            ids = scores.squeeze(1).argmax(-1).masked_fill(ended, end)
+                _check_scores(self._scores(vectors))
+            ids = self._best(vectors).squeeze(1).masked_fill(ended, end)
             yield ids
             ended = ended | (ids == end) | (limits <= n)
 
@@ -525,13 +579,19 @@ class _Beam:
         return found
 
 
+def _untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is still of one of these types, and nobody listens to its calls."""
+    return type(module) in types and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def _directions_together(state: Tensor) -> Tensor:
     """States [2 L, B, H] of both directions side by side, [L, B, 2 H]."""
     return torch.cat((state[0::2], state[1::2]), -1)
 
 
 def _dropped(features: Tensor, mask: Tensor | None) -> Tensor:
-    return features if mask is None else features * mask
+    """Features [B, T, *] times a mask [B, *]."""
+    return features if mask is None else features * mask.unsqueeze(1)
 
 
 def _limits(source: Tensor, lengths: Tensor | None, max_length: int | None) -> Tensor:

@@ -21,11 +21,6 @@ static inline void zero(T* p, int64_t n) {
 }
 
 template <typename T>
-static inline T infinity() {
-  return T(__builtin_inf());
-}
-
-template <typename T>
 static inline T scalar_exp(T x) {
   if constexpr (sizeof(T) == 4) return __builtin_expf(x);
   return __builtin_exp(x);

@@ -42,8 +42,10 @@ template <typename S>
 struct LinearKernels {
   int (*threads)(const LinearSizes&, int threads);
   int64_t (*forward_workspace)(const LinearSizes&);
+  int64_t (*argmax_workspace)(const LinearSizes&, int threads);
   int64_t (*backward_workspace)(const LinearSizes&, int threads);
   void (*forward)(const LinearForwardParams<S>&, const Team&);
+  void (*argmax)(const LinearArgmaxParams<S>&, const Team&);
   void (*backward)(const LinearBackwardParams<S>&, const Team&);
 };
 

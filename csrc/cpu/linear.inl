@@ -18,19 +18,17 @@ static int64_t linear_forward_workspace(const LinearSizes& s) {
   return packs_linear<S>(s) ? packed_size<S>(s.output, s.input) : 0;
 }
 
-template <typename S>
-static void linear_forward(const LinearForwardParams<S>& p, const Team& team) {
-  const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
-  const auto finish = [&](int64_t row, int64_t col, Vec<S> value, int lanes) {
-    if (p.b != nullptr) value += load_part(p.b + col, lanes);
-    store_part(p.y + row * O + col, value, lanes);
-  };
-  if (packs_linear<S>(p.sizes)) {
-    pack_transposed([&](int64_t col) { return p.w + col * I; }, O, I, team.share(panels_of<S>(O)), p.workspace);
+// x W^T, a vector of a row at a time: finish(row, column, value, lanes). `space` has room for the packed W.
+template <typename S, typename Finish>
+static inline void linear_product(const LinearSizes& s, const S* x, const S* w, S* space, const Team& team,
+                                  Finish finish) {
+  const int64_t N = s.rows, I = s.input, O = s.output;
+  if (packs_linear<S>(s)) {
+    pack_transposed([&](int64_t col) { return w + col * I; }, O, I, team.share(panels_of<S>(O)), space);
     team.sync();
     const Range rows = team.share(N, kRows);
     return long_product(
-        p.x + rows.begin * I, I, rows.size(), I, p.workspace, O, static_cast<S*>(nullptr),
+        x + rows.begin * I, I, rows.size(), I, space, O, static_cast<S*>(nullptr),
         [&](int64_t row, int64_t col, Vec<S> value, int lanes) { finish(rows.begin + row, col, value, lanes); });
   }
   const Range columns = team.share(O, kLanes<S>);
@@ -42,11 +40,75 @@ static void linear_forward(const LinearForwardParams<S>& p, const Team& team) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         const Range rows = {begin + tiles[i].begin, begin + tiles[i].end};
         Vec<S> values[kDotRows];
-        row_dots<S>(DotFactors<S, S>{p.x + rows.begin * I, I, p.w + col * I, I, I}, DotFactors<S, S>{}, rows.size(),
-                    lanes, values);
+        row_dots<S>(DotFactors<S, S>{x + rows.begin * I, I, w + col * I, I, I}, DotFactors<S, S>{}, rows.size(), lanes,
+                    values);
         for (int64_t r = rows.begin; r < rows.end; ++r) finish(r, col, values[r - rows.begin], lanes);
       }
     });
+  }
+}
+
+template <typename S>
+static void linear_forward(const LinearForwardParams<S>& p, const Team& team) {
+  const int64_t O = p.sizes.output;
+  linear_product(p.sizes, p.x, p.w, p.workspace, team, [&](int64_t row, int64_t col, Vec<S> value, int lanes) {
+    if (p.b != nullptr) value += load_part(p.b + col, lanes);
+    if (p.addend != nullptr) value += load_part(p.addend + row * O + col, lanes);
+    if (p.tanh) value = vec_tanh<S>(value);
+    store_part(p.y + row * O + col, value, lanes);
+  });
+}
+
+// Of the columns that fall to one lane of a thread: the largest value, and where that vector of columns begins; -1 if
+// there are none.
+template <typename S>
+struct Largest {
+  Vec<S> value;
+  IntVec<S> begin;
+};
+
+template <typename S>
+static int64_t linear_argmax_workspace(const LinearSizes& s, int threads) {
+  constexpr int64_t kSize = sizeof(Largest<S>) / sizeof(S);
+  return divide_up(linear_forward_workspace<S>(s), kSize) * kSize + threads * s.rows * kSize;
+}
+
+template <typename S>
+static void linear_argmax(const LinearArgmaxParams<S>& p, const Team& team) {
+  const int64_t N = p.sizes.rows;
+  constexpr int64_t kSize = sizeof(Largest<S>) / sizeof(S);
+  // A row's columns are one thread's or, where W is not packed, all threads'.
+  auto* const all = reinterpret_cast<Largest<S>*>(
+      p.workspace + divide_up(linear_forward_workspace<S>(p.sizes), kSize) * kSize);
+  Largest<S>* const own = all + team.rank * N;
+  for (int64_t r = 0; r < N; ++r) own[r] = {broadcast(-infinity<S>()), IntVec<S>{} - 1};
+  IntVec<S> lane{};
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = i;
+  linear_product(p.sizes, p.x, p.w, p.workspace, team, [&](int64_t row, int64_t col, Vec<S> value, int lanes) {
+    if (p.b != nullptr) value += load_part(p.b + col, lanes);
+    Largest<S>& best = own[row];
+    // The first vector of all is taken even where it is -infinity.
+    auto taken = value > best.value || value != value || best.begin < 0;
+    if (lanes < kLanes<S>) taken = taken && lane < lanes;
+    best.value = taken ? value : best.value;
+    best.begin = taken ? IntVec<S>{} + static_cast<int>(col) : best.begin;
+  });
+  team.sync();
+  const Range rows = team.share(N);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    S value = S(0);
+    int64_t place = -1;
+    for (int t = 0; t < team.size; ++t) {
+      const Largest<S>& best = all[t * N + r];
+      for (int i = 0; i < kLanes<S>; ++i) {
+        if (best.begin[i] < 0) continue;
+        const S other = best.value[i];
+        const int64_t column = best.begin[i] + i;
+        const bool larger = other > value || (other != other && value == value);
+        if (place < 0 || larger || (other == value && column < place)) value = other, place = column;
+      }
+    }
+    p.places[r] = place;
   }
 }
 
@@ -93,8 +155,10 @@ template <typename S>
 static constexpr LinearKernels<S> kLinearKernels = {
     .threads = linear_threads,
     .forward_workspace = linear_forward_workspace<S>,
+    .argmax_workspace = linear_argmax_workspace<S>,
     .backward_workspace = linear_backward_workspace<S>,
     .forward = linear_forward<S>,
+    .argmax = linear_argmax<S>,
     .backward = linear_backward<S>,
 };
 

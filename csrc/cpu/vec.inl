@@ -47,6 +47,11 @@ typedef uint16_t Bits16 __attribute__((vector_size(LLM_EXT_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(LLM_EXT_VECTOR_BYTES)));
 
 template <typename T>
+static inline T infinity() {
+  return T(__builtin_inf());
+}
+
+template <typename T>
 static inline Vec<T> broadcast(T s) {
   return s - Vec<T>{};  // s - 0 is s, to the sign of zero and the NaN
 }

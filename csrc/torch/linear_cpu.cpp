@@ -38,6 +38,10 @@ class Linear {
     check_tensor(t, op_, name, kScalarType<S>, {sizes_.output, sizes_.input});
     return dense(t);
   }
+  // [*] int64: a place in each row.
+  Tensor empty_places() const {
+    return empty(shape_.data(), static_cast<int64_t>(shape_.size()) - 1, ScalarType::Long);
+  }
   // [*, width].
   Tensor empty_rows(int64_t width) const {
     std::vector<int64_t> shape = shape_;
@@ -77,9 +81,33 @@ Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b)
     const int threads = team_size(kernel.threads(s, max_threads()));
     const OptionalTensor workspace = workspace_of<S>(kernel.forward_workspace(s));
     const LinearForwardParams<S> p = {
-        s, a.x(), a.w(), b_in.get(), mutable_data<S>(y), workspace ? mutable_data<S>(*workspace) : nullptr};
+        s,     a.x(),   a.w(), b_in.get(),
+        nullptr, false, mutable_data<S>(y), workspace ? mutable_data<S>(*workspace) : nullptr};
     run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     return y;
+  });
+}
+
+Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+  constexpr const char* kOp = "linear_argmax";
+  return with_type<float, double>(x, kOp, "x", [&](auto type) {
+    using S = decltype(type);
+    const Linear<S> a(kOp, x, w);
+    const LinearSizes& s = a.sizes();
+    STD_TORCH_CHECK(s.output > 0, kOp, ": w must have a row at least");
+    const Input<S> b_in(b, kOp, "b", {s.output});
+    const Tensor places = a.empty_places();
+    const LinearKernels<S>& kernel = kernels().linear<S>();
+    const int threads = team_size(kernel.threads(s, max_threads()));
+    const OptionalTensor workspace = workspace_of<S>(kernel.argmax_workspace(s, threads));
+    const LinearArgmaxParams<S> p = {s,
+                                     a.x(),
+                                     a.w(),
+                                     b_in.get(),
+                                     mutable_data<int64_t>(places),
+                                     workspace ? mutable_data<S>(*workspace) : nullptr};
+    run_team(threads, [&](const Team& team) { kernel.argmax(p, team); });
+    return places;
   });
 }
 
@@ -111,5 +139,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
 
 STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&llm_ext::linear_forward));
+  m.impl("linear_argmax", TORCH_BOX(&llm_ext::linear_argmax));
   m.impl("linear_backward", TORCH_BOX(&llm_ext::linear_backward));
 }

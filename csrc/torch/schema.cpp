@@ -41,7 +41,12 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
   m.def(
       "stack_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bias, "
       "bool bidirectional, bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
+      "attention_step(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, bool bias, Tensor w_query, "
+      "Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, Tensor w_out, Tensor? b_out) -> "
+      "(Tensor out, Tensor h_n, Tensor c_n)");
   m.def("linear_forward(Tensor x, Tensor w, Tensor? b) -> Tensor y");
+  m.def("linear_argmax(Tensor x, Tensor w, Tensor? b) -> Tensor");
   m.def(
       "linear_backward(Tensor grad_y, Tensor x, Tensor w, bool need_dx, bool need_dw, bool need_db) -> "
       "(Tensor dx, Tensor dw, Tensor db)");

@@ -1,259 +1,98 @@
-// Several layers in one call, for inference. Where the steps of a layer are too small to be shared, each thread runs
-// layers, or directions, of its own; else the layers run one after the other, each with the whole team.
+// The ops on several layers, on the CPU.
 #include <algorithm>
-#include <cstring>
-#include <deque>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "params.h"
+#include "torch/additive_attention.h"
 #include "torch/check.h"
-#include "torch/launch.h"
 #include "torch/recurrence.h"
 #include "torch/stable.h"
+#include "torch/stack.h"
 
 namespace llm_ext {
 namespace {
 
-// Steps of a layer after which the next one may go on: 17 to 64 are equal on Zen 3.
-constexpr int64_t kWaveSteps = 32;
-
-struct StackArguments {
-  const char* op;
-  Cell cell;
-  const Tensor& x;
-  const OptionalTensor& h0;
-  const OptionalTensor& c0;
-  const std::vector<Tensor>& weights;
-  bool bias;
-  bool bidirectional;
-};
-
-// The layers of one call. A row is one direction of one layer, as in the state.
-template <typename S>
-class Stack {
- public:
-  explicit Stack(const StackArguments& a)
-      : op_(a.op), cell_(a.cell), directions_(a.bidirectional ? 2 : 1), each_(a.bias ? 4 : 2) {
-    STD_TORCH_CHECK(a.x.dim() == 3, op_, ": x must be [T, B, I], got ", shape_text(a.x));
-    rows_ = static_cast<int>(a.weights.size()) / each_;
-    STD_TORCH_CHECK(rows_ > 0 && a.weights.size() % (each_ * directions_) == 0, op_, ": weights must be ", each_,
-                    " tensors for each of the ", directions_, " directions of each layer, got ", a.weights.size());
-    const Tensor& first = a.weights[1];
-    STD_TORCH_CHECK(first.dim() == 2, op_, ": w_hh must be [G H, H], got ", shape_text(first));
-    steps_ = a.x.size(0), batch_ = a.x.size(1), hidden_ = first.size(1);
-    check_tensor(a.x, op_, "x", kScalarType<S>, {steps_, batch_, a.x.size(2)});
-    x_ = dense(a.x);
-    for (int64_t t = 0; t <= steps_; ++t) offsets_.push_back(t * batch_);
-    h0_.emplace(a.h0, op_, "h0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
-    c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
-    y_ = empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
-    h_n_ = empty({rows_, batch_, hidden_}, kScalarType<S>);
-    c_n_ = empty({cell_ == Cell::kLstm ? rows_ : 0, batch_, hidden_}, kScalarType<S>);
-    for (int row = 0; row < rows_; ++row) add_row(a, row);
-  }
-
-  std::tuple<Tensor, Tensor, Tensor> run() {
-    if (steps_ == 0) {
-      for (const RecurrenceForwardParams<S>& p : params_) {
-        pass_state(batch_ * hidden_, p.h0, p.h_n);
-        pass_state(batch_ * hidden_, p.c0, p.c_n);
-      }
-    } else {
-      const int threads = team_size(max_threads());
-      // Pieces of a layer would round states of 16 bits where they meet.
-      const int apart = directions_ == 2 ? 2 : (sizeof(S) == 2 || steps_ < 2 * kWaveSteps ? 1 : rows_);
-      if (kernel().apart(params_[0].sizes, apart, threads)) {
-        directions_ == 2 ? run_directions() : run_wavefront(std::min(threads, rows_));
-      } else {
-        run_rows(threads);
-      }
-    }
-    return {y_, h_n_, c_n_};
-  }
-
- private:
-  static const RecurrenceKernels<S>& kernel() { return kernels().recurrence<S>(); }
-
-  int layers() const { return rows_ / directions_; }
-
-  void add_row(const StackArguments& a, int row) {
-    const int layer = row / directions_;
-    const int64_t input = layer == 0 ? a.x.size(2) : directions_ * hidden_;
-    const int64_t gates = gates_of(cell_) * hidden_;
-    const auto weight = [&](int i, const char* name, std::initializer_list<int64_t> sizes) {
-      inputs_.emplace_back(a.weights[row * each_ + i], op_, name, sizes);
-      return inputs_.back().get();
-    };
-    RecurrenceForwardParams<S> p = {};
-    p.sizes = {cell_, steps_, batch_, input, hidden_, hidden_, offsets_.data(), row % directions_ == 1};
-    p.w_ih = weight(0, "w_ih", {gates, input});
-    p.w_hh = weight(1, "w_hh", {gates, hidden_});
-    if (each_ == 4) {
-      p.b_ih = weight(2, "b_ih", {gates});
-      p.b_hh = weight(3, "b_hh", {gates});
-    }
-    const int64_t at = row * batch_ * hidden_;
-    if (h0_->get() != nullptr) p.h0 = h0_->get() + at;
-    if (c0_->get() != nullptr) p.c0 = c0_->get() + at;
-    p.h_n = mutable_data<S>(h_n_) + at;
-    if (cell_ == Cell::kLstm) p.c_n = mutable_data<S>(c_n_) + at;
-    // What a layer reads is what the one before has written; that of two directions has yet to be put side by side.
-    p.x = layer == 0 ? data<S>(x_) : layer_output(layer - 1);
-    p.y = directions_ == 1 ? layer_output(layer) : direction_output(row % 2);
-    params_.push_back(p);
-  }
-
-  S* place(std::optional<Tensor>& tensor, int64_t width) {
-    if (!tensor.has_value()) tensor = empty({steps_ * batch_, width}, kScalarType<S>);
-    return mutable_data<S>(*tensor);
-  }
-  // The output of every layer has a place of its own: in a wavefront all are being written at once.
-  S* layer_output(int layer) {
-    if (layer == layers() - 1) return mutable_data<S>(y_);
-    outputs_.resize(layers());
-    return place(outputs_[layer], directions_ * hidden_);
-  }
-  S* direction_output(int direction) { return place(halves_[direction], hidden_); }
-
-  void merge_directions(int layer, Range rows) {
-    S* target = layer_output(layer);
-    for (int64_t n = rows.begin; n < rows.end; ++n) {
-      for (int d = 0; d < 2; ++d) {
-        std::memcpy(target + (2 * n + d) * hidden_, data<S>(*halves_[d]) + n * hidden_, hidden_ * sizeof(S));
-      }
-    }
-  }
-
-  void run_rows(int threads) {
-    for (int row = 0; row < rows_; ++row) {
-      launch_forward(params_[row]);
-      if (directions_ == 1 || row % 2 == 0) continue;
-      const int team_of_copy = steps_ * batch_ * hidden_ >= kCopyWork ? threads : 1;
-      run_team(team_of_copy, [&](const Team& team) { merge_directions(row / 2, team.share(steps_ * batch_)); });
-    }
-  }
-
-  // One thread for each direction.
-  void run_directions() {
-    std::deque<PackedFor<S>> weights = find_weights(2);
-    const int64_t space = most_workspace(steps_);
-    const OptionalTensor workspace = workspace_of<S>(2 * space);
-    run_team(2, [&](const Team& team) {
-      pack(weights, team);
-      Barrier alone;
-      for (int layer = 0; layer < layers(); ++layer) {
-        for (int d = team.rank; d < 2; d += team.size) {
-          RecurrenceForwardParams<S> p = params_[2 * layer + d];
-          p.workspace = at(workspace, team.rank * space);
-          kernel().forward(p, Team{0, 1, &alone});
-        }
-        team.sync();
-        merge_directions(layer, team.share(steps_ * batch_));
-        team.sync();
-      }
-    });
-    for (const PackedFor<S>& w : weights) w.remember();
-  }
-
-  // Layers are dealt out in turn. Each goes by pieces of some steps, and waits only for the same piece of the one
-  // below.
-  void run_wavefront(int threads) {
-    std::deque<PackedFor<S>> weights = find_weights(threads);
-    const int64_t space = most_workspace(kWaveSteps);
-    const OptionalTensor workspace = workspace_of<S>(threads * space);
-    std::deque<Progress> done(rows_);
-    run_team(threads, [&](const Team& team) {
-      pack(weights, team);
-      Barrier alone;
-      const int64_t pieces = (steps_ + kWaveSteps - 1) / kWaveSteps;
-      const int64_t rounds = pieces + (rows_ - 1) / team.size;
-      for (int64_t round = 0; round < rounds; ++round) {
-        for (int row = team.rank; row < rows_; row += team.size) {
-          // A layer is so many rounds behind the first one of its thread that nobody waits for what is yet to be begun.
-          const int64_t piece = round - row / team.size;
-          if (piece < 0 || piece >= pieces) continue;
-          if (row > 0) done[row - 1].await(piece + 1);
-          RecurrenceForwardParams<S> p = piece_of(row, piece * kWaveSteps);
-          p.workspace = at(workspace, team.rank * space);
-          kernel().forward(p, Team{0, 1, &alone});
-          done[row].reach(piece + 1);
-        }
-      }
-    });
-    for (const PackedFor<S>& w : weights) w.remember();
-  }
-
-  // Some steps of a row, from `begin` on, which go on from where the ones before have left the state.
-  RecurrenceForwardParams<S> piece_of(int row, int64_t begin) const {
-    RecurrenceForwardParams<S> p = params_[row];
-    p.sizes.steps = std::min(kWaveSteps, steps_ - begin);
-    p.x += begin * batch_ * p.sizes.input;
-    p.y += begin * batch_ * hidden_;
-    if (begin > 0) {
-      p.h0 = p.y - batch_ * hidden_;
-      p.c0 = p.c_n;
-    }
-    return p;
-  }
-
-  std::deque<PackedFor<S>> find_weights(int threads) {
-    std::deque<PackedFor<S>> weights;
-    for (RecurrenceForwardParams<S>& p : params_) weights.emplace_back(p, threads);
-    return weights;
-  }
-  static void pack(const std::deque<PackedFor<S>>& weights, const Team& team) {
-    for (const PackedFor<S>& w : weights) w.pack(team);
-  }
-
-  // Of one thread that runs at most so many steps of any row at a time.
-  int64_t most_workspace(int64_t steps) const {
-    int64_t most = 0;
-    for (const RecurrenceForwardParams<S>& p : params_) {
-      for (int64_t n : {std::min(steps, steps_), steps_ % steps}) {
-        RecurrenceSizes s = p.sizes;
-        s.steps = n;
-        if (n > 0) most = std::max(most, kernel().forward_workspace(s, 1));
-      }
-    }
-    return most;
-  }
-  static Compute<S>* at(const OptionalTensor& workspace, int64_t offset) {
-    return workspace ? mutable_data<Compute<S>>(*workspace) + offset : nullptr;
-  }
-
-  static constexpr int64_t kCopyWork = 1 << 18;  // numbers that repay a team
-
-  const char* op_;
-  const Cell cell_;
-  const int directions_;
-  const int each_;  // tensors of a row
-  int rows_;
-  int64_t steps_, batch_, hidden_;
-  std::vector<int64_t> offsets_;
-  Tensor x_, y_, h_n_, c_n_;
-  std::optional<Input<S>> h0_, c0_;
-  std::deque<Input<S>> inputs_;
-  std::vector<std::optional<Tensor>> outputs_;  // of the layers but the last
-  std::optional<Tensor> halves_[2];             // of the directions of a layer
-  std::vector<RecurrenceForwardParams<S>> params_;
-};
+void check_states(const StackArguments& a) {
+  STD_TORCH_CHECK(a.cell == Cell::kLstm ? a.h0.has_value() == a.c0.has_value() : !a.c0.has_value(), a.op,
+                  ": c0 must be given with the h0 of an LSTM, and only then");
+}
 
 std::tuple<Tensor, Tensor, Tensor> stack_forward(const std::string& cell, const Tensor& x, const OptionalTensor& h0,
                                                  const OptionalTensor& c0, const std::vector<Tensor>& weights,
                                                  bool bias, bool bidirectional, bool /*tf32*/) {
   constexpr const char* kOp = "stack_forward";
   const StackArguments a = {kOp, cell_named(kOp, cell), x, h0, c0, weights, bias, bidirectional};
-  STD_TORCH_CHECK(a.cell == Cell::kLstm ? h0.has_value() == c0.has_value() : !c0.has_value(), kOp,
-                  ": c0 must be given with the h0 of an LSTM, and only then");
+  check_states(a);
   return with_type<float, double, BFloat16, Float16>(x, kOp, "x",
                                                      [&](auto type) { return Stack<decltype(type)>(a).run(); });
+}
+
+// A step of a decoder: its layers, attention by what they return, and out = tanh(W_out y + b_out + context). One team
+// does it all, so that nothing but barriers lies between the products.
+std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& cell, const Tensor& x, const Tensor& h0,
+                                                  const OptionalTensor& c0, const std::vector<Tensor>& weights,
+                                                  bool bias, const Tensor& w_query, const Tensor& keys, const Tensor& v,
+                                                  const Tensor& values, const OptionalTensor& key_lengths,
+                                                  const Tensor& w_out, const OptionalTensor& b_out) {
+  constexpr const char* kOp = "attention_step";
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 1, kOp, ": x must be [1, N, I], got ", shape_text(x));
+  STD_TORCH_CHECK(keys.dim() == 3, kOp, ": keys must be [B, Tk, A], got ", shape_text(keys));
+  STD_TORCH_CHECK(values.dim() == 3, kOp, ": values must be [B, Tk, Dv], got ", shape_text(values));
+  const int64_t N = x.size(1), B = keys.size(0), A = keys.size(2), Dv = values.size(2);
+  STD_TORCH_CHECK(B > 0 ? N % B == 0 : N == 0, kOp, ": keys must be [B, Tk, A], the N = ", N,
+                  " rows of x a multiple of B, got ", shape_text(keys));
+  const OptionalTensor h0_given = h0;
+  const StackArguments a = {kOp, cell_named(kOp, cell), x, h0_given, c0, weights, bias, false};
+  check_states(a);
+  return with_type<float, double>(x, kOp, "x", [&](auto type) {
+    using S = decltype(type);
+    Stack<S> stack(a);
+    const int64_t H = stack.hidden();
+    const auto [y, h_n, c_n] = stack.results();
+    const Tensor query = empty({B, B > 0 ? N / B : 0, A}, kScalarType<S>);
+    const AdditiveAttention<S> attention(kOp, query, keys, v, values, key_lengths, std::nullopt);
+    const Input<S> w_query_in(w_query, kOp, "w_query", {A, H});
+    const Input<S> w_out_in(w_out, kOp, "w_out", {Dv, H});
+    const Input<S> b_out_in(b_out, kOp, "b_out", {Dv});
+    const Tensor context = empty({N, Dv}, kScalarType<S>);
+    const Tensor lse = empty({N}, kScalarType<S>);
+    const Tensor out = empty({N, Dv}, kScalarType<S>);
+
+    const LinearKernels<S>& linear = kernels().linear<S>();
+    const AdditiveAttentionKernels<S>& attend = kernels().additive_attention<S>();
+    const LinearSizes query_sizes = {N, H, A}, out_sizes = {N, H, Dv};
+    const AdditiveAttentionInput<S> in = attention.in();
+    const int threads =
+        std::max({stack.threads(), team_size(linear.threads(query_sizes, max_threads())),
+                  team_size(attend.threads(in, max_threads())), team_size(linear.threads(out_sizes, max_threads()))});
+    stack.prepare(threads);
+    const OptionalTensor workspace =
+        workspace_of<S>(std::max({linear.forward_workspace(query_sizes), attend.forward_workspace(in, threads),
+                                  linear.forward_workspace(out_sizes)}));
+    S* const space = workspace ? mutable_data<S>(*workspace) : nullptr;
+    run_team(threads, [&](const Team& team) {
+      stack.run_rows(team);
+      linear.forward({query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), space},
+                     team);
+      team.sync();
+      attend.forward({in, mutable_data<S>(context), mutable_data<S>(lse), nullptr, space}, team);
+      team.sync();
+      linear.forward({out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true,
+                      mutable_data<S>(out), space},
+                     team);
+    });
+    stack.finish();
+    return std::make_tuple(out, h_n, c_n);
+  });
 }
 
 }  // namespace
 }  // namespace llm_ext
 
-STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) { m.impl("stack_forward", TORCH_BOX(&llm_ext::stack_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
+  m.impl("stack_forward", TORCH_BOX(&llm_ext::stack_forward));
+  m.impl("attention_step", TORCH_BOX(&llm_ext::attention_step));
+}
