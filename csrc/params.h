@@ -82,6 +82,9 @@ struct RecurrenceForwardParams {
   S* kept;                // [N, kept_blocks H] out, for the backward pass; null: not wanted
   const void* packed;     // the weights as pack() leaves them; null where packed_size() is 0
   Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  // Where all that x can be is known beforehand, I is 0 and:
+  const S* table = nullptr;      // [*, G H] W_ih x + b_ih of each x, of which b_ih is not told again; null: none
+  const int64_t* ids = nullptr;  // [N] the row that stands for each x
 };
 
 template <typename S>

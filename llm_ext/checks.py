@@ -73,6 +73,29 @@ def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> 
         raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
 
 
+def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
+    """Raise if lengths are not those of the rows of x [T, B, *]."""
+    _check(op, "lengths", lengths, "B", (x.shape[1],), (torch.int64,), ("x", x))
+    _check_lengths(op, "lengths", lengths, "T", x.shape[0])
+
+
+def _packed_batch(op: str, x: Tensor, h0: Tensor | None, batch_sizes: Tensor) -> int | None:
+    """Rows of the first step of packed rows x, None if they are not known; raise if batch_sizes do not describe x."""
+    _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
+    if not batch_sizes.is_cpu:
+        raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
+    if h0 is None:
+        raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
+    if not _has_values(batch_sizes):
+        return None
+    sizes = batch_sizes.tolist()
+    if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
+        raise ArgumentError(f"{op}: batch_sizes must be positive and never rise, got {sizes}")
+    if sum(sizes) != len(x):
+        raise ArgumentError(f"{op}: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
+    return sizes[0] if sizes else None
+
+
 def _recurrence(
     op: str,
     gates: int,
@@ -105,24 +128,12 @@ def _recurrence(
         _check(op, "x", x, "T, B, I", (None, None, I), same, like)
         batch = x.shape[1]
         if lengths is not None:
-            _check(op, "lengths", lengths, "B", (batch,), (torch.int64,), ("x", x))
-            _check_lengths(op, "lengths", lengths, "T", x.shape[0])
+            batch_lengths(op, x, lengths)
     else:
         if lengths is not None:
             raise ArgumentError(f"{op}: lengths belong to a padded x [T, B, I], got batch_sizes too")
         _check(op, "x", x, "N, I", (None, I), same, like)
-        _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
-        if not batch_sizes.is_cpu:
-            raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
-        if h0 is None:
-            raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
-        if _has_values(batch_sizes):
-            sizes = batch_sizes.tolist()
-            if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
-                raise ArgumentError(f"{op}: batch_sizes must be positive and never rise, got {sizes}")
-            if sum(sizes) != len(x):
-                raise ArgumentError(f"{op}: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
-            batch = sizes[0] if sizes else None
+        batch = _packed_batch(op, x, h0, batch_sizes)
     for name, state, letter, width in (("h0", h0, "H" if w_hr is None else "P", P), ("c0", c0, "H", H)):
         if state is not None and state.dim() == 3:  # one layer's state as torch.nn lays it out
             _check(op, name, state, f"1, B, {letter}", (1, batch, width), same, like)
@@ -225,6 +236,8 @@ def stack(
     weights: list[Tensor],
     bias: bool,
     bidirectional: bool,
+    tables: list[Tensor],
+    batch_sizes: Tensor | None,
     op: str = "stack",
 ) -> None:
     """Raise if the arguments of `ops.stack` do not fit together."""
@@ -240,23 +253,49 @@ def stack(
         raise ArgumentError(f"{op}: h0 and c0 must be given together")
     if cell != "lstm" and c0 is not None:
         raise ArgumentError(f"{op}: c0 belongs to an LSTM, got one for {cell}")
-    _check(op, "x", x, "T, B, I", (None, None, None), DTYPES)
+    steps, sizes = ("T, B", (None, None)) if batch_sizes is None else ("N", (None,))
+    if tables:
+        _check(op, "x", x, steps, sizes, (torch.int64,))
+    else:
+        _check(op, "x", x, f"{steps}, I", (*sizes, None))
+    batch = x.shape[1] if batch_sizes is None else _packed_batch(op, x, h0, batch_sizes)
+    like = ("x", x)
+    same = (tables[0].dtype,) if tables else (x.dtype,)
     hidden = None
     for row in range(rows):
         names = [f"weights[{row * each + i}]" for i in range(each)]
         w_ih, w_hh, *biases = weights[row * each : (row + 1) * each]
-        like = ("x", x)
-        features = x.shape[2] if row < directions or hidden is None else directions * hidden
-        _check(op, names[0], w_ih, f"{gates} H, I", (None, features), (x.dtype,), like)
-        if w_ih.shape[0] % gates or hidden not in (None, w_ih.shape[0] // gates):
-            raise ArgumentError(f"{op}: {names[0]} must have {gates} H rows in every layer, got {list(w_ih.shape)}")
-        hidden = w_ih.shape[0] // gates
-        _check(op, names[1], w_hh, f"{gates} H, H", (gates * hidden, hidden), (x.dtype,), like)
+        if tables and row < directions:
+            _check(op, names[1], w_hh, f"{gates} H, H", (None, hidden), DTYPES, like)
+            hidden = w_hh.shape[1]
+        else:
+            features = x.shape[-1] if row < directions or hidden is None else directions * hidden
+            _check(op, names[0], w_ih, f"{gates} H, I", (None, features), same, like)
+            if w_ih.shape[0] % gates or hidden not in (None, w_ih.shape[0] // gates):
+                raise ArgumentError(f"{op}: {names[0]} must have {gates} H rows in every layer, got {list(w_ih.shape)}")
+            hidden = w_ih.shape[0] // gates
+        _check(op, names[1], w_hh, f"{gates} H, H", (gates * hidden, hidden), same, like)
         for name, b in zip(names[2:], biases, strict=True):
-            _check(op, name, b, f"{gates} H", (gates * hidden,), (x.dtype,), like)
+            _check(op, name, b, f"{gates} H", (gates * hidden,), same, like)
     for name, state in (("h0", h0), ("c0", c0)):
         if state is not None:
-            _check(op, name, state, "L, B, H", (rows, x.shape[1], hidden), (x.dtype,), ("x", x))
+            _check(op, name, state, "L, B, H", (rows, batch, hidden), same, like)
+    if tables:
+        _tables(op, x, tables, directions, gates, gates * weights[1].shape[1])
+
+
+def _tables(op: str, ids: Tensor, tables: list[Tensor], directions: int, gates: int, width: int) -> None:
+    """Raise if tables of so many directions do not fit, or ids are not of their rows."""
+    if len(tables) != directions:
+        raise ArgumentError(f"{op}: tables must be {directions}, one for each direction, got {len(tables)}")
+    _check(op, "tables[0]", tables[0], f"V, {gates} H", (None, width), DTYPES, ("x", ids))
+    V = len(tables[0])
+    for d, table in enumerate(tables):
+        _check(op, f"tables[{d}]", table, f"V, {gates} H", (V, width), (tables[0].dtype,), ("x", ids))
+    if _has_values(ids) and ids.numel() > 0:
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= V:
+            raise IndexError(f"{op}: ids must be from 0 to V - 1 = {V - 1}, got {least} to {most}")
 
 
 def attention_step(
@@ -266,6 +305,7 @@ def attention_step(
     c0: Tensor | None,
     weights: list[Tensor],
     bias: bool,
+    table: Tensor | None,
     w_query: Tensor,
     keys: Tensor,
     v: Tensor,
@@ -276,11 +316,14 @@ def attention_step(
 ) -> None:
     """Raise if the arguments of `ops.attention_step` do not fit together."""
     op = "attention_step"
-    _check(op, "x", x, "1, N, I", (1, None, None), LINEAR_DTYPES)
-    _check(op, "h0", h0, "L, N, H", (None, x.shape[1], None))
-    stack(cell, x, h0, c0, weights, bias, False, op)
+    _check(op, "h0", h0, "L, N, H", (None, None, None), LINEAR_DTYPES)
     N, H = h0.shape[1:]
-    same, like = (x.dtype,), ("x", x)
+    same, like = (h0.dtype,), ("h0", h0)
+    if table is None:
+        _check(op, "x", x, "1, N, I", (1, N, None), same, like)
+    else:
+        _check(op, "x", x, "1, N", (1, N), (torch.int64,), like)
+    stack(cell, x, h0, c0, weights, bias, False, [] if table is None else [table], None, op)
     _check(op, "keys", keys, "B, Tk, A", (None, None, None), same, like)
     B, Tk, A = keys.shape
     if (N if B == 0 else N % B) != 0:

@@ -135,12 +135,6 @@ class _Recurrent(nn.Module, Generic[State]):
         """The name of the cell in the ops of several."""
         raise NotImplementedError
 
-    def _stack(self, x: Tensor, hx: State | None, weights: list[Tensor], both: bool) -> tuple[Tensor, State]:
-        """All layers at once, in both directions if so; without a derivative."""
-        h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
-        y, h_n, c_n = ops.stack(self.cell, x, h0, c0, weights, bias=self.bias, bidirectional=both)
-        return y, self._state_of(h_n, c_n)
-
     def _both(
         self,
         layer: int,
@@ -439,13 +433,15 @@ class _Layers(_Recurrent[State]):
                 return y, self._each(lambda part: part.unsqueeze(0), h_n) if hx is None else h_n
             except checks.ArgumentError:
                 pass
-        whole = batch_sizes is None and lengths is None  # no row ends before the others
-        if rows > 1 and whole and not self.proj_size and not (self.training and self.dropout > 0):
+        if lengths is not None and x.is_cpu and x.dim() == 3:
+            return self._walk_by_packing(x, hx, lengths)
+        serves = lengths is None and (batch_sizes is None or x.is_cpu)
+        if rows > 1 and serves and not self.proj_size and not (self.training and self.dropout > 0):
             weights = [weight for row in self.all_weights for weight in row]
             states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
             if not ops.records(x, *states, *weights):
                 try:
-                    return self._stack(x, hx, weights, self.bidirectional)
+                    return self._stack(x, hx, weights, batch_sizes)
                 except (checks.ArgumentError, ValueError):  # a pair of three is no state either
                     pass
         first = None
@@ -471,6 +467,33 @@ class _Layers(_Recurrent[State]):
                 last.append(h_n)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return x, self._each(lambda *parts: torch.stack(parts), *last)
+
+    def _walk_by_packing(self, x: Tensor, hx: State | None, lengths: Tensor) -> tuple[Tensor, State]:
+        """The same over padded rows on the CPU, which are packed once for all layers and directions."""
+        op, rows, batch = type(self).__name__, len(self._names), x.shape[1]
+        if x.shape[2] != self.input_size:
+            checks.fail_shape(op, "input", "T, B, I", (None, None, self.input_size), x)
+        checks.batch_lengths(op, x, lengths)
+        if hx is None:
+            hx = self._each(lambda part: x.new_zeros(rows, batch, part.size), self._parts)
+        self._check_state(hx, ("L", "B"), (rows, batch))
+        states: tuple[Tensor, ...] = hx if isinstance(hx, tuple) else (hx,)
+
+        def run(data: Tensor, first: list[Tensor], sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            y, last = self._walk(data, self._state_of(first[0], first[-1]), sizes)
+            return y, last if isinstance(last, tuple) else (last,)
+
+        y, last = ops.by_packing(x, states, tuple(part.shape[2] for part in states), lengths, run, (rows,))
+        return y, self._state_of(last[0], last[-1])
+
+    def _stack(
+        self, x: Tensor, hx: State | None, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """All layers and directions at once, without a derivative."""
+        h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
+        options: Any = {"bias": self.bias, "bidirectional": self.bidirectional, "batch_sizes": batch_sizes}
+        y, h_n, c_n = ops.stack(self.cell, x, h0, c0, weights, **options)
+        return y, self._state_of(h_n, c_n)
 
 
 class RNN(_Layers[Tensor], _Elman):

@@ -152,7 +152,7 @@ def packing(lengths: Tensor, T: int) -> Packing:
     )
 
 
-def _by_packing(
+def by_packing(
     x: Tensor,
     state: tuple[Tensor | None, ...],
     features: tuple[int, ...],
@@ -241,7 +241,7 @@ def rnn(
             y, h_n = rnn(x, state[0], w_ih, w_hh, b_ih, b_hh, **options)
             return y, (h_n,)
 
-        y, (h_n,) = _by_packing(x, (h0,), (w_hh.shape[1],), lengths, run)
+        y, (h_n,) = by_packing(x, (h0,), (w_hh.shape[1],), lengths, run)
         return y, h_n
     try:
         y, h_n = _rnn_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity, reverse, _tf32(x))
@@ -382,7 +382,7 @@ def gru(
             y, h_n = gru(x, state[0], w_ih, w_hh, b_ih, b_hh, batch_sizes=sizes, reverse=reverse)
             return y, (h_n,)
 
-        y, (h_n,) = _by_packing(x, (h0,), (w_hh.shape[1],), lengths, run)
+        y, (h_n,) = by_packing(x, (h0,), (w_hh.shape[1],), lengths, run)
         return y, h_n
     try:
         keep = records(x, h0, w_ih, w_hh, b_ih, b_hh)
@@ -518,7 +518,7 @@ def lstm(
             h0, c0 = state
             return lstm(x, (h0, c0), w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=sizes, reverse=reverse)
 
-        y, (h_n, c_n) = _by_packing(x, (h0, c0), (w_hh.shape[1], w_hh.shape[0] // 4), lengths, run)
+        y, (h_n, c_n) = by_packing(x, (h0, c0), (w_hh.shape[1], w_hh.shape[0] // 4), lengths, run)
         return y, (h_n, c_n)
     try:
         keep = records(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
@@ -671,7 +671,7 @@ def _bidirectional_in_turn(
             y, h_n, c_n = _bidirectional_in_turn(cell, data, h, c, weights, bias, sizes, None)
             return y, (h_n, c_n)[: len(first)]
 
-        y, (h_n, *cells) = _by_packing(x, (h0, c0)[: len(features)], features, lengths, run, (2,))
+        y, (h_n, *cells) = by_packing(x, (h0, c0)[: len(features)], features, lengths, run, (2,))
         return y, h_n, cells[0] if cells else h_n.new_empty(0)
     outputs: list[Tensor] = []
     last: list[tuple[Tensor, ...]] = []
@@ -787,6 +787,8 @@ def stack(
     *,
     bias: bool = True,
     bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
+    tables: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Several layers in one call, for inference: there is no derivative.
 
@@ -795,25 +797,32 @@ def stack(
 
     Args:
         cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
-        x: input [T, B, I].
-        h0: states before the first step, [L, B, H], 2 L if bidirectional; None for zeros.
+        x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I]; with `tables` ids of their rows,
+            [T, B] or [N] int64.
+        h0: states before the first step, [L, B, H], 2 L if bidirectional; None for zeros; must be given with
+            `batch_sizes`.
         c0: cell states of an LSTM in the same shape, given exactly where h0 is; None for the others.
         weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer and direction, in the order of the states.
         bias: whether there are biases.
         bidirectional: a second direction reads the sequence backwards; outputs of both are concatenated.
+        batch_sizes: as those of `rnn`; on the CPU only.
+        tables: what each direction of the first layer makes of every x that there can be, W_ih x + b_ih, [V, G H]; its
+            own w_ih and b_ih are then not looked at. On the CPU only.
 
     Returns:
-        y [T, B, H] of the last layer (2 H if bidirectional), h_n [L, B, H], and c_n [L, B, H] of an LSTM, [0, B, H] of
+        y [T, B, H] of the last layer (packed: [N, H]; 2 H if bidirectional), h_n [L, B, H], and c_n [L, B, H] of an LSTM, [0, B, H] of
         the others.
 
     Raises:
         ValueError: an unknown cell, or a shape, number or device that does not fit.
         TypeError: a dtype other than float32, float64, bfloat16 and float16, or mixed dtypes.
+        IndexError: an id that is not of a row of `tables`.
     """
+    arguments = cell, x, h0, c0, weights, bias, bidirectional, tables or [], batch_sizes
     try:
-        y, h_n, c_n = _stack_forward(cell, x, h0, c0, weights, bias, bidirectional, _tf32(x))
+        y, h_n, c_n = _stack_forward(*arguments, _tf32(x))
     except _FAILURES as failure:
-        _explain(failure, checks.stack, cell, x, h0, c0, weights, bias, bidirectional)
+        _explain(failure, checks.stack, *arguments)
     return y, h_n, c_n
 
 
@@ -825,13 +834,17 @@ def _stack_forward_fake(
     weights: list[Tensor],
     bias: bool,
     bidirectional: bool,
+    tables: list[Tensor],
+    batch_sizes: Tensor | None,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.stack(cell, x, h0, c0, weights, bias, bidirectional)
-    T, B, _ = x.shape
+    checks.stack(cell, x, h0, c0, weights, bias, bidirectional, tables, batch_sizes)
     H, rows = weights[1].shape[1], len(weights) // (2 + 2 * bias)
-    states = x.new_empty((rows, B, H))
-    return x.new_empty((T, B, (1 + bidirectional) * H)), states, x.new_empty((rows if cell == "lstm" else 0, B, H))
+    B = x.shape[1] if h0 is None else h0.shape[1]
+    like = weights[1]
+    leading = x.shape if tables else x.shape[:-1]
+    y = like.new_empty((*leading, (1 + bidirectional) * H))
+    return y, like.new_empty((rows, B, H)), like.new_empty((rows if cell == "lstm" else 0, B, H))
 
 
 torch.library.register_fake("llm_ext::stack_forward", _stack_forward_fake)
@@ -853,6 +866,7 @@ def attention_step(
     b_out: Tensor | None = None,
     *,
     bias: bool = True,
+    table: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of a decoder with attention in one call, on a CPU and for inference: there is no derivative.
@@ -862,7 +876,7 @@ def attention_step(
 
     Args:
         cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
-        x: input of N rows, [1, N, I]; float32 or float64.
+        x: input of N rows, [1, N, I]; float32 or float64. With `table` ids of its rows, [1, N] int64.
         h0: states, [L, N, H].
         c0: cell states of an LSTM in the same shape; None for the others.
         weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer.
@@ -874,6 +888,7 @@ def attention_step(
         w_out: [D, H].
         b_out: [D], or None for zeros.
         bias: whether the layers have biases.
+        table: as one of the `tables` of `stack`.
         key_lengths: [B] int64: key k of source b takes part if k < key_lengths[b].
 
     Returns:
@@ -881,12 +896,13 @@ def attention_step(
 
     Raises:
         ValueError: an unknown cell, or a shape, number or device that does not fit.
+        IndexError: an id that is not of a row of `table`.
         TypeError: a dtype other than float32 and float64, or mixed dtypes.
         NotImplementedError: tensors of another device.
 
     Source: attention after the recurrence: Luong et al., arXiv 1508.04025.
     """
-    arguments = cell, x, h0, c0, weights, bias, w_query, keys, v, values, key_lengths, w_out, b_out
+    arguments = cell, x, h0, c0, weights, bias, table, w_query, keys, v, values, key_lengths, w_out, b_out
     try:
         out, h_n, c_n = _attention_step(*arguments)
     except _FAILURES as failure:
@@ -901,6 +917,7 @@ def _attention_step_fake(
     c0: Tensor | None,
     weights: list[Tensor],
     bias: bool,
+    table: Tensor | None,
     w_query: Tensor,
     keys: Tensor,
     v: Tensor,
@@ -909,9 +926,9 @@ def _attention_step_fake(
     w_out: Tensor,
     b_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.attention_step(cell, x, h0, c0, weights, bias, w_query, keys, v, values, key_lengths, w_out, b_out)
-    states = x.new_empty(h0.shape)
-    return x.new_empty((x.shape[1], values.shape[2])), states, x.new_empty(states[:0].shape if c0 is None else h0.shape)
+    checks.attention_step(cell, x, h0, c0, weights, bias, table, w_query, keys, v, values, key_lengths, w_out, b_out)
+    c_n = h0[:0] if c0 is None else c0
+    return h0.new_empty((h0.shape[1], values.shape[2])), h0.new_empty(h0.shape), h0.new_empty(c_n.shape)
 
 
 torch.library.register_fake("llm_ext::attention_step", _attention_step_fake)

@@ -149,7 +149,7 @@ def test_weights_that_change_are_noticed() -> None:
 @pytest.mark.parametrize("cell", GATES)
 def test_opcheck(cell: str) -> None:
     positional, options = arguments(cell, 70, 1, 3, 5, 2, bidirectional=cell == "gru")
-    torch.library.opcheck(torch.ops.llm_ext.stack_forward.default, (*positional, *options.values(), False))
+    torch.library.opcheck(torch.ops.llm_ext.stack_forward.default, (*positional, *options.values(), [], None, False))
 
 
 def test_no_derivative() -> None:

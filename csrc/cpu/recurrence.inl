@@ -433,6 +433,9 @@ static void forward_direct(const RecurrenceForwardParams<S>& p, const Team& team
               blocks[b] = z[b][m - part.begin];
               const int64_t in = input_gate<C>(b) * H + col, hidden = state_gate<C>(b) * H + col;
               if (b < C::kGates && p.b_ih != nullptr) blocks[b] += load_part(p.b_ih + in, lanes);
+              if (b < C::kGates && p.table != nullptr) {
+                blocks[b] += load_part(p.table + p.ids[first_row + r] * C::kGates * H + in, lanes);
+              }
               if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) blocks[b] += load_part(p.b_hh + hidden, lanes);
             }
             const Vec<T> h_now = forward_units<S, C>(
@@ -514,6 +517,7 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
   if constexpr (!kIsNarrow<S>) z_home = !C::kKeeps ? p.y : p.kept;
   const int64_t z_width = z_home == nullptr ? gates : (C::kKeeps ? kept_width : H);
   const int64_t limit = block_rows<T>(s);
+  const auto table_row = [&](int64_t row) { return p.table == nullptr ? nullptr : p.table + p.ids[row] * gates; };
 
   for (int64_t begin = 0, end = 0; begin < s.steps; begin = end) {
     int64_t count = 0;
@@ -523,12 +527,14 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
     T* const z = z_home == nullptr ? block_z : z_home + first * z_width;
 
     team.sync();
-    const Range rows = team.share(count, kRows);
-    long_product(p.x + (first + rows.begin) * s.input, s.input, rows.size(), s.input, packed_ih, gates, left,
-                 [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                   store_part(z + (rows.begin + row) * z_width + col, value + load_part(bias + col, lanes), lanes);
-                 });
-    team.sync();
+    if (p.table == nullptr) {
+      const Range rows = team.share(count, kRows);
+      long_product(p.x + (first + rows.begin) * s.input, s.input, rows.size(), s.input, packed_ih, gates, left,
+                   [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
+                     store_part(z + (rows.begin + row) * z_width + col, value + load_part(bias + col, lanes), lanes);
+                   });
+      team.sync();
+    }
 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first_row = order.first_row(i);
@@ -544,11 +550,16 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
       }
       const auto finish = [&](const T* previous, int64_t r, int64_t col, Vec<T>(&values)[C::kGates], int lanes) {
         const T* z_row = z + (first_row - first + r) * z_width + col;
+        const S* given = table_row(first_row + r);
         Vec<T> blocks[C::kBlocks];
         for (int b = 0; b < C::kBlocks; ++b) {
           const int g = state_gate<C>(b);
           if (b < C::kGates) {
-            blocks[b] = load_part(z_row + b * H, lanes);
+            if (given == nullptr) {
+              blocks[b] = load_part(z_row + b * H, lanes);
+            } else {
+              blocks[b] = load_part(given + input_gate<C>(b) * H + col, lanes) + load_part(bias + b * H + col, lanes);
+            }
             if (g >= 0) blocks[b] += values[g];
           } else {
             blocks[b] = values[g];
@@ -581,6 +592,10 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const Team& team
         gates_product<C::kGates>(
             Rows<L>{factor, P}, r.size(), P, packed_hh, weights.hh_gate, H, Panels{part.panels, i % 2 != 0},
             [&](int64_t row, int64_t col) {
+              if (const S* given = table_row(first_row + r.begin + row); given != nullptr) {
+                for (int b = 0; b < C::kGates; ++b) __builtin_prefetch(given + b * H + col);
+                return;
+              }
               const T* z_row = z + (first_row - first + r.begin + row) * z_width + col;
               for (int b = 0; b < C::kGates; ++b) __builtin_prefetch(z_row + b * H, 1);
             },

@@ -30,17 +30,10 @@ inline Cell elman_cell(const char* op, const std::string& nonlinearity) {
   return cell;
 }
 
-// First row of each step, and the end: T + 1 numbers.
-inline std::vector<int64_t> row_offsets(const char* op, const Tensor& x, const OptionalTensor& batch_sizes) {
-  if (!batch_sizes.has_value()) {
-    STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [T, B, I], got ", shape_text(x));
-    std::vector<int64_t> offsets(x.size(0) + 1);
-    for (int64_t t = 0; t <= x.size(0); ++t) offsets[t] = t * x.size(1);
-    return offsets;
-  }
-  STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [N, I] with batch_sizes, got ", shape_text(x));
-  STD_TORCH_CHECK(batch_sizes->dim() == 1, op, ": batch_sizes must be [T], got ", shape_text(*batch_sizes));
-  const int64_t steps = batch_sizes->size(0);
+// First row of each step, and the end, T + 1 numbers: of `rows` packed rows.
+inline std::vector<int64_t> offsets_of(const char* op, int64_t rows, const Tensor& batch_sizes) {
+  STD_TORCH_CHECK(batch_sizes.dim() == 1, op, ": batch_sizes must be [T], got ", shape_text(batch_sizes));
+  const int64_t steps = batch_sizes.size(0);
   const Input<int64_t> sizes(batch_sizes, op, "batch_sizes", {steps}, ScalarType::Long);
   std::vector<int64_t> offsets(steps + 1, 0);
   for (int64_t t = 0; t < steps; ++t) {
@@ -49,8 +42,20 @@ inline std::vector<int64_t> row_offsets(const char* op, const Tensor& x, const O
                     ": batch_sizes must be positive and never rise, got ", size, " at step ", t);
     offsets[t + 1] = offsets[t] + size;
   }
-  STD_TORCH_CHECK(offsets[steps] == x.size(0), op, ": batch_sizes must sum to the rows of x, ", x.size(0), ", got ",
+  STD_TORCH_CHECK(offsets[steps] == rows, op, ": batch_sizes must sum to the rows of x, ", rows, ", got ",
                   offsets[steps]);
+  return offsets;
+}
+
+// The same of x, packed or not.
+inline std::vector<int64_t> row_offsets(const char* op, const Tensor& x, const OptionalTensor& batch_sizes) {
+  if (batch_sizes.has_value()) {
+    STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [N, I] with batch_sizes, got ", shape_text(x));
+    return offsets_of(op, x.size(0), *batch_sizes);
+  }
+  STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [T, B, I], got ", shape_text(x));
+  std::vector<int64_t> offsets(x.size(0) + 1);
+  for (int64_t t = 0; t <= x.size(0); ++t) offsets[t] = t * x.size(1);
   return offsets;
 }
 

@@ -481,8 +481,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> bidirectional_backward(
 // Layer by layer: on a GPU each has all of the device.
 std::tuple<Tensor, Tensor, Tensor> stack_forward(const std::string& cell, const Tensor& x, const OptionalTensor& h0,
                                                  const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                 bool bias, bool bidirectional, bool tf32) {
+                                                 bool bias, bool bidirectional, const std::vector<Tensor>& tables,
+                                                 const OptionalTensor& batch_sizes, bool tf32) {
   constexpr const char* kOp = "stack_forward";
+  STD_TORCH_CHECK(tables.empty() && !batch_sizes.has_value(), kOp, ": tables and batch_sizes are for cpu only");
   const int directions = bidirectional ? 2 : 1, each = bias ? 4 : 2;
   const int rows = static_cast<int>(weights.size()) / each, layers = rows / directions;
   STD_TORCH_CHECK(x.dim() == 3, kOp, ": x must be [T, B, I], got ", shape_text(x));

@@ -40,10 +40,10 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
       "stack_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bias, "
-      "bool bidirectional, bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n)");
+      "bool bidirectional, Tensor[] tables, Tensor? batch_sizes, bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def(
-      "attention_step(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, bool bias, Tensor w_query, "
-      "Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, Tensor w_out, Tensor? b_out) -> "
+      "attention_step(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, bool bias, Tensor? table, "
+      "Tensor w_query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, Tensor w_out, Tensor? b_out) -> "
       "(Tensor out, Tensor h_n, Tensor c_n)");
   m.def("linear_forward(Tensor x, Tensor w, Tensor? b) -> Tensor y");
   m.def("linear_argmax(Tensor x, Tensor w, Tensor? b) -> Tensor");

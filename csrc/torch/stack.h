@@ -25,12 +25,14 @@ constexpr int64_t kWaveSteps = 32;
 struct StackArguments {
   const char* op;
   Cell cell;
-  const Tensor& x;
+  const Tensor& x;  // or with tables ids of their rows
   const OptionalTensor& h0;
   const OptionalTensor& c0;
   const std::vector<Tensor>& weights;
   bool bias;
   bool bidirectional;
+  const std::vector<Tensor>& tables;  // what the first layer makes of each x, of each direction; or none
+  const OptionalTensor& batch_sizes;
 };
 
 // The layers of one call. A row is one direction of one layer, as in the state.
@@ -39,19 +41,17 @@ class Stack {
  public:
   explicit Stack(const StackArguments& a)
       : op_(a.op), cell_(a.cell), directions_(a.bidirectional ? 2 : 1), each_(a.bias ? 4 : 2) {
-    STD_TORCH_CHECK(a.x.dim() == 3, op_, ": x must be [T, B, I], got ", shape_text(a.x));
     rows_ = static_cast<int>(a.weights.size()) / each_;
     STD_TORCH_CHECK(rows_ > 0 && a.weights.size() % (each_ * directions_) == 0, op_, ": weights must be ", each_,
                     " tensors for each of the ", directions_, " directions of each layer, got ", a.weights.size());
     const Tensor& first = a.weights[1];
     STD_TORCH_CHECK(first.dim() == 2, op_, ": w_hh must be [G H, H], got ", shape_text(first));
-    steps_ = a.x.size(0), batch_ = a.x.size(1), hidden_ = first.size(1);
-    check_tensor(a.x, op_, "x", kScalarType<S>, {steps_, batch_, a.x.size(2)});
-    x_ = dense(a.x);
-    for (int64_t t = 0; t <= steps_; ++t) offsets_.push_back(t * batch_);
+    hidden_ = first.size(1);
+    read_x(a);
     h0_.emplace(a.h0, op_, "h0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
     c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
-    y_ = empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
+    y_ = packed() ? empty({total_, directions_ * hidden_}, kScalarType<S>)
+                  : empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
     h_n_ = empty({rows_, batch_, hidden_}, kScalarType<S>);
     c_n_ = empty({cell_ == Cell::kLstm ? rows_ : 0, batch_, hidden_}, kScalarType<S>);
     for (int row = 0; row < rows_; ++row) add_row(a, row);
@@ -66,7 +66,7 @@ class Stack {
     } else {
       const int threads = team_size(max_threads());
       // Pieces of a layer would round states of 16 bits where they meet.
-      const int apart = directions_ == 2 ? 2 : (sizeof(S) == 2 || steps_ < 2 * kWaveSteps ? 1 : rows_);
+      const int apart = directions_ == 2 ? 2 : (sizeof(S) == 2 || packed_ || steps_ < 2 * kWaveSteps ? 1 : rows_);
       if (kernel().apart(params_[0].sizes, apart, threads)) {
         directions_ == 2 ? run_directions() : run_wavefront(std::min(threads, rows_));
       } else {
@@ -98,7 +98,7 @@ class Stack {
       kernel().forward(p, team);
       team.sync();
       if (directions_ == 1 || row % 2 == 0) continue;
-      merge_directions(row / 2, team.share(steps_ * batch_));
+      merge_directions(row / 2, team.share(total_));
       team.sync();
     }
   }
@@ -113,10 +113,43 @@ class Stack {
   static const RecurrenceKernels<S>& kernel() { return kernels().recurrence<S>(); }
 
   int layers() const { return rows_ / directions_; }
+  bool packed() const { return packed_; }
+
+  // The steps, and what the first layer reads of them.
+  void read_x(const StackArguments& a) {
+    const bool by_table = !a.tables.empty();
+    packed_ = a.batch_sizes.has_value();
+    const int64_t dims = (packed_ ? 1 : 2) + (by_table ? 0 : 1);
+    STD_TORCH_CHECK(a.x.dim() == dims, op_, ": x must be [T, B, I], or [N, I] with batch_sizes, or such ids, got ",
+                    shape_text(a.x));
+    if (packed_) {
+      offsets_ = offsets_of(op_, a.x.size(0), *a.batch_sizes);
+      STD_TORCH_CHECK(a.h0.has_value() && a.h0->dim() == 3, op_, ": h0 must be [L, B, H] with batch_sizes");
+      batch_ = offsets_.size() > 1 ? offsets_[1] : a.h0->size(1);
+    } else {
+      batch_ = a.x.size(1);
+      for (int64_t t = 0; t <= a.x.size(0); ++t) offsets_.push_back(t * batch_);
+    }
+    steps_ = static_cast<int64_t>(offsets_.size()) - 1;
+    total_ = offsets_.back();
+    STD_TORCH_CHECK(a.x.is_cpu(), op_, ": x must be on cpu");
+    STD_TORCH_CHECK(a.x.scalar_type() == (by_table ? ScalarType::Long : kScalarType<S>), op_,
+                    by_table ? ": x must be int64 with tables" : ": x must have the dtype of the others");
+    x_ = dense(a.x);
+    if (!by_table) return;
+    const int64_t gates = gates_of(cell_) * hidden_, known = a.tables[0].dim() == 2 ? a.tables[0].size(0) : 0;
+    STD_TORCH_CHECK(static_cast<int>(a.tables.size()) == directions_, op_, ": tables must be one for each direction");
+    for (const Tensor& table : a.tables) tables_.emplace_back(table, op_, "table", std::initializer_list<int64_t>{known, gates});
+    const int64_t* ids = data<int64_t>(x_);
+    for (int64_t n = 0; n < total_; ++n) {
+      STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < known, op_, ": ids must be from 0 to ", known - 1, ", got ", ids[n]);
+    }
+  }
 
   void add_row(const StackArguments& a, int row) {
     const int layer = row / directions_;
-    const int64_t input = layer == 0 ? a.x.size(2) : directions_ * hidden_;
+    const bool by_table = layer == 0 && !tables_.empty();
+    const int64_t input = by_table ? 0 : (layer == 0 ? a.x.size(a.x.dim() - 1) : directions_ * hidden_);
     const int64_t gates = gates_of(cell_) * hidden_;
     const auto weight = [&](int i, const char* name, std::initializer_list<int64_t> sizes) {
       inputs_.emplace_back(a.weights[row * each_ + i], op_, name, sizes);
@@ -124,10 +157,10 @@ class Stack {
     };
     RecurrenceForwardParams<S> p = {};
     p.sizes = {cell_, steps_, batch_, input, hidden_, hidden_, offsets_.data(), row % directions_ == 1};
-    p.w_ih = weight(0, "w_ih", {gates, input});
+    if (!by_table) p.w_ih = weight(0, "w_ih", {gates, input});
     p.w_hh = weight(1, "w_hh", {gates, hidden_});
     if (each_ == 4) {
-      p.b_ih = weight(2, "b_ih", {gates});
+      if (!by_table) p.b_ih = weight(2, "b_ih", {gates});
       p.b_hh = weight(3, "b_hh", {gates});
     }
     const int64_t at = row * batch_ * hidden_;
@@ -136,13 +169,17 @@ class Stack {
     p.h_n = mutable_data<S>(h_n_) + at;
     if (cell_ == Cell::kLstm) p.c_n = mutable_data<S>(c_n_) + at;
     // What a layer reads is what the one before has written; that of two directions has yet to be put side by side.
-    p.x = layer == 0 ? data<S>(x_) : layer_output(layer - 1);
+    if (by_table) {
+      p.table = tables_[row].get(), p.ids = data<int64_t>(x_);
+    } else {
+      p.x = layer == 0 ? data<S>(x_) : layer_output(layer - 1);
+    }
     p.y = directions_ == 1 ? layer_output(layer) : direction_output(row % 2);
     params_.push_back(p);
   }
 
   S* place(std::optional<Tensor>& tensor, int64_t width) {
-    if (!tensor.has_value()) tensor = empty({steps_ * batch_, width}, kScalarType<S>);
+    if (!tensor.has_value()) tensor = empty({total_, width}, kScalarType<S>);
     return mutable_data<S>(*tensor);
   }
   // The output of every layer has a place of its own: in a wavefront all are being written at once.
@@ -177,7 +214,7 @@ class Stack {
           kernel().forward(p, Team{0, 1, &alone});
         }
         team.sync();
-        merge_directions(layer, team.share(steps_ * batch_));
+        merge_directions(layer, team.share(total_));
         team.sync();
       }
     });
@@ -216,7 +253,11 @@ class Stack {
   RecurrenceForwardParams<S> piece_of(int row, int64_t begin) const {
     RecurrenceForwardParams<S> p = params_[row];
     p.sizes.steps = std::min(kWaveSteps, steps_ - begin);
-    p.x += begin * batch_ * p.sizes.input;
+    if (p.table == nullptr) {
+      p.x += begin * batch_ * p.sizes.input;
+    } else {
+      p.ids += begin * batch_;
+    }
     p.y += begin * batch_ * hidden_;
     if (begin > 0) {
       p.h0 = p.y - batch_ * hidden_;
@@ -253,10 +294,12 @@ class Stack {
   const int directions_;
   const int each_;  // tensors of a row
   int rows_;
-  int64_t steps_, batch_, hidden_;
+  bool packed_;
+  int64_t steps_, batch_, hidden_, total_;  // total_: rows of all steps
   std::vector<int64_t> offsets_;
   Tensor x_, y_, h_n_, c_n_;
   std::optional<Input<S>> h0_, c0_;
+  std::deque<Input<S>> tables_;
   std::deque<Input<S>> inputs_;
   std::vector<std::optional<Tensor>> outputs_;  // of the layers but the last
   std::optional<Tensor> halves_[2];             // of the directions of a layer

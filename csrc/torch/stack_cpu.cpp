@@ -22,32 +22,37 @@ void check_states(const StackArguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor> stack_forward(const std::string& cell, const Tensor& x, const OptionalTensor& h0,
                                                  const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                 bool bias, bool bidirectional, bool /*tf32*/) {
+                                                 bool bias, bool bidirectional, const std::vector<Tensor>& tables,
+                                                 const OptionalTensor& batch_sizes, bool /*tf32*/) {
   constexpr const char* kOp = "stack_forward";
-  const StackArguments a = {kOp, cell_named(kOp, cell), x, h0, c0, weights, bias, bidirectional};
+  const StackArguments a = {kOp,     cell_named(kOp, cell), x,      h0,         c0, weights, bias, bidirectional,
+                            tables, batch_sizes};
   check_states(a);
-  return with_type<float, double, BFloat16, Float16>(x, kOp, "x",
-                                                     [&](auto type) { return Stack<decltype(type)>(a).run(); });
+  return with_type<float, double, BFloat16, Float16>(
+      tables.empty() ? x : tables[0], kOp, "x", [&](auto type) { return Stack<decltype(type)>(a).run(); });
 }
 
 // A step of a decoder: its layers, attention by what they return, and out = tanh(W_out y + b_out + context). One team
 // does it all, so that nothing but barriers lies between the products.
 std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& cell, const Tensor& x, const Tensor& h0,
                                                   const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                  bool bias, const Tensor& w_query, const Tensor& keys, const Tensor& v,
+                                                  bool bias, const OptionalTensor& table, const Tensor& w_query,
+                                                  const Tensor& keys, const Tensor& v,
                                                   const Tensor& values, const OptionalTensor& key_lengths,
                                                   const Tensor& w_out, const OptionalTensor& b_out) {
   constexpr const char* kOp = "attention_step";
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 1, kOp, ": x must be [1, N, I], got ", shape_text(x));
+  STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == 1, kOp, ": x must be [1, N, I], or ids [1, N], got ", shape_text(x));
   STD_TORCH_CHECK(keys.dim() == 3, kOp, ": keys must be [B, Tk, A], got ", shape_text(keys));
   STD_TORCH_CHECK(values.dim() == 3, kOp, ": values must be [B, Tk, Dv], got ", shape_text(values));
   const int64_t N = x.size(1), B = keys.size(0), A = keys.size(2), Dv = values.size(2);
   STD_TORCH_CHECK(B > 0 ? N % B == 0 : N == 0, kOp, ": keys must be [B, Tk, A], the N = ", N,
                   " rows of x a multiple of B, got ", shape_text(keys));
   const OptionalTensor h0_given = h0;
-  const StackArguments a = {kOp, cell_named(kOp, cell), x, h0_given, c0, weights, bias, false};
+  std::vector<Tensor> tables;
+  if (table.has_value()) tables.push_back(*table);
+  const StackArguments a = {kOp, cell_named(kOp, cell), x, h0_given, c0, weights, bias, false, tables, kNone};
   check_states(a);
-  return with_type<float, double>(x, kOp, "x", [&](auto type) {
+  return with_type<float, double>(h0, kOp, "h0", [&](auto type) {
     using S = decltype(type);
     Stack<S> stack(a);
     const int64_t H = stack.hidden();
