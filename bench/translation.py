@@ -148,7 +148,8 @@ def greedy(sentences: int, B: int, T: int, V: int, E: int, H: int) -> Case:
 
         def searcher(model: llm_ext.Seq2Seq) -> Callable[[], Call]:
             def call() -> list[Tensor]:
-                return [torch.stack(list(model.stream(source, end, n, T)), 1) for source, n in batches]
+                tables = model.tables()
+                return [torch.stack(list(model.stream(source, end, n, T, tables)), 1) for source, n in batches]
 
             return lambda: call
 

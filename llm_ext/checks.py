@@ -79,13 +79,11 @@ def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
     _check_lengths(op, "lengths", lengths, "T", x.shape[0])
 
 
-def _packed_batch(op: str, x: Tensor, h0: Tensor | None, batch_sizes: Tensor) -> int | None:
+def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
     """Rows of the first step of packed rows x, None if they are not known; raise if batch_sizes do not describe x."""
     _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
     if not batch_sizes.is_cpu:
         raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
-    if h0 is None:
-        raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
     if not _has_values(batch_sizes):
         return None
     sizes = batch_sizes.tolist()
@@ -133,7 +131,9 @@ def _recurrence(
         if lengths is not None:
             raise ArgumentError(f"{op}: lengths belong to a padded x [T, B, I], got batch_sizes too")
         _check(op, "x", x, "N, I", (None, I), same, like)
-        batch = _packed_batch(op, x, h0, batch_sizes)
+        if h0 is None:
+            raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
+        batch = _packed_batch(op, x, batch_sizes)
     for name, state, letter, width in (("h0", h0, "H" if w_hr is None else "P", P), ("c0", c0, "H", H)):
         if state is not None and state.dim() == 3:  # one layer's state as torch.nn lays it out
             _check(op, name, state, f"1, B, {letter}", (1, batch, width), same, like)
@@ -258,7 +258,9 @@ def stack(
         _check(op, "x", x, steps, sizes, (torch.int64,))
     else:
         _check(op, "x", x, f"{steps}, I", (*sizes, None))
-    batch = x.shape[1] if batch_sizes is None else _packed_batch(op, x, h0, batch_sizes)
+    batch = x.shape[1] if batch_sizes is None else _packed_batch(op, x, batch_sizes)
+    if batch is None and h0 is None:
+        raise ArgumentError(f"{op}: h0 must be given with batch_sizes of no steps, got None")
     like = ("x", x)
     same = (tables[0].dtype,) if tables else (x.dtype,)
     hidden = None

@@ -799,8 +799,7 @@ def stack(
         cell: "tanh", "relu" or "sigmoid" (Elman), "gru" or "lstm".
         x: input [T, B, I], or with `batch_sizes` the rows of a packed sequence [N, I]; with `tables` ids of their rows,
             [T, B] or [N] int64.
-        h0: states before the first step, [L, B, H], 2 L if bidirectional; None for zeros; must be given with
-            `batch_sizes`.
+        h0: states before the first step, [L, B, H], 2 L if bidirectional; None for zeros.
         c0: cell states of an LSTM in the same shape, given exactly where h0 is; None for the others.
         weights: w_ih, w_hh and with `bias` b_ih, b_hh of each layer and direction, in the order of the states.
         bias: whether there are biases.
@@ -840,7 +839,7 @@ def _stack_forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.stack(cell, x, h0, c0, weights, bias, bidirectional, tables, batch_sizes)
     H, rows = weights[1].shape[1], len(weights) // (2 + 2 * bias)
-    B = x.shape[1] if h0 is None else h0.shape[1]
+    B = h0.shape[1] if h0 is not None else x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     like = weights[1]
     leading = x.shape if tables else x.shape[:-1]
     y = like.new_empty((*leading, (1 + bidirectional) * H))

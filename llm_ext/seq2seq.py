@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,17 @@ class Seq2SeqState(NamedTuple):
             self.cell.copy_(self.cell.index_select(1, rows))
         if self.fed is not None:
             self.fed.copy_(self.fed.index_select(0, rows))
+
+
+class Tables(NamedTuple):
+    """What the first layers make of each token before they look at their state, for searches with the same weights.
+
+    source: of each direction of the encoder, [V, G H], G gates; None where they would not help.
+    target: of the decoder, [V, G H], or None.
+    """
+
+    source: list[Tensor] | None
+    target: Tensor | None
 
 
 class Hypothesis(NamedTuple):
@@ -248,31 +259,67 @@ class Seq2Seq(nn.Module):
             h, context = h[keep], context[keep]
         return self._scores(self._read_out(h, context))
 
-    def encode(self, source: Tensor, lengths: Tensor | None = None) -> tuple[Memory, Seq2SeqState]:
+    @torch.no_grad()
+    def tables(self) -> Tables:
+        """Multiply all embeddings by the first layers' W at once, for many calls with the same weights.
+
+        A search that is given the tables looks up in them what it would compute for each token anew: about a fifth of
+        its arithmetic. Making them takes as long as that of a token for each entry of the vocabularies, and they hold
+        (2 V + V') G H numbers. They are for the CPU, in float32 and float64, of the target without input feeding;
+        otherwise, and where layers have been replaced or are hooked, there are none.
+        """
+
+        def of(embedding: AffineEmbedding, layers: RNN | GRU | LSTM, directions: int) -> list[Tensor] | None:
+            ours = _untouched(embedding, AffineEmbedding) and _untouched(layers, RNN, GRU, LSTM)
+            if not ours or not ops.own_products(embedding.weight):
+                return None
+            weights = [(w_ih, b_ih) for w_ih, _, b_ih, _ in layers.all_weights[:directions]]
+            return [ops.linear(embedding.fold(), *each) for each in weights]
+
+        target = None if self.input_feeding else of(self.target_embedding, self.decoder, 1)
+        return Tables(of(self.source_embedding, self.encoder, 2), target and target[0])
+
+    def encode(
+        self, source: Tensor, lengths: Tensor | None = None, tables: Tables | None = None
+    ) -> tuple[Memory, Seq2SeqState]:
         """Read sources [B, S] int64 of `lengths` [B] int64; return what to attend to, and the decoder's first state.
+
+        Args:
+            source: token ids, [B, S] int64.
+            lengths: tokens of each source, [B] int64; None: all have S.
+            tables: those of `tables()`, with the weights as they are and without a derivative; None: none.
 
         Raises:
             ValueError, TypeError, IndexError: as `forward`.
+            RuntimeError: tables, while gradients are recorded or in training mode.
         """
         _check_ids("source", source, "B, S")
+        if tables is not None and (self.training or torch.is_grad_enabled()):
+            raise RuntimeError("Seq2Seq: tables are for inference; call eval(), under torch.inference_mode() or no_grad()")
+        by = None if tables is None else tables.source
         # Where no row ends early there is nothing to pack or mask. A GPU's lengths would have to be waited for.
         if lengths is not None and lengths.is_cpu:
             if bool((lengths == source.shape[1]).all()):
                 lengths = None
             elif bool((lengths > 0).all()):  # what is empty cannot be packed
-                return self._encode_packed(source, lengths)
+                return self._encode_packed(source, lengths, by)
 
         def dropped(features: Tensor) -> Tensor:
             mask = self._mask(len(source), features)
             return features if mask is None else features * mask
 
-        read, last = self.encoder(dropped(self.source_embedding(source.t())), lengths=lengths)  # [S, B, 2 H]
+        if by is not None and lengths is None:
+            read, last = self._look_up(source.t(), by)
+        else:
+            read, last = self.encoder(dropped(self.source_embedding(source.t())), lengths=lengths)  # [S, B, 2 H]
         keys, values = self.attention.project_keys(read), self.value(dropped(read))
         # Dense, because every step of a search looks at them.
         keys, values = (each.transpose(0, 1).contiguous() for each in (keys, values))
         return Memory(keys, values, lengths), self._first_state(last, keys)
 
-    def _encode_packed(self, source: Tensor, lengths: Tensor) -> tuple[Memory, Seq2SeqState]:
+    def _encode_packed(
+        self, source: Tensor, lengths: Tensor, tables: list[Tensor] | None
+    ) -> tuple[Memory, Seq2SeqState]:
         """The same of sources of unequal lengths from 1 on: from the ids on there is nothing but what has been read."""
         B, S = source.shape
         rows, batch_sizes, steps, rows_of = ops.packing(lengths, S)
@@ -282,16 +329,29 @@ class Seq2Seq(nn.Module):
             mask = self._mask(B, features)
             return features if mask is None else features * mask.index_select(0, rows_of)
 
-        x = self.source_embedding(source.flatten().index_select(0, places))  # [N, E]
-        packed, last = self.encoder(PackedSequence(dropped(x), batch_sizes, rows, rows.argsort()))
+        ids = source.flatten().index_select(0, places)
+        if tables is not None:
+            read, last = self._look_up(ids, tables, batch_sizes)
+        else:
+            packed, last = self.encoder(PackedSequence(dropped(self.source_embedding(ids)), batch_sizes))
+            read = packed.data  # [N, 2 H]
+        keys = self.attention.project_keys(read.unsqueeze(0)).squeeze(0)
         keys, values = (
             each.new_zeros(B * S, each.shape[-1]).index_copy(0, places, each).unflatten(0, (B, S))
-            for each in (
-                self.attention.project_keys(packed.data.unsqueeze(0)).squeeze(0),
-                self.value(dropped(packed.data)),
-            )
+            for each in (keys, self.value(dropped(read)))
         )
-        return Memory(keys, values, lengths), self._first_state(last, keys)
+        back = rows.argsort()
+        last = [part.index_select(1, back) for part in (last if isinstance(last, tuple) else (last,))]
+        return Memory(keys, values, lengths), self._first_state(last[0] if len(last) == 1 else tuple(last), keys)
+
+    def _look_up(
+        self, ids: Tensor, tables: list[Tensor], batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        """What the encoder returns for ids [S, B], or packed ones [N]."""
+        weights = [weight for row in self.encoder.all_weights for weight in row]
+        options: Any = {"bidirectional": True, "batch_sizes": batch_sizes, "tables": tables}
+        y, h_n, c_n = ops.stack(self.encoder.cell, ids, None, None, weights, **options)
+        return y, (h_n, c_n) if self.cell_bridge is not None else h_n
 
     def _first_state(self, last: Tensor | tuple[Tensor, Tensor], like: Tensor) -> Seq2SeqState:
         """What the decoder starts from, by the encoder's last state."""
@@ -302,7 +362,12 @@ class Seq2Seq(nn.Module):
         return Seq2SeqState(hidden, cell, fed)
 
     def step(
-        self, ids: Tensor, state: Seq2SeqState, memory: Memory, need_weights: bool = False
+        self,
+        ids: Tensor,
+        state: Seq2SeqState,
+        memory: Memory,
+        need_weights: bool = False,
+        tables: Tables | None = None,
     ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
         """Read one more token of K targets of each source, and score what follows.
 
@@ -311,12 +376,58 @@ class Seq2Seq(nn.Module):
             state: of the B · K targets, row by row of `ids`.
             memory: of the B sources.
             need_weights: whether the attention's weights are wanted.
+            tables: as `encode`.
 
         Returns:
             Scores [B, K, V], the new state, and the weights [B, K, S] or None.
         """
-        vectors, state, weights = self._step(self.target_embedding(ids), state, memory, need_weights=need_weights)
+        vectors, state, weights = self._next(ids, state, memory, need_weights, tables)
         return self._scores(vectors), state, weights
+
+    def _next(
+        self,
+        ids: Tensor,
+        state: Seq2SeqState,
+        memory: Memory,
+        need_weights: bool = False,
+        tables: Tables | None = None,
+    ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
+        """One step from ids [B, K] to what is predicted from, [B, K, E]: in one call of an op where that serves."""
+        serves = (  # it has no derivative, dropout, weights or hooks
+            not need_weights
+            and not self.training
+            and not torch.is_grad_enabled()
+            and ops.own_products(state.hidden)
+            and _untouched(self.decoder, RNN, GRU, LSTM)
+            and _untouched(self.attention, AdditiveAttention)
+            and _untouched(self.readout, Linear)
+        )
+        if not serves:
+            return self._step(self.target_embedding(ids), state, memory, need_weights=need_weights)
+        table = None if tables is None else tables.target
+        x = ids.reshape(1, -1)
+        if table is None:
+            x = self.target_embedding(x)
+            if state.fed is not None:
+                x = torch.cat((x, state.fed.unsqueeze(0)), -1)
+        vectors, hidden, cell = ops.attention_step(
+            self.decoder.cell,
+            x,
+            state.hidden,
+            state.cell,
+            [weight for row in self.decoder.all_weights for weight in row],
+            self.attention.q_proj_weight,
+            memory.keys,
+            self.attention.v,
+            memory.values,
+            self.readout.weight,
+            self.readout.bias,
+            table=table,
+            key_lengths=memory.lengths,
+        )
+        fed = None if state.fed is None else vectors
+        new = Seq2SeqState(hidden, None if state.cell is None else cell, fed)
+        return vectors.unflatten(0, ids.shape), new, None
 
     def _step(
         self,
@@ -326,46 +437,17 @@ class Seq2Seq(nn.Module):
         mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
-        """One step from embeddings [B, K, E] to what is predicted from, [B, K, E]; `mask` is that of dropout."""
+        """The same from embeddings [B, K, E], layer by layer; `mask` is that of dropout."""
         B, K = x.shape[:2]
         x = x.flatten(0, 1).unsqueeze(0)
         if state.fed is not None:
             x = torch.cat((x, state.fed.unsqueeze(0)), -1)
-        if mask is None and not need_weights and self._steps_at_once(x):
-            weights = [weight for row in self.decoder.all_weights for weight in row]
-            vectors, hidden, c = ops.attention_step(
-                self.decoder.cell,
-                x,
-                state.hidden,
-                state.cell,
-                weights,
-                self.attention.q_proj_weight,
-                memory.keys,
-                self.attention.v,
-                memory.values,
-                self.readout.weight,
-                self.readout.bias,
-                key_lengths=memory.lengths,
-            )
-            cell, fed = None if state.cell is None else c, None if state.fed is None else vectors
-            return vectors.unflatten(0, (B, K)), Seq2SeqState(hidden, cell, fed), None
         h, state = self._decode(x, state)
         h = h.view(B, K, h.shape[-1])
         context, weights = self._attend(h, memory, need_weights)
         vectors = self._read_out(_dropped(h, mask), context)
         fed = None if state.fed is None else vectors.flatten(0, 1)
         return vectors, state._replace(fed=fed), weights
-
-    def _steps_at_once(self, x: Tensor) -> bool:
-        """Whether the op for a whole step can take the place of these layers: it has no derivative, dropout or hooks."""
-        return (
-            not torch.is_grad_enabled()
-            and not self.training
-            and ops.own_products(x)
-            and _untouched(self.decoder, RNN, GRU, LSTM)
-            and _untouched(self.attention, AdditiveAttention)
-            and _untouched(self.readout, Linear)
-        )
 
     def _decode(self, x: Tensor, state: Seq2SeqState, lengths: Tensor | None = None) -> tuple[Tensor, Seq2SeqState]:
         """The decoder's recurrence over x [T, N, *]."""
@@ -393,11 +475,19 @@ class Seq2Seq(nn.Module):
     def _scores(self, vectors: Tensor) -> Tensor:
         return cast(Tensor, self.head(vectors))
 
-    def _best(self, vectors: Tensor) -> Tensor:
-        """The ids of the largest scores."""
+    def _best(self, vectors: Tensor, check: bool) -> Tensor:
+        """The ids [B] of the largest scores by vectors [B, 1, E]; if asked to, raise where a score is NaN."""
+        vectors = vectors.squeeze(1)
         if _untouched(self.head, Linear):
-            return ops.linear_argmax(vectors, self.head.weight, self.head.bias)
-        return self._scores(vectors).argmax(-1)
+            weight, bias = self.head.weight, self.head.bias
+            ids = ops.linear_argmax(vectors, weight, bias)
+            if check:  # NaN would be the largest
+                _check_scores((vectors * weight[ids]).sum(-1) + bias[ids])
+            return ids
+        scores = self._scores(vectors)
+        if check:
+            _check_scores(scores)
+        return scores.argmax(-1)
 
     def _mask(self, rows: int, like: Tensor, size: int | None = None) -> Tensor | None:
         """What dropout multiplies features by, [rows, size]: drawn once a row, since anew at each position is slow."""
@@ -411,6 +501,7 @@ class Seq2Seq(nn.Module):
         end: int,
         source_lengths: Tensor | None = None,
         max_length: int | None = None,
+        tables: Tables | None = None,
     ) -> Iterator[Tensor]:
         """Yield the ids [B] of greedy search one by one: of each row the best next token, and `end` ever after its end.
 
@@ -421,29 +512,33 @@ class Seq2Seq(nn.Module):
             end: the id that every target begins and ends with.
             source_lengths: tokens of each source, [B] int64; None: all have S.
             max_length: ids of a row at most; by default 10 more than twice those of its source.
+            tables: as `encode`.
 
         Raises:
             ValueError: a shape or number that does not fit.
             RuntimeError: the scores are NaN.
         """
         self._check_search(end, max_length)
-        return self._stream(source, end, source_lengths, max_length)
+        return self._stream(source, end, source_lengths, max_length, tables)
 
     @torch.inference_mode()
     def _stream(
-        self, source: Tensor, end: int, source_lengths: Tensor | None, max_length: int | None
+        self,
+        source: Tensor,
+        end: int,
+        source_lengths: Tensor | None,
+        max_length: int | None,
+        tables: Tables | None,
     ) -> Iterator[Tensor]:
         limits = _limits(source, source_lengths, max_length)
-        memory, state = self.encode(source, source_lengths)
+        memory, state = self.encode(source, source_lengths, tables)
         ids = source.new_full((len(source),), end)
         ended = limits <= 0
         for n in range(1, int(limits.max()) + 1 if len(limits) else 0):
             if ended.all():
                 return
-            vectors, state, _ = self._step(self.target_embedding(ids.unsqueeze(1)), state, memory)
-            if n == 1:
-                _check_scores(self._scores(vectors))
-            ids = self._best(vectors).squeeze(1).masked_fill(ended, end)
+            vectors, state, _ = self._next(ids.unsqueeze(1), state, memory, tables=tables)
+            ids = self._best(vectors, check=n == 1).masked_fill(ended, end)
             yield ids
             ended = ended | (ids == end) | (limits <= n)
 
@@ -458,6 +553,7 @@ class Seq2Seq(nn.Module):
         num_return_sequences: int = 1,
         length_penalty: float = 1.0,
         max_length: int | None = None,
+        tables: Tables | None = None,
     ) -> list[list[Hypothesis]]:
         """Find likely targets by beam search.
 
@@ -473,6 +569,7 @@ class Seq2Seq(nn.Module):
             num_return_sequences: how many of the best to return, at most `beam`.
             length_penalty: the score of a target is its log-probability over length to this power, its end included.
             max_length: ids of a target at most, where it is cut off; by default 10 more than twice those of its source.
+            tables: as `encode`.
 
         Returns:
             For each source its hypotheses, best first; fewer than asked for where there are no more.
@@ -492,11 +589,11 @@ class Seq2Seq(nn.Module):
         if not 0 <= length_penalty < math.inf:
             raise ValueError(f"Seq2Seq: length_penalty must be at least 0 and finite, got {length_penalty}")
         limits = _limits(source, source_lengths, max_length)
-        memory, state = self.encode(source, source_lengths)
+        memory, state = self.encode(source, source_lengths, tables)
         state = state.repeat(beam)
         found = _Beam(len(source), beam, end, limits, length_penalty, source.device)
         while not found.done:
-            scores, state, _ = self.step(found.ids, state, memory)
+            scores, state, _ = self.step(found.ids, state, memory, tables=tables)
             if found.length == 0:
                 _check_scores(scores)
             state.reorder_(found.advance(scores))

@@ -124,7 +124,8 @@ class Stack {
                     shape_text(a.x));
     if (packed_) {
       offsets_ = offsets_of(op_, a.x.size(0), *a.batch_sizes);
-      STD_TORCH_CHECK(a.h0.has_value() && a.h0->dim() == 3, op_, ": h0 must be [L, B, H] with batch_sizes");
+      STD_TORCH_CHECK(offsets_.size() > 1 || (a.h0.has_value() && a.h0->dim() == 3), op_,
+                      ": h0 must be [L, B, H] with batch_sizes of no steps");
       batch_ = offsets_.size() > 1 ? offsets_[1] : a.h0->size(1);
     } else {
       batch_ = a.x.size(1);
