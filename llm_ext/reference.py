@@ -407,6 +407,7 @@ def attention_step(
     Source: attention after the recurrence: Luong et al., arXiv 1508.04025.
     """
     y, h_n, c_n = stack(cell, x, h0, c0, weights, bias=bias)
-    query = F.linear(y[0], w_query).unflatten(0, (keys.shape[0], -1))
+    B, N = keys.shape[0], x.shape[1]
+    query = F.linear(y[0], w_query).view(B, N // max(B, 1), keys.shape[2])
     context, _ = additive_attention(query, keys, v, values, key_lengths=key_lengths)
     return torch.tanh(F.linear(y[0], w_out, b_out) + context.flatten(0, 1)), h_n, c_n

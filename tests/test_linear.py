@@ -132,10 +132,72 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "I", "O"), [sizes for sizes in SIZES if sizes[2] > 0])
+def test_argmax_of_any_size(N: int, I: int, O: int, dtype: torch.dtype, bias: bool) -> None:  # noqa: E741
+    inputs = inputs_of(N, I, O, dtype, bias)
+    places = ops.linear_argmax(**inputs)
+    assert not places.requires_grad
+    assert torch.equal(places, ops.linear(**inputs).argmax(-1))
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 90), st.integers(0, 4), st.integers(1, 150)),
+    numbers=st.sampled_from([2, 3, 1000]),
+    threads=st.integers(1, 3),
+)
+def test_argmax_of_equals_is_the_first_of_any_size(sizes: tuple[int, int, int], numbers: int, threads: int) -> None:
+    """Of whole numbers, products of which are exact: with few of them, most of a row is equal."""
+    N, I, O = sizes  # noqa: E741
+    x, w = (torch.randint(numbers, size) * 1.0 for size in ((N, I), (O, I)))
+    b = torch.where(torch.rand(O) < 0.3, -torch.inf, torch.randint(numbers, (O,)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        places = ops.linear_argmax(x, w, b)
+    finally:
+        torch.set_num_threads(before)
+    scores = F.linear(x, w, b)
+    first = (scores == scores.amax(-1, keepdim=True)).int().argmax(-1)
+    assert torch.equal(places, first)
+
+
+@pytest.mark.parametrize("size", [(3, 5, 40), (100, 5, 40)])
+def test_argmax_takes_what_is_no_number(size: tuple[int, int, int]) -> None:
+    inputs = {name: t.detach() for name, t in inputs_of(*size, dtype=torch.float32).items()}
+    inputs["bias"][:2] = torch.inf
+    for column in (0, 17, 39):
+        bias = inputs["bias"].clone()
+        bias[column] = torch.nan
+        assert (ops.linear_argmax(**inputs | {"bias": bias}) == column).all()
+    inputs["x"][1] = torch.nan
+    places = ops.linear_argmax(**inputs)
+    assert places[0] == 0
+    assert 0 <= places[1] < size[2]
+    assert (ops.linear_argmax(inputs["x"][:1], inputs["weight"], torch.full((size[2],), -torch.inf)) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (2, 0, 5)])
+def test_argmax_with_any_leading_dimensions(shape: tuple[int, ...]) -> None:
+    inputs = inputs_of(1, 5, 7, torch.float64) | {"x": spread(torch.randn(*shape, dtype=torch.float64))}
+    places = ops.linear_argmax(**inputs)
+    assert places.shape == shape[:-1]
+    assert torch.equal(places, F.linear(**inputs).argmax(-1))
+
+
+def test_argmax_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"linear_argmax: weight must have a row at least, got \[0, 4\]"):
+        ops.linear_argmax(torch.zeros(2, 4), torch.zeros(0, 4))
+    with pytest.raises(ValueError, match=r"linear_argmax: x must be \[\*, I\] = \[\*, 4\], got \[2, 3\]"):
+        ops.linear_argmax(torch.zeros(2, 3), torch.zeros(5, 4))
+
+
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_sixteen_bits_are_left_to_torch(dtype: torch.dtype) -> None:
     inputs = inputs_of(5, 6, 7, dtype)
     assert torch.equal(ours(**inputs)[0], theirs(**inputs)[0])
+    assert torch.equal(ops.linear_argmax(**inputs), F.linear(**inputs).argmax(-1))
 
 
 def test_autocast() -> None:
@@ -154,6 +216,8 @@ def opcheck_arguments() -> list[tuple[str, tuple[object, ...]]]:
     return [
         ("linear_forward", (x, w, b)),
         ("linear_forward", (cube, w, None)),
+        ("linear_argmax", (x.detach(), w.detach(), b.detach())),
+        ("linear_argmax", (cube.detach(), w.detach(), None)),
         ("linear_backward", (grad, *fixed, True, True, True)),
         ("linear_backward", (grad, *fixed, False, True, False)),
         ("linear_backward", (grad, *fixed, True, False, True)),

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import HALF_DTYPES, TOLERANCE, assert_close
 from torch import Tensor
 
@@ -118,6 +119,89 @@ def one_by_one(
     return x, states, torch.stack(c_n) if c_n else states[:0]
 
 
+def as_tables(positional: tuple[object, ...], options: dict[str, bool], V: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Ids for x, what they stand for, and what the first layer makes of all of that."""
+    cell, x, _, _, weights = positional
+    assert isinstance(x, Tensor)
+    rows, ids = torch.randn(V, x.shape[2]).to(x.dtype), torch.randint(V, x.shape[:2])
+    each = 2 + 2 * options["bias"]
+    first = [weights[d * each : (d + 1) * each] for d in range(1 + options["bidirectional"])]
+    return ids, rows[ids], [F.linear(rows, w[0], w[2] if options["bias"] else None) for w in first]
+
+
+@pytest.mark.parametrize(("T", "B", "I", "H", "layers"), SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", GATES)
+def test_tables(T: int, B: int, I: int, H: int, layers: int, dtype: torch.dtype, cell: str) -> None:  # noqa: E741
+    for bidirectional, bias in itertools.product((False, True), repeat=2):
+        positional, options = arguments(cell, T, B, I, H, layers, bidirectional=bidirectional, bias=bias, dtype=dtype)
+        ids, x, tables = as_tables(positional, options, 9)
+        actual = ops.stack(cell, ids, *positional[2:], **options, tables=tables)
+        expected = ops.stack(cell, x, *positional[2:], **options)
+        for a, b in zip(actual, expected, strict=True):
+            if dtype in HALF_DTYPES:  # tables are rounded to so few bits; a state without a bound does not forget that
+                assert a.shape == b.shape
+                assert cell == "relu" or a.numel() == 0 or (a.double() - b.double()).square().mean().sqrt() < 0.03
+            else:
+                assert_close(OPS.get(cell, "rnn"), a, b.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("lengths", [[9, 9, 4, 1], [1], [130, 70], [40] * 20 + [39] * 15 + [3]])
+def test_packed_rows(lengths: list[int], cell: str, dtype: torch.dtype) -> None:
+    """And with tables: as one op for each direction, layer by layer."""
+    T, B = lengths[0], len(lengths)
+    for bidirectional, bias, state in itertools.product((False, True), repeat=3):
+        positional, options = arguments(
+            cell, T, B, 5, 33, 2, bidirectional=bidirectional, bias=bias, state=state, dtype=dtype
+        )
+        how = ops.packing(torch.tensor(lengths), T)
+        ids, x, tables = as_tables(positional, options, 9)
+        zeros = torch.zeros(2 + 2 * bidirectional, B, 33, dtype=dtype)
+        _, _, h0, c0, weights = positional
+        actual = ops.stack(cell, x[how.steps, how.rows_of], *positional[2:], **options, batch_sizes=how.batch_sizes)
+        data, h_n, c_n = x[how.steps, how.rows_of], [], []
+        each = 2 + 2 * bias
+        while len(h_n) * each < len(weights):
+            outputs = []
+            for reverse in (False, True)[: 1 + bidirectional]:
+                row = len(h_n)
+                of_row = weights[row * each : (row + 1) * each]
+                h = (zeros if h0 is None else h0)[row]
+                sizes = {"batch_sizes": how.batch_sizes, "reverse": reverse}
+                if cell == "lstm":
+                    y, (h, c) = ops.lstm(data, (h, (zeros if c0 is None else c0)[row]), *of_row, **sizes)
+                    c_n.append(c)
+                elif cell == "gru":
+                    y, h = ops.gru(data, h, *of_row, **sizes)
+                else:
+                    y, h = ops.rnn(data, h, *of_row, nonlinearity=cell, **sizes)
+                outputs.append(y)
+                h_n.append(h)
+            data = torch.cat(outputs, -1)
+        states = torch.stack(h_n)
+        for a, b in zip(actual, (data, states, torch.stack(c_n) if c_n else states[:0]), strict=True):
+            assert_close(OPS.get(cell, "rnn"), a, b.double())
+        if dtype in HALF_DTYPES:
+            continue
+        looked_up = ops.stack(
+            cell, ids[how.steps, how.rows_of], *positional[2:], **options, tables=tables, batch_sizes=how.batch_sizes
+        )
+        for a, b in zip(looked_up, actual, strict=True):
+            assert_close(OPS.get(cell, "rnn"), a, b.double())
+
+
+def test_packed_rows_of_no_steps() -> None:
+    _, _, h0, _, weights = arguments("gru", 1, 3, 5, 4, 1)[0]
+    none = torch.zeros(0, dtype=torch.int64)
+    y, h_n, _ = ops.stack("gru", torch.zeros(0, 5), h0, None, weights, batch_sizes=none)
+    assert y.shape == (0, 4)
+    assert torch.equal(h_n, h0)
+    with pytest.raises(ValueError, match="h0 must be given with batch_sizes of no steps, got None"):
+        ops.stack("gru", torch.zeros(0, 5), None, None, weights, batch_sizes=none)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_any_number_of_threads(threads: int, bidirectional: bool) -> None:
@@ -149,7 +233,12 @@ def test_weights_that_change_are_noticed() -> None:
 @pytest.mark.parametrize("cell", GATES)
 def test_opcheck(cell: str) -> None:
     positional, options = arguments(cell, 70, 1, 3, 5, 2, bidirectional=cell == "gru")
-    torch.library.opcheck(torch.ops.llm_ext.stack_forward.default, (*positional, *options.values(), [], None, False))
+    op = torch.ops.llm_ext.stack_forward.default
+    torch.library.opcheck(op, (*positional, *options.values(), [], None, False))
+    ids, x, tables = as_tables(positional, options, 9)
+    torch.library.opcheck(op, (cell, ids, *positional[2:], *options.values(), tables, None, False))
+    sizes = torch.ones(70, dtype=torch.int64)
+    torch.library.opcheck(op, (cell, x.flatten(0, 1), *positional[2:], *options.values(), [], sizes, False))
 
 
 def test_no_derivative() -> None:
@@ -157,6 +246,9 @@ def test_no_derivative() -> None:
     positional[1].requires_grad_()
     with pytest.raises(RuntimeError, match="no derivative; it is for inference"):
         ops.stack(*positional, **options)[0].sum().backward()
+
+
+IDS = torch.full((3, 2), 2)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +265,23 @@ def test_no_derivative() -> None:
         ({"bidirectional": True, "weights": 1}, ValueError, "for each layer and direction, got 4 tensors"),
         ({"bias": False}, ValueError, r"weights\[2\] must be \[3 H, I\]"),
         ({"weights": 2}, ValueError, r"weights\[5\] must be \[3 H, H\] = \[12, 4\], got \[12, 3\]"),
+        ({"batch_sizes": torch.tensor([2, 2, 2])}, ValueError, r"x must be \[N, I\] = \[\*, \*\], got \[3, 2, 3\]"),
+        (
+            {"batch_sizes": torch.tensor([2, 3, 1]), "x": torch.zeros(6, 3)},
+            ValueError,
+            r"batch_sizes must be positive and never rise, got \[2, 3, 1\]",
+        ),
+        (
+            {"batch_sizes": torch.tensor([2, 2]), "x": torch.zeros(6, 3)},
+            ValueError,
+            "batch_sizes must sum to the rows of x, 6, got 4",
+        ),
+        ({"tables": [torch.zeros(7, 12)]}, ValueError, r"x must be \[T, B\] = \[\*, \*\], got \[3, 2, 3\]"),
+        ({"tables": [torch.zeros(7, 12)], "x": IDS * 1.0}, TypeError, "x must be int64, got float32"),
+        ({"tables": [torch.zeros(7, 12)] * 2, "x": IDS}, ValueError, "tables must be 1, one for each direction, got 2"),
+        ({"tables": [torch.zeros(7, 11)], "x": IDS}, ValueError, r"tables\[0\] must be \[V, 3 H\] = \[\*, 12\]"),
+        ({"tables": [torch.zeros(7, 12).double()], "x": IDS}, TypeError, r"weights\[1\] must be float64"),
+        ({"tables": [torch.zeros(2, 12)], "x": IDS}, IndexError, "ids must be from 0 to V - 1 = 1, got 2 to 2"),
     ],
 )
 def test_bad_arguments(changes: dict[str, object], error: type[Exception], message: str) -> None:

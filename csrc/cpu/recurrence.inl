@@ -332,7 +332,7 @@ class States {
   // That of a row before position i; null: zeros. Rows that go on are P apart, and so are rows that join.
   const T* before(int64_t i, int64_t r) const {
     if constexpr (kIsNarrow<S>) {
-      return i == 0 && p_.h0 == nullptr ? nullptr : place(i + 1, r);
+      return r >= order_.rows(i - 1) && p_.h0 == nullptr ? nullptr : place(i + 1, r);
     } else {
       return stored_before(i, r);
     }

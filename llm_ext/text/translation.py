@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from llm_ext.seq2seq import Seq2Seq
+from llm_ext.seq2seq import Seq2Seq, Tables
 from llm_ext.text import pairs as pairing
 from llm_ext.text import tokens as vocabulary
 from llm_ext.text.checkpoint import Run
@@ -25,6 +25,8 @@ from llm_ext.text.task import Task, Total
 
 # Lines read ahead, so that those translated side by side are of like length.
 WINDOW = 1024
+# Tables of more bytes are not made, however many lines there are.
+TABLE_BYTES = 512 << 20
 
 
 class TranslationTask(Task):
@@ -265,6 +267,7 @@ class Translator:
         num_return_sequences: int = 1,
         length_penalty: float = 1.0,
         max_length: int | None = None,
+        tables: Tables | None = None,
     ) -> list[list[str]]:
         """Translate sources side by side; the options are those of `Seq2Seq.search`, and a beam of 1 is greedy search.
 
@@ -277,7 +280,7 @@ class Translator:
             return found
         source, lengths = self._batch([sources[number] for number in full])
         if beam == 1:
-            columns = list(self.model.stream(source, self.target.end, lengths, max_length))
+            columns = list(self.model.stream(source, self.target.end, lengths, max_length, tables))
             rows = torch.stack(columns, 1).tolist() if columns else [[] for _ in full]
             lines = [[self.target.decode(row)] for row in rows]
         else:
@@ -289,6 +292,7 @@ class Translator:
                 num_return_sequences=num_return_sequences,
                 length_penalty=length_penalty,
                 max_length=max_length,
+                tables=tables,
             )
             lines = [[self.target.decode(each.ids.tolist()) for each in row] for row in hypotheses]
         for number, row in zip(full, lines, strict=True):
@@ -320,17 +324,28 @@ class Translator:
                 failure = error
 
         ids = encoded()
+        tables: Tables | None = None
         # One line at a time is for those who wait for each.
         while window := list(islice(ids, WINDOW if batch > 1 else 1)):
+            if tables is None and self._repays_tables(sum(map(len, window))):
+                tables = self.model.tables()
             order = sorted(range(len(window)), key=lambda n: len(window[n]))
             found: dict[int, list[str]] = {}
             for begin in range(0, len(order), batch):
                 numbers = order[begin : begin + batch]
-                rows = self.translate([window[n] for n in numbers], **options)  # type: ignore[arg-type]
+                rows = self.translate([window[n] for n in numbers], tables=tables, **options)  # type: ignore[arg-type]
                 found.update(zip(numbers, rows, strict=True))
             yield from (found[n] for n in range(len(window)))
         if failure is not None:
             raise failure
+
+    def _repays_tables(self, tokens: int) -> bool:
+        """Whether so many tokens are worth tables of the vocabularies, which cost the same for each entry of theirs."""
+        model = self.model
+        w_hh = model.encoder.all_weights[0][1]
+        numbers = (2 * model.source_vocab_size + model.target_vocab_size) * len(w_hh)
+        most = max(model.source_vocab_size, model.target_vocab_size)
+        return tokens > most and numbers * w_hh.element_size() <= TABLE_BYTES
 
     def _batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         source, lengths = pad([np.array(ids, dtype=np.int64) for ids in sources], self.source.end)
