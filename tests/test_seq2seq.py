@@ -98,22 +98,31 @@ def test_is_its_parts(cell: str, input_feeding: bool) -> None:
         cases.assert_close("model", got, want, "gradient")
 
 
+@pytest.mark.parametrize("how", ["recorded", "inference", "tables"])
+@pytest.mark.parametrize("lengths", [LENGTHS, None])
 @feeding
 @every_cell
-def test_steps_are_the_whole(cell: str, input_feeding: bool) -> None:
+def test_steps_are_the_whole(cell: str, input_feeding: bool, lengths: Tensor | None, how: str) -> None:
     """With K targets of each source beside each other, too, and with the weights of the attention."""
-    m, K = model(cell=cell, input_feeding=input_feeding), 3
+    m, K = model(cell=cell, input_feeding=input_feeding).eval(), 3
     source, target = sources(), torch.randint(V, (4, K, 5))
-    memory, state = m.encode(source, LENGTHS)
-    state = state.repeat(K)
-    for t in range(5):
-        scores, state, weights = m.step(target[:, :, t], state, memory, need_weights=t % 2 == 0)
-        for k in range(K):
-            expected, expected_weights = by_hand(m, source, target[:, k], LENGTHS)
-            cases.assert_close("model", scores[:, k], expected[:, t])
-            assert (weights is None) == (t % 2 == 1)
-            if weights is not None:
-                cases.assert_close("model", weights[:, k], expected_weights[:, t])
+    full = torch.full((4,), source.shape[1])
+    tables = m.tables() if how == "tables" else None
+    if tables is not None:
+        assert [table.shape for table in tables.source or ()] == [(V_SOURCE, m.encoder.weight_hh_l0.shape[0])] * 2
+        assert (tables.target is None) == input_feeding
+    with torch.set_grad_enabled(how == "recorded"):
+        memory, state = m.encode(source, lengths, tables)
+        state = state.repeat(K)
+        for t in range(5):
+            scores, state, weights = m.step(target[:, :, t], state, memory, t % 2 == 0, tables)
+            assert scores.requires_grad == (how == "recorded")
+            for k in range(K):
+                expected, expected_weights = by_hand(m, source, target[:, k], full if lengths is None else lengths)
+                cases.assert_close("model", scores[:, k], expected[:, t])
+                assert (weights is None) == (t % 2 == 1)
+                if weights is not None:
+                    cases.assert_close("model", weights[:, k], expected_weights[:, t])
 
 
 @feeding
@@ -322,6 +331,73 @@ def test_a_beam_does_better_than_greedy_and_scores_what_it_says(cell: str, input
     assert sum(row[0].score for row in beams) > sum(row[0].score for row in greedy)
 
 
+@feeding
+@every_cell
+def test_tables_find_the_same(cell: str, input_feeding: bool) -> None:
+    m = ended(model(cell=cell, input_feeding=input_feeding))
+    tables = m.tables()
+    for lengths in (LENGTHS, torch.tensor([3, 3]), torch.tensor([2, 0, 5])):
+        source = sources(lengths)
+        plain, by_table = (torch.stack(list(m.stream(source, END, lengths, tables=t)), 1) for t in (None, tables))
+        assert torch.equal(plain, by_table)
+        found = [m.search(source, END, lengths, beam=3, num_return_sequences=3, tables=t) for t in (None, tables)]
+        for row, other in zip(*found, strict=True):
+            assert [h.ids.tolist() for h in row] == [h.ids.tolist() for h in other]
+            assert [h.score for h in row] == pytest.approx([h.score for h in other])
+
+
+def test_tables_are_for_inference() -> None:
+    m = model(dropout=0.5)
+    tables = m.tables()
+    for train, record in ((True, False), (False, True), (True, True)):
+        m.train(train)
+        with torch.set_grad_enabled(record), pytest.raises(RuntimeError, match="tables are for inference; call eval"):
+            m.encode(sources(), LENGTHS, tables)
+    with pytest.raises(IndexError, match="ids must be from 0 to V - 1 = 10, got .* to 15"):
+        next(m.eval().stream(sources() * 0 + 15, END, tables=tables))
+    # Where they would not help there are none, and nothing changes.
+    half = model(dtype=torch.bfloat16).eval()
+    assert half.tables() == (None, None)
+    assert len(list(half.stream(sources(), END, LENGTHS, 3, half.tables()))) <= 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m.tables() == (None, None)
+
+
+def test_layers_that_are_hooked_or_replaced_are_called() -> None:
+    """One call of an op takes their place only where nobody would notice."""
+    m = ended(model())
+    source = sources()
+    expected = torch.stack(list(m.stream(source, END, LENGTHS)), 1)
+    for layer in (m.decoder, m.attention, m.readout, m.head):
+        seen: list[object] = []
+        for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            seen.clear()
+            hook = register(lambda *_, seen=seen: seen.append(1))
+            assert torch.equal(torch.stack(list(m.stream(source, END, LENGTHS)), 1), expected)
+            assert len(seen) == expected.shape[1]
+            hook.remove()
+    handle = m.encoder.register_forward_hook(lambda *_: None)
+    assert m.tables().source is None
+    handle.remove()
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    m.head = Doubled(m.head)  # type: ignore[assignment]
+    assert torch.equal(torch.stack(list(m.stream(source, END, LENGTHS)), 1), expected)
+    m.readout = Doubled(m.readout)  # type: ignore[assignment]
+    with torch.no_grad():
+        memory, state = m.encode(source, LENGTHS)
+        begin = torch.full((4, 1), END)
+        scores = m.step(begin, state, memory)[0]
+    cases.assert_close("model", scores, m(source, begin, LENGTHS))
+
+
 def test_limits() -> None:
     m = model().eval()
     with torch.no_grad():
@@ -377,12 +453,19 @@ def test_wrong_arguments() -> None:
 
 def test_scores_that_are_no_numbers() -> None:
     m = model().eval()
-    with torch.no_grad():
-        m.readout.weight[0, 0] = math.nan
-    with pytest.raises(RuntimeError, match="not a number"):
-        next(m.stream(sources(), END))
-    with pytest.raises(RuntimeError, match="not a number"):
-        m.search(sources(), END)
+    broken = (m.readout.weight, m.head.weight, m.decoder.weight_hh_l0, m.encoder.weight_ih_l1, m.head.bias)
+    for parameter in broken:
+        good = parameter.detach().clone()
+        with torch.no_grad():
+            parameter[3] = math.nan
+        for tables in (None, m.tables()):
+            with pytest.raises(RuntimeError, match="not a number"):
+                next(m.stream(sources(), END, tables=tables))
+            with pytest.raises(RuntimeError, match="not a number"):
+                m.search(sources(), END, tables=tables)
+        with torch.no_grad():
+            parameter.copy_(good)
+    next(m.stream(sources(), END))
 
 
 def test_configuration_and_weights_come_back() -> None:

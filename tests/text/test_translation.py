@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from llm_ext import Seq2Seq
 from llm_ext.text import cli
 from llm_ext.text import train as training
+from llm_ext.text import translation
 from llm_ext.text.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.text.errors import TextError
 from llm_ext.text.report import read_log
@@ -201,6 +203,32 @@ def test_many_lines_keep_their_order(trained: Path) -> None:
     lines = [(f"line {n}", "one two" if n % 3 else "six") for n in range(1100)]
     alone = {text: next(translator.lines([("", text)], 1, print))[0] for text in ("one two", "six")}
     assert [row[0] for row in translator.lines(lines, 32, print)] == [alone[text] for _, text in lines]
+
+
+def test_many_tokens_are_looked_up_in_tables(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are made once, and not for less than a vocabulary or of more memory than is meant for them."""
+    translator = Translator.load(Run(trained), "best", CPU)
+    made: list[object] = []
+    tables = translator.model.tables
+    monkeypatch.setattr(translator.model, "tables", lambda: made.append(1) or tables())
+    lines = [("", text) for text in ("one two", "six", "ten ten") * 700]
+
+    def translations(count: int, **options: Any) -> list[str]:
+        made.clear()
+        return [row[0] for row in translator.lines(lines[:count], 32, print, **options)]
+
+    assert translations(1) == ["deux, un."]
+    assert made == []
+    few = translations(3)
+    assert few[0] == "deux, un."
+    assert made == [1]
+    assert translations(len(lines)) == few * 700
+    assert len(made) == 1
+    assert translations(len(lines), beam=2) == few * 700
+    assert len(made) == 1
+    monkeypatch.setattr(translation, "TABLE_BYTES", 1000)
+    assert translations(len(lines)) == few * 700
+    assert made == []
 
 
 def test_a_token_never_seen_is_named_and_the_lines_before_it_come(
