@@ -809,8 +809,8 @@ def stack(
             own w_ih and b_ih are then not looked at. On the CPU only.
 
     Returns:
-        y [T, B, H] of the last layer (packed: [N, H]; 2 H if bidirectional), h_n [L, B, H], and c_n [L, B, H] of an LSTM, [0, B, H] of
-        the others.
+        y [T, B, H] of the last layer (packed: [N, H]; 2 H if bidirectional), h_n [L, B, H], and c_n [L, B, H] of an
+        LSTM, [0, B, H] of the others.
 
     Raises:
         ValueError: an unknown cell, or a shape, number or device that does not fit.
@@ -940,10 +940,7 @@ _not_differentiable("attention_step", "it is for inference")
 def own_products(x: Tensor) -> bool:
     """Whether affine maps of x are ours; of 16 bits and on CUDA torch has a product that is at least as quick."""
     return (
-        isinstance(x, Tensor)
-        and x.dtype in checks.LINEAR_DTYPES
-        and x.is_cpu
-        and not torch.is_autocast_enabled("cpu")
+        isinstance(x, Tensor) and x.dtype in checks.LINEAR_DTYPES and x.is_cpu and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -1012,7 +1009,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         bias: b, [O]; None for zeros.
 
     Returns:
-        Places [*] int64; of several that are equal the first. A NaN is larger than all numbers, and of several any is taken.
+        Places [*] int64; of several that are equal the first. A NaN is larger than all numbers, of several any.
 
     Raises:
         ValueError: a shape or device that does not fit.

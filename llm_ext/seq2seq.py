@@ -277,7 +277,7 @@ class Seq2Seq(nn.Module):
             return [ops.linear(embedding.fold(), *each) for each in weights]
 
         target = None if self.input_feeding else of(self.target_embedding, self.decoder, 1)
-        return Tables(of(self.source_embedding, self.encoder, 2), target and target[0])
+        return Tables(of(self.source_embedding, self.encoder, 2), None if target is None else target[0])
 
     def encode(
         self, source: Tensor, lengths: Tensor | None = None, tables: Tables | None = None
@@ -295,7 +295,7 @@ class Seq2Seq(nn.Module):
         """
         _check_ids("source", source, "B, S")
         if tables is not None and (self.training or torch.is_grad_enabled()):
-            raise RuntimeError("Seq2Seq: tables are for inference; call eval(), under torch.inference_mode() or no_grad()")
+            raise RuntimeError("Seq2Seq: tables are for inference: call eval(), and torch.no_grad()")
         by = None if tables is None else tables.source
         # Where no row ends early there is nothing to pack or mask. A GPU's lengths would have to be waited for.
         if lengths is not None and lengths.is_cpu:
@@ -340,9 +340,7 @@ class Seq2Seq(nn.Module):
             each.new_zeros(B * S, each.shape[-1]).index_copy(0, places, each).unflatten(0, (B, S))
             for each in (keys, self.value(dropped(read)))
         )
-        back = rows.argsort()
-        last = [part.index_select(1, back) for part in (last if isinstance(last, tuple) else (last,))]
-        return Memory(keys, values, lengths), self._first_state(last[0] if len(last) == 1 else tuple(last), keys)
+        return Memory(keys, values, lengths), self._first_state(last, keys, rows.argsort())
 
     def _look_up(
         self, ids: Tensor, tables: list[Tensor], batch_sizes: Tensor | None = None
@@ -353,9 +351,13 @@ class Seq2Seq(nn.Module):
         y, h_n, c_n = ops.stack(self.encoder.cell, ids, None, None, weights, **options)
         return y, (h_n, c_n) if self.cell_bridge is not None else h_n
 
-    def _first_state(self, last: Tensor | tuple[Tensor, Tensor], like: Tensor) -> Seq2SeqState:
-        """What the decoder starts from, by the encoder's last state."""
+    def _first_state(
+        self, last: Tensor | tuple[Tensor, Tensor], like: Tensor, rows: Tensor | None = None
+    ) -> Seq2SeqState:
+        """What the decoder starts from, by the encoder's last state, of which row rows[n] is that of source n."""
         h, c = last if isinstance(last, tuple) else (last, None)
+        if rows is not None:
+            h, c = h.index_select(1, rows), None if c is None else c.index_select(1, rows)
         hidden = torch.tanh(self.bridge(_directions_together(h)))
         cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_directions_together(c))
         fed = like.new_zeros(h.shape[1], self.readout.out_features) if self.input_feeding else None
@@ -427,7 +429,7 @@ class Seq2Seq(nn.Module):
         )
         fed = None if state.fed is None else vectors
         new = Seq2SeqState(hidden, None if state.cell is None else cell, fed)
-        return vectors.unflatten(0, ids.shape), new, None
+        return vectors.view(*ids.shape, vectors.shape[-1]), new, None
 
     def _step(
         self,

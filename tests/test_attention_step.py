@@ -172,6 +172,7 @@ def test_no_derivative() -> None:
 
 
 Z = torch.zeros
+IDS = Z(1, 6, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +192,21 @@ Z = torch.zeros
         ({"values": Z(3, 5, 9)}, ValueError, r"values must be \[B, Tk, D\] = \[3, 6, \*\], got \[3, 5, 9\]"),
         ({"w_out": Z(8, 17)}, ValueError, r"w_out must be \[D, H\] = \[9, 17\], got \[8, 17\]"),
         ({"b_out": Z(8)}, ValueError, r"b_out must be \[D\] = \[9\], got \[8\]"),
-        ({"key_lengths": torch.tensor([1, 7, 0])}, ValueError, r"key_lengths must be from 0 to Tk = 6, got \[1, 7, 0\]"),
+        (
+            {"key_lengths": torch.tensor([1, 7, 0])},
+            ValueError,
+            r"key_lengths must be from 0 to Tk = 6, got \[1, 7, 0\]",
+        ),
         ({"key_lengths": torch.tensor([1, 7])}, ValueError, r"key_lengths must be \[B\] = \[3\], got \[2\]"),
         ({"v": Z(4, dtype=torch.float64)}, TypeError, "v must be float32, got float64"),
         ({"h0": Z(1, 6, 17, dtype=torch.bfloat16)}, TypeError, "h0 must be float32 or float64, got bfloat16"),
         ({"table": Z(7, 51)}, ValueError, r"x must be \[1, N\] = \[1, 6\], got \[1, 6, 5\]"),
         ({"table": Z(7, 51), "x": Z(1, 6)}, TypeError, "x must be int64, got float32"),
-        ({"table": Z(7, 50), "x": Z(1, 6, dtype=torch.int64)}, ValueError, r"tables\[0\] must be \[V, 3 H\] = \[\*, 51\]"),
+        (
+            {"table": Z(7, 50), "x": Z(1, 6, dtype=torch.int64)},
+            ValueError,
+            r"tables\[0\] must be \[V, 3 H\] = \[\*, 51\]",
+        ),
         ({"table": Z(7, 51), "x": torch.full((1, 6), 7)}, IndexError, "ids must be from 0 to V - 1 = 6, got 7 to 7"),
         ({"table": Z(7, 51), "x": torch.full((1, 6), -1)}, IndexError, "ids must be from 0 to V - 1 = 6, got -1 to -1"),
     ],

@@ -11,8 +11,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import llm_ext
 
@@ -351,9 +350,9 @@ def test_tables_are_for_inference() -> None:
     tables = m.tables()
     for train, record in ((True, False), (False, True), (True, True)):
         m.train(train)
-        with torch.set_grad_enabled(record), pytest.raises(RuntimeError, match="tables are for inference; call eval"):
+        with torch.set_grad_enabled(record), pytest.raises(RuntimeError, match="tables are for inference: call eval"):
             m.encode(sources(), LENGTHS, tables)
-    with pytest.raises(IndexError, match="ids must be from 0 to V - 1 = 10, got .* to 15"):
+    with pytest.raises(IndexError, match=r"ids must be from 0 to V - 1 = 10, got .* to 15"):
         next(m.eval().stream(sources() * 0 + 15, END, tables=tables))
     # Where they would not help there are none, and nothing changes.
     half = model(dtype=torch.bfloat16).eval()

@@ -121,7 +121,7 @@ def one_by_one(
 
 def as_tables(positional: tuple[object, ...], options: dict[str, bool], V: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Ids for x, what they stand for, and what the first layer makes of all of that."""
-    cell, x, _, _, weights = positional
+    _, x, _, _, weights = positional
     assert isinstance(x, Tensor)
     rows, ids = torch.randn(V, x.shape[2]).to(x.dtype), torch.randint(V, x.shape[:2])
     each = 2 + 2 * options["bias"]

@@ -39,11 +39,6 @@ static inline bool may_cancel(T query_size, T key_size) {
   return high > kExponentBound<T> && low > kExponentBound<T> - kSaturation<T>;
 }
 
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 // Deals out [0, n) in blocks of `most`, then of halves of it: body(first, Constant<size>).
 template <int most, typename Body>
 static inline void for_each_block(int64_t n, const Body& body, int64_t first = 0) {

@@ -19,6 +19,12 @@ struct Choice<false, A, B> {
 template <bool first, typename A, typename B>
 using Choose = typename Choice<first, A, B>::type;
 
+// A number that a type stands for.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 template <typename T>
 struct VecType;
 template <>

@@ -80,9 +80,14 @@ Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b)
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
     const OptionalTensor workspace = workspace_of<S>(kernel.forward_workspace(s));
-    const LinearForwardParams<S> p = {
-        s,     a.x(),   a.w(), b_in.get(),
-        nullptr, false, mutable_data<S>(y), workspace ? mutable_data<S>(*workspace) : nullptr};
+    const LinearForwardParams<S> p = {s,
+                                      a.x(),
+                                      a.w(),
+                                      b_in.get(),
+                                      nullptr,
+                                      false,
+                                      mutable_data<S>(y),
+                                      workspace ? mutable_data<S>(*workspace) : nullptr};
     run_team(threads, [&](const Team& team) { kernel.forward(p, team); });
     return y;
   });
@@ -100,12 +105,8 @@ Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) 
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
     const OptionalTensor workspace = workspace_of<S>(kernel.argmax_workspace(s, threads));
-    const LinearArgmaxParams<S> p = {s,
-                                     a.x(),
-                                     a.w(),
-                                     b_in.get(),
-                                     mutable_data<int64_t>(places),
-                                     workspace ? mutable_data<S>(*workspace) : nullptr};
+    const LinearArgmaxParams<S> p = {
+        s, a.x(), a.w(), b_in.get(), mutable_data<int64_t>(places), workspace ? mutable_data<S>(*workspace) : nullptr};
     run_team(threads, [&](const Team& team) { kernel.argmax(p, team); });
     return places;
   });

@@ -140,7 +140,8 @@ class Stack {
     if (!by_table) return;
     const int64_t gates = gates_of(cell_) * hidden_, known = a.tables[0].dim() == 2 ? a.tables[0].size(0) : 0;
     STD_TORCH_CHECK(static_cast<int>(a.tables.size()) == directions_, op_, ": tables must be one for each direction");
-    for (const Tensor& table : a.tables) tables_.emplace_back(table, op_, "table", std::initializer_list<int64_t>{known, gates});
+    for (const Tensor& table : a.tables)
+      tables_.emplace_back(table, op_, "table", std::initializer_list<int64_t>{known, gates});
     const int64_t* ids = data<int64_t>(x_);
     for (int64_t n = 0; n < total_; ++n) {
       STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < known, op_, ": ids must be from 0 to ", known - 1, ", got ", ids[n]);

@@ -25,11 +25,10 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(const std::string& cell, const 
                                                  bool bias, bool bidirectional, const std::vector<Tensor>& tables,
                                                  const OptionalTensor& batch_sizes, bool /*tf32*/) {
   constexpr const char* kOp = "stack_forward";
-  const StackArguments a = {kOp,     cell_named(kOp, cell), x,      h0,         c0, weights, bias, bidirectional,
-                            tables, batch_sizes};
+  const StackArguments a = {kOp, cell_named(kOp, cell), x, h0, c0, weights, bias, bidirectional, tables, batch_sizes};
   check_states(a);
-  return with_type<float, double, BFloat16, Float16>(
-      tables.empty() ? x : tables[0], kOp, "x", [&](auto type) { return Stack<decltype(type)>(a).run(); });
+  return with_type<float, double, BFloat16, Float16>(tables.empty() ? x : tables[0], kOp, "x",
+                                                     [&](auto type) { return Stack<decltype(type)>(a).run(); });
 }
 
 // A step of a decoder: its layers, attention by what they return, and out = tanh(W_out y + b_out + context). One team
@@ -37,9 +36,9 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(const std::string& cell, const 
 std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& cell, const Tensor& x, const Tensor& h0,
                                                   const OptionalTensor& c0, const std::vector<Tensor>& weights,
                                                   bool bias, const OptionalTensor& table, const Tensor& w_query,
-                                                  const Tensor& keys, const Tensor& v,
-                                                  const Tensor& values, const OptionalTensor& key_lengths,
-                                                  const Tensor& w_out, const OptionalTensor& b_out) {
+                                                  const Tensor& keys, const Tensor& v, const Tensor& values,
+                                                  const OptionalTensor& key_lengths, const Tensor& w_out,
+                                                  const OptionalTensor& b_out) {
   constexpr const char* kOp = "attention_step";
   STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == 1, kOp, ": x must be [1, N, I], or ids [1, N], got ", shape_text(x));
   STD_TORCH_CHECK(keys.dim() == 3, kOp, ": keys must be [B, Tk, A], got ", shape_text(keys));
@@ -80,14 +79,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& cell, const
     S* const space = workspace ? mutable_data<S>(*workspace) : nullptr;
     run_team(threads, [&](const Team& team) {
       stack.run_rows(team);
-      linear.forward({query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), space},
-                     team);
+      linear.forward(
+          {query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), space}, team);
       team.sync();
       attend.forward({in, mutable_data<S>(context), mutable_data<S>(lse), nullptr, space}, team);
       team.sync();
-      linear.forward({out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true,
-                      mutable_data<S>(out), space},
-                     team);
+      linear.forward(
+          {out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true, mutable_data<S>(out), space},
+          team);
     });
     stack.finish();
     return std::make_tuple(out, h_n, c_n);

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from llm_ext import Seq2Seq
-from llm_ext.text import cli
+from llm_ext.text import cli, translation
 from llm_ext.text import train as training
-from llm_ext.text import translation
 from llm_ext.text.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.text.errors import TextError
 from llm_ext.text.report import read_log
