@@ -49,6 +49,18 @@ def test_memory_is_used_again() -> None:
     assert torch.equal(again, expected(40, 1))
 
 
+@pytest.mark.parametrize("columns", [1024, 1025, 1152, 1229, 1536, 1537, 1800, 2049, 3000])
+def test_memory_of_any_size_is_used_again(columns: int) -> None:
+    """Blocks are whole huge pages, which is much more than 4 MB and a little."""
+    x, w = torch.ones(1024, 1), torch.ones(columns, 1)
+    place = ops.linear(x, w).data_ptr()
+    waiting = llm_ext.cached_bytes()
+    assert 4 * MB <= waiting < 4 * 1024 * columns + 2 * MB
+    for _ in range(3):
+        assert ops.linear(x, w).data_ptr() == place
+        assert llm_ext.cached_bytes() == waiting
+
+
 def test_nothing_that_lives_is_used() -> None:
     results = [large(40, seed) for seed in range(4)]
     assert len({y.data_ptr() for y in results}) == 4

@@ -16,11 +16,11 @@ constexpr int64_t kMostBytes = 512 << 20;
 // A block may be larger than what is asked for by one part in so many.
 constexpr int64_t kSlack = 4;
 
-// In huge pages, where Linux grants them: 84 MB take 57 ms to come in pages of 4 KB, and 12 in pages of 2 MB (a virtual
-// machine with Linux 6.18).
-Block from_system(int64_t bytes) {
-  constexpr int64_t kHugePage = 2 << 20;
-  const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+// Blocks are whole huge pages, where Linux grants them: 84 MB take 57 ms to come in pages of 4 KB, and 12 in pages of
+// 2 MB (a virtual machine with Linux 6.18).
+constexpr int64_t kHugePage = 2 << 20;
+
+Block from_system(int64_t whole) {
   Block block = {std::aligned_alloc(kHugePage, whole), whole};
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (block.data != nullptr) madvise(block.data, whole, MADV_HUGEPAGE);
@@ -31,12 +31,13 @@ Block from_system(int64_t bytes) {
 }  // namespace
 
 Block LargeBlocks::take(int64_t bytes) {
+  const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (lock) {
       auto best = kept_.end();
       for (auto block = kept_.begin(); block != kept_.end(); ++block) {
-        const bool fits = block->bytes >= bytes && block->bytes - bytes / kSlack <= bytes;
+        const bool fits = block->bytes >= whole && block->bytes - whole / kSlack <= whole;
         if (fits && (best == kept_.end() || block->bytes < best->bytes)) best = block;
       }
       if (best != kept_.end()) {
@@ -47,11 +48,11 @@ Block LargeBlocks::take(int64_t bytes) {
       }
     }
   }
-  Block block = from_system(bytes);
+  Block block = from_system(whole);
   if (block.data == nullptr) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (lock) free_all();
-    block = from_system(bytes);
+    block = from_system(whole);
   }
   return block;
 }
