@@ -82,9 +82,9 @@ struct RecurrenceForwardParams {
   S* kept;                // [N, kept_blocks H] out, for the backward pass; null: not wanted
   const void* packed;     // the weights as pack() leaves them; null where packed_size() is 0
   Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
-  // Where all that x can be is known beforehand, I is 0 and:
-  const S* table = nullptr;      // [*, G H] W_ih x + b_ih of each x, of which b_ih is not told again; null: none
-  const int64_t* ids = nullptr;  // [N] the row that stands for each x
+  // Where all that x can be is known beforehand; then I is 0, and x, w_ih and b_ih are null:
+  const S* table = nullptr;      // [V, G H] W_ih x + b_ih of each x that can be; null: none
+  const int64_t* ids = nullptr;  // [N] which row of it stands for each x, 0 <= ids[n] < V; null exactly where table is
 };
 
 template <typename S>
@@ -134,7 +134,7 @@ struct LinearForwardParams {
 // The place of the largest result of each row; the results themselves are not stored.
 template <typename S>
 struct LinearArgmaxParams {
-  LinearSizes sizes;  // O > 0
+  LinearSizes sizes;  // 0 < O < 2^31
   const S* x;         // [N, I]
   const S* w;         // [O, I]
   const S* b;         // [O]; null: zeros

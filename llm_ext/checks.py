@@ -388,8 +388,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, op: str = "linear") -
 def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise if the arguments of `ops.linear_argmax` do not fit together."""
     linear(x, weight, bias, "linear_argmax")
-    if len(weight) == 0:
-        raise ArgumentError(f"linear_argmax: weight must have a row at least, got {list(weight.shape)}")
+    if not 0 < len(weight) < 2**31:
+        raise ArgumentError(f"linear_argmax: weight must have from 1 to 2^31 - 1 rows, got {list(weight.shape)}")
 
 
 def additive_attention(

@@ -1005,7 +1005,7 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     Args:
         x: [*, I].
-        weight: W, [O, I], O > 0.
+        weight: W, [O, I], 0 < O < 2³¹.
         bias: b, [O]; None for zeros.
 
     Returns:

@@ -273,8 +273,8 @@ class Seq2Seq(nn.Module):
             ours = _untouched(embedding, AffineEmbedding) and _untouched(layers, RNN, GRU, LSTM)
             if not ours or not ops.own_products(embedding.weight):
                 return None
-            weights = [(w_ih, b_ih) for w_ih, _, b_ih, _ in layers.all_weights[:directions]]
-            return [ops.linear(embedding.fold(), *each) for each in weights]
+            rows = embedding.fold()
+            return [ops.linear(rows, w_ih, b_ih) for w_ih, _, b_ih, _ in layers.all_weights[:directions]]
 
         target = None if self.input_feeding else of(self.target_embedding, self.decoder, 1)
         return Tables(of(self.source_embedding, self.encoder, 2), None if target is None else target[0])

@@ -186,9 +186,10 @@ def test_argmax_with_any_leading_dimensions(shape: tuple[int, ...]) -> None:
     assert torch.equal(places, F.linear(**inputs).argmax(-1))
 
 
-def test_argmax_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"linear_argmax: weight must have a row at least, got \[0, 4\]"):
-        ops.linear_argmax(torch.zeros(2, 4), torch.zeros(0, 4))
+def test_argmax_of_nothing_or_too_much_is_refused() -> None:
+    for rows in (0, 2**31):
+        with pytest.raises(ValueError, match=rf"weight must have from 1 to 2\^31 - 1 rows, got \[{rows}, 4\]"):
+            ops.linear_argmax(torch.zeros(2, 4), torch.zeros(1, 4).expand(rows, 4) if rows else torch.zeros(0, 4))
     with pytest.raises(ValueError, match=r"linear_argmax: x must be \[\*, I\] = \[\*, 4\], got \[2, 3\]"):
         ops.linear_argmax(torch.zeros(2, 3), torch.zeros(5, 4))
 

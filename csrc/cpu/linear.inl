@@ -67,19 +67,28 @@ struct Largest {
   IntVec<S> begin;
 };
 
+// Where they lie in the workspace, behind the packed W: those of each thread for each row. Sizes in elements of S.
+template <typename S>
+struct LinearArgmaxSpace {
+  static constexpr int64_t kSize = sizeof(Largest<S>) / sizeof(S);
+
+  LinearArgmaxSpace(const LinearSizes& s, int threads)
+      : packed(divide_up(linear_forward_workspace<S>(s), kSize) * kSize), total(packed + threads * s.rows * kSize) {}
+
+  int64_t packed;
+  int64_t total;
+};
+
 template <typename S>
 static int64_t linear_argmax_workspace(const LinearSizes& s, int threads) {
-  constexpr int64_t kSize = sizeof(Largest<S>) / sizeof(S);
-  return divide_up(linear_forward_workspace<S>(s), kSize) * kSize + threads * s.rows * kSize;
+  return LinearArgmaxSpace<S>(s, threads).total;
 }
 
 template <typename S>
 static void linear_argmax(const LinearArgmaxParams<S>& p, const Team& team) {
   const int64_t N = p.sizes.rows;
-  constexpr int64_t kSize = sizeof(Largest<S>) / sizeof(S);
   // A row's columns are one thread's or, where W is not packed, all threads'.
-  auto* const all =
-      reinterpret_cast<Largest<S>*>(p.workspace + divide_up(linear_forward_workspace<S>(p.sizes), kSize) * kSize);
+  auto* const all = reinterpret_cast<Largest<S>*>(p.workspace + LinearArgmaxSpace<S>(p.sizes, team.size).packed);
   Largest<S>* const own = all + team.rank * N;
   for (int64_t r = 0; r < N; ++r) own[r] = {broadcast(-infinity<S>()), IntVec<S>{} - 1};
   IntVec<S> lane{};
@@ -116,7 +125,7 @@ static void linear_argmax(const LinearArgmaxParams<S>& p, const Team& team) {
 // instead of 29, 32 rows 99 and 162, 48 rows 145 and 142; I = 256, O = 4096: 31 and 343, 396 and 478, 606 and 534.
 constexpr int64_t kDirectGradientRows = 32;
 
-// y += a w over k, for M rows of a and NV vectors of columns, the last of so many lanes. w is [k, *] as it lies.
+// y = a w for M rows of a and NV vectors of columns, the last of so many lanes. w is [k, *] as it lies.
 template <typename S, int M, int NV>
 static inline void multiply_direct(const S* a, int64_t a_stride, int64_t k, const S* w, int64_t w_stride, S* y,
                                    int64_t y_stride, int lanes) {

@@ -1,4 +1,6 @@
 // Affine maps on the CPU: check, allocate, fill, launch. Other devices have torch's own.
+#include <cstdint>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -97,9 +99,11 @@ Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) 
   constexpr const char* kOp = "linear_argmax";
   return with_type<float, double>(x, kOp, "x", [&](auto type) {
     using S = decltype(type);
+    // Places are found in vectors of 32 bits.
+    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(0) <= std::numeric_limits<int32_t>::max(), kOp,
+                    ": w must be [O, I], 0 < O < 2^31, got ", shape_text(w));
     const Linear<S> a(kOp, x, w);
     const LinearSizes& s = a.sizes();
-    STD_TORCH_CHECK(s.output > 0, kOp, ": w must have a row at least");
     const Input<S> b_in(b, kOp, "b", {s.output});
     const Tensor places = a.empty_places();
     const LinearKernels<S>& kernel = kernels().linear<S>();

@@ -41,6 +41,8 @@ class Stack {
  public:
   explicit Stack(const StackArguments& a)
       : op_(a.op), cell_(a.cell), directions_(a.bidirectional ? 2 : 1), each_(a.bias ? 4 : 2) {
+    STD_TORCH_CHECK(cell_ == Cell::kLstm ? a.h0.has_value() == a.c0.has_value() : !a.c0.has_value(), op_,
+                    ": c0 must be given with the h0 of an LSTM, and only then");
     rows_ = static_cast<int>(a.weights.size()) / each_;
     STD_TORCH_CHECK(rows_ > 0 && a.weights.size() % (each_ * directions_) == 0, op_, ": weights must be ", each_,
                     " tensors for each of the ", directions_, " directions of each layer, got ", a.weights.size());
@@ -50,8 +52,8 @@ class Stack {
     read_x(a);
     h0_.emplace(a.h0, op_, "h0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
     c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
-    y_ = packed() ? empty({total_, directions_ * hidden_}, kScalarType<S>)
-                  : empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
+    y_ = packed_ ? empty({total_, directions_ * hidden_}, kScalarType<S>)
+                 : empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
     h_n_ = empty({rows_, batch_, hidden_}, kScalarType<S>);
     c_n_ = empty({cell_ == Cell::kLstm ? rows_ : 0, batch_, hidden_}, kScalarType<S>);
     for (int row = 0; row < rows_; ++row) add_row(a, row);
@@ -113,7 +115,6 @@ class Stack {
   static const RecurrenceKernels<S>& kernel() { return kernels().recurrence<S>(); }
 
   int layers() const { return rows_ / directions_; }
-  bool packed() const { return packed_; }
 
   // The steps, and what the first layer reads of them.
   void read_x(const StackArguments& a) {
