@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import HALF_DTYPES, TOLERANCE, assert_close
+from cases import HALF_DTYPES, TOLERANCE, assert_close, at_lower_levels, run_tests_at
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -363,3 +363,9 @@ def test_autocast_and_compile(layer: type) -> None:
     compiled = torch.compile(module, fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(x)[0], module(x)[0])
+
+
+@at_lower_levels
+def test_lower_levels(level: str) -> None:
+    """What only this file has of the kernels, tables and rows that join without a state."""
+    run_tests_at(level, __file__, "tables or packed_rows")

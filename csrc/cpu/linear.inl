@@ -153,7 +153,7 @@ static inline void multiply_direct(const S* a, int64_t a_stride, int64_t k, cons
   }
 }
 
-// dx = grad_y W for a few rows and these columns, by tiles of rows; fewer rows take more columns at a time.
+// dx = grad_y W for a few rows and these columns: a panel of columns for all tiles of rows, while it is in the cache.
 template <typename S>
 static inline void input_gradient_direct(const LinearBackwardParams<S>& p, Range columns) {
   const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
