@@ -102,7 +102,7 @@ if CUDA:
     OPTIONS["define_macros"].append(("LLM_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
     extension = CUDAExtension(
         "llm_ext._C",
-        sources("**/*.cpp", "cuda/*.cu"),
+        sources("**/*.cpp", "cuda/**/*.cu"),
         extra_compile_args={"cxx": FLAGS, "nvcc": nvcc_flags},
         **OPTIONS,
     )

@@ -4,14 +4,14 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "memory.h"
+#include "caches.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of llm_ext; importing it registers the ops of torch.ops.llm_ext.";
   m.def(
-      "simd_level", [] { return std::string(llm_ext::kernels().level); },
+      "isa", [] { return std::string(llm_ext::kernels().isa); },
       "The instruction level in use: baseline, avx2, avx512 or avx512_bf16.");
   m.def(
       "build_info",
@@ -35,12 +35,12 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["openmp"] = false;
 #endif
-        info["simd"] = std::string(llm_ext::kernels().level);
+        info["isa"] = std::string(llm_ext::kernels().isa);
         return info;
       },
       "What the module was built with, and the instruction level in use.");
-  m.def("remembered_bytes", &llm_ext::remembered_bytes, "Bytes of the packed weights that are remembered.");
-  m.def("cached_bytes", &llm_ext::cached_bytes, "Bytes of memory of large tensors that waits for others.");
-  m.def("empty_cache", &llm_ext::empty_cache, "Give the memory that waits for large tensors back to the system.");
-  m.def("forget_weights", &llm_ext::forget_weights, "Free the packed weights that are remembered.");
+  m.def("packed_weight_cache_bytes", &llm_ext::packed_weight_cache_bytes, "Bytes of the packed weights that are remembered.");
+  m.def("cpu_cache_bytes", &llm_ext::cpu_cache_bytes, "Bytes of memory of large tensors that waits for others.");
+  m.def("empty_cpu_cache", &llm_ext::empty_cpu_cache, "Give the memory that waits for large tensors back to the system.");
+  m.def("clear_packed_weight_cache", &llm_ext::clear_packed_weight_cache, "Free the packed weights that are remembered.");
 }

@@ -151,7 +151,7 @@ def main() -> int:
         print("cuda-check: no kernel was found")
         return 1
     print(table(kernels))
-    print("shared is static; what a plan (csrc/cuda/plan.h) needs besides is asked for at launch")
+    print("shared is static; what a plan (csrc/cuda/rnn/plan.h) needs besides is asked for at launch")
     faulty = [kernel for kernel in kernels if kernel.faulty]
     for kernel in faulty:
         print(f"cuda-check: {kernel.name} on {kernel.target} spills or uses local memory")

@@ -38,10 +38,10 @@ WITHOUT = [
         ROOT / f"csrc/cuda/{name}.cu"
         for name in ("additive_attention", "attention_pool", "parts", "prefix_rounds", "rows")
     ),
-    ROOT / "csrc/cuda/recurrence_generic.cu",
+    ROOT / "csrc/cuda/rnn/recurrence_generic.cu",
     *(ROOT / f"csrc/cuda/{name}.cpp" for name in ("attention_plan", "plan")),
-    ROOT / "csrc/torch/cores.cpp",
-    ROOT / "csrc/torch/large_blocks.cpp",
+    ROOT / "csrc/torch/threads/usable_cores.cpp",
+    ROOT / "csrc/torch/alloc/cpu_caching_allocator.cpp",
     HERE / "cuda_host/backend.cpp",
     HERE / "cuda_host/no_sanitizer.cpp",
     *(EMULATOR / f"{name}.cpp" for name in ("scheduler", "races", "device")),

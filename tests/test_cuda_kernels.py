@@ -442,7 +442,7 @@ def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, sha
 
 @pytest.fixture(scope="session")
 def rows_program() -> Path:
-    return build("rows", [ROOT / "csrc/cuda/rows.cu", ROOT / "tests/cuda_emulator/rows.cpp"])
+    return build("rows", [ROOT / "csrc/cuda/rnn/shift_rows.cu", ROOT / "tests/cuda_emulator/rows.cpp"])
 
 
 @pytest.mark.parametrize("rows", ["full", "lengths", "packed"])

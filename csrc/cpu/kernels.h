@@ -6,8 +6,11 @@
 #include <cstdint>
 #include <tuple>
 
-#include "cpu/team.h"
-#include "params.h"
+#include "cpu/thread_team.h"
+#include "params/attention.h"
+#include "params/linear.h"
+#include "params/pooling.h"
+#include "params/rnn.h"
 
 namespace llm_ext {
 
@@ -22,20 +25,20 @@ struct RecurrenceKernels {
   int (*threads)(const RecurrenceSizes&, int threads);
   // Whether so many recurrences of these sizes that can run at once are better run by a thread each than one after the
   // other by the whole team.
-  bool (*apart)(const RecurrenceSizes&, int recurrences, int threads);
+  bool (*one_thread_per_recurrence)(const RecurrenceSizes&, int recurrences, int threads);
   // Packs the weights; depends on nothing but them, their sizes and the cell. `packed` of the params is not read.
-  void (*pack)(const RecurrenceForwardParams<S>&, void* packed, const Team&);
-  void (*forward)(const RecurrenceForwardParams<S>&, const Team&);
-  void (*backward)(const RecurrenceBackwardParams<S>&, const Team&);
+  void (*pack)(const RecurrenceForwardParams<S>&, void* packed, const ThreadTeam&);
+  void (*forward)(const RecurrenceForwardParams<S>&, const ThreadTeam&);
+  void (*backward)(const RecurrenceBackwardParams<S>&, const ThreadTeam&);
 };
 
 // 128 bits that stand for some bytes.
-struct Digest {
+struct Hash128 {
   uint64_t a, b;
   // Written out: torch 2.11 builds in C++17.
-  bool operator==(const Digest& other) const { return a == other.a && b == other.b; }
+  bool operator==(const Hash128& other) const { return a == other.a && b == other.b; }
 };
-constexpr int64_t kDigestPiece = 64 << 10;
+constexpr int64_t kHashChunkBytes = 64 << 10;
 
 // Of affine maps of rows.
 template <typename S>
@@ -44,9 +47,9 @@ struct LinearKernels {
   int64_t (*forward_workspace)(const LinearSizes&);
   int64_t (*argmax_workspace)(const LinearSizes&, int threads);
   int64_t (*backward_workspace)(const LinearSizes&, int threads);
-  void (*forward)(const LinearForwardParams<S>&, const Team&);
-  void (*argmax)(const LinearArgmaxParams<S>&, const Team&);
-  void (*backward)(const LinearBackwardParams<S>&, const Team&);
+  void (*forward)(const LinearForwardParams<S>&, const ThreadTeam&);
+  void (*argmax)(const LinearArgmaxParams<S>&, const ThreadTeam&);
+  void (*backward)(const LinearBackwardParams<S>&, const ThreadTeam&);
 };
 
 // Of pooling and its prefix form; workspaces in elements of what S is computed in.
@@ -54,11 +57,11 @@ template <typename S>
 struct PoolKernels {
   int (*threads)(const PoolInput<S>&, int threads);
   int64_t (*workspace)(const PoolInput<S>&, int threads);
-  void (*forward)(const PoolForwardParams<S>&, const Team&);
-  void (*backward)(const PoolBackwardParams<S>&, const Team&);
+  void (*forward)(const PoolForwardParams<S>&, const ThreadTeam&);
+  void (*backward)(const PoolBackwardParams<S>&, const ThreadTeam&);
   int64_t (*prefix_workspace)(const PoolInput<S>&, int threads);
-  void (*prefix_forward)(const PrefixPoolForwardParams<S>&, const Team&);
-  void (*prefix_backward)(const PrefixPoolBackwardParams<S>&, const Team&);
+  void (*prefix_forward)(const PrefixPoolForwardParams<S>&, const ThreadTeam&);
+  void (*prefix_backward)(const PrefixPoolBackwardParams<S>&, const ThreadTeam&);
 };
 
 // Of additive attention whose tensors are stored as S.
@@ -67,14 +70,14 @@ struct AdditiveAttentionKernels {
   int (*threads)(const AdditiveAttentionInput<S>&, int threads);
   int64_t (*forward_workspace)(const AdditiveAttentionInput<S>&, int threads);
   int64_t (*backward_workspace)(const AdditiveAttentionInput<S>&, int threads);
-  void (*forward)(const AdditiveAttentionForwardParams<S>&, const Team&);
-  void (*backward)(const AdditiveAttentionBackwardParams<S>&, const Team&);
+  void (*forward)(const AdditiveAttentionForwardParams<S>&, const ThreadTeam&);
+  void (*backward)(const AdditiveAttentionBackwardParams<S>&, const ThreadTeam&);
 };
 
 struct Kernels {
-  const char* level;  // "baseline", "avx2", "avx512" or "avx512_bf16"
-  // Digests of `bytes` of memory, in pieces of kDigestPiece bytes, one for each.
-  void (*digest)(const void* data, int64_t bytes, Digest* pieces, const Team&);
+  const char* isa;  // "baseline", "avx2", "avx512" or "avx512_bf16"
+  // Digests of `bytes` of memory, in pieces of kHashChunkBytes bytes, one for each.
+  void (*hash)(const void* data, int64_t bytes, Hash128* pieces, const ThreadTeam&);
   std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,
              RecurrenceKernels<Float16>>
       recurrences;
@@ -102,8 +105,8 @@ struct Kernels {
   }
 };
 
-// The table for this machine, chosen once: the highest level it has, or the one LLM_EXT_SIMD names.
-// Throws std::runtime_error if LLM_EXT_SIMD names a level that does not exist or that the machine lacks.
+// The table for this machine, chosen once: the highest level it has, or the one LLM_EXT_ISA names.
+// Throws std::runtime_error if LLM_EXT_ISA names a level that does not exist or that the machine lacks.
 const Kernels& kernels();
 
 }  // namespace llm_ext

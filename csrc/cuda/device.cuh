@@ -13,8 +13,11 @@
 #include <type_traits>
 
 #include "cuda/pack.h"
-#include "cuda/plan.h"
-#include "params.h"
+#include "cuda/rnn/plan.h"
+#include "params/attention.h"
+#include "params/linear.h"
+#include "params/pooling.h"
+#include "params/rnn.h"
 
 // A kernel of at most `threads` threads a block, one block a multiprocessor; what is called from kernels; and its
 // parameters, which are read where they lie.

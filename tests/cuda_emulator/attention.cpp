@@ -1,6 +1,6 @@
 // Runs an op of attention as a request asks, once for each seed: forward, and backward with the gradients that come.
 // Whatever the order of the threads, the results must have the same bits.
-#include "cuda/attention.h"
+#include "cuda/attention/launchers.h"
 
 #include "cuda/device.cuh"
 #include "device.h"

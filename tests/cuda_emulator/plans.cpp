@@ -1,5 +1,5 @@
 // Plans for the problems of a request, and what they need.
-#include "cuda/kernels.h"
+#include "cuda/rnn/launchers.h"
 #include "device.h"
 #include "records.h"
 
@@ -17,7 +17,7 @@ int main(int, char** arguments) {
   const int64_t* row = request.data<const int64_t>("problems");
   const int64_t count = static_cast<int64_t>(request.bytes("problems") / sizeof(int64_t)) / kColumns;
   for (int64_t i = 0; i < count; ++i, row += kColumns) {
-    const Problem problem = {static_cast<Cell>(row[0]),
+    const Problem problem = {static_cast<Mode>(row[0]),
                              static_cast<Pass>(row[1]),
                              static_cast<Type>(row[2]),
                              row[3],

@@ -25,7 +25,7 @@ struct Access {
 };
 
 // The last accesses to a granule. Of reads that are not ordered among themselves two are remembered.
-struct Cell {
+struct Mode {
   uint32_t launch = 0;
   Access write;
   Access reads[2];
@@ -35,7 +35,7 @@ struct Region {
   const unsigned char* start;
   size_t bytes;
   const Block* block;
-  std::vector<Cell> cells;
+  std::vector<Mode> cells;
 };
 
 bool on = true;
@@ -125,7 +125,7 @@ void check_end(const Region& region, const Block& block) {
       fault("block " + std::to_string(block.number) + " may have ended when its shared memory is touched at " +
             line_of(access.line) + " by " + name_of(access.thread));
   };
-  for (const Cell& cell : region.cells) {
+  for (const Mode& cell : region.cells) {
     check(cell.write);
     check(cell.reads[0]);
     check(cell.reads[1]);
@@ -136,7 +136,7 @@ void check_end(const Region& region, const Block& block) {
 
 void watch(const void* start, size_t bytes, const Block* block) {
   regions[start] = {static_cast<const unsigned char*>(start), bytes, block,
-                    std::vector<Cell>((bytes + kGranule - 1) / kGranule)};
+                    std::vector<Mode>((bytes + kGranule - 1) / kGranule)};
 }
 
 void forget(const void* start) {
@@ -182,7 +182,7 @@ void check(Region& region, const Access& now, const std::vector<Times>& known, c
   const size_t first = static_cast<size_t>(static_cast<const unsigned char*>(address) - region.start);
   const size_t last = std::min(first + bytes, region.bytes);
   for (size_t i = first / kGranule; i * kGranule < last; ++i) {
-    Cell& cell = region.cells[i];
+    Mode& cell = region.cells[i];
     if (cell.launch != launch_number) {
       cell = {};
       cell.launch = launch_number;

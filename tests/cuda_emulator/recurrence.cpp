@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cinttypes>
 
-#include "cuda/kernels.h"
-#include "cuda/tiles.h"
+#include "cuda/rnn/launchers.h"
+#include "cuda/rnn/tiles.h"
 #include "device.h"
 #include "outputs.h"
 
@@ -58,15 +58,15 @@ Plan plan_of(const Records& request, const Problem& problem) {
   return route < 0 ? make_plan(problem, facts) : make_plan(problem, facts, static_cast<Route>(route));
 }
 
-// With `keep` what the backward pass needs is kept, and that pass follows.
+// With `keep` what the backward pass needs is saved, and that pass follows.
 template <typename S>
-void run(const Records& request, Problem problem, int64_t rows, bool keep, Outputs& out, Answer* answer) {
+void run(const Records& request, Problem problem, int64_t rows, bool needs_autograd, Outputs& out, Answer* answer) {
   const int64_t T = problem.steps, B = problem.batch, H = problem.hidden, P = problem.output;
-  const bool lstm = problem.cell == Cell::kLstm, projected = P != H;
+  const bool lstm = problem.mode == Mode::kLstm, projected = P != H;
   const int D = problem.directions;
-  const int64_t kept_width = kept_blocks(problem.cell, projected) * H;
+  const int64_t saved_width = saved_blocks(problem.mode, projected) * H;
   const RecurrenceShape shape = {
-      problem.cell, T, B, H, P, D, request.data<const int64_t>("lengths"), request.data<const int64_t>("row_offsets")};
+      problem.mode, T, B, H, P, D, request.data<const int64_t>("lengths"), request.data<const int64_t>("row_offsets")};
   const auto in = [&](const char* name, int d) { return request.data<const S>(name + std::to_string(d)); };
   // Of both directions one behind the other, as the caller has them: the second is aligned to its elements only.
   const auto in_both = [&](const char* name, int d, int64_t each) {
@@ -80,7 +80,7 @@ void run(const Records& request, Problem problem, int64_t rows, bool keep, Outpu
   S* y = out.add<S>("y", rows * D * P);  // of both directions side by side
   S* h_n = out.add<S>("h_n", D * B * P);
   S* c_n = lstm ? out.add<S>("c_n", D * B * H) : nullptr;
-  S* kept = keep && kept_width ? out.add<S>("kept", D * rows * kept_width) : nullptr;
+  S* saved = keep && saved_width ? out.add<S>("saved", D * rows * saved_width) : nullptr;
   for (int d = 0; d < D; ++d) {
     ForwardDirection<S>& f = forward.direction[d];
     f = {reverse(d), in("gates_x", d), in("w_hh", d), in("w_hr", d), in("b_hh", d)};
@@ -90,7 +90,7 @@ void run(const Records& request, Problem problem, int64_t rows, bool keep, Outpu
     f.y_stride = D * P;
     f.h_n = h_n + d * B * P;
     f.c_n = c_n ? c_n + d * B * H : nullptr;
-    f.kept = kept ? kept + d * rows * kept_width : nullptr;
+    f.saved = saved ? saved + d * rows * saved_width : nullptr;
   }
   problem.pass = Pass::kForward;
   const Plan plan = plan_of(request, problem);
@@ -121,8 +121,8 @@ void run(const Records& request, Problem problem, int64_t rows, bool keep, Outpu
     b.c0 = f.c0;
     b.y = f.y;
     b.y_stride = f.y_stride;
-    b.kept = f.kept;
-    b.dz = out.add<S>("dz_" + suffix, rows * blocks_of(problem.cell) * H);
+    b.saved = f.saved;
+    b.dz = out.add<S>("dz_" + suffix, rows * blocks_of(problem.mode) * H);
     b.dh = projected ? out.add<S>("dh_" + suffix, rows * P) : nullptr;
     b.dh0 = dh0 ? dh0 + d * B * P : nullptr;
     b.dc0 = dc0 ? dc0 + d * B * H : nullptr;
@@ -142,10 +142,10 @@ template <typename S>
 void run_all(const Records& request, const Problem& problem, Answer& answer) {
   const int64_t* offsets = request.data<const int64_t>("row_offsets");
   const int64_t rows = offsets ? offsets[problem.steps] : problem.steps * problem.batch;
-  emulator::in_every_order(request, answer, {"kept"}, [&](Outputs& outputs, int64_t turn, int64_t turns) {
-    // The last is an evaluation, where there are several: nothing is kept, and the rest is the same. What is kept is
+  emulator::in_every_order(request, answer, {"saved"}, [&](Outputs& outputs, int64_t turn, int64_t turns) {
+    // The last is an evaluation, where there are several: nothing is saved, and the rest is the same. What is saved is
     // undefined beyond a row's length.
-    const bool keep = turn == 0 || turn + 1 < turns;
+    const bool needs_autograd = turn == 0 || turn + 1 < turns;
     run<S>(request, problem, rows, keep, outputs, turn == 0 ? &answer : nullptr);
   });
 }
@@ -158,7 +158,7 @@ int main(int, char** arguments) {
   emulator::device = {static_cast<int>(request.number("sm", 90)), static_cast<int>(request.number("sm_count", 132)),
                       request.number("shared_bytes", 227 * 1024)};
   Problem problem = {};
-  problem.cell = static_cast<Cell>(request.number("cell"));
+  problem.mode = static_cast<Mode>(request.number("cell"));
   problem.type = static_cast<Type>(request.number("type"));
   problem.steps = request.number("steps");
   problem.batch = request.number("batch");

@@ -1,5 +1,5 @@
 // Runs copy_rows as a request asks.
-#include "cuda/rows.h"
+#include "cuda/rnn/shift_rows.h"
 
 #include "device.h"
 #include "records.h"

@@ -2,8 +2,8 @@
 // its checks.
 #include <cstddef>
 
-#include "cuda/generic.h"
-#include "cuda/kernels.h"
+#include "cuda/rnn/generic.h"
+#include "cuda/rnn/launchers.h"
 
 namespace llm_ext {
 namespace cuda {

@@ -8,9 +8,12 @@
 #include <type_traits>
 
 #include "cuda/pack.h"
-#include "cuda/plan.h"
+#include "cuda/rnn/plan.h"
 #include "device.h"
-#include "params.h"
+#include "params/attention.h"
+#include "params/linear.h"
+#include "params/pooling.h"
+#include "params/rnn.h"
 
 #define LLM_EXT_KERNEL(threads)
 #define LLM_EXT_SHARING_KERNEL(threads, blocks)

@@ -1,0 +1,125 @@
+// Attention on NVIDIA GPUs: workspace, plan, launch. All of it is queued on torch's current stream: nothing here waits
+// for the device.
+#include "cuda/attention/launchers.h"
+#include "torch/ops/additive_attention.h"
+#include "torch/ops/attention_pool.h"
+#include "torch/ops/cuda_device.h"
+
+namespace llm_ext {
+namespace {
+
+// So many elements that live as long as the call, aligned; null where there are none.
+template <typename T>
+class Workspace {
+ public:
+  Workspace(int64_t elements, const Place& place) {
+    if (elements > 0) tensor_ = empty({elements}, kScalarType<T>, place);
+  }
+  T* get() const { return tensor_.has_value() ? mutable_data<T>(*tensor_) : nullptr; }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+// Kernels count some of them in int.
+void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(size < int64_t{1} << 31, op, ": sizes must be below 2^31 on cuda, got ", size);
+  }
+}
+
+// An op of pooling on its device.
+class Pooling {
+ public:
+  template <typename S>
+  Pooling(const char* op, const PoolInput<S>& in, const Place& place) : op_(op), place_(place), on_(op, place.index) {
+    check_sizes(op, {in.batch, in.steps, in.dim});
+  }
+
+  const cuda::DeviceFacts& facts() const { return on_.facts; }
+  template <typename S>
+  cuda::PoolPlan plan(const PoolInput<S>& in) const {
+    return cuda::make_pool_plan(in.batch, in.steps, in.dim, sizeof(S), on_.facts.sm_count);
+  }
+  template <template <typename> class Params, typename S>
+  int launch(Params<S>& p, const cuda::PoolPlan& plan, int64_t elements,
+             int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
+    const Workspace<Compute<S>> workspace(elements, place_);
+    p.workspace = workspace.get();
+    return run(p, plan, on_.stream);
+  }
+  void check(int error) const { check_queued(op_, error); }
+
+ private:
+  const char* op_;
+  const Place& place_;
+  const OnDevice on_;
+};
+
+struct Cuda {
+  template <typename S>
+  static void forward(PoolForwardParams<S>& p, const Place& place) {
+    const Pooling on("attention_pool_forward", p.in, place);
+    const cuda::PoolPlan plan = on.plan(p.in);
+    on.check(on.launch(p, plan, cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_forward<S>));
+  }
+  template <typename S>
+  static void backward(PoolBackwardParams<S>& p, const Place& place) {
+    const Pooling on("attention_pool_backward", p.in, place);
+    const cuda::PoolPlan plan = on.plan(p.in);
+    on.check(on.launch(p, plan, cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_backward<S>));
+  }
+  template <typename S>
+  static void prefix_forward(PrefixPoolForwardParams<S>& p, const Place& place) {
+    const Pooling on("prefix_pool_forward", p.in, place);
+    const auto with = [&](const cuda::PoolPlan& plan) {
+      const int64_t elements = cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
+      return on.launch(p, plan, elements, cuda::prefix_pool_forward<S>);
+    };
+    int error = with(cuda::make_prefix_plan(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts()));
+    // A process may have less of the device than there is (MPS, green contexts), which shows when it is asked for.
+    if (is_too_large(error)) error = with(on.plan(p.in));
+    on.check(error);
+  }
+  template <typename S>
+  static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Place& place) {
+    const Pooling on("prefix_pool_backward", p.in, place);
+    const cuda::PoolPlan plan = on.plan(p.in);
+    const int64_t elements = cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
+    on.check(on.launch(p, plan, elements, cuda::prefix_pool_backward<S>));
+  }
+
+  template <typename S>
+  static void forward(AdditiveAttentionForwardParams<S>& p, const Place& place) {
+    additive("additive_attention_forward", p, place, false, cuda::additive_attention_forward<S>);
+  }
+  template <typename S>
+  static void backward(AdditiveAttentionBackwardParams<S>& p, const Place& place) {
+    additive("additive_attention_backward", p, place, true, cuda::additive_attention_backward<S>);
+  }
+
+ private:
+  template <template <typename> class Params, typename S>
+  static void additive(const char* op, Params<S>& p, const Place& place, bool backward,
+                       int (*launch)(const Params<S>&, int64_t, void*)) {
+    const AdditiveAttentionInput<S>& in = p.in;
+    check_sizes(op, {in.batch, in.queries, in.keys, in.attn_dim, in.value_dim});
+    const OnDevice on(op, place.index);
+    const int64_t slab = cuda::additive_slab(in.queries, in.keys, in.attn_dim);
+    const Workspace<Compute<S>> workspace(cuda::AdditiveWorkspace<S>(in, slab, backward, nullptr).elements, place);
+    p.workspace = workspace.get();
+    check_queued(op, launch(p, slab, on.stream));
+  }
+};
+
+}  // namespace
+}  // namespace llm_ext
+
+STABLE_TORCH_LIBRARY_IMPL(llm_ext, CUDA, m) {
+  m.impl("attention_pool_forward", TORCH_BOX(&llm_ext::attention_pool_forward<llm_ext::Cuda>));
+  m.impl("attention_pool_backward", TORCH_BOX(&llm_ext::attention_pool_backward<llm_ext::Cuda>));
+  m.impl("prefix_pool_forward", TORCH_BOX(&llm_ext::prefix_pool_forward<llm_ext::Cuda>));
+  m.impl("prefix_pool_backward", TORCH_BOX(&llm_ext::prefix_pool_backward<llm_ext::Cuda>));
+  m.impl("additive_attention_forward", TORCH_BOX(&llm_ext::additive_attention_forward<llm_ext::Cuda>));
+  m.impl("additive_attention_backward", TORCH_BOX(&llm_ext::additive_attention_backward<llm_ext::Cuda>));
+}

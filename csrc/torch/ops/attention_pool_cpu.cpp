@@ -1,0 +1,46 @@
+// Attention pooling and its causal prefix form on the CPU: workspace, team, launch.
+#include "cpu/kernels.h"
+#include "torch/ops/attention_pool.h"
+
+namespace llm_ext {
+namespace {
+
+struct Cpu {
+  template <typename S>
+  static void forward(PoolForwardParams<S>& p, const Place&) {
+    run(p, kernels().pool<S>().workspace, kernels().pool<S>().forward);
+  }
+  template <typename S>
+  static void backward(PoolBackwardParams<S>& p, const Place&) {
+    run(p, kernels().pool<S>().workspace, kernels().pool<S>().backward);
+  }
+  template <typename S>
+  static void prefix_forward(PrefixPoolForwardParams<S>& p, const Place&) {
+    run(p, kernels().pool<S>().prefix_workspace, kernels().pool<S>().prefix_forward);
+  }
+  template <typename S>
+  static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Place&) {
+    run(p, kernels().pool<S>().prefix_workspace, kernels().pool<S>().prefix_backward);
+  }
+
+ private:
+  template <template <typename> class Params, typename S>
+  static void run(Params<S>& p, int64_t (*workspace_size)(const PoolInput<S>&, int),
+                  void (*kernel)(const Params<S>&, const ThreadTeam&)) {
+    using T = Compute<S>;
+    const int threads = team_size(kernels().pool<S>().threads(p.in, max_threads()));
+    const Tensor workspace = empty({workspace_size(p.in, threads)}, kScalarType<T>);
+    p.workspace = mutable_data<T>(workspace);
+    run_team(threads, [&](const ThreadTeam& team) { kernel(p, team); });
+  }
+};
+
+}  // namespace
+}  // namespace llm_ext
+
+STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
+  m.impl("attention_pool_forward", TORCH_BOX(&llm_ext::attention_pool_forward<llm_ext::Cpu>));
+  m.impl("attention_pool_backward", TORCH_BOX(&llm_ext::attention_pool_backward<llm_ext::Cpu>));
+  m.impl("prefix_pool_forward", TORCH_BOX(&llm_ext::prefix_pool_forward<llm_ext::Cpu>));
+  m.impl("prefix_pool_backward", TORCH_BOX(&llm_ext::prefix_pool_backward<llm_ext::Cpu>));
+}

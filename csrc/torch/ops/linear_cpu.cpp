@@ -1,0 +1,152 @@
+// Affine maps on the CPU: check, allocate, fill, launch. Other devices have torch's own.
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "params/attention.h"
+#include "params/linear.h"
+#include "params/pooling.h"
+#include "params/rnn.h"
+#include "torch/tensor_args.h"
+#include "torch/stable.h"
+
+namespace llm_ext {
+namespace {
+
+// What forward and backward have in common, checked; keeps dense copies alive for the call.
+template <typename S>
+class Linear {
+ public:
+  Linear(const char* op, const Tensor& x, const Tensor& w)
+      : op_(op), shape_(shape_of(x, w)), x_(rows_input("x", x, sizes_.input)), w_(input("w", w)) {}
+
+  const LinearSizes& sizes() const { return sizes_; }
+  const S* x() const { return data<S>(x_); }
+  const S* w() const { return data<S>(w_); }
+
+  // [*, width], as dense rows.
+  Tensor rows_input(const char* name, const Tensor& t, int64_t width) const {
+    STD_TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on cpu");
+    STD_TORCH_CHECK(t.scalar_type() == kScalarType<S>, op_, ": ", name, " must have the dtype of the others");
+    STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape_.size()), op_, ": ", name,
+                    " must have as many dimensions as x");
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      const int64_t size = i + 1 < t.dim() ? shape_[i] : width;
+      STD_TORCH_CHECK(t.size(i) == size, op_, ": ", name, " must have the sizes of x, and ", width, " at last, got ",
+                      shape_text(t));
+    }
+    return dense(t);
+  }
+  Tensor input(const char* name, const Tensor& t) const {
+    check_tensor(t, op_, name, kScalarType<S>, {sizes_.output, sizes_.input});
+    return dense(t);
+  }
+  // [*] int64: a place in each row.
+  Tensor empty_places() const {
+    return empty(shape_.data(), static_cast<int64_t>(shape_.size()) - 1, ScalarType::Long);
+  }
+  // [*, width].
+  Tensor empty_rows(int64_t width) const {
+    std::vector<int64_t> shape = shape_;
+    shape.back() = width;
+    return empty(shape.data(), static_cast<int64_t>(shape.size()), kScalarType<S>);
+  }
+
+ private:
+  std::vector<int64_t> shape_of(const Tensor& x, const Tensor& w) {
+    STD_TORCH_CHECK(x.dim() >= 1, op_, ": x must be [*, I], got ", shape_text(x));
+    STD_TORCH_CHECK(w.dim() == 2, op_, ": w must be [O, I], got ", shape_text(w));
+    std::vector<int64_t> shape;
+    sizes_ = {1, w.size(1), w.size(0)};
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      shape.push_back(x.size(i));
+      if (i + 1 < x.dim()) sizes_.rows *= x.size(i);
+    }
+    return shape;
+  }
+
+  const char* op_;
+  LinearSizes sizes_{};
+  std::vector<int64_t> shape_;
+  Tensor x_;
+  Tensor w_;
+};
+
+Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+  constexpr const char* kOp = "linear_forward";
+  return with_type<float, double>(x, kOp, "x", [&](auto type) {
+    using S = decltype(type);
+    const Linear<S> a(kOp, x, w);
+    const LinearSizes& s = a.sizes();
+    const Input<S> b_in(b, kOp, "b", {s.output});
+    const Tensor y = a.empty_rows(s.output);
+    const LinearKernels<S>& kernel = kernels().linear<S>();
+    const int threads = team_size(kernel.threads(s, max_threads()));
+    const OptionalTensor workspace = workspace_of<S>(kernel.forward_workspace(s));
+    const LinearForwardParams<S> p = {s,
+                                      a.x(),
+                                      a.w(),
+                                      b_in.get(),
+                                      nullptr,
+                                      false,
+                                      mutable_data<S>(y),
+                                      workspace ? mutable_data<S>(*workspace) : nullptr};
+    run_team(threads, [&](const ThreadTeam& team) { kernel.forward(p, team); });
+    return y;
+  });
+}
+
+Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+  constexpr const char* kOp = "linear_argmax";
+  return with_type<float, double>(x, kOp, "x", [&](auto type) {
+    using S = decltype(type);
+    // Places are found in vectors of 32 bits.
+    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(0) <= std::numeric_limits<int32_t>::max(), kOp,
+                    ": w must be [O, I], 0 < O < 2^31, got ", shape_text(w));
+    const Linear<S> a(kOp, x, w);
+    const LinearSizes& s = a.sizes();
+    const Input<S> b_in(b, kOp, "b", {s.output});
+    const Tensor places = a.empty_places();
+    const LinearKernels<S>& kernel = kernels().linear<S>();
+    const int threads = team_size(kernel.threads(s, max_threads()));
+    const OptionalTensor workspace = workspace_of<S>(kernel.argmax_workspace(s, threads));
+    const LinearArgmaxParams<S> p = {
+        s, a.x(), a.w(), b_in.get(), mutable_data<int64_t>(places), workspace ? mutable_data<S>(*workspace) : nullptr};
+    run_team(threads, [&](const ThreadTeam& team) { kernel.argmax(p, team); });
+    return places;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const Tensor& x, const Tensor& w, bool need_dx,
+                                                   bool need_dw, bool need_db) {
+  constexpr const char* kOp = "linear_backward";
+  return with_type<float, double>(x, kOp, "x", [&](auto type) {
+    using S = decltype(type);
+    const Linear<S> a(kOp, x, w);
+    const LinearSizes& s = a.sizes();
+    const Tensor grad_y_in = a.rows_input("grad_y", grad_y, s.output);
+    const Output<S> none(false, {});
+    const Tensor dx = need_dx ? a.empty_rows(s.input) : none.tensor();
+    const Output<S> dw(need_dw, {s.output, s.input});
+    const Output<S> db(need_db, {s.output});
+    const LinearKernels<S>& kernel = kernels().linear<S>();
+    const int threads = team_size(kernel.threads(s, max_threads()));
+    const Tensor workspace = empty({kernel.backward_workspace(s, threads)}, kScalarType<S>);
+    const LinearBackwardParams<S> p = {
+        s,        data<S>(grad_y_in),        a.x(), a.w(), need_dx ? mutable_data<S>(dx) : nullptr, dw.get(),
+        db.get(), mutable_data<S>(workspace)};
+    run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
+    return std::make_tuple(dx, dw.tensor(), db.tensor());
+  });
+}
+
+}  // namespace
+}  // namespace llm_ext
+
+STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
+  m.impl("linear_forward", TORCH_BOX(&llm_ext::linear_forward));
+  m.impl("linear_argmax", TORCH_BOX(&llm_ext::linear_argmax));
+  m.impl("linear_backward", TORCH_BOX(&llm_ext::linear_backward));
+}
