@@ -1,10 +1,26 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+from support.memory import fill_uninitialized_memory
 
-# The same examples in every run: a red test is red for everyone.
-settings.register_profile("reproducible", deadline=None, derandomize=True, print_blob=True)
+# The same examples in every run: a failure is reproducible for everyone.
+settings.register_profile("reproducible", deadline=None, derandomize=True, print_blob=True, max_examples=60)
 settings.load_profile("reproducible")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Under pytest-xdist each worker runs on its share of the cores; tests of threads choose their number."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _uninitialized_memory_is_nan() -> None:
+    """Results must not depend on uninitialized memory, in any test."""
+    fill_uninitialized_memory()
 
 
 @pytest.fixture(autouse=True)

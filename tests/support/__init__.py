@@ -1,0 +1,1 @@
+"""Helpers that tests share: tolerances, inputs, comparisons. Imported as `from support.X import ...`."""

@@ -1,0 +1,223 @@
+"""Attention pooling: inputs, the ops and their references as functions of named tensors, and checks for any device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support import target
+from support.comparison import assert_close, assert_same_bits, compare, root_mean_square_errors
+from support.inputs import leaf, noncontiguous
+from support.tolerances import HALF_DTYPES
+
+
+def op_name(prefix: bool) -> str:
+    return "prefix_pool" if prefix else "attention_pool"
+
+
+def pool_inputs(
+    B: int, T: int, D: int, dtype: torch.dtype, *, folded: bool, state: bool = False, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """e, and u (folded) or scores; with `state` also L and c of an earlier prefix, as "l" and "c"."""
+    inputs = {"e": leaf(B, T, D, dtype=dtype, device=device)}
+    if folded:
+        inputs["u"] = leaf(D, dtype=dtype, scale=2 * max(D, 1) ** -0.5, device=device)
+    else:
+        inputs["scores"] = leaf(B, T, dtype=dtype, scale=3, device=device)
+    if state:
+        computed = torch.float32 if dtype in HALF_DTYPES else dtype
+        inputs |= {"l": leaf(B, dtype=computed, device=device), "c": leaf(B, D, dtype=computed, device=device)}
+    return inputs
+
+
+def pool_functions(prefix: bool, **options: Any) -> list[Callable[..., tuple[Tensor, ...]]]:
+    """The op and its reference: attention_pool as (c, lse), or prefix_pool as (c, L, c_last)."""
+
+    def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
+        def pool(e: Tensor, u: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, ...]:
+            return tuple(module.attention_pool(e, u, scores=scores, **options))
+
+        def prefix_pool(
+            e: Tensor,
+            u: Tensor | None = None,
+            scores: Tensor | None = None,
+            l: Tensor | None = None,  # noqa: E741
+            c: Tensor | None = None,
+        ) -> tuple[Tensor, ...]:
+            state = None if l is None else (l, c)
+            out, last = module.prefix_pool(e, u, scores=scores, state=state, **options)
+            return out, *last
+
+        return prefix_pool if prefix else pool
+
+    return [bind(target.ops), bind(target.reference)]
+
+
+# ---- checks that run on every device, and on CUDA ops in the emulator
+
+
+def check_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool, device: str = "cpu") -> None:
+    """Each way to give scores, with and without a state, lengths and mask."""
+    lengths, mask = torch.randint(0, T + 1, (B,), device=device), torch.rand(B, T, device=device) < 0.5
+    selections: list[dict[str, Tensor]] = [{"lengths": lengths, "mask": mask}]
+    if T < 1000:  # the reference is a loop over time
+        selections += [{}, {"lengths": lengths}, {"mask": mask}]
+    states = (False, True) if prefix else (False,)
+    for folded, state, selection in itertools.product((True, False), states, selections):
+        inputs = pool_inputs(B, T, D, dtype, folded=folded, state=state, device=device)
+        compare(op_name(prefix), *pool_functions(prefix, **selection), inputs)
+
+
+def check_time_major(dtype: torch.dtype, prefix: bool, device: str = "cpu") -> None:
+    """A transposed view of [T, B, D] is read without a copy, and results have its layout."""
+    inputs = pool_inputs(3, 21, 40, dtype, folded=True, device=device)
+    inputs["e"] = leaf(21, 3, 40, dtype=dtype, device=device)
+
+    def transposed(function: Callable[..., tuple[Tensor, ...]], e: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        return function(e.transpose(0, 1), u)
+
+    functions = [partial(transposed, function) for function in pool_functions(prefix)]
+    compare(op_name(prefix), *functions, inputs)
+    if prefix:
+        assert functions[0](**inputs)[0].stride() == (40, 120, 1)
+
+
+def check_layouts(dtype: torch.dtype, prefix: bool) -> None:
+    """Gaps, swapped strides and expanded gradients change nothing."""
+    contiguous = pool_inputs(3, 21, 40, dtype, folded=True, state=prefix)
+    with_gaps = {name: noncontiguous(t.detach()) for name, t in contiguous.items()}
+    lengths, mask = torch.tensor([21, 0, 17]), torch.rand(3, 21) < 0.5
+    function = pool_functions(prefix, lengths=lengths, mask=mask)[0]
+    strided = torch.stack((lengths, lengths), 1)[:, 0]
+    on_gaps = pool_functions(prefix, lengths=strided, mask=mask.T.contiguous().T)[0]
+    assert_same_bits(function(**contiguous), on_gaps(**with_gaps))
+    c = function(**contiguous)[0]
+    from_sum = torch.autograd.grad(c.sum(), list(contiguous.values()), retain_graph=True)
+    transposed = torch.ones_like(c.mT, memory_format=torch.contiguous_format).mT
+    assert_same_bits(from_sum, torch.autograd.grad(c, list(contiguous.values()), transposed))
+
+
+def composed_pool(prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The formula in torch's own operators, each of which rounds its result."""
+    s = scores if u is None else e @ u
+    assert s is not None
+    if not prefix:
+        return ((torch.softmax(s, 1)[:, None] @ e)[:, 0],)
+    T = e.shape[1]
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return (torch.softmax(s[:, None].expand(-1, T, -1).masked_fill(future, -math.inf), -1) @ e,)
+
+
+def check_precision(B: int, T: int, D: int, folded: bool, dtype: torch.dtype, prefix: bool) -> None:
+    """In 16 bits the root mean square errors are at most 1.5 times those of torch's own operators.
+
+    Over many batch rows, because within one the rounding of c affects all gradients of the scores alike.
+    """
+    inputs = pool_inputs(B, T, D, dtype, folded=folded)
+    doubles = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    weights = (torch.randn(B, T, D) if prefix else torch.randn(B, D)).to(dtype)
+
+    def run(function: Callable[..., tuple[Tensor, ...]], arguments: dict[str, Tensor]) -> list[Tensor]:
+        c = function(**arguments)[0]
+        gradients = torch.autograd.grad(c, list(arguments.values()), weights.to(c.dtype))
+        return [t.detach() for t in (c, *gradients)]
+
+    expected = run(partial(composed_pool, prefix), doubles)
+    ours = root_mean_square_errors(run(pool_functions(prefix)[0], inputs), expected)
+    theirs = root_mean_square_errors(run(partial(composed_pool, prefix), inputs), expected)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine <= 1.5 * other
+
+
+def check_masked_positions(prefix: bool, device: str = "cpu") -> None:
+    """Masked positions may hold NaN: neither results nor gradients depend on them."""
+    e, u = torch.randn(2, 30, 9, device=device), torch.randn(9, device=device)
+    mask = torch.rand(2, 30, device=device) < 0.5
+    dirty = e.masked_fill(~mask[..., None], math.nan)
+    function = pool_functions(prefix, mask=mask)[0]
+    assert_same_bits(function(e, u), function(dirty, u))
+    dirty.requires_grad_()
+    (grad,) = torch.autograd.grad(function(dirty, u)[0].sum(), dirty)
+    assert grad.isfinite().all()
+    assert (grad[~mask] == 0).all()
+
+
+def check_empty_rows(device: str = "cpu") -> None:
+    """A row without an unmasked position gives zeros, a log-sum-exp of -inf, and zero gradients."""
+    e = torch.randn(3, 5, 7, device=device, requires_grad=True)
+    u = torch.randn(7, device=device, requires_grad=True)
+    lengths = torch.tensor([0, 5, 0], device=device)
+    c, lse = target.ops.attention_pool(e, u, lengths=lengths)
+    assert (c[[0, 2]] == 0).all()
+    assert lse.tolist()[::2] == [-math.inf] * 2
+    prefix, (level, last) = target.ops.prefix_pool(e, u, lengths=lengths)
+    assert (prefix[[0, 2]] == 0).all()
+    assert (last[[0, 2]] == 0).all()
+    assert level.tolist()[::2] == [-math.inf] * 2
+    grads = torch.autograd.grad(c.sum() + prefix.sum(), (e, u))
+    assert (grads[0][[0, 2]] == 0).all()
+    assert all(g.isfinite().all() for g in grads)
+
+
+def check_large_scores(rise: float, device: str = "cpu") -> None:
+    """Scores that rise or fall by more than exp can represent, within a block of rows and from one to the next."""
+    for signs in ((1, 1), (1, -1), (-1, 1)):
+        e = torch.randn(2, 40, 5, dtype=torch.float64, device=device)
+        scores = torch.randn(2, 40, dtype=torch.float64, device=device)
+        scores[:, 13:] += signs[0] * rise
+        scores[:, 29:] += signs[1] * rise
+        for prefix in (False, True):
+            function, reference = pool_functions(prefix)
+            for dtype in (torch.float64, torch.float32):
+                given, rounded = e.to(dtype), scores.to(dtype)
+                expected = reference(given.double(), None, rounded.double())
+                for a, b in zip(function(given, None, rounded), expected, strict=True):
+                    assert_close(op_name(prefix), a, b)
+
+
+# ---- arguments for torch.library.opcheck
+
+
+def pool_opcheck_cases() -> list[tuple[str, tuple[object, ...]]]:
+    """(op, arguments) of every pooling op: optional arguments given and absent, dtypes, layouts, wanted gradients."""
+
+    def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [leaf(*shape, dtype=torch.float64, scale=0.5) for shape in shapes]
+
+    e, u, scores, l0, c0 = leaves((2, 6, 3), (3,), (2, 6), (2,), (2, 3))
+    time_major = leaf(6, 2, 3, dtype=torch.float64).transpose(0, 1)
+    lengths, mask = torch.tensor([4, 0]), torch.rand(2, 6) < 0.7
+    de, du, ds, dl, dc = (t.detach() for t in (e, u, scores, l0, c0))
+    share = torch.softmax(ds, -1)
+    half, bfloat = torch.float16, torch.bfloat16
+    return [
+        ("attention_pool_forward", (e, u, None, None, None)),
+        ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
+        ("attention_pool_backward", (dc, dl, de, du, None, lengths, mask, dc, dl, True, True, False)),
+        ("prefix_pool_forward", (e, u, None, None, None, None, None)),
+        ("prefix_pool_forward", (time_major, None, scores, lengths, mask, l0, c0)),
+        ("prefix_pool_backward", (de, dl, dc, de, du, dc, de, share, True, True, False, True)),
+        # Sums over the sequence are float32 beside tensors of 16 bits.
+        ("attention_pool_forward", (de.to(bfloat), du.to(bfloat), None, None, None)),
+        (
+            "attention_pool_backward",
+            (
+                *(dc.to(half), dl.float(), de.to(half), None, ds.to(half), lengths, mask, dc.to(half), dl.float()),
+                *(True, False, True),
+            ),
+        ),
+        ("prefix_pool_forward", (de.to(bfloat), None, ds.to(bfloat), None, None, dl.float(), dc.float())),
+        (
+            "prefix_pool_backward",
+            (
+                *(de.to(bfloat), dl.float(), dc.float(), de.to(bfloat), du.to(bfloat), dc.float(), de.to(bfloat)),
+                *(share.float(), True, True, False, True),
+            ),
+        ),
+    ]
