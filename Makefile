@@ -1,59 +1,75 @@
-# make demo    set everything up and train a language model on the plays of Shakespeare
-# make demo-translate    the same for a translator from English to French: two minutes of training
-# make test    set everything up and run the tests
-# make bench   set everything up, with the peers that are measured against, and run all benchmarks
-# make cuda-check    compile the CUDA kernels for all targets, and show what each takes of the device
-# make gpu     on a machine with a GPU, with what PYTHON has there: build, test on the GPU and measure, without a network
-# make lint    ruff, mypy --strict, clang-format
+# make build            create .venv with pinned packages and compile the extension
+# make test             build, then run the tests; PYTEST="tests/nn -x" passes arguments to pytest
+# make test-isa LEVEL=avx2   run the op tests with the kernels of one ISA: baseline, avx2, avx512 or avx512_bf16
+# make docs             build the documentation in site/; a dead link or a missing docstring is an error
+# make lint             ruff, mypy --strict, clang-format, typos
+# make format           apply ruff and clang-format
+# make cuda-check       compile the CUDA kernels for every target and report registers, shared memory and spills
+# make gpu              on a machine with a GPU: build, test and measure there, without a network
+# make demo             train a language model on the plays of Shakespeare and compare it with torch.nn.RNN
+# make demo-translate   train a translator from English to French and compare it with a nearest-sentence baseline
+# make bench            install the libraries that the benchmarks compare with, and run all benchmarks
+# make clean            remove .venv, the build and the site
 #
-# All but gpu and cuda-check work in .venv, made at the first call. TORCH=2.14.1 and the like choose another torch, PYTHON another interpreter.
+# All targets but gpu and cuda-check use .venv, which the first call creates. TORCH=2.14.1 selects another torch,
+# PYTHON=python3.12 another interpreter.
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-# Named after the torch: another one is another installation and another build.
+# The stamps carry the version of torch: another version means another installation and another build.
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 BUILT := $(VENV)/.built-torch-$(TORCH)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+# build-system.requires of pyproject.toml; tests/test_docs.py compares both.
+BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test cuda-check gpu demo demo-translate bench lint format clean
+.PHONY: build test test-isa docs cuda-check gpu demo demo-translate bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
 
+# torch and the build's requirements come first, because setup.py imports them.
 $(INSTALLED): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-* $(VENV)/.built-*
-	$(PIP) install --quiet --constraint constraints.txt torch==$(TORCH) setuptools wheel ninja pybind11 lightning-fabric \
-	    matplotlib numpy sacrebleu safetensors tokenizers tqdm clang-format hypothesis mypy pytest ruff
+	$(PIP) install --quiet --constraint constraints.txt torch==$(TORCH) $(BUILD_NEEDS)
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -c "import llm_ext; print('llm_ext is built:', llm_ext.build_info())"
 	touch $@
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(PYTEST)
 
+test-isa: $(BUILT)
+	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest tests/ops $(PYTEST)
+
+docs: $(BUILT)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest tests/test_docs.py -k "docstring or site"
+
 cuda-check:
-	$(PYTHON) tests/cuda_check.py
+	$(PYTHON) tests/cuda/check.py
 
-# torch with CUDA, nvcc of the same CUDA, g++; and of Python packages, besides those that torch needs:
-GPU_NEEDS := setuptools wheel ninja pybind11 numpy pytest hypothesis
-GPU_TESTS := tests/test_lengths.py tests/test_ops.py tests/test_layers.py tests/test_additive_attention.py tests/test_cuda.py
+# GPU_NEEDS: the build's requirements and the extra `test`; tests/test_docs.py compares both. torch with CUDA, nvcc of
+# the same CUDA version, and g++ are needed besides.
+GPU_NEEDS := $(BUILD_NEEDS) hypothesis numpy pytest
+GPU_TESTS := tests/ops tests/nn tests/cuda
 
-# Measured whatever the tests say, or if they hang: such a machine is not always at hand.
+# Benchmarks run even if tests fail or hang, because a machine with a GPU may not be at hand for long.
 gpu:
 	@$(PYTHON) -c "import importlib.util, sys; \
 	    missing = [n for n in '$(GPU_NEEDS)'.split() if importlib.util.find_spec(n) is None]; \
-	    sys.exit('make gpu needs, of Python packages: ' + ' '.join(missing) if missing else None)"
+	    sys.exit('make gpu needs these Python packages: ' + ' '.join(missing) if missing else None)"
 	LLM_EXT_CUDA=1 $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -c "import llm_ext; print('llm_ext is built:', llm_ext.build_info())"
-	timeout 300 $(PYTHON) -m pytest -rs --durations=5 -k cuda $(GPU_TESTS) $(PYTEST); tested=$$?; \
+	timeout 300 $(PYTHON) -m pytest -rs --durations=5 -k "cuda or gpu" $(GPU_TESTS) $(PYTEST); tested=$$?; \
 	    $(PYTHON) -m bench --device cuda $(BENCH) --json && exit $$tested
 
 demo: $(BUILT)
@@ -63,7 +79,7 @@ demo-translate: $(BUILT)
 	$(BIN)/python examples/translation/demo.py $(DEMO)
 
 bench: $(BUILT)
-	$(PIP) install --quiet --constraint constraints.txt jax onnx onnxruntime openvino
+	$(PIP) install --quiet --constraint constraints.txt 'llm_ext[bench]'
 	$(BIN)/python -m bench $(if $(BENCH),$(BENCH),all)
 
 lint: $(BUILT)
@@ -71,6 +87,7 @@ lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/typos
 
 format: $(BUILT)
 	$(BIN)/ruff check --fix .
@@ -78,4 +95,4 @@ format: $(BUILT)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info llm_ext/*.so
+	rm -rf $(VENV) build dist site *.egg-info llm_ext/*.so
