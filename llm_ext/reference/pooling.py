@@ -1,0 +1,96 @@
+"""Attention pooling in plain PyTorch: over a whole sequence, and over each of its prefixes.
+
+Both functions share these arguments:
+
+- `e`: the vectors to pool, [B, T, D].
+- `u`: [D], for the scores `s_t = u·e_t`, or `scores`: s, [B, T]. Exactly one of them is given.
+- `lengths`: [B] int64; position t of row b takes part in the softmax if t < lengths[b].
+- `mask`: [B, T] bool; a position takes part where it is True. With both, a position must satisfy both.
+
+Values of `e` and `scores` at the other positions, even NaN, reach no result and no gradient. A score of -inf does not
+take part either.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention_pool", "prefix_pool"]
+
+
+def attention_pool(
+    e: Tensor,
+    u: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention pooling, `α = softmax(s)`, `c = Σ_t α_t e_t`, over the unmasked positions.
+
+    Returns:
+        c [B, D], and the log-sum-exp of the unmasked scores, [B]; 0 and -inf in a row without any.
+    """
+    e, s, unmasked = _mask_positions(e, u, scores, lengths, mask)
+    s = s.masked_fill(~unmasked, -math.inf)
+    empty = ~unmasked.any(1)
+    lse = torch.logsumexp(s.masked_fill(empty[:, None], 0), 1)
+    alpha = torch.exp(s - lse[:, None])
+    return torch.einsum("bt,btd->bd", alpha, e), lse.masked_fill(empty, -math.inf)
+
+
+def prefix_pool(
+    e: Tensor,
+    u: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Causal attention pooling: c_t pools over the unmasked positions up to t, as a recurrence of (L, c).
+
+    `a_t = sigmoid(s_t - L_{t-1})`, `L_t = logaddexp(L_{t-1}, s_t)`, `c_t = c_{t-1} + a_t (e_t - c_{t-1})`.
+    No exponential of a score is formed, so none overflows. A masked position leaves the state unchanged.
+
+    `state` is (L [B], c [B, D]) of the positions before e; None for (-inf, 0).
+
+    Returns:
+        c [B, T, D], and the state (L [B], c [B, D]) after the last position.
+
+    Source: "Attention as an RNN", arXiv 2405.13956.
+    """
+    B, _, D = e.shape
+    e, s, unmasked = _mask_positions(e, u, scores, lengths, mask)
+    # The step is computed at masked positions too, and discarded: any finite score will do.
+    s = s.masked_fill(~unmasked, 0)
+    L, c = (e.new_full((B,), -math.inf), e.new_zeros(B, D)) if state is None else (state[0].clone(), state[1].clone())
+    outputs = [e.new_empty(B, 0, D)]
+    for e_t, s_t, unmasked_t in zip(e.unbind(1), s.unbind(1), unmasked.unbind(1), strict=True):
+        a = torch.sigmoid(s_t - L)[:, None]
+        c = torch.where(unmasked_t[:, None], c + a * (e_t - c), c)
+        L = torch.where(unmasked_t, torch.logaddexp(L, s_t), L)
+        outputs.append(c[:, None])
+    return torch.cat(outputs, 1), (L, c)
+
+
+def _mask_positions(
+    e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return e with 0 at excluded positions, the scores, and the unmasked positions, [B, T] bool."""
+    unmasked = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
+    if lengths is not None:
+        unmasked &= torch.arange(e.shape[1], device=e.device) < lengths[:, None]
+    if mask is not None:
+        unmasked &= mask
+    e = e.masked_fill(~unmasked[..., None], 0)
+    if u is not None and scores is None:
+        s = e @ u
+    elif scores is not None and u is None:
+        s = scores
+    else:
+        raise ValueError("exactly one of u and scores must be given")
+    return e, s, unmasked & (s != -math.inf)
