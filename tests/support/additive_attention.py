@@ -77,7 +77,7 @@ def check_reference(sizes: tuple[int, ...], dtype: torch.dtype, kind: str, devic
         B, Tq, Tk, A, Dv = sizes
         inputs = additive_inputs(B, Tq, Tk, A, Dv, dtype, device=device)
         selection = key_selection(kind, B, Tq, Tk, device)
-        compare(OP, *additive_functions(need_weights=need_weights, **selection), inputs)
+        compare(OP, additive_functions(need_weights=need_weights, **selection), inputs)
 
 
 def check_cancellation(dtype: torch.dtype, size: float, device: str = "cpu") -> None:
@@ -89,7 +89,7 @@ def check_cancellation(dtype: torch.dtype, size: float, device: str = "cpu") -> 
         inputs["keys"][:, ::3] -= offset
         inputs["keys"][:, 1, :5] -= 3 * size
         inputs["query"][:, 3, 3:20] = 0
-    compare(OP, *additive_functions(need_weights=True), inputs)
+    compare(OP, additive_functions(need_weights=True), inputs)
 
 
 def check_layouts(device: str = "cpu") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,17 +65,18 @@ def in_double(value: Any) -> Any:
 
 def compare(
     op: str,
-    function: Callable[..., tuple[Tensor, ...]],
-    reference: Callable[..., tuple[Tensor, ...]],
+    functions: Sequence[Callable[..., tuple[Tensor, ...]]],
     inputs: Mapping[str, Tensor],
     *,
     gradients: bool = True,
 ) -> None:
-    """Compare results and gradients of `function` with `reference` in float64, on the same numbers.
+    """Compare results and gradients of `functions`, a function and its reference; the latter computes in float64.
 
-    `gradients` are those of every floating input that requires one. A gradient stored more precisely than the first
-    input is compared at that input's precision, because it was computed from results rounded to it.
+    Both are called with `inputs` by name. `gradients`: also compare those of every input that requires one. A gradient
+    stored more precisely than the first input is compared at that input's precision, because it was computed from
+    results rounded to it.
     """
+    function, reference = functions
     dtype = next(t.dtype for t in inputs.values() if t.is_floating_point())
     doubles = {name: in_double(t).requires_grad_(t.requires_grad) for name, t in inputs.items()}
     actual, expected = function(**inputs), reference(**doubles)

@@ -100,4 +100,4 @@ def check_both_directions(recurrence: Recurrence, rows: str, *, bias: bool, stat
     inputs = multilayer_inputs(
         recurrence, x_shape, 4, 6, torch.float64, bidirectional=True, state=state, bias=bias, device=device
     )
-    compare(recurrence.op, *multilayer_functions(recurrence, **options), inputs)
+    compare(recurrence.op, multilayer_functions(recurrence, **options), inputs)

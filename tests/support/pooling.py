@@ -71,7 +71,7 @@ def check_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool, device:
     states = (False, True) if prefix else (False,)
     for folded, state, selection in itertools.product((True, False), states, selections):
         inputs = pool_inputs(B, T, D, dtype, folded=folded, state=state, device=device)
-        compare(op_name(prefix), *pool_functions(prefix, **selection), inputs)
+        compare(op_name(prefix), pool_functions(prefix, **selection), inputs)
 
 
 def check_time_major(dtype: torch.dtype, prefix: bool, device: str = "cpu") -> None:
@@ -83,7 +83,7 @@ def check_time_major(dtype: torch.dtype, prefix: bool, device: str = "cpu") -> N
         return function(e.transpose(0, 1), u)
 
     functions = [partial(transposed, function) for function in pool_functions(prefix)]
-    compare(op_name(prefix), *functions, inputs)
+    compare(op_name(prefix), functions, inputs)
     if prefix:
         assert functions[0](**inputs)[0].stride() == (40, 120, 1)
 

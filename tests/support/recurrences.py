@@ -121,7 +121,7 @@ def check_lengths(
     )
     for T, H in ((7, 17), (9, 33)):
         inputs = padded_inputs(recurrence, lengths, T, H, dtype, state=state, device=device)
-        compare(recurrence.op, function, reference, inputs, gradients=is_smooth(recurrence, dtype))
+        compare(recurrence.op, (function, reference), inputs, gradients=is_smooth(recurrence, dtype))
 
 
 def check_layouts(recurrence: Recurrence, device: str = "cpu") -> None:
@@ -151,7 +151,7 @@ def check_state_shapes(recurrence: Recurrence, *, lengths: list[int] | None = No
     flat = function(**inputs)
     for name in {"h0", "c0"} & set(inputs):
         inputs[name] = inputs[name].detach()[None].requires_grad_()
-    compare(recurrence.op, function, reference, inputs)
+    compare(recurrence.op, (function, reference), inputs)
     y, *last = function(**inputs)
     assert torch.equal(y, flat[0])
     for a, b in zip(last, flat[1:], strict=True):
