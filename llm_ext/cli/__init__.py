@@ -1,0 +1,17 @@
+"""The command `llm-ext`: train, evaluate, sample from, translate with and explain recurrent models of text.
+
+    data/        tokenizers, encoded texts and pairs, files
+    checkpoint   run directories: checkpoints and tokenizers on disk
+    inference/   loss, generation, translation, pictures of attention
+    training/    settings, tasks, the training loop, its log
+    commands/    one file per command: its options and what it runs
+
+Imports go from the bottom of this list to its top. `llm_ext.cli.data`, `llm_ext.cli.inference` and
+`llm_ext.cli.training` export the names that scripts use. Install the packages it needs with
+`pip install --no-build-isolation '.[cli]'`.
+"""
+
+from llm_ext.cli.commands import main
+from llm_ext.cli.errors import CommandError
+
+__all__ = ["CommandError", "main"]

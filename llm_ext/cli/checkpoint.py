@@ -1,0 +1,226 @@
+"""Run directories: tokenizers and checkpoints, saved so that a kill or a full disk never damages the last one.
+
+A run directory holds `vocabulary.json`, one directory for each checkpoint, and `run.json`, which names the last and the
+best checkpoint. A new checkpoint is written completely under a new name; replacing `run.json` makes it the last one;
+checkpoints that are no longer named are removed after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from llm_ext.cli.data.files import read_json, sync_directory, write_json
+from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer
+from llm_ext.cli.errors import CommandError
+from llm_ext.models import LLM, Seq2Seq
+
+__all__ = ["STATE", "WEIGHTS", "Checkpoint", "Model", "Run"]
+
+Model = LLM | Seq2Seq
+
+RUN = "llm_ext run"
+CHECKPOINT = "llm_ext checkpoint"
+WEIGHTS, STATE = "model.safetensors", "state.safetensors"
+MODELS: dict[str, Callable[..., Model]] = {"lm": LLM, "translate": Seq2Seq}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: its directory.
+        step: the training step at which it was saved.
+        config: contents of its `config.json`.
+    """
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read one of its files, `WEIGHTS` or `STATE`.
+
+        Raises:
+            CommandError: the file is missing, damaged, or not the one that was saved.
+        """
+        path = self.path / name
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise CommandError(f"{path}: missing; the checkpoint is incomplete") from None
+        if hashlib.sha256(data).hexdigest() != self.config["files"].get(name):
+            raise CommandError(f"{path}: damaged, or not the file that was saved here (its checksum differs)")
+        try:
+            return load_tensors(data)
+        except SafetensorError as error:
+            raise CommandError(f"{path}: expected safetensors, got something else ({error})") from None
+
+    @property
+    def task(self) -> str:
+        """The task of the model; checkpoints without this entry are language models."""
+        return str(self.config.get("task", "lm"))
+
+    def model(self) -> Model:
+        """Build the model and load its weights.
+
+        Raises:
+            CommandError: the files are damaged or do not match.
+        """
+        weights = self.tensors(WEIGHTS)
+        try:
+            model = MODELS[self.task](**self.config["model"]).to(next(iter(weights.values())).dtype)
+            # Not strict: tied weights are saved once.
+            _, unknown = model.load_state_dict(weights, strict=False)
+            names = {name for name, _ in model.named_parameters()}
+            if different := sorted(names - weights.keys()) + unknown:
+                raise ValueError(f"only one of them has {', '.join(different)}")
+        except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+            raise CommandError(f"{self.path}: the weights do not fit the configuration: {error}") from None
+        return model
+
+
+class Run:
+    """A run directory.
+
+    Args:
+        path: the directory.
+
+    Attributes:
+        vocabulary: file of the tokenizer; of a translator with two vocabularies, that of the sources.
+        target_vocabulary: file of the tokenizer of the targets.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.vocabulary, self.target_vocabulary = path / "vocabulary.json", path / "vocabulary.target.json"
+        self._pointers = path / "run.json"
+
+    def exists(self) -> bool:
+        """Return whether a checkpoint has been saved here."""
+        return self._pointers.exists()
+
+    def checkpoint(self, which: str) -> Checkpoint:
+        """Find a checkpoint.
+
+        Args:
+            which: "last" or "best".
+
+        Raises:
+            CommandError: there is no checkpoint, or its description is damaged.
+        """
+        if not self.path.is_dir():
+            raise CommandError(f"{self.path}: no such run directory")
+        if not self.exists():
+            raise CommandError(f"{self.path}: holds no checkpoint (run.json is missing)")
+        name = read_json(self._pointers, RUN).get(which)
+        if not isinstance(name, str) or name != Path(name).name:
+            raise CommandError(f"{self._pointers}: damaged: {which} must name a checkpoint, got {name!r}")
+        path = self.path / name
+        config = read_json(path / "config.json", CHECKPOINT)
+        for key, kind in (("step", int), ("model", dict), ("files", dict), ("training", dict)):
+            if not isinstance(config.get(key), kind):
+                raise CommandError(f"{path / 'config.json'}: damaged: no {key} in it")
+        return Checkpoint(path, config["step"], config)
+
+    def load_language_model(self, which: str) -> tuple[LLM, Tokenizer]:
+        """Load the model of a checkpoint, in evaluation mode, and its tokenizer.
+
+        Args:
+            which: "last" or "best".
+
+        Raises:
+            CommandError: a file is missing, damaged, or does not match, or the model is a translator.
+        """
+        model = self.checkpoint(which).model()
+        if not isinstance(model, LLM):
+            raise CommandError(f"{self.path}: holds a translator, not a language model; use it with llm-ext translate")
+        (tokenizer,) = self.tokenizers(model)
+        return model.eval(), tokenizer
+
+    def tokenizers(self, model: Model) -> tuple[Tokenizer, ...]:
+        """Load the tokenizer of a language model, or those of a translator: source and target, possibly the same.
+
+        Raises:
+            CommandError: a file is missing, damaged, or does not fit the model.
+        """
+        if isinstance(model, LLM):
+            return (load_tokenizer(self.vocabulary, model.vocab_size),)
+        # The model has one more id, the end of a line.
+        source = load_tokenizer(self.vocabulary, model.source_vocab_size - 1)
+        if model.config()["share_embedding"]:
+            return source, source
+        return source, load_tokenizer(self.target_vocabulary, model.target_vocab_size - 1)
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        training: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        best: bool,
+        task: str = "lm",
+    ) -> None:
+        """Save a checkpoint as the last one, and as the best one if `best`.
+
+        Args:
+            step: of the training.
+            model: arguments of `LLM` or `Seq2Seq`.
+            weights: of the model.
+            training: JSON values needed to continue.
+            state: tensors needed to continue.
+            best: whether this is the best model so far.
+            task: "lm" or "translate".
+
+        Raises:
+            OSError: the checkpoint could not be written; earlier ones are unchanged.
+        """
+        pointers = read_json(self._pointers, RUN) if self.exists() else {}
+        self._remove_unnamed(pointers)
+        name = f"step-{step}"
+        while (self.path / name).exists():
+            name += "-again"
+        unfinished = self.path / f".{name}.unfinished"
+        unfinished.mkdir()
+        try:
+            files = {WEIGHTS: _write(unfinished / WEIGHTS, weights), STATE: _write(unfinished / STATE, state)}
+            config = {"format": CHECKPOINT, "version": 1, "step": step, "task": task, "model": dict(model)}
+            write_json(unfinished / "config.json", {**config, "training": dict(training), "files": files})
+            os.rename(unfinished, self.path / name)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync_directory(self.path)
+        pointers = {"last": name, "best": name if best else pointers.get("best", name)}
+        write_json(self._pointers, {"format": RUN, "version": 1, **pointers})
+        self._remove_unnamed(pointers)
+
+    def _remove_unnamed(self, pointers: Mapping[str, Any]) -> None:
+        """Remove checkpoints that `pointers` does not name: replaced ones, and those a kill left unfinished."""
+        keep = {pointers.get("last"), pointers.get("best")}
+        for pattern in ("step-*", ".*.unfinished"):
+            for path in self.path.glob(pattern):
+                if path.name not in keep:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors to a file, flush it to the disk, and return its checksum."""
+    data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,60 @@
+"""The commands of `llm-ext`: parse, run, exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from llm_ext.cli.errors import CommandError
+
+__all__ = ["main"]
+
+# Packages of the extra `cli`.
+EXTRA = ("lightning_fabric", "matplotlib", "numpy", "sacrebleu", "safetensors", "tokenizers", "tqdm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the name of the program; by default those of this process.
+
+    Returns:
+        The exit code: 0 success; 1 failure, with a message on standard error; 128 + the number of a signal, 130 for
+        Ctrl-C and 143 for SIGTERM (a training has saved a checkpoint). A wrong command line exits the process with 2.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Text is UTF-8 whatever the locale says, and a token that cannot be printed must not end the output.
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        # Imported here to report a missing package of the extra.
+        from llm_ext.cli.commands.parser import parse
+
+        options = parse(arguments)
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader of the output has closed it. Redirect stdout, because Python would report an error when closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        return _fail(f"{error.name} is not installed: pip install --no-build-isolation '.[cli]'")
+    except CommandError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except Exception as error:
+        if "--traceback" in (sys.argv if arguments is None else arguments):
+            raise
+        return _fail(f"{type(error).__name__}: {error} (--traceback shows where)")
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"llm-ext: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,138 @@
+"""Options that several commands share, and checks of their values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_ext.cli.inference.translate import SearchOptions
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = [
+    "add_cache",
+    "add_model",
+    "add_pair_files",
+    "add_search",
+    "add_traceback",
+    "check",
+    "check_search",
+    "pair_files",
+    "search_options",
+    "warn",
+]
+
+SIDES = ("source", "target")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the run directory, --checkpoint and --device."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="run directory of a trained model")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="checkpoint to use (default: best)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="device to compute on: cpu, cuda or auto; auto is the CPU (default: auto)",
+    )
+
+
+def add_pair_files(parser: argparse.ArgumentParser, prefix: str = "", purpose: str = "") -> None:
+    """Add --source and --target, which replace a tab-separated file."""
+    parser.add_argument(
+        f"--{prefix}source", type=Path, metavar="FILE", help=f"translator: file of sources{purpose}, one per line"
+    )
+    parser.add_argument(
+        f"--{prefix}target", type=Path, metavar="FILE", help=f"translator: file of targets{purpose}, one per line"
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add --cache."""
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="directory for encoded text (default: DIR/cache)")
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the search for a translation."""
+    parser.add_argument(
+        "--beam", type=int, default=1, metavar="N", help="beam width; 1 is greedy search (default: 1)"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="beam search: scores are divided by length to this power; more than 1 favors long ones (default: 1)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="most tokens of a translation (default: 10 + twice its source)"
+    )
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+    """Add the hidden --traceback, which `main` looks for."""
+    parser.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+
+
+def check(options: argparse.Namespace, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Fail with a usage error if an option is out of range.
+
+    Args:
+        options: the parsed command line.
+        rules: name of the option, whether its value is valid, and what is expected.
+    """
+    for name, valid, expected in rules:
+        if not valid:
+            options.fail(f"--{name} must be {expected}, got {getattr(options, name.replace('-', '_'))!r}")
+
+
+def check_search(options: argparse.Namespace) -> None:
+    """Check the options of `add_search`, and --batch and --num-return-sequences where a command has them."""
+    batch, sequences = getattr(options, "batch", None), getattr(options, "num_return_sequences", 1)
+    check(
+        options,
+        (
+            ("beam", options.beam >= 1, "at least 1"),
+            ("length-penalty", 0 <= options.length_penalty < math.inf, "at least 0"),
+            ("max-length", options.max_length is None or options.max_length >= 1, "at least 1"),
+            ("batch", batch is None or batch >= 1, "at least 1"),
+            ("num-return-sequences", 1 <= sequences <= options.beam, f"from 1 to --beam, which is {options.beam}"),
+        ),
+    )
+
+
+def search_options(options: argparse.Namespace) -> SearchOptions:
+    """Return the options of the search for `Translator`."""
+    return SearchOptions(
+        beam=options.beam,
+        length_penalty=options.length_penalty,
+        max_length=options.max_length,
+        num_return_sequences=getattr(options, "num_return_sequences", 1),
+    )
+
+
+def pair_files(options: argparse.Namespace, files: list[Path], prefix: str = "") -> list[Path]:
+    """Return the files of pairs: one tab-separated file, or a file of sources and one of targets."""
+    source, target = (getattr(options, f"{prefix}{side}".replace("-", "_")) for side in SIDES)
+    names = f"--{prefix}source and --{prefix}target"
+    if (source is None) != (target is None):
+        options.fail(f"{names} must be given together")
+    if source is None:
+        if len(files) > 1:
+            options.fail(f"give pairs in one tab-separated file, or in {names}")
+        return files
+    if files:
+        options.fail(f"give either a tab-separated file, or {names}")
+    return [source, target]
+
+
+def warn(message: str) -> None:
+    """Print a message on standard error."""
+    print(f"llm-ext: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""`llm-ext train`: train a model, or continue a training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_ext.cli.commands.arguments import add_cache, add_pair_files, add_traceback, pair_files
+from llm_ext.cli.training.config import CONFIGS, Config
+from llm_ext.cli.training.train import Outcome, resume, train
+
+if TYPE_CHECKING:
+    from llm_ext.cli.commands.arguments import Commands
+
+__all__ = ["add_parser", "run"]
+
+# A setting of one or more tasks: its field of each task's config.
+Setting = dict[str, dataclasses.Field[Any]]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model on text files",
+        description="Train a language model on text, or a translator on pairs of lines.",
+    )
+    parser.set_defaults(run=run, fail=parser.error)
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="text; for a translator, one file of tab-separated pairs"
+    )
+    parser.add_argument(
+        "--task",
+        choices=CONFIGS,
+        help="lm: predict the next token of a text; translate: write the target of a source (default: lm)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory, created if missing")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in DIR with its saved files and settings"
+    )
+    add_pair_files(parser)
+    parser.add_argument(
+        "--val", nargs="+", type=Path, default=[], metavar="FILE", help="files for validation (default: hold out a part)"
+    )
+    add_pair_files(parser, "val-", " for validation")
+    add_cache(parser)
+    add_traceback(parser)
+    _add_settings(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train a model, or continue a training; return the exit code."""
+    outcome = _resume(options) if options.resume else _train(options)
+    if outcome.first:
+        print(_describe(outcome, options.out))
+    return 128 + outcome.signal if outcome.signal else 0
+
+
+def _train(options: argparse.Namespace) -> Outcome:
+    task, files, val = options.task or "lm", options.files, options.val
+    given, settings = _given(options), _settings()
+    others = [_option(name) for name in given if task not in settings[name]]
+    if task == "lm":
+        others += _given_pair_files(options)
+    if others:
+        options.fail(f"not for --task {task}: {', '.join(others)}")
+    if task == "translate":
+        files, val = pair_files(options, files), pair_files(options, val, "val-")
+    if not files:
+        options.fail("FILE is missing: give text to train on")
+    return train(_config(options, task, given), files, options.out, val=val, cache=options.cache)
+
+
+def _resume(options: argparse.Namespace) -> Outcome:
+    given, settings = _given(options), _settings()
+    fixed = [_option(name) for name in given if not _can_change(settings[name])]
+    fixed += ["--task"] * (options.task is not None) + ["FILE"] * bool(options.files)
+    fixed += ["--val"] * bool(options.val) + _given_pair_files(options)
+    if fixed:
+        options.fail(f"--resume continues with the settings of the run: leave out {', '.join(fixed)}")
+    _config(options, "lm", given)  # all tasks have the settings that can change, with the same ranges
+    return resume(options.out, given, cache=options.cache)
+
+
+def _config(options: argparse.Namespace, task: str, given: dict[str, Any]) -> Config:
+    try:
+        return CONFIGS[task](**given)
+    except ValueError as error:
+        options.fail(f"--{error}")
+        raise
+
+
+def _describe(outcome: Outcome, out: Path) -> str:
+    progress = outcome.progress
+    if outcome.signal:
+        return (
+            f"stopped by {signal.Signals(outcome.signal).name} at step {progress.step}; saved; "
+            f"continue with: llm-ext train --resume --out {out}"
+        )
+    return (
+        f"done: step {progress.step}; best validation loss {progress.best_loss:.4f} nats per token "
+        f"at step {progress.best_step}; saved in {out}"
+    )
+
+
+def _settings() -> dict[str, Setting]:
+    """Return the settings of all tasks by name."""
+    settings: dict[str, Setting] = {}
+    for task, config in CONFIGS.items():
+        for field in dataclasses.fields(config):
+            settings.setdefault(field.name, {})[task] = field
+    return settings
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    groups: dict[str, Any] = {}
+    for name, setting in _settings().items():
+        meta = next(iter(setting.values())).metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        kind: dict[str, Any]
+        if meta["type"] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            metavar = None if meta["choices"] else {int: "N", float: "X", str: "NAME"}[meta["type"]]
+            kind = {"type": meta["type"], "choices": meta["choices"], "metavar": metavar}
+        groups[meta["group"]].add_argument(
+            _option(name),
+            # Not the default of the setting, because --resume must know which options were given.
+            default=argparse.SUPPRESS,
+            help=meta["help"].replace("%", "%%") + _defaults(setting),
+            **kind,
+        )
+
+
+def _defaults(setting: Setting) -> str:
+    """Return the defaults of a setting, and the task it belongs to, for its help."""
+    names = {True: "on", False: "off"}
+    values = {task: field.default for task, field in setting.items() if field.default not in (None, "")}
+    words = [names[value] if isinstance(value, bool) else str(value) for value in dict.fromkeys(values.values())]
+    if len(words) > 1:
+        words = [f"{value} for {task}" for task, value in values.items()]
+    only = "" if len(setting) > 1 else f"; for --task {next(iter(setting))} only"
+    return f" (default: {', '.join(words)}{only})" if words else ""
+
+
+def _can_change(setting: Setting) -> bool:
+    return all(field.metadata["resume"] for field in setting.values())
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given on the command line."""
+    settings = _settings()
+    return {name: value for name, value in vars(options).items() if name in settings}
+
+
+def _given_pair_files(options: argparse.Namespace) -> list[str]:
+    names = ("source", "target", "val_source", "val_target")
+    return [_option(name) for name in names if getattr(options, name) is not None]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

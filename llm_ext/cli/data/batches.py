@@ -1,0 +1,127 @@
+"""Batches of encoded pairs of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_ext.cli.data.pairs import EncodedPairs, Indices
+from llm_ext.cli.data.tokenizer import Ids
+from llm_ext.cli.errors import CommandError
+
+__all__ = ["PairBatch", "PairBatches", "make_batch", "order_by_length", "pad_lines"]
+
+# Pairs are sorted by length within this many batches: enough that almost all targets of a batch have the same length,
+# and few enough that batches differ from pass to pass.
+POOL = 100
+
+
+class PairBatch(NamedTuple):
+    """Pairs of one step, padded with end ids.
+
+    Attributes:
+        source: [B, S] int64, each row with its end.
+        target: [B, T] int64, each row begins with an end id.
+        source_lengths: [B] int64, or None if all sources have S tokens.
+        target_lengths: [B] int64, or None if all targets have T tokens.
+        keep: positions that have a token to predict, [B, T] bool.
+        expected: the tokens to predict, [N] int64, N = keep.sum().
+    """
+
+    source: Tensor
+    target: Tensor
+    source_lengths: Tensor | None
+    target_lengths: Tensor | None
+    keep: Tensor
+    expected: Tensor
+
+
+def make_batch(pairs: EncodedPairs, indices: Indices, ends: tuple[int, int]) -> PairBatch:
+    """Read pairs into a batch.
+
+    Args:
+        pairs: all pairs.
+        indices: the pairs to read, [B].
+        ends: the ids that end a source and a target.
+    """
+    source, source_lengths = pad_lines([pairs.source(i) for i in indices.tolist()], ends[0])
+    expected, target_lengths = pad_lines([pairs.target(i) for i in indices.tolist()], ends[1])
+    target = torch.cat((expected.new_full((len(expected), 1), ends[1]), expected[:, :-1]), 1)
+    keep = torch.ones_like(expected, dtype=torch.bool)
+    if target_lengths is not None:
+        keep = torch.arange(expected.shape[1]) < target_lengths[:, None]
+    return PairBatch(source, target, source_lengths, target_lengths, keep, expected[keep])
+
+
+def pad_lines(lines: Sequence[Ids | Sequence[int]], end: int) -> tuple[Tensor, Tensor | None]:
+    """Put lines side by side.
+
+    Args:
+        lines: ids of B lines.
+        end: the id appended to each line and used as padding.
+
+    Returns:
+        Ids [B, S] int64, and lengths [B] int64 with the end included, or None if all lines have S ids.
+    """
+    lengths = torch.tensor([len(line) + 1 for line in lines], dtype=torch.int64)
+    ids = torch.full((len(lines), int(lengths.max()) if lines else 0), end)
+    for row, line in zip(ids, lines, strict=True):
+        row[: len(line)] = torch.from_numpy(np.asarray(line, dtype=np.int64))
+    return ids, lengths if bool((lengths < ids.shape[1]).any()) else None
+
+
+class PairBatches:
+    """Batches of pairs of similar length; the pairs of a step are a function of the step alone.
+
+    Each pass shuffles the pairs, sorts them by length within pools of `POOL` batches, and shuffles the batches. The
+    last batch of a pass is completed with the first pairs of its shuffle.
+
+    Args:
+        pairs: all pairs.
+        chosen: indices of the pairs to train on.
+        size: B, pairs per batch of all processes together.
+        seed: seed of the shuffles.
+        ends: the ids that end a source and a target.
+
+    Raises:
+        CommandError: there are fewer pairs than one batch needs.
+    """
+
+    def __init__(self, pairs: EncodedPairs, chosen: Indices, size: int, seed: int, ends: tuple[int, int]) -> None:
+        if len(chosen) < size:
+            raise CommandError(
+                f"there must be at least batch × processes = {size} pairs to train on, got {len(chosen)}; "
+                "give more pairs, or a smaller --batch"
+            )
+        self.pairs, self.chosen, self.size, self.seed, self.ends = pairs, chosen, size, seed, ends
+        self.steps_per_pass = -(-len(chosen) // size)
+        self._pass, self._order = -1, np.empty((0, size), dtype=np.int64)
+
+    def indices(self, step: int) -> Indices:
+        """Return the pairs of a step, [B], longest target first."""
+        number, index = divmod(step, self.steps_per_pass)
+        if number != self._pass:
+            generator = np.random.default_rng((self.seed, number))
+            order = np.resize(generator.permutation(self.chosen), self.steps_per_pass * self.size)
+            for begin in range(0, len(order), POOL * self.size):
+                pool = order[begin : begin + POOL * self.size]
+                pool[:] = pool[order_by_length(self.pairs, pool)]
+            self._pass, self._order = number, generator.permutation(order.reshape(-1, self.size))
+        indices: Indices = self._order[index]
+        return indices
+
+    def read(self, step: int, mine: slice) -> tuple[PairBatch, int]:
+        """Return the rows `mine` of a step, and the number of target tokens of the whole step."""
+        indices = self.indices(step)
+        tokens = int(self.pairs.target_lengths[indices].sum()) + len(indices)
+        return make_batch(self.pairs, indices[mine], self.ends), tokens
+
+
+def order_by_length(pairs: EncodedPairs, indices: Indices) -> Indices:
+    """Return the order that sorts pairs by target length, then by source length, longest first."""
+    order: Indices = np.lexsort((pairs.source_lengths[indices], pairs.target_lengths[indices]))[::-1]
+    return order

@@ -1,0 +1,111 @@
+"""Files: atomic writes, JSON with a format name, input checks, lines of UTF-8 text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from llm_ext.cli.errors import CommandError
+
+__all__ = ["atomic_write", "check_files", "decode_line", "read_json", "read_lines", "sync_directory", "write_json"]
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` in one step, after all of it has reached the disk.
+
+    On any error the previous file stays and the unfinished one is removed.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the entries of a directory to the disk, so that new names survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
+    """Read a JSON object and check its format name and version.
+
+    Args:
+        path: the file.
+        kind: expected value of its key "format".
+        version: expected value of its key "version".
+
+    Raises:
+        CommandError: the file is missing, is not JSON, or has another format or version.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CommandError(f"{path}: no such file; expected a {kind}") from None
+    except ValueError as error:
+        raise CommandError(f"{path}: damaged: expected JSON, got something else ({error})") from None
+    if not isinstance(value, dict) or value.get("format") != kind:
+        raise CommandError(f"{path}: expected a {kind}, got a file of another program")
+    if value.get("version") != version:
+        raise CommandError(f"{path}: expected version {version} of a {kind}, got {value.get('version')!r}")
+    return value
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Raise a CommandError if a file is missing, is not a regular file, or is empty."""
+    for path in files:
+        if not path.exists():
+            raise CommandError(f"{path}: no such file")
+        if not path.is_file():
+            raise CommandError(f"{path}: expected a text file, got something else")
+        if path.stat().st_size == 0:
+            raise CommandError(f"{path}: expected text, got an empty file")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers, starting at 1.
+
+    Raises:
+        CommandError: a line is not UTF-8.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield number, decode_line(line, f"{path}: line {number}")
+
+
+def decode_line(line: bytes, where: str) -> str:
+    """Return the text of a line without its line ending and without a byte order mark.
+
+    Args:
+        line: the bytes of the line.
+        where: file and line number, for the error message.
+
+    Raises:
+        CommandError: the line is not UTF-8.
+    """
+    try:
+        return line.decode().removeprefix("\ufeff").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        got = f"{line[error.start : error.start + 1]!r} at byte {error.start} of the line"
+        raise CommandError(f"{where}: expected UTF-8, got {got}") from None

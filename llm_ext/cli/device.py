@@ -1,0 +1,28 @@
+"""The device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from llm_ext.cli.errors import CommandError
+
+__all__ = ["default_device", "find_device"]
+
+
+def default_device() -> str:
+    """Return "cpu", the device of `--device auto`: the command line has not been tested on a GPU yet."""
+    return "cpu"
+
+
+def find_device(name: str) -> torch.device:
+    """Return a device by its name in torch; "auto" is the default device.
+
+    Raises:
+        CommandError: torch does not know the device, or it is not available.
+    """
+    try:
+        device = torch.device(default_device() if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

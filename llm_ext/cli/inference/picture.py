@@ -1,0 +1,161 @@
+"""Pictures of attention weights: PNG and HTML."""
+
+from __future__ import annotations
+
+import html
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_ext.cli.data.files import atomic_write
+
+__all__ = ["AttentionMap", "Weights", "draw"]
+
+Weights = npt.NDArray[np.float64]
+
+# Colour of a weight of 1, red, green and blue; 0 is white.
+FULL = (8, 48, 107)
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention weights between words.
+
+    Attributes:
+        title: above the picture.
+        rows: the words that attend.
+        row_label: what the rows are.
+        columns: the words attended to.
+        column_label: what the columns are.
+        weights: [rows, columns], 0 to 1; NaN where a row cannot attend.
+        summary: one line for the terminal.
+    """
+
+    title: str
+    rows: Sequence[str]
+    row_label: str
+    columns: Sequence[str]
+    column_label: str
+    weights: Weights
+    summary: str
+
+
+def draw(attention: AttentionMap, path: Path) -> None:
+    """Write a picture, as HTML if `path` ends in `.html`, else as PNG.
+
+    Raises:
+        OSError: the file could not be written; a previous one stays.
+    """
+    content = _html(attention).encode() if path.suffix == ".html" else _png(attention)
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def _png(attention: AttentionMap) -> bytes:
+    """Draw cells of a third of an inch."""
+    # Imported here because it takes a second.
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    rows, columns = attention.weights.shape
+    cell = 0.34
+    labels = [max((len(word) for word in side), default=1) for side in (attention.rows, attention.columns)]
+    margin_left, margin_top = 0.6 + 0.085 * labels[0], 0.6 + 0.085 * labels[1]
+    width, height = max(columns * cell, 1.0), max(rows * cell, 1.0)
+    title = _wrap(attention.title, max(30, int((width + margin_left) / 0.1)))
+    margin_top += 0.2 * len(title)
+    size = (margin_left + width + 1.4, margin_top + height + 0.3)
+    # At most 16,000 pixels per side, which viewers can open.
+    figure = Figure(figsize=size, dpi=min(150.0, 16000 / max(size)))
+    axes = figure.add_axes((margin_left / size[0], 0.3 / size[1], width / size[0], height / size[1]))
+    colours = LinearSegmentedColormap.from_list(
+        "attention", ["white", "#{:02x}{:02x}{:02x}".format(*FULL)]
+    ).with_extremes(bad="#eeeeee")
+    image = axes.imshow(attention.weights, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(columns), [_escape(word) for word in attention.columns], rotation=90, fontsize=9)
+    axes.set_yticks(range(rows), [_escape(word) for word in attention.rows], fontsize=9)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel(attention.column_label, fontsize=9, color="#555555")
+    axes.set_ylabel(attention.row_label, fontsize=9, color="#555555")
+    axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="#dddddd", linewidth=0.5)
+    axes.tick_params(which="both", length=0)
+    for row, column in zip(*np.nonzero(np.nan_to_num(attention.weights) >= 0.1), strict=True):
+        weight = attention.weights[row, column]
+        axes.text(
+            column,
+            row,
+            f"{100 * weight:.0f}",
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color="white" if weight > 0.5 else "black",
+        )
+    scale = figure.add_axes(((margin_left + width + 0.25) / size[0], 0.3 / size[1], 0.15 / size[0], height / size[1]))
+    bar = figure.colorbar(image, cax=scale, format=lambda value, _: f"{100 * value:.0f} %")
+    bar.ax.tick_params(labelsize=8)
+    figure.text(0.15 / size[0], 1 - 0.15 / size[1], "\n".join(map(_escape, title)), va="top", fontsize=10)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _escape(text: str) -> str:
+    """Escape the dollar signs, which begin a formula in matplotlib."""
+    return text.replace("$", r"\$")
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
+
+
+def _html(attention: AttentionMap) -> str:
+    """Return a self-contained page: a table whose headers stay visible."""
+
+    def cells(row: Weights) -> Iterator[str]:
+        for weight in row:
+            if np.isnan(weight):
+                yield "<td class=none></td>"
+                continue
+            red, green, blue = (round(255 + (full - 255) * weight) for full in FULL)
+            colour = f"background:rgb({red},{green},{blue})" + (";color:#fff" if weight > 0.5 else "")
+            text = f"{100 * weight:.0f}" if weight >= 0.1 else ""
+            yield f'<td style="{colour}" title="{100 * weight:.1f} %">{text}</td>'
+
+    heads = "".join(f"<th><div>{html.escape(word)}</div></th>" for word in attention.columns)
+    body = "\n".join(
+        f"<tr><th>{html.escape(word)}</th>{''.join(cells(row))}</tr>"
+        for word, row in zip(attention.rows, attention.weights, strict=True)
+    )
+    title = "<br>".join(html.escape(line) for line in attention.title.split("\n"))
+    full = "rgb({},{},{})".format(*FULL)
+    return f"""<!doctype html>
+<html><head><meta charset="utf-8"><title>{html.escape(attention.title)}</title>
+<style>
+body {{ font: 15px/1.4 sans-serif; margin: 1.5em; color: #222; }}
+table {{ border-collapse: separate; border-spacing: 1px; background: #ddd; }}
+td {{ min-width: 30px; height: 28px; text-align: center; font-size: 11px; background: #fff; }}
+td.none {{ background: #eee; }}
+th {{ font-weight: normal; background: #fff; position: sticky; }}
+thead th {{ top: 0; vertical-align: bottom; padding: 6px 0; z-index: 1; }}
+thead th div {{ writing-mode: vertical-rl; transform: rotate(180deg); margin: auto; white-space: pre; }}
+tbody th {{ left: 0; text-align: right; padding: 0 8px; white-space: pre; }}
+thead th:first-child {{ left: 0; z-index: 2; color: #777; font-size: 12px; padding: 6px; }}
+.scale {{ display: inline-block; width: 200px; height: 12px; border: 1px solid #ddd; vertical-align: middle;
+  background: linear-gradient(to right, #fff, {full}); }}
+</style></head><body>
+<p>{title}</p>
+<p>attention: 0 % <span class=scale></span> 100 %</p>
+<table><thead><tr><th>{attention.row_label} ↓<br>{attention.column_label} →</th>{heads}</tr></thead>
+<tbody>
+{body}
+</tbody></table>
+</body></html>
+"""

@@ -1,0 +1,224 @@
+"""Translation of lines with a trained model, and BLEU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.data.batches import pad_lines
+from llm_ext.cli.data.lines import LineTokenizer
+from llm_ext.cli.errors import CommandError
+from llm_ext.models import InputProjections, Seq2Seq
+
+__all__ = ["SearchOptions", "Translator", "bleu"]
+
+# Lines read ahead, so that lines translated together have similar lengths.
+WINDOW = 1024
+# Input projections of more bytes are not precomputed.
+MAX_PROJECTION_BYTES = 512 << 20
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of `Translator.translate`."""
+
+    beam: int
+    num_return_sequences: int
+    length_penalty: float
+    max_length: int | None
+
+
+class Translator:
+    """A trained model with its tokenizers: translates line by line.
+
+    Args:
+        model: in evaluation mode.
+        source: tokenizer of the sources.
+        target: tokenizer of the targets.
+        longest: tokens of the longest source of the training, its end included; None if unknown.
+    """
+
+    def __init__(
+        self, model: Seq2Seq, source: LineTokenizer, target: LineTokenizer, longest: int | None = None
+    ) -> None:
+        self.model, self.source, self.target, self.longest = model, source, target, longest
+
+    @classmethod
+    def load(cls, run: Run, which: str, device: torch.device) -> Translator:
+        """Load a checkpoint of a run.
+
+        Args:
+            run: the run directory.
+            which: "last" or "best".
+            device: of the model.
+
+        Raises:
+            CommandError: a file is missing, damaged, or does not match, or the model is a language model.
+        """
+        checkpoint = run.checkpoint(which)
+        model = checkpoint.model()
+        if not isinstance(model, Seq2Seq):
+            raise CommandError(f"{run.path}: holds a language model, not a translator; use it with llm-ext generate")
+        source, target = run.tokenizers(model)
+        longest = checkpoint.config["training"].get("longest")
+        return cls(model.to(device).eval(), LineTokenizer(source), LineTokenizer(target), longest)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+    def encode(self, line: str, where: str, warn: Callable[[str], object]) -> list[int]:
+        """Return the ids of a source.
+
+        Args:
+            line: the source.
+            where: its file and line number, for messages.
+            warn: receives a message if the source is much longer than those of the training.
+
+        Raises:
+            CommandError: the vocabulary cannot represent the source.
+        """
+        try:
+            ids: list[int] = self.source.encode(line).tolist()
+        except CommandError as error:
+            raise CommandError(f"{where}: {error}") from None
+        if self.longest is not None and len(ids) >= 2 * self.longest:
+            warn(
+                f"{where}: {len(ids):,} tokens, but the longest source of the training had {self.longest - 1:,}; "
+                "the translation may be poor"
+            )
+        return ids
+
+    def stream(self, ids: Sequence[int], max_length: int | None = None) -> Iterator[str]:
+        """Translate one source by greedy search, yielding text as soon as each character is complete."""
+        source, _ = self._batch([ids])
+        found = self.model.stream(source, self.target.end, max_length=max_length)
+        return self.target.stream(int(each) for each in found)
+
+    def translate(
+        self,
+        sources: Sequence[Sequence[int]],
+        *,
+        beam: int = 1,
+        num_return_sequences: int = 1,
+        length_penalty: float = 1.0,
+        max_length: int | None = None,
+        input_projections: InputProjections | None = None,
+    ) -> list[list[str]]:
+        """Translate a batch of sources; the options are those of `Seq2Seq.search`, and a beam of 1 is greedy search.
+
+        Returns:
+            For each source `num_return_sequences` targets, best first; those of an empty source are empty.
+        """
+        nonempty = [number for number, ids in enumerate(sources) if len(ids)]
+        targets = [[""] * num_return_sequences for _ in sources]
+        if not nonempty:
+            return targets
+        source, lengths = self._batch([sources[number] for number in nonempty])
+        if beam == 1:
+            columns = list(
+                self.model.stream(
+                    source, self.target.end, lengths, max_length=max_length, input_projections=input_projections
+                )
+            )
+            rows = torch.stack(columns, 1).tolist() if columns else [[] for _ in nonempty]
+            lines = [[self.target.decode(row)] for row in rows]
+        else:
+            hypotheses = self.model.search(
+                source,
+                self.target.end,
+                lengths,
+                beam=beam,
+                num_return_sequences=num_return_sequences,
+                length_penalty=length_penalty,
+                max_length=max_length,
+                input_projections=input_projections,
+            )
+            lines = [[self.target.decode(each.ids.tolist()) for each in row] for row in hypotheses]
+        for number, row in zip(nonempty, lines, strict=True):
+            targets[number][: len(row)] = row
+        return targets
+
+    def translate_lines(
+        self,
+        lines: Iterable[tuple[str, str]],
+        batch: int,
+        warn: Callable[[str], object],
+        options: SearchOptions | None = None,
+    ) -> Iterator[list[str]]:
+        """Translate lines in their order, in batches of lines of similar length.
+
+        Args:
+            lines: file and line number, for messages, and text of each line.
+            batch: lines per batch.
+            warn: receives messages about unusual lines.
+            options: of the search.
+
+        Yields:
+            The targets of each line, as `translate` returns them.
+
+        Raises:
+            CommandError: a line cannot be read or encoded; translations of the lines before it are yielded first.
+        """
+        failure: CommandError | None = None
+
+        def encoded() -> Iterator[list[int]]:
+            nonlocal failure
+            try:
+                for where, line in lines:
+                    yield self.encode(line.strip(), where, warn) if line.strip() else []
+            except CommandError as error:
+                failure = error
+
+        ids = encoded()
+        projections: InputProjections | None = None
+        # With a batch of one, each line is answered before the next is read.
+        while window := list(islice(ids, WINDOW if batch > 1 else 1)):
+            if projections is None and self._worth_projecting(sum(map(len, window))):
+                projections = self.model.input_projections()
+            order = sorted(range(len(window)), key=lambda n: len(window[n]))
+            targets: dict[int, list[str]] = {}
+            for begin in range(0, len(order), batch):
+                numbers = order[begin : begin + batch]
+                rows = self.translate(
+                    [window[n] for n in numbers], input_projections=projections, **(options or SearchOptions())
+                )
+                targets.update(zip(numbers, rows, strict=True))
+            yield from (targets[n] for n in range(len(window)))
+        if failure is not None:
+            raise failure
+
+    def _worth_projecting(self, tokens: int) -> bool:
+        """Return whether this many tokens outweigh the input projections, one per vocabulary entry."""
+        model = self.model
+        w_hh = model.encoder.all_weights[0][1]
+        values = (2 * model.source_vocab_size + model.target_vocab_size) * len(w_hh)
+        largest = max(model.source_vocab_size, model.target_vocab_size)
+        return tokens > largest and values * w_hh.element_size() <= MAX_PROJECTION_BYTES
+
+    def _batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        source, lengths = pad_lines(sources, self.source.end)
+        return source.to(self.device), None if lengths is None else lengths.to(self.device)
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> tuple[float, str]:
+    """Return the BLEU of lines, 0 to 100, and the signature of its measurement by sacrebleu.
+
+    Args:
+        hypotheses: the lines.
+        references: one or more lists with a reference for each line; None for a missing reference.
+
+    Source: Post, "A call for clarity in reporting BLEU scores", arXiv 1804.08771.
+    """
+    # Imported here because training does not need it.
+    from sacrebleu import BLEU
+
+    metric = BLEU()
+    # The type hints of sacrebleu do not mention that it accepts None.
+    score = metric.corpus_score(list(hypotheses), cast(Sequence[Sequence[str]], references))
+    return float(score.score), str(metric.get_signature())

@@ -1,0 +1,17 @@
+"""Training: settings, tasks and the loop that trains them."""
+
+from llm_ext.cli.training.config import Config, LanguageConfig, TranslationConfig
+from llm_ext.cli.training.report import read_log
+from llm_ext.cli.training.train import Outcome, resume, train
+from llm_ext.cli.training.trainer import Progress
+
+__all__ = [
+    "Config",
+    "LanguageConfig",
+    "Outcome",
+    "Progress",
+    "TranslationConfig",
+    "read_log",
+    "resume",
+    "train",
+]

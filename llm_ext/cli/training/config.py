@@ -1,0 +1,259 @@
+"""The settings of a training run: defaults, ranges and help texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llm_ext.cli.data.tokenizer import KINDS
+
+__all__ = ["CONFIGS", "Config", "LanguageConfig", "TranslationConfig"]
+
+CELLS = ("rnn", "gru", "lstm")
+NONLINEARITIES = ("tanh", "relu", "sigmoid")
+SCHEDULES = ("one-cycle", "cosine", "constant")
+PRECISIONS = ("32-true", "bf16-mixed")
+# Parts of a model, as --freeze names them.
+PARTS = ("embedding", "encoder", "attention", "decoder", "head")
+
+DEFAULT_STEPS = 3000
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    type: type | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
+    choices: tuple[str, ...] | None = None,
+    resume: bool = False,
+) -> Any:
+    """Return a field with the metadata of its command line option; `resume`: a resumed run may change it."""
+    metadata = {"help": help, "group": group, "type": type or default.__class__}
+    metadata |= {"least": least, "most": most, "choices": choices, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _with_default(name: str, default: Any) -> Any:
+    """Return a field of `Config` with another default."""
+    return dataclasses.field(default=default, metadata=Config.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings that all tasks share; `LanguageConfig` and `TranslationConfig` add those of one task."""
+
+    task: ClassVar[str]
+
+    tokens: str = _setting(
+        "bytes", "what a token is: bytes, characters, or byte pairs learned from the text", group="data", choices=KINDS
+    )
+    vocab_size: int = _setting(
+        4096, "vocabulary size for --tokens bpe, the most tokens to learn", group="data", least=256, most=1 << 24
+    )
+    val_fraction: float = _setting(
+        0.1,
+        "fraction held out for validation without --val: the end of the text, or all pairs of some sources",
+        group="data",
+        least=0,
+        most=0.9,
+    )
+
+    cell: str = _setting("rnn", "recurrent layer; rnn is the Elman network", group="model", choices=CELLS)
+    nonlinearity: str = _setting("tanh", "nonlinearity of --cell rnn", group="model", choices=NONLINEARITIES)
+    layers: int = _setting(1, "number of recurrent layers", group="model", least=1)
+    hidden: int = _setting(512, "size of the hidden state", group="model", least=1)
+    embedding: int = _setting(128, "size of a token embedding", group="model", least=1)
+    attn_dim: int | None = _setting(
+        None,
+        "size of the attention space (default: size of what is attended to; for lm at most 128)",
+        group="model",
+        type=int,
+        least=1,
+    )
+    dropout: float = _setting(0.0, "dropout probability during training", group="model", least=0, most=0.99)
+
+    init_from: str | None = _setting(
+        None,
+        "run directory whose best checkpoint provides initial weights, matched by token (default: none)",
+        group="initialization",
+        type=str,
+    )
+    init: str = _setting(
+        "all", "weights to take from --init-from", group="initialization", choices=("all", "encoder", "embedding")
+    )
+    freeze: str = _setting(
+        "",
+        f"parts of the model to exclude from training, separated by commas: {', '.join(PARTS)} (default: none)",
+        group="initialization",
+    )
+
+    # With the defaults of batch, chunk, lr, schedule and clip an Elman network reaches 1.517 nats per character on the
+    # plays of Shakespeare in 4,800 steps.
+    batch: int = _setting(32, "streams or pairs per step, in each process", group="training", least=1)
+    steps: int | None = _setting(
+        None,
+        f"number of steps to train (default: {DEFAULT_STEPS} without --minutes)",
+        group="training",
+        type=int,
+        least=1,
+        resume=True,
+    )
+    minutes: float | None = _setting(
+        None,
+        "time to train; with --steps, the training ends at the earlier of both (default: no limit)",
+        group="training",
+        type=float,
+        least=0.001,
+        resume=True,
+    )
+    lr: float = _setting(2e-3, "peak learning rate of Adam", group="training", least=0)
+    schedule: str = _setting("one-cycle", "learning rate schedule after the warm-up", group="training", choices=SCHEDULES)
+    warmup: float = _setting(
+        0.3, "fraction of the training in which the learning rate rises", group="training", least=0, most=1
+    )
+    clip: float = _setting(1.0, "largest gradient norm; 0: no clipping", group="training", least=0)
+    validate_every: int = _setting(
+        250, "steps between validations; each one saves a checkpoint", group="training", least=1, resume=True
+    )
+    patience: int | None = _setting(
+        None,
+        "stop after this many validations without improvement (default: never)",
+        group="training",
+        type=int,
+        least=1,
+        resume=True,
+    )
+    log_every: int = _setting(25, "steps between records of the log", group="training", least=1)
+    seed: int = _setting(1, "random seed of initial weights and dropout", group="training", least=0, most=(1 << 63) - 1)
+
+    device: str = _setting("auto", "device to train on: cpu, cuda or auto; auto is the CPU", group="hardware", resume=True)
+    devices: int = _setting(
+        1, "number of devices, each with its own process; torchrun sets it", group="hardware", least=1, resume=True
+    )
+    nodes: int = _setting(1, "number of machines, with torchrun", group="hardware", least=1, resume=True)
+    precision: str = _setting("32-true", "numeric precision", group="hardware", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            if value is None and field.default is None:
+                continue
+            numeric = meta["type"] in (int, float)
+            accepted = (int, float) if meta["type"] is float else meta["type"]
+            name = field.name.replace("_", "-")
+            if not isinstance(value, accepted) or (isinstance(value, bool) and meta["type"] is not bool):
+                raise ValueError(f"{name} must be of type {meta['type'].__name__}, got {value!r}")
+            if numeric and not (meta["least"] <= value <= meta["most"] and math.isfinite(value)):
+                most = "" if meta["most"] == math.inf else f" and at most {meta['most']}"
+                raise ValueError(f"{name} must be at least {meta['least']}{most}, got {value}")
+            if meta["choices"] and value not in meta["choices"]:
+                raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}")
+        for part in self.frozen:
+            if part not in PARTS:
+                raise ValueError(f"freeze must name some of {', '.join(PARTS)}, got {part!r}")
+
+    @classmethod
+    def from_saved(cls, settings: dict[str, Any]) -> Config:
+        """Build a config from what `to_saved` returned.
+
+        Raises:
+            TypeError: a setting is unknown.
+            ValueError: a setting is out of range.
+        """
+        return cls(**{"device" if name == "accelerator" else name: value for name, value in dict(settings).items()})
+
+    def to_saved(self) -> dict[str, Any]:
+        """Return the settings as JSON values; checkpoints store `device` under the name "accelerator"."""
+        settings = dataclasses.asdict(self)
+        return {"accelerator" if name == "device" else name: value for name, value in settings.items()}
+
+    @property
+    def frozen(self) -> list[str]:
+        """The parts excluded from training."""
+        return [part for part in self.freeze.split(",") if part]
+
+    @property
+    def last_step(self) -> float:
+        """The largest number of steps."""
+        if self.steps is None:
+            return DEFAULT_STEPS if self.minutes is None else math.inf
+        return self.steps
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return the fraction of the training that is done, 0 to 1, by steps or by time, whichever is larger."""
+        by_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return min(max(step / self.last_step, by_time), 1.0)
+
+    def learning_rate(self, progress: float) -> float:
+        """Return the learning rate at a fraction `progress` of the training.
+
+        Source of the one-cycle schedule: "Super-convergence", arXiv 1708.07120.
+        """
+        # Fractions of lr at the beginning and at the end.
+        first, last = 0.04, {"one-cycle": 4e-6, "cosine": 0.1, "constant": 1.0}[self.schedule]
+        if progress < self.warmup:
+            return self.lr * _cosine(first, 1.0, progress / self.warmup)
+        return self.lr * _cosine(1.0, last, (progress - self.warmup) / max(1 - self.warmup, 1e-9))
+
+
+@dataclass(frozen=True)
+class LanguageConfig(Config):
+    """Settings to train a language model.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    task: ClassVar[str] = "lm"
+
+    attention: str = _setting(
+        "hidden", "what causal attention pools over", group="model", choices=("hidden", "embedding", "none")
+    )
+    score: str = _setting("linear", "score function of the attention", group="model", choices=("linear", "tanh"))
+    chunk: int = _setting(
+        64, "tokens per stream and step; gradients reach back one chunk", group="training", least=1
+    )
+
+
+@dataclass(frozen=True)
+class TranslationConfig(Config):
+    """Settings to train a translator.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    task: ClassVar[str] = "translate"
+
+    tokens: str = _with_default("tokens", "bpe")
+    embedding: int = _with_default("embedding", 256)
+    dropout: float = _with_default("dropout", 0.3)
+    cell: str = _with_default("cell", "gru")
+    batch: int = _with_default("batch", 64)
+    lr: float = _with_default("lr", 1e-3)
+    warmup: float = _with_default("warmup", 0.1)
+
+    vocabularies: str = _setting(
+        "shared", "one vocabulary and embedding for both sides, or two", group="data", choices=("shared", "two")
+    )
+    longest: int = _setting(200, "leave out pairs with a side of more tokens", group="data", least=1)
+    input_feeding: bool = _setting(
+        False, "feed the output of each decoder step into the next one; slower", group="model"
+    )
+    tie_head: bool = _setting(True, "share the weights of the target embedding with the output layer", group="model")
+    label_smoothing: float = _setting(
+        0.1, "label smoothing of the training loss", group="training", least=0, most=0.9
+    )
+
+
+CONFIGS: dict[str, type[Config]] = {config.task: config for config in (LanguageConfig, TranslationConfig)}
+
+
+def _cosine(start: float, end: float, fraction: float) -> float:
+    """Interpolate from start to end along half a cosine wave."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2

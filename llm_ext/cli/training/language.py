@@ -1,0 +1,186 @@
+"""Training of a language model: parallel streams of text with the state carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.data.corpus import Corpus, Streams, encode_text
+from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
+from llm_ext.cli.errors import CommandError
+from llm_ext.cli.inference.evaluate import Processes, Score, evaluate_text
+from llm_ext.cli.inference.stateful import StatefulLLM
+from llm_ext.cli.training.config import LanguageConfig
+from llm_ext.cli.training.task import InputFiles, Task
+from llm_ext.models import LLM, LLMState
+
+__all__ = ["LanguageData", "LanguageTask"]
+
+
+@dataclass(frozen=True)
+class LanguageData:
+    """An encoded text with its tokenizer.
+
+    Attributes:
+        tokenizer: of the text.
+        texts: the training text, and the validation text if it has files of its own.
+        split: end of the training text in `texts[0]`.
+    """
+
+    tokenizer: Tokenizer
+    texts: list[Corpus]
+    split: int
+
+    @classmethod
+    def prepare(
+        cls, fabric: Fabric, config: LanguageConfig, run: Run, files: InputFiles, new_vocabulary: bool
+    ) -> LanguageData:
+        """Encode the text; the first process does it for all of them.
+
+        Args:
+            fabric: the processes.
+            config: the settings.
+            run: directory of the tokenizer.
+            files: the text.
+            new_vocabulary: build and save the tokenizer first.
+
+        Raises:
+            CommandError: a file cannot be used.
+        """
+        with fabric.rank_zero_first():
+            if new_vocabulary and fabric.is_global_zero:
+                run.path.mkdir(parents=True, exist_ok=True)
+                # Characters that occur in the validation text only must be known as well.
+                texts = [*files.training, *files.val] if config.tokens == "chars" else files.training
+                tokenizer_from_files(config.tokens, texts, config.vocab_size).save(run.vocabulary)
+            tokenizer = load_tokenizer(run.vocabulary)
+            corpora = [encode_text(part, tokenizer, files.cache) for part in files.parts]
+        training = corpora[0]
+        return cls(tokenizer, corpora, len(training) if files.val else training.split(config.val_fraction))
+
+
+class LanguageTask(Task):
+    """A language model and its text.
+
+    Args:
+        fabric: the processes.
+        config: the settings.
+        data: the text.
+        model: the model to train.
+
+    Raises:
+        CommandError: the text is too short.
+    """
+
+    model: LLM
+    unit = "streams"
+
+    def __init__(self, fabric: Fabric, config: LanguageConfig, data: LanguageData, model: LLM) -> None:
+        self.fabric, self.config, self.notes = fabric, config, []
+        self.tokenizer = data.tokenizer
+        self.tokenizers = (data.tokenizer,)
+        self.model = model
+        self.module = self.stateful = StatefulLLM(model)
+
+        self.fingerprints = [text.fingerprint() for text in data.texts]
+        self.validation = data.texts[-1]
+        self.val_begin = 0 if len(data.texts) == 2 else data.split
+        self.val_size = len(self.validation) - self.val_begin
+        if self.val_size < 2:
+            raise CommandError(
+                f"the text for validation must have at least 2 tokens, got {self.val_size}; "
+                "give more text, a larger --val-fraction, or --val"
+            )
+        self.batch = config.batch * fabric.world_size
+        first = config.batch * fabric.global_rank
+        self.mine = slice(first, first + config.batch)
+        self.streams = Streams(data.texts[0], 0, data.split, self.batch, config.chunk, self.mine)
+
+    @classmethod
+    def create(
+        cls, fabric: Fabric, config: LanguageConfig, run: Run, files: InputFiles, model: LLM | None = None
+    ) -> LanguageTask:
+        """Prepare the data and build the model, or continue with a saved `model` and its tokenizer.
+
+        Raises:
+            CommandError: a file cannot be used, or the text is too short.
+        """
+        data = LanguageData.prepare(fabric, config, run, files, new_vocabulary=model is None)
+        return cls(fabric, config, data, model or cls._new_model(config, data.tokenizer.size))
+
+    @staticmethod
+    def _new_model(config: LanguageConfig, vocab_size: int) -> LLM:
+        torch.manual_seed(config.seed)
+        return LLM(
+            vocab_size,
+            config.embedding,
+            config.hidden,
+            vocab_size,
+            config.layers,
+            config.dropout,
+            cell=config.cell,
+            nonlinearity=config.nonlinearity,
+            attention=config.attention,
+            attn_dim=config.attn_dim,
+            score=config.score,
+        )
+
+    def summary(self) -> str:
+        return (
+            f"{self.tokenizer.size:,} tokens in the vocabulary ({self.tokenizer.kind}), "
+            f"{self.streams.end:,} tokens for training, {self.val_size:,} for validation"
+        )
+
+    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, int]:
+        x, y = self.fabric.to_device(self.streams.read(step))
+        if step % self.streams.steps_per_pass == 0:
+            self.stateful.state = None
+        return F.cross_entropy(module(x).flatten(0, 1), y.flatten()), self.batch * self.config.chunk
+
+    def validate(self, module: nn.Module, processes: Processes) -> Score:
+        with self.stateful.fresh_state():
+            return evaluate_text(
+                module,
+                self.validation,
+                self.val_begin,
+                len(self.validation),
+                self.tokenizer,
+                self.fabric.device,
+                processes,
+            )
+
+    def state_tensors(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the state of all streams, those of other processes included."""
+        state = self.stateful.state
+        if state is None:
+            return {}
+
+        def gather(mine: Tensor, dim: int) -> Tensor:
+            shape = list(mine.shape)
+            shape[dim] = self.batch
+            whole = mine.new_zeros(shape)
+            whole.movedim(dim, 0)[self.mine] = mine.movedim(dim, 0)
+            return sum_over_processes(whole)
+
+        tensors = {"hidden": gather(state.hidden, 1)}
+        if state.attention is not None:
+            L, c = state.attention
+            tensors |= {"attention.L": gather(L, 0), "attention.c": gather(c, 0)}
+        if state.cell is not None:
+            tensors["cell"] = gather(state.cell, 1)
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        hidden, attention, cell = tensors["hidden"], None, None
+        self.check_batch(hidden.shape[1])
+        if self.config.attention != "none":
+            attention = (tensors["attention.L"][self.mine], tensors["attention.c"][self.mine])
+        if self.config.cell == "lstm":
+            cell = tensors["cell"][:, self.mine]
+        self.stateful.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention, cell)))

@@ -1,0 +1,39 @@
+"""The plot of a run's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llm_ext.cli.data.files import atomic_write
+
+__all__ = ["plot_loss"]
+
+
+def plot_loss(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Plot the training and validation loss over the steps.
+
+    Args:
+        records: records of the log.
+        path: the picture, SVG or PNG by its suffix.
+    """
+    # Imported here because it takes a second and is needed only at the end of a training.
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = {"training": [], "validation": []}
+    for record in records:
+        if record.get("event") in curves:
+            curves[record["event"]].append((record["step"], record["loss"]))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        if points:
+            marker = "o" if name == "validation" else ""
+            axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    if any(curves.values()):
+        axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:])

@@ -1,0 +1,116 @@
+"""The interface between the training loop and what it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from llm_ext.cli.checkpoint import Model
+from llm_ext.cli.data.tokenizer import Tokenizer
+from llm_ext.cli.errors import CommandError
+from llm_ext.cli.inference.evaluate import Processes, Score
+
+__all__ = ["InputFiles", "Task"]
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """The files that a training reads.
+
+    Attributes:
+        training: the text, or one or two files of pairs.
+        val: the same for validation; empty to hold out a part of `training`.
+        cache: directory for the encoded text.
+    """
+
+    training: Sequence[Path]
+    val: Sequence[Path]
+    cache: Path
+
+    @property
+    def parts(self) -> list[Sequence[Path]]:
+        """Training files, and validation files if there are any."""
+        return [files for files in (self.training, self.val) if files]
+
+    def names(self) -> dict[str, list[str]]:
+        """Return the absolute paths as JSON values."""
+        return {
+            "files": [str(path.resolve()) for path in self.training],
+            "val": [str(path.resolve()) for path in self.val],
+        }
+
+
+class Task(ABC):
+    """A model with its data, for the loop of `Trainer`.
+
+    Attributes:
+        model: the model to train.
+        module: what Fabric wraps: the model, or a module around it.
+        tokenizers: that of a language model, or those of source and target.
+        fingerprints: of the texts, to detect changes when a run is resumed.
+        batch: rows per step of all processes together.
+        unit: what a row is, in words.
+        notes: messages about the data for the user.
+    """
+
+    model: Model
+    module: nn.Module
+    tokenizers: tuple[Tokenizer, ...]
+    fingerprints: list[str]
+    batch: int
+    unit: str
+    notes: list[str]
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Return the sizes of vocabulary and data in words."""
+
+    @abstractmethod
+    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, int]:
+        """Compute the loss of a step.
+
+        Args:
+            module: `self.module` as wrapped by Fabric.
+            step: number of steps before this one.
+
+        Returns:
+            A loss whose mean over the processes is that of the step, and the number of tokens of all processes.
+        """
+
+    @abstractmethod
+    def validate(self, module: nn.Module, processes: Processes) -> Score:
+        """Measure the loss on the validation data.
+
+        Args:
+            module: `self.module` as wrapped by Fabric, in evaluation mode.
+            processes: that share the work.
+
+        Raises:
+            EvaluationStoppedError: `processes.stop` returned True.
+        """
+
+    @abstractmethod
+    def state_tensors(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the tensors besides weights and moments that are needed to continue, those of all processes."""
+
+    @abstractmethod
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state_tensors` returned.
+
+        Raises:
+            KeyError: a tensor is missing.
+            CommandError: the tensors do not fit.
+        """
+
+    def metadata(self) -> dict[str, int]:
+        """Return JSON values that inference needs from the training."""
+        return {}
+
+    def check_batch(self, saved: int) -> None:
+        """Raise a CommandError if the number of rows per step differs from that of the saved run."""
+        if saved != self.batch:
+            raise CommandError(f"cannot resume: batch × processes must be {saved} as before, got {self.batch}")

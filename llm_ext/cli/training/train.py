@@ -1,0 +1,126 @@
+"""Training from start to end: settings, data, task, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.data.files import check_files
+from llm_ext.cli.errors import CommandError
+from llm_ext.cli.training.config import CONFIGS, Config
+from llm_ext.cli.training.language import LanguageTask
+from llm_ext.cli.training.launch import launch
+from llm_ext.cli.training.plot import plot_loss
+from llm_ext.cli.training.report import read_log
+from llm_ext.cli.training.task import InputFiles, Task
+from llm_ext.cli.training.trainer import Progress, Trainer
+from llm_ext.cli.training.transfer import freeze, initialize_from
+from llm_ext.cli.training.translation import TranslationTask
+
+__all__ = ["CACHE", "LOG", "PLOT", "Outcome", "resume", "train"]
+
+# Names in a run directory.
+LOG, PLOT, CACHE = "log.jsonl", "loss.svg", "cache"
+
+TASKS: dict[str, Callable[..., Task]] = {"lm": LanguageTask.create, "translate": TranslationTask.create}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a training.
+
+    Attributes:
+        progress: the steps and losses so far.
+        signal: number of the signal that stopped the training early; 0 if none did.
+        first: whether this is the first process, which reports to the user.
+    """
+
+    progress: Progress
+    signal: int
+    first: bool
+
+
+def train(
+    config: Config,
+    files: Sequence[Path],
+    out: Path,
+    *,
+    val: Sequence[Path] = (),
+    cache: Path | None = None,
+) -> Outcome:
+    """Train a model.
+
+    Args:
+        config: a `LanguageConfig` or a `TranslationConfig`.
+        files: the text; for a translator one file of tab-separated pairs, or a file of sources and one of targets.
+        out: run directory for tokenizers, checkpoints, log and plot; it must not hold a run.
+        val: the same for validation; empty to hold out a part of `files`.
+        cache: directory for the encoded text; by default inside `out`.
+
+    Raises:
+        CommandError: a file cannot be used, the loss is not finite, or a checkpoint cannot be saved.
+    """
+    run = Run(out)
+    if run.exists():
+        raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
+    inputs = InputFiles(files, val, cache or out / CACHE)
+    check_files([*files, *val])
+    init_from = None if config.init_from is None else Path(config.init_from)
+    if init_from is not None:
+        Run(init_from).checkpoint("best")  # reports an error before the text is encoded
+    fabric = launch(config)
+    task = TASKS[config.task](fabric, config, run, inputs)
+    if init_from is not None:
+        task.notes.append(initialize_from(task.model, task.tokenizers, init_from, config.init))
+    freeze(task.model, config.frozen)
+    return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress()))
+
+
+def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> Outcome:
+    """Continue a training from its last checkpoint, with the results of an uninterrupted one.
+
+    Args:
+        out: the run directory.
+        changes: settings to change, such as more steps.
+        cache: directory for the encoded text; by default inside `out`.
+
+    Raises:
+        CommandError: the checkpoint or the text is missing, damaged or changed; and as `train`.
+    """
+    run = Run(out)
+    checkpoint = run.checkpoint("last")
+    saved = checkpoint.config["training"]
+    try:
+        config = CONFIGS[checkpoint.task].from_saved(saved["config"])
+        progress = Progress(**saved["progress"])
+        names = saved["names"]
+        files, val = ([Path(path) for path in names[part]] for part in ("files", "val"))
+        fingerprints = saved["fingerprints"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
+    config = dataclasses.replace(config, **changes)
+    inputs = InputFiles(files, val, cache or out / CACHE)
+    check_files([*files, *val])
+    model = checkpoint.model()
+    run.tokenizers(model)  # reports an error if they do not fit the model
+    fabric = launch(config)
+    task = TASKS[config.task](fabric, config, run, inputs, model)
+    if task.fingerprints != fingerprints:
+        raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
+    freeze(task.model, config.frozen)
+    trainer = Trainer(fabric, config, run, task, names, progress)
+    trainer.restore(checkpoint)
+    return _fit(trainer)
+
+
+def _fit(trainer: Trainer) -> Outcome:
+    """Run the training loop and plot its log."""
+    first, out = trainer.fabric.is_global_zero, trainer.run.path
+    signal = trainer.fit(out / LOG)
+    if first:
+        plot_loss(read_log(out / LOG), out / PLOT)
+    return Outcome(trainer.progress, signal, first)

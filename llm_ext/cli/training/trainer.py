@@ -1,0 +1,275 @@
+"""The training loop of all tasks, on the devices and processes of Lightning Fabric."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from llm_ext.cli.checkpoint import STATE, Checkpoint, Run
+from llm_ext.cli.errors import CommandError
+from llm_ext.cli.inference.evaluate import EvaluationStoppedError, Processes
+from llm_ext.cli.training.config import Config
+from llm_ext.cli.training.report import Report
+from llm_ext.cli.training.signals import StopRequest
+from llm_ext.cli.training.task import Task
+
+__all__ = ["Progress", "Trainer"]
+
+
+@dataclass
+class Progress:
+    """The progress of a training; checkpoints store it.
+
+    Attributes:
+        step: number of steps done.
+        seconds: time spent, validation included.
+        validated: step of the last validation.
+        best_step: step of the best validation, or None.
+        best_loss: its loss in nats per token, or None.
+        misses: validations since the best one.
+        losses: sum of the training losses since the last record of the log.
+        recent: mean training loss in that record, or None.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    validated: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    misses: int = 0
+    losses: float = 0.0
+    recent: float | None = None
+
+
+class Trainer:
+    """Trains a task: steps, validation, checkpoints, log.
+
+    Args:
+        fabric: devices and processes.
+        config: the settings.
+        run: the run directory.
+        task: model and data.
+        names: paths of the data, stored in checkpoints.
+        progress: where to start or continue.
+
+    Attributes:
+        adam: the optimizer, not wrapped by Fabric.
+    """
+
+    def __init__(
+        self, fabric: Fabric, config: Config, run: Run, task: Task, names: dict[str, list[str]], progress: Progress
+    ) -> None:
+        self.fabric, self.config, self.run, self.task = fabric, config, run, task
+        self.names, self.progress, self.model = names, progress, task.model
+        self.trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
+
+        # fused: one kernel per step instead of several per parameter.
+        self.adam = torch.optim.Adam([parameter for _, parameter in self.trained], lr=config.lr, fused=True)
+        self.module, self.optimizer = fabric.setup(task.module, self.adam)
+        self.saved_step: int | None = None
+        self.stop_request = StopRequest()
+        # Tokens read and time spent on them since the last validation.
+        self.tokens, self.busy_seconds = 0, 0.0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load the optimizer and task state of a checkpoint; the model has its weights already.
+
+        Raises:
+            CommandError: the checkpoint is damaged, or has another number of rows per step.
+        """
+        self.saved_step = checkpoint.step
+        tensors = checkpoint.tensors(STATE)
+        if not tensors:
+            return  # saved before the first step
+        try:
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments = {
+                number: {key: tensors[f"{key}.{name}"] for key in keys} for number, (name, _) in enumerate(self.trained)
+            }
+            self.task.load_state_tensors(tensors)
+        except KeyError as error:
+            raise CommandError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
+        self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
+
+    def fit(self, log: Path) -> int:
+        """Train to the end or until a signal, writing to `log`.
+
+        Returns:
+            The number of the signal, or 0.
+
+        Raises:
+            CommandError: the loss or the gradient is not finite, or a checkpoint cannot be saved.
+        """
+        config, progress = self.config, self.progress
+        self._started = time.perf_counter() - progress.seconds
+        done = config.progress(progress.step, progress.seconds)
+        silent = not self.fabric.is_global_zero
+        with self.stop_request, Report(log, progress.step, done, silent) as self.report:
+            self._introduce()
+            while not (stopped := self._stop_requested()):
+                done = config.progress(progress.step, progress.seconds)
+                due = done >= 1 or progress.step % config.validate_every == 0
+                if due and progress.step > progress.validated:
+                    # A signal ends the validation; a resumed training repeats it from its beginning.
+                    with contextlib.suppress(EvaluationStoppedError):
+                        self._validate()
+                elif done >= 1 or (config.patience and progress.misses >= config.patience):
+                    break
+                else:
+                    self._step(done)
+            if self.saved_step != progress.step:
+                self._save(best=False)
+        return (self.stop_request.number or signal.SIGTERM) if stopped else 0
+
+    def _introduce(self) -> None:
+        for note in self.task.notes:
+            self.report.say(note)
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        frozen = size - sum(parameter.numel() for _, parameter in self.trained)
+        self.report.say(
+            f"{size:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}, {self.task.summary()}; "
+            f"{self.fabric.device}, {self.fabric.world_size} process(es), {self.task.batch} {self.task.unit}"
+        )
+
+    def _step(self, done: float) -> None:
+        """Do one training step; `done` is the fraction of the training before it."""
+        config, progress = self.config, self.progress
+        started = time.perf_counter()
+        # Dropout depends on the step alone, so that a resumed training draws the same masks.
+        torch.manual_seed(zlib.crc32(f"{config.seed} {progress.step} {self.fabric.global_rank}".encode()))
+        loss, tokens = self.task.loss(self.module, progress.step)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self.module, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
+        )
+        assert norm is not None
+        mean = self._sum(torch.stack((loss.detach(), norm)) / self.fabric.world_size)
+        mean_loss, mean_norm = mean.tolist()
+        # Checked before the update, so that the weights stay finite.
+        self._check_finite(progress.step + 1, "loss", mean_loss)
+        self._check_finite(progress.step + 1, "norm of the gradients", mean_norm)
+        rate = config.learning_rate(done)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+        progress.step += 1
+        progress.losses += mean_loss
+        self.tokens += tokens
+        self.busy_seconds += time.perf_counter() - started
+        speed = self.tokens / self.busy_seconds
+        self.report.advance(done, f"step {progress.step}, loss {mean_loss:.3f}, {speed:,.0f} tokens/s")
+        if progress.step % config.log_every == 0:
+            progress.recent = progress.losses / config.log_every
+            progress.losses = 0.0
+            self.report.record(
+                "training",
+                progress.step,
+                loss=progress.recent,
+                norm=mean_norm,
+                rate=rate,
+                tokens_per_second=round(speed),
+                seconds=round(progress.seconds, 3),
+            )
+
+    def _validate(self) -> None:
+        """Measure the validation loss and save a checkpoint."""
+        progress = self.progress
+        self.module.eval()
+        processes = Processes(self.fabric.global_rank, self.fabric.world_size, self._sum, self._stop_requested)
+        score = self.task.validate(self.module, processes)
+        self.module.train()
+        self._check_finite(progress.step, "validation loss", score.loss)
+        self._stop_requested()
+        progress.validated = progress.step
+        best = progress.best_loss is None or score.loss < progress.best_loss
+        if best:
+            progress.best_step, progress.best_loss, progress.misses = progress.step, score.loss, 0
+        else:
+            progress.misses += 1
+        speed = self.tokens / self.busy_seconds if self.busy_seconds else 0.0
+        self.tokens, self.busy_seconds = 0, 0.0
+        # Log before the checkpoint: resuming removes the records of later steps than that of the checkpoint.
+        self.report.record(
+            "validation",
+            progress.step,
+            loss=score.loss,
+            bits_per_character=score.bits(score.characters),
+            best=best,
+            tokens_per_second=round(speed),
+            seconds=round(progress.seconds, 3),
+        )
+        self._save(best)
+        recent = "" if progress.recent is None else f"training {progress.recent:.4f}, "
+        self.report.say(
+            f"step {progress.step}: {recent}validation {score.loss:.4f} nats "
+            f"({score.bits(score.tokens):.4f} bits) per token, {speed:,.0f} tokens/s{', best' if best else ''}"
+        )
+
+    def _save(self, best: bool) -> None:
+        """Save a checkpoint; all processes take part.
+
+        Raises:
+            CommandError: the checkpoint could not be written.
+        """
+        config, progress = self.config, self.progress
+        # Before the first step Adam has no moments, and there is nothing to continue from.
+        state = self.task.state_tensors(self._sum) if self.adam.state else {}
+        for name, parameter in self.trained:
+            state |= {f"{key}.{name}": tensor for key, tensor in self.adam.state.get(parameter, {}).items()}
+        training = {
+            **self.task.metadata(),
+            "config": config.to_saved(),
+            "progress": dataclasses.asdict(progress),
+            "names": self.names,
+            "fingerprints": self.task.fingerprints,
+        }
+        failure = ""
+        if self.fabric.is_global_zero:
+            try:
+                weights = dict(self.model.named_parameters())
+                self.run.save(progress.step, self.model.config(), weights, training, state, best=best, task=config.task)
+            except OSError as error:
+                reason = f"{error.strerror}; {self._last_saved()}"
+                failure = f"step {progress.step} cannot be saved in {self.run.path}: {reason}"
+        failure = self.fabric.broadcast(failure)
+        if failure:
+            raise CommandError(failure)
+        self.saved_step = progress.step
+
+    def _stop_requested(self) -> bool:
+        """Return whether any process received a signal; update the time, which is that of the first process."""
+        seconds, signals = time.perf_counter() - self._started, float(self.stop_request.number)
+        if self.fabric.world_size > 1:
+            values = [seconds if self.fabric.is_global_zero else 0.0, signals]
+            total = self._sum(torch.tensor(values, dtype=torch.float64, device=self.fabric.device))
+            seconds, signals = total.tolist()
+        self.progress.seconds = seconds
+        return signals > 0
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+        return cast(Tensor, self.fabric.all_reduce(values, reduce_op="sum"))
+
+    def _check_finite(self, step: int, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise CommandError(
+                f"step {step}: the {name} is {value}; training stopped, {self._last_saved()}; try a smaller --lr"
+            )
+
+    def _last_saved(self) -> str:
+        if not self.run.exists():
+            return "nothing was saved yet"
+        return f"the checkpoint of step {self.run.checkpoint('last').step} is kept"
