@@ -1,23 +1,24 @@
-"""Fused recurrent layers, attention pooling and additive attention for PyTorch."""
+"""Fused recurrent layers and attention for PyTorch, on CPU and CUDA.
+
+Layers: :class:`RNN`, :class:`GRU`, :class:`LSTM`, their cells, :class:`Linear`, :class:`AttentionPool` and
+:class:`AdditiveAttention`. Models: :class:`LLM` and :class:`Seq2Seq`. The functions behind them are in
+:mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import version
-from typing import TypedDict, cast
+from importlib import metadata as _metadata
+from typing import TypedDict as _TypedDict
+from typing import cast as _cast
 
-import torch  # noqa: F401  (its libraries must be loaded before the module that calls them)
+import torch as _torch  # noqa: F401  (its libraries must be loaded before the compiled module)
 
-from llm_ext._C import build_info as _build_info
-from llm_ext._C import cached_bytes as _cached_bytes
-from llm_ext._C import empty_cache as _empty_cache
-from llm_ext._C import forget_weights as _forget_weights
-from llm_ext._C import remembered_bytes as _remembered_bytes
-from llm_ext.attention import AdditiveAttention, AttentionPool
-from llm_ext.layers import GRU, LSTM, RNN, GRUCell, Linear, LSTMCell, RNNCell
-from llm_ext.model import LLM, LLMState
-from llm_ext.seq2seq import Hypothesis, Memory, Seq2Seq, Seq2SeqState
+from llm_ext import _C, models, nn, ops, reference
+from llm_ext.models import LLM, BeamHypothesis, EncoderOutput, LLMState, Seq2Seq, Seq2SeqState
+from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AttentionPool, GRUCell, Linear, LSTMCell, RNNCell
+from llm_ext.ops.argument_checks import ArgumentError
 
-__version__ = version("llm_ext")
+__version__ = _metadata.version("llm_ext")
 
 __all__ = [
     "GRU",
@@ -25,65 +26,83 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "ArgumentError",
     "AttentionPool",
+    "BeamHypothesis",
+    "BuildInfo",
+    "EncoderOutput",
     "GRUCell",
-    "Hypothesis",
     "LLMState",
     "LSTMCell",
     "Linear",
-    "Memory",
     "RNNCell",
     "Seq2Seq",
     "Seq2SeqState",
     "build_info",
-    "cached_bytes",
-    "empty_cache",
-    "forget_weights",
-    "remembered_bytes",
+    "clear_packed_weight_cache",
+    "cpu_cache_bytes",
+    "empty_cpu_cache",
+    "models",
+    "nn",
+    "ops",
+    "packed_weight_cache_bytes",
+    "reference",
 ]
 
 
-class BuildInfo(TypedDict):
-    """What the compiled module was built with, and what it uses here."""
+class BuildInfo(_TypedDict):
+    """The result of :func:`build_info`.
+
+    Attributes:
+        compiler: Compiler and version.
+        torch: Version of torch that the module was compiled against.
+        cuda: Version of CUDA, or ``None`` if the module was built without CUDA.
+        openmp: Whether the module uses OpenMP.
+        isa: ISA of the CPU kernels in use: ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``.
+    """
 
     compiler: str
     torch: str
     cuda: str | None
     openmp: bool
-    simd: str
+    isa: str
 
 
 def build_info() -> BuildInfo:
-    """Say what the compiled module was built with: compiler, torch, CUDA (None: without), OpenMP, SIMD level in use.
+    """Return how the compiled module was built, and the ISA of the CPU kernels in use.
 
     Raises:
-        RuntimeError: LLM_EXT_SIMD names a level that does not exist or that this machine lacks.
+        RuntimeError: The environment variable LLM_EXT_ISA names an ISA that does not exist or that the machine lacks.
+
+    Example:
+        >>> sorted(llm_ext.build_info())
+        ['compiler', 'cuda', 'isa', 'openmp', 'torch']
     """
-    return cast(BuildInfo, _build_info())
+    return _cast(BuildInfo, _C.build_info())
 
 
-def remembered_bytes() -> int:
-    """Bytes of weights that are remembered in the form the kernels want them, at most 256 MiB.
+def packed_weight_cache_bytes() -> int:
+    """Return the size of the packed weight cache in bytes, at most 256 MiB.
 
-    Weights that were packed twice without a change are remembered, so that evaluation packs them no more. They are
-    known by their contents: a change of any kind is noticed in the next call.
+    Weights that were packed twice without a change are cached, so that further calls do not pack them. They are found
+    by a hash of their content: any change takes effect in the next call.
     """
-    return _remembered_bytes()
+    return _C.packed_weight_cache_bytes()
 
 
-def forget_weights() -> None:
-    """Free the memory of `remembered_bytes`."""
-    _forget_weights()
+def clear_packed_weight_cache() -> None:
+    """Free the memory of the packed weight cache."""
+    _C.clear_packed_weight_cache()
 
 
-def cached_bytes() -> int:
-    """Bytes of memory on the CPU that large results have left and that wait for the next ones, at most 512 MiB.
+def cpu_cache_bytes() -> int:
+    """Return the unused bytes that the CPU caching allocator holds, at most 512 MiB.
 
-    Results of 4 MB and more have their memory from here, because fresh memory is slow at its first use.
+    CPU tensors of 4 MB or more that the ops return come from this allocator, because fresh memory is slow to touch.
     """
-    return _cached_bytes()
+    return _C.cpu_cache_bytes()
 
 
-def empty_cache() -> None:
-    """Give the memory of `cached_bytes` back to the system."""
-    _empty_cache()
+def empty_cpu_cache() -> None:
+    """Return the unused memory of the CPU caching allocator to the system."""
+    _C.empty_cpu_cache()

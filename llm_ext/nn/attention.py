@@ -1,4 +1,4 @@
-"""Attention pooling and additive attention as modules: parameters, and the choice between the ops."""
+"""Attention layers: attention pooling and additive attention."""
 
 from __future__ import annotations
 
@@ -7,24 +7,45 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llm_ext import checks, ops
+from llm_ext import ops
+from llm_ext.ops import argument_checks
 
+__all__ = ["AdditiveAttention", "AttentionPool"]
+
+# (L [B], c [B, D]): the log-sum-exp of the scores and the pooled vector of what came before.
 State = tuple[Tensor, Tensor]
 
 
 class AttentionPool(nn.Module):
-    """Pool vectors by attention, `α = softmax(s)`, `c = Σ α_i e_i`, over a sequence or each of its prefixes.
+    r"""Pool vectors by attention, over a sequence or over each of its prefixes.
+
+    ``c = sum_t softmax_t(s) e_t`` with the score ``s_t = v · (W e_t)``, or ``s_t = v · tanh(W e_t + b)``.
 
     Args:
-        embed_dim: D, size of the pooled vectors.
+        embed_dim: D, size of the vectors.
         attn_dim: A, size of the attention space.
-        score: "linear" for `s_i = vᵀ W e_i`, "tanh" for `s_i = vᵀ tanh(W e_i + b)`.
-        causal: pool at each position over it and those before it.
-        device: of the parameters.
-        dtype: of the parameters, float32, float64, bfloat16 or float16.
+        score: ``"linear"`` or ``"tanh"``.
+        causal: Pool at each position over the positions up to it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Source: the tanh score is that of "Neural machine translation by jointly learning to align and translate",
-    arXiv 1409.0473; the causal form is in "Attention as an RNN", arXiv 2405.13956.
+    Attributes:
+        weight: W, ``[A, D]``.
+        v: ``[A]``.
+        bias: b, ``[A]``, or ``None`` for a linear score.
+
+    Raises:
+        ValueError: A size or the score is out of range.
+
+    Source: the tanh score is that of Bahdanau et al., arXiv 1409.0473; the causal form is that of "Attention as an
+    RNN", arXiv 2405.13956.
+
+    Example:
+        >>> pool = llm_ext.AttentionPool(embed_dim=256, attn_dim=64)
+        >>> e = torch.randn(8, 20, 256)
+        >>> c, weights = pool(e, mask=torch.rand(8, 20) > 0.1, need_weights=True)
+        >>> c.shape, weights.shape
+        (torch.Size([8, 256]), torch.Size([8, 20]))
     """
 
     def __init__(
@@ -55,7 +76,7 @@ class AttentionPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W by Xavier's rule and v from U(-1/√A, 1/√A); the bias is zero."""
+        """Draw W by Xavier's rule and v from U(-1/√A, 1/√A), and set the bias to zero."""
         nn.init.xavier_uniform_(self.weight)
         nn.init.uniform_(self.v, -1 / math.sqrt(self.attn_dim), 1 / math.sqrt(self.attn_dim))
         if self.bias is not None:
@@ -65,7 +86,7 @@ class AttentionPool(nn.Module):
         return f"{self.embed_dim}, {self.attn_dim}, score={self.score!r}, causal={self.causal}"
 
     def fold(self) -> Tensor | None:
-        """Return u = Wᵀ v, [D], of a linear score: vᵀ W e = u·e. None for a tanh score, which does not fold."""
+        """Return ``u = Wᵀ v``, ``[D]``, with which a linear score is ``s_t = u · e_t``; ``None`` for a tanh score."""
         return self.v @ self.weight if self.bias is None else None
 
     def forward(
@@ -73,32 +94,34 @@ class AttentionPool(nn.Module):
         e: Tensor,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
-        return_weights: bool = False,
+        need_weights: bool = False,
         state: State | None = None,
         u: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
         """Pool e.
 
         Args:
-            e: [B, T, D].
-            lengths: [B] int64: position i of row b takes part if i < lengths[b].
-            mask: [B, T] bool: True takes part; with `lengths`, a position needs both.
-            return_weights: return α as well (which costs the memory of a T × T matrix a row when causal).
-            state: when causal, (L [B], c [B, D]) as returned for what came before e; None at the start. It is float32
-                where e has 16 bits, because it adds up over the sequence.
-            u: what `fold` has returned, for many calls with the same weights; None: it is formed in this call.
+            e: Vectors ``[B, T, D]``.
+            lengths: int64 ``[B]``; positions ``t >= lengths[b]`` are masked.
+            mask: bool ``[B, T]``, False for masked positions. A position is attended to if both lengths and mask allow
+                it.
+            need_weights: Return the softmax weights too. If causal, they take the memory of a T × T matrix per row.
+            state: State ``(L [B], c [B, D])`` that a causal call returned for the positions before e, in float32 if e
+                has 16 bits. ``None`` means there are none.
+            u: The result of :meth:`fold`, for several calls with the same weights. ``None``: it is computed here.
 
         Returns:
-            c [B, D], or (c, α [B, T]); when causal (c [B, T, D], state), or (c, state, α [B, T, T]).
-            Where nothing takes part both are 0. Given a state, α sums to less than 1: the rest is the past's.
+            c ``[B, D]``, or ``(c, weights [B, T])`` with need_weights. If causal, ``(c [B, T, D], state)``, or
+            ``(c, state, weights [B, T, T])``. Fully masked rows give 0. With a state the weights sum to less than 1;
+            the rest belongs to the positions before e.
 
         Raises:
-            ValueError: a shape or device that does not fit, a state for a pool that is not causal, or u for a tanh
-                score.
-            TypeError: a dtype that does not fit.
+            ValueError: A shape or device does not fit, the pool is not causal but a state is given, or the score is
+                tanh but u is given.
+            TypeError: A dtype does not fit.
         """
         if e.dim() != 3 or e.shape[2] != self.embed_dim:
-            checks.fail_shape("AttentionPool", "e", "B, T, D", (None, None, self.embed_dim), e)
+            argument_checks.fail_shape("AttentionPool", "e", "B, T, D", (None, None, self.embed_dim), e)
         scores = None
         if self.bias is not None:
             if u is not None:
@@ -109,13 +132,13 @@ class AttentionPool(nn.Module):
 
         if self.causal:
             c, new_state = ops.prefix_pool(e, u, scores=scores, lengths=lengths, mask=mask, state=state)
-            if return_weights:
+            if need_weights:
                 return c, new_state, self._weights(e, u, scores, lengths, mask, state)
             return c, new_state
         if state is not None:
             raise ValueError("AttentionPool: state must be None unless causal=True, got a state")
         c, _ = ops.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
-        return (c, self._weights(e, u, scores, lengths, mask, None)) if return_weights else c
+        return (c, self._weights(e, u, scores, lengths, mask, None)) if need_weights else c
 
     def _weights(
         self,
@@ -126,11 +149,11 @@ class AttentionPool(nn.Module):
         mask: Tensor | None,
         state: State | None,
     ) -> Tensor:
-        """The softmax that the ops never store: α [B, T], or [B, T, T] when causal."""
+        """Return the softmax weights, which the ops do not store: [B, T], or [B, T, T] if causal."""
         T = e.shape[1]
         s = e @ u if u is not None else scores
         assert s is not None
-        s = s.to(checks.compute_dtype(e.dtype))  # as the state
+        s = s.to(argument_checks.compute_dtype(e.dtype))  # the dtype of the state
         position = torch.arange(T, device=e.device)
         if lengths is not None:
             s = s.masked_fill(position >= lengths[:, None], -math.inf)
@@ -138,7 +161,7 @@ class AttentionPool(nn.Module):
             s = s.masked_fill(~mask, -math.inf)
         if self.causal:
             s = s[:, None].masked_fill(position > position[:, None], -math.inf)
-            # The past competes as one more position, which is then dropped.
+            # The state takes part in the softmax as one more position, which is dropped afterwards.
             past = s.new_full((s.shape[0],), -math.inf) if state is None else state[0]
             s = torch.cat((past[:, None, None].expand(-1, T, 1), s), -1)
         empty = (s == -math.inf).all(-1, keepdim=True)
@@ -147,19 +170,36 @@ class AttentionPool(nn.Module):
 
 
 class AdditiveAttention(nn.Module):
-    """Attend to keys by the additive score of Bahdanau, `s_qk = v·tanh(W_q query_q + W_k key_k + b)`.
+    r"""Attend from queries to keys by additive scores.
 
-    The weights `α_q = softmax_k(s_qk)` give the context `c_q = Σ_k α_qk value_k`. No tensor of Tq × Tk × A is stored.
+    ``c_q = sum_k softmax_k(s_qk) value_k`` with ``s_qk = v · tanh(W_q query_q + W_k key_k + b)``. No tensor of
+    Tq × Tk × A is stored.
 
     Args:
         query_dim: Dq, size of the queries.
         key_dim: Dk, size of the keys.
         attn_dim: A, size of the attention space.
-        bias: whether there is a b.
-        device: of the parameters.
-        dtype: of the parameters: float32, float64, bfloat16 or float16.
+        bias: Whether b exists.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Source: "Neural machine translation by jointly learning to align and translate", arXiv 1409.0473.
+    Attributes:
+        q_proj_weight: W_q, ``[A, Dq]``.
+        k_proj_weight: W_k, ``[A, Dk]``.
+        v: ``[A]``.
+        bias: b, ``[A]``, or ``None``.
+
+    Raises:
+        ValueError: A size is out of range.
+
+    Source: Bahdanau et al., "Neural machine translation by jointly learning to align and translate", arXiv 1409.0473.
+
+    Example:
+        >>> attention = llm_ext.AdditiveAttention(query_dim=128, key_dim=256, attn_dim=64)
+        >>> query, keys = torch.randn(8, 5, 128), torch.randn(8, 20, 256)
+        >>> context, weights = attention(query, keys, need_weights=True)
+        >>> context.shape, weights.shape
+        (torch.Size([8, 5, 256]), torch.Size([8, 5, 20]))
     """
 
     def __init__(
@@ -187,7 +227,7 @@ class AdditiveAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W_q and W_k by Xavier's rule and v from U(-1/√A, 1/√A); the bias is zero."""
+        """Draw W_q and W_k by Xavier's rule and v from U(-1/√A, 1/√A), and set the bias to zero."""
         nn.init.xavier_uniform_(self.q_proj_weight)
         nn.init.xavier_uniform_(self.k_proj_weight)
         nn.init.uniform_(self.v, -1 / math.sqrt(self.attn_dim), 1 / math.sqrt(self.attn_dim))
@@ -198,13 +238,13 @@ class AdditiveAttention(nn.Module):
         return f"{self.query_dim}, {self.key_dim}, {self.attn_dim}, bias={self.bias is not None}"
 
     def project_keys(self, keys: Tensor) -> Tensor:
-        """Return W_k keys + b, [B, Tk, A], of keys [B, Tk, Dk]: once for many calls with the same keys and weights.
+        """Return ``W_k keys + b``, ``[B, Tk, A]``, for several calls with the same keys ``[B, Tk, Dk]`` and weights.
 
         Raises:
-            ValueError: a shape that does not fit.
+            ValueError: A shape does not fit.
         """
         if keys.dim() != 3 or keys.shape[2] != self.key_dim:
-            checks.fail_shape("AdditiveAttention", "keys", "B, Tk, Dk", (None, None, self.key_dim), keys)
+            argument_checks.fail_shape("AdditiveAttention", "keys", "B, Tk, Dk", (None, None, self.key_dim), keys)
         return ops.linear(keys, self.k_proj_weight, self.bias)
 
     def forward(
@@ -221,23 +261,25 @@ class AdditiveAttention(nn.Module):
         """Attend to keys.
 
         Args:
-            query: [B, Tq, Dq].
-            keys: [B, Tk, Dk]; None if both values and projected_keys are given.
-            values: [B, Tk, Dv]; None: the keys are the values.
-            key_lengths: [B] int64: key k of row b takes part if k < key_lengths[b].
-            mask: [B, Tk] or [B, Tq, Tk] bool: True takes part; with `key_lengths`, a key needs both.
-            need_weights: return α as well.
-            projected_keys: [B, Tk, A], what `project_keys` has returned for the keys; None: they are projected here.
+            query: ``[B, Tq, Dq]``.
+            keys: ``[B, Tk, Dk]``; ``None`` if both values and projected_keys are given.
+            values: ``[B, Tk, Dv]``; ``None``: the keys are the values.
+            key_lengths: int64 ``[B]``; keys ``k >= key_lengths[b]`` are masked.
+            mask: bool ``[B, Tk]`` or ``[B, Tq, Tk]``, False for masked keys. A key is attended to if both key_lengths
+                and mask allow it.
+            need_weights: Return the softmax weights too.
+            projected_keys: ``[B, Tk, A]``, the result of :meth:`project_keys`; ``None``: keys are projected here.
 
         Returns:
-            The context [B, Tq, Dv], and α [B, Tq, Tk] or None. Where no key takes part both are 0.
+            The context ``[B, Tq, Dv]``, and the weights ``[B, Tq, Tk]`` or ``None``. A query whose keys are all masked
+            gets 0.
 
         Raises:
-            ValueError: a shape or device that does not fit, or keys that are needed and missing.
-            TypeError: a dtype that does not fit.
+            ValueError: A shape or device does not fit, or keys are needed and missing.
+            TypeError: A dtype does not fit.
         """
         if query.dim() != 3 or query.shape[2] != self.query_dim:
-            checks.fail_shape("AdditiveAttention", "query", "B, Tq, Dq", (None, None, self.query_dim), query)
+            argument_checks.fail_shape("AdditiveAttention", "query", "B, Tq, Dq", (None, None, self.query_dim), query)
         if keys is None and (values is None or projected_keys is None):
             raise ValueError("AdditiveAttention: keys must be given unless values and projected_keys are, got None")
         if projected_keys is None:

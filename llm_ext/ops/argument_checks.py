@@ -1,41 +1,49 @@
-"""Checks of what arguments mean, with messages a person understands.
+"""Argument checks with messages for people: each names the op, the argument, what was expected and what came.
 
-`csrc/torch` refuses whatever it cannot run; these say why. Values inside tensors (lengths, batch sizes) are
-looked at where there are any: not under torch.compile.
+The C++ ops refuse whatever they cannot run, and these functions explain why. Values inside tensors (lengths, batch
+sizes, ids) are read only where they exist, which excludes torch.compile.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+# Modes of a recurrence, as torch.nn.RNNBase.mode spells them; RNN_SIGMOID is an extension.
+MODES = ("RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "GRU", "LSTM")
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
-STACK_CELLS = (*NONLINEARITIES, "gru", "lstm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Of affine maps of our own, on a CPU; elsewhere torch has products that are at least as quick.
-LINEAR_DTYPES = (torch.float32, torch.float64)
+# The native GEMM covers these on a CPU; elsewhere torch has products that are at least as fast.
+NATIVE_GEMM_DTYPES = (torch.float32, torch.float64)
 
-# Sizes of a tensor; None for any.
+# Sizes of a tensor; None matches any size.
 Sizes = tuple[int | None, ...]
+T = TypeVar("T")
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """Arguments that do not fit together: a ValueError; a RuntimeError too, as torch.nn raises here."""
+    """Raised when arguments do not fit together. It is also a RuntimeError, which torch.nn raises in these cases."""
 
 
 class DtypeError(ArgumentError, TypeError):
-    """A wrong dtype: a TypeError too."""
+    """Raised for a wrong dtype. It is also a TypeError."""
+
+
+def gates_of(mode: str) -> int:
+    """Return the number of gates of a mode: the blocks of H rows in its weights."""
+    return {"GRU": 3, "LSTM": 4}.get(mode, 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what numbers of a dtype are computed in, and what adds up over a sequence is kept in."""
+    """Return the dtype that tensors of `dtype` are computed in, and that accumulated state has."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def fail_shape(op: str, name: str, letters: str, sizes: Sizes, got: Tensor) -> NoReturn:
-    """Raise for a shape that is not `sizes`, which `letters` names."""
+    """Raise for a tensor whose shape is not `sizes`; `letters` names the sizes."""
     expected = ", ".join("*" if size is None else str(size) for size in sizes)
     raise ArgumentError(f"{op}: {name} must be [{letters}] = [{expected}], got {list(got.shape)}")
 
@@ -49,7 +57,7 @@ def _check(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Raise unless `got` is a tensor of these sizes and of one of these dtypes, on the device of `like`."""
+    """Raise unless `got` is a tensor of these sizes, of one of these dtypes, on the device of `like`."""
     if not isinstance(got, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(got).__name__}")
     if got.dim() != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, got.shape, strict=True)):
@@ -63,24 +71,33 @@ def _check(
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether it is a plain tensor on the CPU: the fake ones of torch.compile are of another type."""
+    """Return whether Python can read the values of a tensor: it is on the CPU and not a fake tensor."""
     return type(tensor) is Tensor and tensor.is_cpu
 
 
 def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> None:
-    """Raise if a length is not from 0 to T, which `letter` names."""
+    """Raise unless all lengths are from 0 to T; `letter` names T."""
     if _has_values(lengths) and any(not 0 <= length <= T for length in lengths.tolist()):
         raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
 
 
 def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
-    """Raise if lengths are not those of the rows of x [T, B, *]."""
+    """Raise unless `lengths` has one length from 0 to T for each batch row of x [T, B, *]."""
     _check(op, "lengths", lengths, "B", (x.shape[1],), (torch.int64,), ("x", x))
     _check_lengths(op, "lengths", lengths, "T", x.shape[0])
 
 
+# ---- recurrent networks
+
+
+def nonlinearity(op: str, name: str) -> None:
+    """Raise unless `name` is a nonlinearity of an Elman RNN."""
+    if name not in NONLINEARITIES:
+        raise ValueError(f"{op}: nonlinearity must be one of {NONLINEARITIES}, got {name!r}")
+
+
 def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
-    """Rows of the first step of packed rows x, None if they are not known; raise if batch_sizes do not describe x."""
+    """Return the rows of the first step of packed rows x, None if unknown; raise if batch_sizes does not describe x."""
     _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
     if not batch_sizes.is_cpu:
         raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
@@ -94,206 +111,189 @@ def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
     return sizes[0] if sizes else None
 
 
-def _recurrence(
+def _sequence(
     op: str,
-    gates: int,
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
-) -> None:
-    """Raise if the arguments of a recurrence do not fit together; w_ih is [gates * H, I]."""
-    G = "" if gates == 1 else f"{gates} "
-    _check(op, "w_ih", w_ih, f"{G}H, I", (None, None), DTYPES)
-    rows, I = w_ih.shape  # noqa: E741
-    if rows % gates:
-        raise ArgumentError(f"{op}: w_ih must be [{G}H, I], got {list(w_ih.shape)}")
-    H = P = rows // gates
-    same, like = (w_ih.dtype,), ("w_ih", w_ih)
-    if w_hr is not None:
-        _check(op, "w_hr", w_hr, "P, H", (None, H), same, like)
-        P = w_hr.shape[0]
-        if P >= H:
-            raise ArgumentError(f"{op}: w_hr must be [P, H] with P < H, got {list(w_hr.shape)}")
-    batch = None
+    features: tuple[tuple[str, int], ...],
+    dtype: torch.dtype,
+    like: tuple[str, Tensor],
+) -> int | None:
+    """Return the batch size of x [T, B, *], or [N, *] with batch_sizes, None if unknown; raise if x does not fit.
+
+    `features` are the letters and sizes of the dimensions of a step.
+    """
+    letters = "".join(f", {letter}" for letter, _ in features)
+    sizes = tuple(size for _, size in features)
     if batch_sizes is None:
-        _check(op, "x", x, "T, B, I", (None, None, I), same, like)
-        batch = x.shape[1]
+        _check(op, "x", x, f"T, B{letters}", (None, None, *sizes), (dtype,), like)
         if lengths is not None:
             batch_lengths(op, x, lengths)
-    else:
-        if lengths is not None:
-            raise ArgumentError(f"{op}: lengths belong to a padded x [T, B, I], got batch_sizes too")
-        _check(op, "x", x, "N, I", (None, I), same, like)
-        if h0 is None:
-            raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
-        batch = _packed_batch(op, x, batch_sizes)
-    for name, state, letter, width in (("h0", h0, "H" if w_hr is None else "P", P), ("c0", c0, "H", H)):
-        if state is not None and state.dim() == 3:  # one layer's state as torch.nn lays it out
-            _check(op, name, state, f"1, B, {letter}", (1, batch, width), same, like)
-        elif state is not None:
-            _check(op, name, state, f"B, {letter}", (batch, width), same, like)
-    _check(op, "w_hh", w_hh, f"{G}H, H" if w_hr is None else f"{G}H, P", (rows, P), same, like)
-    if b_ih is not None:
-        _check(op, "b_ih", b_ih, f"{G}H", (rows,), same, like)
-    if b_hh is not None:
-        _check(op, "b_hh", b_hh, f"{G}H", (rows,), same, like)
+        return x.shape[1]
+    if lengths is not None:
+        raise ArgumentError(f"{op}: lengths belong to a padded x [T, B{letters}], got batch_sizes too")
+    _check(op, "x", x, f"N{letters}", (None, *sizes), (dtype,), like)
+    return _packed_batch(op, x, batch_sizes)
 
 
-def rnn(
+def _direction_weights(
+    op: str,
+    mode: str,
+    names: Sequence[str],
+    weights: Sequence[Tensor | None],
+    same: tuple[torch.dtype, ...] = DTYPES,
+    like: tuple[str, Tensor] | None = None,
+) -> tuple[int, int, int]:
+    """Return I, H and P of one direction with weights (w_ih, w_hh, b_ih, b_hh, w_hr); raise if they do not fit."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    assert w_ih is not None
+    assert w_hh is not None
+    gates = gates_of(mode)
+    G = "" if gates == 1 else f"{gates} "
+    _check(op, names[0], w_ih, f"{G}H, I", (None, None), same, like)
+    rows, I = w_ih.shape  # noqa: E741
+    if rows % gates:
+        raise ArgumentError(f"{op}: {names[0]} must be [{G}H, I], got {list(w_ih.shape)}")
+    H = P = rows // gates
+    same, like = (w_ih.dtype,), like or (names[0], w_ih)
+    if w_hr is not None:
+        _check(op, names[4], w_hr, "P, H", (None, H), same, like)
+        P = w_hr.shape[0]
+        if P >= H:
+            raise ArgumentError(f"{op}: {names[4]} must be [P, H] with P < H, got {list(w_hr.shape)}")
+    _check(op, names[1], w_hh, f"{G}H, H" if w_hr is None else f"{G}H, P", (rows, P), same, like)
+    for name, bias in ((names[2], b_ih), (names[3], b_hh)):
+        if bias is not None:
+            _check(op, name, bias, f"{G}H", (rows,), same, like)
+    return I, H, P
+
+
+WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+
+def recurrence(
+    op: str,
+    mode: str,
     x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    nonlinearity: str,
-) -> None:
-    """Raise if the arguments of `ops.rnn` do not fit together."""
-    if nonlinearity not in NONLINEARITIES:
-        raise ValueError(f"rnn: nonlinearity must be one of {NONLINEARITIES}, got {nonlinearity!r}")
-    _recurrence("rnn", 1, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, lengths)
-
-
-def gru(
-    x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-) -> None:
-    """Raise if the arguments of `ops.gru` do not fit together."""
-    _recurrence("gru", 3, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, batch_sizes, lengths)
-
-
-def lstm(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
+    state: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
-    """Raise if the arguments of `ops.lstm` do not fit together."""
-    if (h0 is None) != (c0 is None):
-        raise ArgumentError("lstm: h0 and c0 must be given together")
-    _recurrence("lstm", 4, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
+    """Raise unless the arguments of one direction of one layer fit together.
 
-
-def bidirectional(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    bias: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-) -> None:
-    """Raise if the arguments of `ops.bidirectional` do not fit together."""
-    op = "bidirectional"
-    if cell not in STACK_CELLS:
-        raise ValueError(f"{op}: cell must be one of {STACK_CELLS}, got {cell!r}")
-    each = 2 + 2 * bias
-    if len(weights) != 2 * each and not (cell == "lstm" and len(weights) == 2 * each + 2):
-        raise ArgumentError(f"{op}: weights must be {each} tensors for each direction, got {len(weights)} tensors")
-    if cell == "lstm" and (h0 is None) != (c0 is None):
+    `weights` are (w_ih, w_hh, b_ih, b_hh, w_hr); `state` is (h0,), or (h0, c0) of an LSTM.
+    """
+    names = ("h0", "c0") if mode == "LSTM" else ("h0",)
+    if len(state) != len(names):
+        raise ArgumentError(f"{op}: state must be ({', '.join(names)}), got {len(state)} tensors")
+    if mode == "LSTM" and (state[0] is None) != (state[1] is None):
         raise ArgumentError(f"{op}: h0 and c0 must be given together")
-    if cell != "lstm" and c0 is not None:
-        raise ArgumentError(f"{op}: c0 belongs to an LSTM, got one for {cell}")
-    for name, state in (("h0", h0), ("c0", c0)):
-        if state is not None and (state.dim() != 3 or state.shape[0] != 2):
-            fail_shape(op, name, "2, B, H", (2, None, None), state)
-    each = len(weights) // 2
-    for d in range(2):
-        w_ih, w_hh, *others = weights[d * each : (d + 1) * each]
-        b_ih, b_hh = others[:2] if bias else (None, None)
-        w_hr = others[-1] if len(others) % 2 else None
-        h, c = (None if state is None else state[d] for state in (h0, c0))
-        _recurrence(op, {"gru": 3, "lstm": 4}.get(cell, 1), x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths)
+    I, H, P = _direction_weights(op, mode, WEIGHT_NAMES, weights)  # noqa: E741
+    w_ih = weights[0]
+    assert w_ih is not None
+    like = ("w_ih", w_ih)
+    if batch_sizes is not None and state[0] is None:
+        raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
+    batch = _sequence(op, x, batch_sizes, lengths, (("I", I),), w_ih.dtype, like)
+    for name, tensor, letter, width in zip(names, state, ("H" if P == H else "P", "H"), (P, H), strict=False):
+        if tensor is not None and tensor.dim() == 3:  # the state of one layer in the layout of torch.nn
+            _check(op, name, tensor, f"1, B, {letter}", (1, batch, width), (w_ih.dtype,), like)
+        elif tensor is not None:
+            _check(op, name, tensor, f"B, {letter}", (batch, width), (w_ih.dtype,), like)
 
 
-def stack(
-    cell: str,
+def multilayer_rnn(
+    op: str,
+    mode: str,
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    bias: bool,
-    bidirectional: bool,
-    tables: list[Tensor],
+    state: tuple[Tensor, ...] | None,
+    weights: Sequence[Sequence[Tensor]],
+    directions: int,
     batch_sizes: Tensor | None,
-    op: str = "stack",
+    lengths: Tensor | None,
+    input_projections: Sequence[Tensor] | None = None,
 ) -> None:
-    """Raise if the arguments of `ops.stack` do not fit together."""
-    if cell not in STACK_CELLS:
-        raise ValueError(f"{op}: cell must be one of {STACK_CELLS}, got {cell!r}")
-    gates = {"gru": 3, "lstm": 4}.get(cell, 1)
-    directions, each = 1 + bidirectional, 2 + 2 * bias
-    rows = len(weights) // each
-    if rows == 0 or len(weights) % (each * directions):
-        per = f"{each} tensors for each layer" + (" and direction" if bidirectional else "")
-        raise ArgumentError(f"{op}: weights must be {per}, got {len(weights)} tensors")
-    if cell == "lstm" and (h0 is None) != (c0 is None):
-        raise ArgumentError(f"{op}: h0 and c0 must be given together")
-    if cell != "lstm" and c0 is not None:
-        raise ArgumentError(f"{op}: c0 belongs to an LSTM, got one for {cell}")
-    steps, sizes = ("T, B", (None, None)) if batch_sizes is None else ("N", (None,))
-    if tables:
-        _check(op, "x", x, steps, sizes, (torch.int64,))
-    else:
-        _check(op, "x", x, f"{steps}, I", (*sizes, None))
-    batch = x.shape[1] if batch_sizes is None else _packed_batch(op, x, batch_sizes)
-    if batch is None and h0 is None:
-        raise ArgumentError(f"{op}: h0 must be given with batch_sizes of no steps, got None")
-    like = ("x", x)
-    same = (tables[0].dtype,) if tables else (x.dtype,)
-    hidden = None
-    for row in range(rows):
-        names = [f"weights[{row * each + i}]" for i in range(each)]
-        w_ih, w_hh, *biases = weights[row * each : (row + 1) * each]
-        if tables and row < directions:
-            _check(op, names[1], w_hh, f"{gates} H, H", (None, hidden), DTYPES, like)
-            hidden = w_hh.shape[1]
+    """Raise unless the arguments of `ops.multilayer_rnn` fit together."""
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode must be one of {MODES}, got {mode!r}")
+    rows, counts = len(weights), (2, 3, 4, 5) if mode == "LSTM" else (2, 4)
+    if rows == 0 or rows % directions:
+        per = "layer and direction" if directions == 2 else "layer"
+        raise ArgumentError(f"{op}: weights must have one sequence of tensors per {per}, got {rows}")
+    if any(len(row) not in counts or len(row) != len(weights[0]) for row in weights):
+        names = "w_ih, w_hh[, b_ih, b_hh]" + ("[, w_hr]" if mode == "LSTM" else "")
+        got = [len(row) for row in weights]
+        raise ArgumentError(f"{op}: weights must have ({names}) per layer and direction, got {got} tensors")
+    first = input_projections[0] if input_projections else weights[0][0]
+    _check(op, "input_projections[0]" if input_projections else "weights[0][0]", first, "*, *", (None, None))
+    same, like = (first.dtype,), ("x", x)
+    gates, sizes = gates_of(mode), (0, 0)
+    for row, tensors in enumerate(weights):
+        names = [f"weights[{row}][{i}]" for i in range(len(tensors))]
+        unpacked, labels = unpack_weights(tensors), unpack_weights(names)
+        if input_projections and row < directions:  # w_ih and b_ih are not read
+            H = tensors[1].shape[1] if tensors[1].dim() == 2 else 0
+            _check(op, names[1], tensors[1], f"{gates} H, H", (gates * H, H), same, like)
+            found = (None, H, H)
         else:
-            features = x.shape[-1] if row < directions or hidden is None else directions * hidden
-            _check(op, names[0], w_ih, f"{gates} H, I", (None, features), same, like)
-            if w_ih.shape[0] % gates or hidden not in (None, w_ih.shape[0] // gates):
-                raise ArgumentError(f"{op}: {names[0]} must have {gates} H rows in every layer, got {list(w_ih.shape)}")
-            hidden = w_ih.shape[0] // gates
-        _check(op, names[1], w_hh, f"{gates} H, H", (gates * hidden, hidden), same, like)
-        for name, b in zip(names[2:], biases, strict=True):
-            _check(op, name, b, f"{gates} H", (gates * hidden,), same, like)
-    for name, state in (("h0", h0), ("c0", c0)):
-        if state is not None:
-            _check(op, name, state, "L, B, H", (rows, batch, hidden), same, like)
-    if tables:
-        _tables(op, x, tables, directions, gates, gates * weights[1].shape[1])
+            found = _direction_weights(op, mode, labels, unpacked, same, like)
+        expected = directions * sizes[1] if row >= directions else None
+        if (expected is not None and found[0] != expected) or (row > 0 and found[1:] != sizes):
+            expected_sizes = f"[{gates} H, I] = [{gates * sizes[0]}, {'*' if expected is None else expected}]"
+            raise ArgumentError(f"{op}: {names[0]} must be {expected_sizes}, got {list(tensors[0].shape)}")
+        sizes = found[1:]
+    H, P = sizes
+    if input_projections:
+        batch = _sequence(op, x, batch_sizes, lengths, (), torch.int64, ("weights[0][1]", weights[0][1]))
+        _input_projections(op, x, input_projections, directions, gates, gates * H)
+    else:
+        features = (("I", weights[0][0].shape[1]),)
+        batch = _sequence(op, x, batch_sizes, lengths, features, first.dtype, ("weights[0][0]", first))
+    if state is None:
+        if batch is None and batch_sizes is not None and _has_values(batch_sizes):
+            raise ArgumentError(f"{op}: h0 must be given with batch_sizes of no steps, got None")
+        return
+    layer_states(op, mode, state, (rows, batch), ("L", "B"), (P, H), ("h0", "c0"), same, like)
 
 
-def _tables(op: str, ids: Tensor, tables: list[Tensor], directions: int, gates: int, width: int) -> None:
-    """Raise if tables of so many directions do not fit, or ids are not of their rows."""
-    if len(tables) != directions:
-        raise ArgumentError(f"{op}: tables must be {directions}, one for each direction, got {len(tables)}")
-    _check(op, "tables[0]", tables[0], f"V, {gates} H", (None, width), DTYPES, ("x", ids))
-    V = len(tables[0])
-    for d, table in enumerate(tables):
-        _check(op, f"tables[{d}]", table, f"V, {gates} H", (V, width), (tables[0].dtype,), ("x", ids))
+def layer_states(
+    op: str,
+    mode: str,
+    state: tuple[Tensor, ...],
+    leading: Sizes,
+    letters: tuple[str, ...],
+    features: tuple[int, int],
+    names: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """Raise unless the state is (h,), or (h, c) of an LSTM, each [*leading, features]; `letters` name `leading`."""
+    count = 2 if mode == "LSTM" else 1
+    if len(state) != count:
+        raise ArgumentError(f"{op}: state must be ({', '.join(names[:count])}), got {len(state)} tensors")
+    hidden = ("H" if features[0] == features[1] else "P", "H")
+    for name, tensor, letter, width in zip(names, state, hidden, features, strict=False):
+        _check(op, name, tensor, ", ".join((*letters, letter)), (*leading, width), dtypes, like)
+
+
+def unpack_weights(row: Sequence[T]) -> tuple[T, T, T | None, T | None, T | None]:
+    """Return (w_ih, w_hh, b_ih, b_hh, w_hr) of one direction; None for those it does not have."""
+    w_ih, w_hh, *rest = row
+    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+    return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
+
+
+def _input_projections(
+    op: str, ids: Tensor, projections: Sequence[Tensor], directions: int, gates: int, width: int
+) -> None:
+    """Raise unless there is one [V, width] for each direction, and all ids are from 0 to V - 1."""
+    if len(projections) != directions:
+        raise ArgumentError(f"{op}: input_projections must be {directions}, one per direction, got {len(projections)}")
+    V = len(projections[0])
+    for d, each in enumerate(projections):
+        _check(op, f"input_projections[{d}]", each, f"V, {gates} H", (V, width), (projections[0].dtype,), ("x", ids))
     if _has_values(ids) and ids.numel() > 0:
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= V:
@@ -301,31 +301,31 @@ def _tables(op: str, ids: Tensor, tables: list[Tensor], directions: int, gates: 
 
 
 def attention_step(
-    cell: str,
+    mode: str,
     x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    bias: bool,
-    table: Tensor | None,
+    state: tuple[Tensor, ...],
+    weights: Sequence[Sequence[Tensor]],
     w_query: Tensor,
     keys: Tensor,
     v: Tensor,
     values: Tensor,
-    key_lengths: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    input_projections: Tensor | None,
+    key_lengths: Tensor | None,
 ) -> None:
-    """Raise if the arguments of `ops.attention_step` do not fit together."""
+    """Raise unless the arguments of `ops.attention_step` fit together."""
     op = "attention_step"
-    _check(op, "h0", h0, "L, N, H", (None, None, None), LINEAR_DTYPES)
+    _check(op, "h0", state[0], "L, N, H", (None, None, None), NATIVE_GEMM_DTYPES)
+    h0 = state[0]
     N, H = h0.shape[1:]
     same, like = (h0.dtype,), ("h0", h0)
-    if table is None:
+    if input_projections is None:
         _check(op, "x", x, "1, N, I", (1, N, None), same, like)
     else:
         _check(op, "x", x, "1, N", (1, N), (torch.int64,), like)
-    stack(cell, x, h0, c0, weights, bias, False, [] if table is None else [table], None, op)
+    projections = None if input_projections is None else [input_projections]
+    multilayer_rnn(op, mode, x, state, weights, 1, None, None, projections)
     _check(op, "keys", keys, "B, Tk, A", (None, None, None), same, like)
     B, Tk, A = keys.shape
     if (N if B == 0 else N % B) != 0:
@@ -342,6 +342,30 @@ def attention_step(
         _check(op, "b_out", b_out, "D", (D,), same, like)
 
 
+# ---- linear layers
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, op: str = "linear") -> None:
+    """Raise unless the arguments of `ops.linear` fit together."""
+    _check(op, "weight", weight, "O, I", (None, None))
+    same, like = (weight.dtype,), ("weight", weight)
+    O, I = weight.shape  # noqa: E741
+    leading: Sizes = (None,) * (x.dim() - 1) if isinstance(x, Tensor) else ()
+    _check(op, "x", x, "*, I", (*leading, I), same, like)
+    if bias is not None:
+        _check(op, "bias", bias, "O", (O,), same, like)
+
+
+def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless the arguments of `ops.linear_argmax` fit together."""
+    linear(x, weight, bias, "linear_argmax")
+    if not 0 < len(weight) < 2**31:
+        raise ArgumentError(f"linear_argmax: weight must have from 1 to 2^31 - 1 rows, got {list(weight.shape)}")
+
+
+# ---- attention
+
+
 def pool(
     op: str,
     e: Tensor,
@@ -351,7 +375,7 @@ def pool(
     mask: Tensor | None,
     state: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Raise if the arguments of `ops.attention_pool` or `ops.prefix_pool` do not fit together."""
+    """Raise unless the arguments of `ops.attention_pool` or `ops.prefix_pool` fit together."""
     _check(op, "e", e, "B, T, D", (None, None, None))
     B, T, D = e.shape
     same, like = (e.dtype,), ("e", e)
@@ -374,24 +398,6 @@ def pool(
         _check(op, "state c", c, "B, D", (B, D), computed, like)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, op: str = "linear") -> None:
-    """Raise if the arguments of `ops.linear` do not fit together."""
-    _check(op, "weight", weight, "O, I", (None, None))
-    same, like = (weight.dtype,), ("weight", weight)
-    O, I = weight.shape  # noqa: E741
-    leading: Sizes = (None,) * (x.dim() - 1) if isinstance(x, Tensor) else ()
-    _check(op, "x", x, "*, I", (*leading, I), same, like)
-    if bias is not None:
-        _check(op, "bias", bias, "O", (O,), same, like)
-
-
-def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise if the arguments of `ops.linear_argmax` do not fit together."""
-    linear(x, weight, bias, "linear_argmax")
-    if not 0 < len(weight) < 2**31:
-        raise ArgumentError(f"linear_argmax: weight must have from 1 to 2^31 - 1 rows, got {list(weight.shape)}")
-
-
 def additive_attention(
     query: Tensor,
     keys: Tensor,
@@ -400,7 +406,7 @@ def additive_attention(
     key_lengths: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """Raise if the arguments of `ops.additive_attention` do not fit together."""
+    """Raise unless the arguments of `ops.additive_attention` fit together."""
     op = "additive_attention"
     _check(op, "query", query, "B, Tq, A", (None, None, None))
     B, Tq, A = query.shape

@@ -1,0 +1,235 @@
+"""Recurrent cells: drop-ins for `torch.nn.RNNCell`, `GRUCell` and `LSTMCell`."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from llm_ext import ops
+from llm_ext.nn._recurrent_base import Device, RecurrentBase
+from llm_ext.ops import argument_checks
+from llm_ext.ops.argument_checks import ArgumentError
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+# The state that a user sees: h, or (h, c) of an LSTM.
+Hidden = TypeVar("Hidden", Tensor, tuple[Tensor, Tensor])
+
+
+class _Cell(RecurrentBase, Generic[Hidden]):
+    """One cell, called for one step."""
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(mode, input_size, hidden_size, bias)
+        self._add_weights("", input_size, device, dtype)
+        if not bias:
+            self.register_parameter("bias_ih", None)
+            self.register_parameter("bias_hh", None)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
+
+    def forward(self, input: Tensor, hx: Hidden | None = None) -> Hidden:
+        """Apply the cell to one step.
+
+        Args:
+            input: Input ``[B, I]``, or ``[I]`` without a batch.
+            hx: State before the step, ``[B, H]``, or ``[H]`` without a batch; for an LSTM the tuple of the hidden state
+                and the cell state. ``None`` means zeros.
+
+        Returns:
+            The state after the step, in the layout of `hx`.
+
+        Raises:
+            ValueError: A shape, dtype or device does not fit.
+            TypeError: An argument has the wrong type.
+        """
+        try:
+            if input.dim() == 2:
+                return self._step(input.unsqueeze(0), hx)
+            if input.dim() == 1:
+                return self._unbatched(input, hx)
+        except (ArgumentError, AttributeError, ValueError):
+            self._check_arguments(input, hx)
+            raise
+        argument_checks.fail_shape(type(self).__name__, "input", "B, I", (None, self.input_size), input)
+
+    def _step(self, x: Tensor, hx: Hidden | None) -> Hidden:
+        """Apply the cell to x [1, B, I] and hx [B, H]."""
+        raise NotImplementedError
+
+    def _unbatched(self, input: Tensor, hx: Any) -> Any:
+        """Apply the cell to one row without a batch."""
+        if hx is None:
+            state = None
+        elif isinstance(hx, tuple):
+            state = tuple([tensor.unsqueeze(0) for tensor in hx])
+        else:
+            state = hx.unsqueeze(0)
+        after = self._step(input.view(1, 1, -1), state)
+        return tuple([tensor.squeeze(0) for tensor in after]) if isinstance(after, tuple) else after.squeeze(0)
+
+    def _check_arguments(self, input: Tensor, hx: Any) -> None:
+        """Raise if a shape does not fit, in the words of the cell's own arguments."""
+        name = type(self).__name__
+        if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
+            argument_checks.fail_shape(name, "input", "B, I", (None, self.input_size), input)
+        if hx is not None:
+            self._check_hidden(hx, input.shape[:-1], ("B",) if input.dim() == 2 else ())
+
+
+class RNNCell(_Cell[Tensor]):
+    r"""Apply one step of an Elman RNN; drop-in for :class:`torch.nn.RNNCell` with the same parameters and results.
+
+    ``h' = f(W_ih x + b_ih + W_hh h + b_hh)``
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: Whether the biases exist.
+        nonlinearity: f: ``"tanh"``, ``"relu"`` or ``"sigmoid"`` (the last one is not in torch).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
+
+    Attributes:
+        weight_ih: Input weights ``[H, I]``.
+        weight_hh: Recurrent weights ``[H, H]``.
+        bias_ih: Input bias ``[H]``.
+        bias_hh: Recurrent bias ``[H]``.
+
+    Raises:
+        ValueError: A size or the nonlinearity is out of range.
+        TypeError: An argument has the wrong type.
+
+    Example:
+        >>> cell = llm_ext.RNNCell(10, 20)
+        >>> h = torch.zeros(3, 20)
+        >>> for x in torch.randn(6, 3, 10):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        argument_checks.nonlinearity(type(self).__name__, nonlinearity)
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, bias, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
+
+    def _step(self, x: Tensor, hx: Tensor | None) -> Tensor:
+        return ops.rnn(x, hx, *self._weights()[0], nonlinearity=self.nonlinearity)[1]
+
+
+class GRUCell(_Cell[Tensor]):
+    r"""Apply one step of a GRU; drop-in for :class:`torch.nn.GRUCell` with the same parameters and results.
+
+    ``r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)``, ``z`` likewise, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``,
+    ``h' = (1 - z) n + z h``
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: Whether the biases exist.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
+
+    Attributes:
+        weight_ih: Input weights ``[3 H, I]``, in the order r, z, n.
+        weight_hh: Recurrent weights ``[3 H, H]``.
+        bias_ih: Input bias ``[3 H]``.
+        bias_hh: Recurrent bias ``[3 H]``.
+
+    Raises:
+        ValueError: A size is out of range.
+        TypeError: An argument has the wrong type.
+
+    Example:
+        >>> cell = llm_ext.GRUCell(10, 20)
+        >>> h = torch.zeros(3, 20)
+        >>> for x in torch.randn(6, 3, 10):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__("GRU", input_size, hidden_size, bias, device, dtype)
+
+    def _step(self, x: Tensor, hx: Tensor | None) -> Tensor:
+        return ops.gru(x, hx, *self._weights()[0])[1]
+
+
+class LSTMCell(_Cell[tuple[Tensor, Tensor]]):
+    r"""Apply one step of an LSTM; drop-in for :class:`torch.nn.LSTMCell` with the same parameters and results.
+
+    ``i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)``, ``f`` and ``o`` likewise, ``g`` with tanh, ``c' = f c + i g``,
+    ``h' = o tanh(c')``
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state and of the cell state.
+        bias: Whether the biases exist.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
+
+    Attributes:
+        weight_ih: Input weights ``[4 H, I]``, in the order i, f, g, o.
+        weight_hh: Recurrent weights ``[4 H, H]``.
+        bias_ih: Input bias ``[4 H]``.
+        bias_hh: Recurrent bias ``[4 H]``.
+
+    Raises:
+        ValueError: A size is out of range.
+        TypeError: An argument has the wrong type.
+
+    Example:
+        >>> cell = llm_ext.LSTMCell(10, 20)
+        >>> h, c = torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> for x in torch.randn(6, 3, 10):
+        ...     h, c = cell(x, (h, c))
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__("LSTM", input_size, hidden_size, bias, device, dtype)
+
+    def _step(self, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        return ops.lstm(x, hx, *self._weights()[0])[1]

@@ -1,0 +1,132 @@
+"""What the families of ops share: registration of fake kernels, autograd and autocast, and explanations of failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+import llm_ext._C  # importing it registers the ops
+
+torch_ops = torch.ops.llm_ext
+
+# An op raises one of these when it refuses its arguments, or when an argument is not a tensor.
+FAILURES = (RuntimeError, TypeError, AttributeError)
+
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_library = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoReturn:
+    """Raise the fault that `check` finds in the arguments of a failed call, or else the failure itself.
+
+    The ops refuse whatever they cannot run, so a call that succeeds does not pay for the better messages.
+    """
+    try:
+        check(*args)
+    except Exception as explanation:
+        raise explanation from None
+    if isinstance(failure, NotImplementedError):
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        built = "without CUDA" if llm_ext._C.build_info()["cuda"] is None else "with CUDA"
+        raise NotImplementedError(f"llm_ext: no kernel of this op for {device}; built {built}") from None
+    if "out of memory" in str(failure):
+        raise torch.OutOfMemoryError(str(failure)) from None
+    raise failure
+
+
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Register the derivative of `op`; gradients that are not needed are not materialized."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+    torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup)
+
+
+def refuse_derivative(op: str, why: str = "second derivatives are not implemented") -> None:
+    """Make differentiation of `op` an error instead of a silently missing gradient."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise RuntimeError(f"llm_ext: {op} has no derivative; {why}")
+
+    torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup_context)
+
+
+def register_autocast(op: Any, float32_arguments: tuple[int, ...] = ()) -> None:
+    """Run `op` in autocast's dtype under autocast, as torch's own layers do; float64 stays float64.
+
+    Args:
+        op: overload of an op.
+        float32_arguments: indices of the arguments that are cast to float32, because they accumulate over a sequence.
+    """
+
+    def cast_on(device: str) -> Callable[..., Any]:
+        def cast(*args: Any) -> Any:
+            lower = torch.get_autocast_dtype(device)
+
+            def cast_one(arg: Any, target: torch.dtype) -> Any:
+                if isinstance(arg, list):
+                    return [cast_one(a, target) for a in arg]
+                return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in _AUTOCAST_DTYPES else arg
+
+            with torch.autocast(device, enabled=False):
+                return op(
+                    *(cast_one(arg, torch.float32 if i in float32_arguments else lower) for i, arg in enumerate(args))
+                )
+
+        return cast
+
+    name = op.name().removeprefix("llm_ext::")
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(name, cast_on(device), key)  # type: ignore[no-untyped-call]
+
+
+def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:
+    """Return `tensors` in the dtype of `like` where CPU autocast is on and would cast them anyway.
+
+    Layers under autocast pass each other rounded results; ops that are called through the dispatcher cast them there.
+    """
+    if not torch.is_autocast_enabled("cpu") or not isinstance(like, Tensor) or like.dtype not in _AUTOCAST_DTYPES:
+        return tensors
+    return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)
+
+
+def is_on_cuda(x: Any) -> bool:
+    """Return whether x is a tensor on a CUDA device."""
+    return isinstance(x, Tensor) and x.is_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matmul_allows_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Return whether products with x may use TF32, by the setting of torch's own matrix products."""
+    return x.is_cuda and x.dtype == torch.float32 and _matmul_allows_tf32()
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records a call with these arguments; only then are activations saved."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def fake_gradients(*tensors_and_needs: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:
+    """Return fake gradients in the shapes of their tensors, empty where the gradient is not needed."""
+    some = next(tensor for tensor, _ in tensors_and_needs if tensor is not None)
+    return tuple(
+        tensor.new_empty(tensor.shape) if tensor is not None and need else some.new_empty(0)
+        for tensor, need in tensors_and_needs
+    )
+
+
+def needed(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Return the gradients that are needed, None for the others."""
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

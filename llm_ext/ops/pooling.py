@@ -1,0 +1,242 @@
+"""Attention pooling over a sequence, and over each of its prefixes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_ext.ops import argument_checks
+from llm_ext.ops._registration import (
+    FAILURES,
+    explain,
+    refuse_derivative,
+    register_autocast,
+    register_autograd,
+    torch_ops,
+)
+
+__all__ = ["attention_pool", "prefix_pool"]
+
+_attention_pool_forward = torch_ops.attention_pool_forward.default
+_attention_pool_backward = torch_ops.attention_pool_backward.default
+_prefix_pool_forward = torch_ops.prefix_pool_forward.default
+_prefix_pool_backward = torch_ops.prefix_pool_backward.default
+
+
+def _empty_like_rows(e: Tensor) -> Tensor:
+    """Return an empty tensor laid out as the kernels lay out results for e: time-major where e is, else dense."""
+    B, T, D = e.shape
+    if e.stride() == (D, B * D, 1):
+        return e.new_empty((T, B, D)).transpose(0, 1)
+    return e.new_empty((B, T, D))
+
+
+# ---- attention_pool
+
+
+def attention_pool(
+    e: Tensor,
+    u: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pool vectors by the softmax of their scores: ``c = sum_t softmax_t(s_t) e_t``.
+
+    Args:
+        e: Vectors ``[B, T, D]``. A transposed view of a dense ``[T, B, D]`` is read without a copy.
+        u: ``[D]``, for the scores ``s_t = u · e_t``. Exactly one of u and `scores` must be given.
+        scores: s, ``[B, T]``.
+        lengths: int64 ``[B]``; positions ``t >= lengths[b]`` are masked. On CUDA, lengths outside 0 to T are clamped,
+            not checked.
+        mask: bool ``[B, T]``, False for masked positions. A position is attended to if both lengths and mask allow it.
+
+    Returns:
+        c ``[B, D]``, and the log-sum-exp of the scores ``[B]``, in float32 if e has 16 bits. A fully masked row gives 0
+        and -inf, and gradients of 0.
+
+    Raises:
+        ValueError: A shape or device does not fit, or lengths are not from 0 to T.
+        TypeError: The dtypes differ, or are not float32, float64, bfloat16 or float16.
+
+    Source: the softmax in one pass is that of Milakov and Gimelshein, arXiv 1805.02867.
+
+    Example:
+        >>> c, lse = ops.attention_pool(torch.randn(8, 20, 256), torch.randn(256) / 16)
+        >>> c.shape, lse.shape
+        (torch.Size([8, 256]), torch.Size([8]))
+    """
+    try:
+        c, lse = _attention_pool_forward(e, u, scores, lengths, mask)
+    except FAILURES as failure:
+        explain(failure, argument_checks.pool, "attention_pool", e, u, scores, lengths, mask)
+    return c, lse
+
+
+def _attention_pool_forward_fake(
+    e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    argument_checks.pool("attention_pool", e, u, scores, lengths, mask)
+    B, _T, D = e.shape
+    return e.new_empty((B, D)), e.new_empty(B, dtype=argument_checks.compute_dtype(e.dtype))
+
+
+def _attention_pool_backward_fake(
+    grad_c: Tensor | None,
+    grad_lse: Tensor | None,
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    c: Tensor,
+    lse: Tensor,
+    need_de: bool,
+    need_du: bool,
+    need_dscores: bool,
+) -> tuple[Tensor, ...]:
+    B, T, D = e.shape
+    return (
+        _empty_like_rows(e) if need_de else e.new_empty(0),
+        e.new_empty(D if need_du and u is not None else 0),
+        e.new_empty((B, T) if need_dscores and scores is not None else 0),
+    )
+
+
+def _attention_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _attention_pool_autograd(ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_e, need_u, need_scores = ctx.needs_input_grad[:3]
+    de, du, dscores = _attention_pool_backward(grad_c, grad_lse, *ctx.saved_tensors, need_e, need_u, need_scores)
+    return de if need_e else None, du if need_u else None, dscores if need_scores else None, None, None
+
+
+torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
+torch.library.register_fake("llm_ext::attention_pool_backward", _attention_pool_backward_fake)
+register_autograd("attention_pool_forward", _attention_pool_autograd, _attention_pool_setup_context)
+register_autocast(_attention_pool_forward)
+refuse_derivative("attention_pool_backward")
+
+
+# ---- prefix_pool
+
+
+def prefix_pool(
+    e: Tensor,
+    u: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Pool each prefix of a sequence: ``c_t`` pools the positions ``i <= t`` and whatever an initial state has pooled.
+
+    ``a_t = sigmoid(s_t - L_{t-1})``, ``L_t = logaddexp(L_{t-1}, s_t)``, ``c_t = c_{t-1} + a_t (e_t - c_{t-1})``
+
+    Args:
+        e: Vectors ``[B, T, D]``. A transposed view of a dense ``[T, B, D]`` is read without a copy.
+        u: ``[D]``, for the scores ``s_t = u · e_t``. Exactly one of u and `scores` must be given.
+        scores: s, ``[B, T]``.
+        lengths: int64 ``[B]``; positions ``t >= lengths[b]`` are masked and leave the state unchanged. On CUDA, lengths
+            outside 0 to T are clamped, not checked.
+        mask: bool ``[B, T]``, False for masked positions.
+        state: ``(L [B], c [B, D])`` as returned for an earlier part of the sequence, in float32 if e has 16 bits.
+            ``None`` means an empty past: L = -inf, c = 0.
+
+    Returns:
+        c ``[B, T, D]``, with the memory layout of e, and the state ``(L [B], c [B, D])`` after the last position.
+
+    Raises:
+        ValueError: A shape or device does not fit, or lengths are not from 0 to T.
+        TypeError: The dtypes differ, or are not float32, float64, bfloat16 or float16.
+
+    Source: "Attention as an RNN", arXiv 2405.13956.
+
+    Example:
+        >>> c, (L, c_last) = ops.prefix_pool(torch.randn(8, 20, 256), torch.randn(256) / 16)
+        >>> c.shape, L.shape, c_last.shape
+        (torch.Size([8, 20, 256]), torch.Size([8]), torch.Size([8, 256]))
+    """
+    l0, c0 = (None, None) if state is None else state
+    try:
+        c, _share, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
+    except FAILURES as failure:
+        explain(failure, argument_checks.pool, "prefix_pool", e, u, scores, lengths, mask, state)
+    return c, (l_n, c_n)
+
+
+def _prefix_pool_forward_fake(
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    l0: Tensor | None,
+    c0: Tensor | None,
+) -> tuple[Tensor, ...]:
+    argument_checks.pool("prefix_pool", e, u, scores, lengths, mask, None if l0 is None or c0 is None else (l0, c0))
+    B, T, D = e.shape
+    computed = argument_checks.compute_dtype(e.dtype)
+    return _empty_like_rows(e), *(e.new_empty(size, dtype=computed) for size in ((B, T), (B,), (B, D)))
+
+
+def _prefix_pool_backward_fake(
+    grad_c: Tensor | None,
+    grad_l_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    e: Tensor,
+    u: Tensor | None,
+    c0: Tensor | None,
+    c: Tensor,
+    share: Tensor,
+    need_de: bool,
+    need_du: bool,
+    need_dscores: bool,
+    need_dstate: bool,
+) -> tuple[Tensor, ...]:
+    B, T, D = e.shape
+    return (
+        _empty_like_rows(e) if need_de else e.new_empty(0),
+        e.new_empty(D if need_du else 0),
+        e.new_empty((B, T) if need_dscores else 0),
+        share.new_empty(B if need_dstate else 0),
+        share.new_empty((B, D) if need_dstate else 0),
+    )
+
+
+def _prefix_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    e, u, _scores, _lengths, _mask, _l0, c0 = inputs
+    c, share, _l_n, _c_n = output
+    ctx.save_for_backward(e, u, c0, c, share)
+    ctx.mark_non_differentiable(share)
+
+
+def _prefix_pool_autograd(
+    ctx: Any, grad_c: Tensor | None, _grad_share: None, grad_l_n: Tensor | None, grad_c_n: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    need_e, need_u, need_scores, _, _, need_l0, need_c0 = ctx.needs_input_grad
+    de, du, dscores, dl0, dc0 = _prefix_pool_backward(
+        grad_c, grad_l_n, grad_c_n, *ctx.saved_tensors, need_e, need_u, need_scores, need_l0 or need_c0
+    )
+    return (
+        de if need_e else None,
+        du if need_u else None,
+        dscores if need_scores else None,
+        None,
+        None,
+        dl0 if need_l0 else None,
+        dc0 if need_c0 else None,
+    )
+
+
+torch.library.register_fake("llm_ext::prefix_pool_forward", _prefix_pool_forward_fake)
+torch.library.register_fake("llm_ext::prefix_pool_backward", _prefix_pool_backward_fake)
+register_autograd("prefix_pool_forward", _prefix_pool_autograd, _prefix_pool_setup_context)
+register_autocast(_prefix_pool_forward, float32_arguments=(5, 6))
+refuse_derivative("prefix_pool_backward")
