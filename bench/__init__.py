@@ -1,1 +1,1 @@
-"""Benchmarks of llm_ext against its peers: `python -m bench`."""
+"""Benchmarks of llm_ext against other libraries: `python -m bench`."""

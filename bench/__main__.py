@@ -1,6 +1,7 @@
-"""The command line: `python -m bench` lists the cases, `python -m bench PATTERN…` runs them.
+"""The command line: `python -m bench` lists the cases, `python -m bench PATTERN...` runs them.
 
-`python -m bench --device cuda` runs those of a GPU, all of them if no pattern is given.
+`python -m bench --device cuda` runs the cases of a GPU, all of them if no pattern is given.
+`python -m bench --from FILE.json` prints an earlier run again and draws its pictures.
 """
 
 from __future__ import annotations
@@ -13,20 +14,29 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import llm_ext
-from bench import contest, limits, peers, plot, report
-from bench.contest import Case, Mean
+from bench import comparison, limits, peers, plots, recording, report
+from bench.comparison import Case, Mean
 
-HELP = "Run: `python -m bench PATTERN…`, each of them all, a group or part of a name; --help shows the options."
-# One step belongs to the recurrence, each kind of attention to attention; its own name selects it alone.
-PARTS = {"recurrence": ("recurrence", "step"), "attention": ("pooling", "prefix", "additive")}
+_USAGE = "Run: `python -m bench PATTERN...`; a pattern is all, a group or part of a name. See --help for options."
+# Groups that a pattern selects besides its own; "step" alone selects the group of that name.
+_GROUPS = {"recurrence": ("recurrence", "step"), "attention": ("pooling", "prefix", "additive")}
+_DEFAULT_JSON = Path("-")  # --json without a file
+# Options that draw a picture, and the functions that do.
+_PICTURES = {
+    "speedup": (plots.draw_speedup, "draw the mean speed-up of each cell"),
+    "overview": (plots.draw_overview, "draw all ratios, a row for each kind of case"),
+    "curves": (plots.draw_scaling, f"draw time against B, H and T (cases of the group {plots.SCALING_GROUP})"),
+    "lengths": (plots.draw_lengths, "draw time and memory against T (pooling and prefix pooling)"),
+}
 
 
-def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
-    """Return the cases that patterns select, in the order of `cases`.
+def select_cases(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """Return the cases that any of the patterns selects, in the order of `cases`.
 
     Raises:
         ValueError: a pattern selects nothing.
@@ -37,7 +47,7 @@ def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
             case.name
             for case in cases
             if pattern == "all"
-            or case.group in PARTS.get(pattern, (pattern,))
+            or case.group in _GROUPS.get(pattern, (pattern,))
             or fnmatch.fnmatchcase(case.name, f"*{pattern}*")
         ]
         if not found:
@@ -47,28 +57,24 @@ def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
 
 
 def listing(cases: Sequence[Case], means: Sequence[Mean] = ()) -> str:
-    """Return the names of all cases, by group, with their bars, and the means that have a bar."""
+    """Return the names of all cases by group with their targets, and the geometric means that have a target."""
     lines = []
     for group in dict.fromkeys(case.group for case in cases):
         lines.append(group)
         for case in cases:
             if case.group == group:
-                bars = ", ".join(f"{bar:g} × {name}" for name, bar in case.bars.items())
-                lines.append(f"  {case.name:<50} {f'bar {bars}' if bars else ''}".rstrip())
-    if barred := [mean for mean in means if mean.bar is not None]:
-        lines.append("geometric means, in each case against whoever came closest of several")
-        for mean in barred:
-            lines.append(f"  {', '.join(mean.of)}: bar {mean.bar:g} × {', '.join(mean.against)}")
-    return "\n".join((*lines, HELP))
+                targets = ", ".join(f"{target:g}x {name}" for name, target in case.targets.items())
+                lines.append(f"  {case.name:<50} {f'target {targets}' if targets else ''}".rstrip())
+    if with_target := [mean for mean in means if mean.target is not None]:
+        lines.append("geometric means, in each case over the fastest of the candidates named")
+        for mean in with_target:
+            lines.append(f"  {', '.join(mean.cases)}: target {mean.target:g}x {', '.join(mean.against)}")
+    return "\n".join((*lines, _USAGE))
 
 
-# --json without a file.
-DEFAULT = Path("-")
-
-
-def default_file(device: str) -> Path:
-    """Return where a run without a name is written: bench/results, named after the machine."""
-    name = torch.cuda.get_device_name() if device == "cuda" else report.machine()["cpu"]
+def _default_json(device: str) -> Path:
+    """The file of --json without a name: in bench/results, named after the machine."""
+    name = torch.cuda.get_device_name() if device == "cuda" else recording.machine()["cpu"]
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Path(__file__).parent / "results" / f"{device}-{words}.json"
 
@@ -80,114 +86,129 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    parse.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return parse
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    result = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measures llm_ext against its peers; without a pattern it lists the cases.",
+        description="Measures llm_ext against other libraries. Without a pattern, lists the cases.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = result.add_argument
+    add = parser.add_argument
     add("patterns", nargs="*", metavar="PATTERN", help="all, a group, or part of a name (* and ? match)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure; on cuda, without a pattern all")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure; cuda without a pattern runs all")
     add("--list", action="store_true", help="only list the cases")
     threads = min(2, len(os.sched_getaffinity(0)))
-    add("--threads", type=_positive(int), default=threads, help="of every contestant")
-    add("--seconds", type=_positive(float), help="about how long to measure a case; by default 8, on cuda 0.25")
-    add("--rounds", type=_positive(int), default=11, help="turns of each contestant at most")
-    add("--dtype", choices=("float32", "float64"), default="float32", help="of all numbers")
-    add("--peers", metavar="A,B", help="libraries to compare with; by default all")
-    add("--json", type=Path, nargs="?", const=DEFAULT, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
-    add("--curves", type=Path, metavar="FILE.svg", help=f"draw time against B, H and T; of the cases of {plot.CURVES}")
-    add(
-        "--lengths", type=Path, metavar="FILE.svg", help="draw time and memory against T; of pooling and prefix pooling"
-    )
-    return result
+    add("--threads", type=_positive(int), default=threads, help="threads of every candidate")
+    add("--seconds", type=_positive(float), help="approximate time per case; 8 if not given, 0.25 on cuda")
+    add("--rounds", type=_positive(int), default=11, help="maximum number of turns per candidate")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="dtype of all tensors")
+    add("--peers", metavar="A,B", help="libraries to compare with; all if not given")
+    add("--json", type=Path, nargs="?", const=_DEFAULT_JSON, metavar="FILE", help="write all results")
+    add("--from", type=Path, dest="source", metavar="FILE", help="print and draw an earlier run instead of measuring")
+    for name, (_, text) in _PICTURES.items():
+        add(f"--{name}", type=Path, metavar="FILE", help=f"{text}; .svg or .png")
+    return parser
+
+
+def _draw(run: dict[str, Any], pictures: dict[str, Path]) -> None:
+    for name, path in pictures.items():
+        _PICTURES[name][0](run, path)
+
+
+def _measure(run: dict[str, Any], cases: Sequence[Case], settings: comparison.Settings) -> int:
+    """Run the cases, print them and add them to the record; return the exit status."""
+    status = 0
+    try:
+        for case in cases:
+            result = comparison.run(case, settings)
+            run["cases"].append(result)
+            print(f"\n{report.table(result)}", flush=True)
+            if result["ours"]["status"] != "measured":
+                status = 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The summary covers the cases that are complete.", file=sys.stderr)
+        status = 130
+    return status
 
 
 def main(
     arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None, means: Sequence[Mean] = ()
 ) -> int:
-    """Run the command line; `cases` and `means` instead of those of bench/cases.py.
+    """Run the command line; `cases` and `means` replace those of bench/cases.
 
     Returns:
-        0, or 1 if a result of ours was wrong or failed, or 130 after Ctrl-C. A missed bar is no error.
+        0; 1 if a result of llm_ext was wrong or failed; 130 after Ctrl-C. A missed target is no error.
     """
-    command = parser()
-    options = command.parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     on_cuda = options.device == "cuda"
-    known = peers.of_device(options.device)
+    known = peers.libraries(options.device)
     libraries = [*known] if options.peers is None else [word for word in options.peers.split(",") if word]
     if unknown := sorted({*libraries} - {*known}):
-        command.error(f"--peers must be some of {','.join(known)}, got {','.join(unknown)}")
-    if on_cuda and not options.list and (not torch.cuda.is_available() or llm_ext.build_info()["cuda"] is None):
-        command.error("--device cuda needs a GPU, and llm_ext built with CUDA (llm_ext.build_info())")
-    if options.json == DEFAULT:
-        options.json = default_file(options.device)
-    drawings = [path for path in (options.plot, options.curves, options.lengths) if path is not None]
-    for path in (options.json, *drawings):
+        parser.error(f"--peers must be some of {','.join(known)}, got {','.join(unknown)}")
+    pictures: dict[str, Path] = {name: path for name in _PICTURES if (path := getattr(options, name)) is not None}
+    if pictures and importlib.util.find_spec("matplotlib") is None:
+        parser.error("pictures need matplotlib (pip install --no-build-isolation '.[bench]')")
+    if options.json == _DEFAULT_JSON:
+        options.json = _default_json(options.device)
+    for path in (options.json, *pictures.values()):
         if path is not None and not path.absolute().parent.is_dir():
-            command.error(f"{path}: its folder does not exist")
-    if drawings and importlib.util.find_spec("matplotlib") is None:
-        command.error("--plot, --curves and --lengths need matplotlib (pip install --no-build-isolation '.[bench]')")
-    peers.prepare(options.threads)
+            parser.error(f"{path}: its folder does not exist")
+    if options.source is not None:
+        try:
+            run = recording.read_json(options.source)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        print("\n\n".join((report.header(run), *map(report.table, run["cases"]))))
+        print(f"\n{report.summary(run['cases'], run['means'])}")
+        _draw(run, pictures)
+        return 0
+    if on_cuda and not options.list and (not torch.cuda.is_available() or llm_ext.build_info()["cuda"] is None):
+        parser.error("--device cuda needs a GPU and llm_ext built with CUDA (llm_ext.build_info())")
+    peers.set_environment(options.threads)
     if cases is None:
-        # Only now: what a library reads from the environment has been set.
+        # After `set_environment`, because libraries read the environment when they are imported.
         if on_cuda:
-            from bench.cuda import CASES, MEANS
+            from bench.cases.cuda import CASES, MEANS
         else:
-            from bench.cases import CASES, MEANS
+            from bench.cases.cpu import CASES, MEANS
 
         cases, means = CASES, MEANS
     if options.list or not (options.patterns or on_cuda):
         print(listing(cases, means))
         return 0
     try:
-        selected = chosen(cases, options.patterns or ["all"])
+        selected = select_cases(cases, options.patterns or ["all"])
     except ValueError as error:
-        command.error(str(error))
-    if options.curves is not None and not any(case.group == plot.CURVES for case in selected):
-        command.error(f"--curves draws cases of the group {plot.CURVES}; none is chosen")
+        parser.error(str(error))
+    if "curves" in pictures and not any(case.group == plots.SCALING_GROUP for case in selected):
+        parser.error(f"--curves draws cases of the group {plots.SCALING_GROUP}, but none is selected")
 
-    settings = contest.Settings(
+    absent = peers.not_installed(options.device)
+    if not on_cuda and limits.unavailable() is not None:
+        absent.append(comparison.LIMIT)
+    settings = comparison.Settings(
         threads=options.threads,
         dtype=getattr(torch, options.dtype),
         seconds=options.seconds or (0.25 if on_cuda else 8.0),
         rounds=options.rounds,
         libraries=libraries,
-        absent=[*peers.absent(options.device), *([] if on_cuda or limits.absent() is None else [contest.LIMIT])],
+        absent=absent,
         device=options.device,
     )
-    run = report.start(vars(settings) | {"dtype": options.dtype})
+    run = recording.start(vars(settings) | {"dtype": options.dtype})
     print(report.header(run))
-    code = 0
-    try:
-        for case in selected:
-            result = contest.run(case, settings)
-            run["cases"].append(result)
-            print(f"\n{report.table(result)}", flush=True)
-            if result["ours"]["status"] != "measured":
-                code = 1
-    except KeyboardInterrupt:
-        print("\nInterrupted: what follows holds the cases that were finished.", file=sys.stderr)
-        code = 130
+    status = _measure(run, selected, settings)
     names = [case.name for case in cases]
-    run["means"] = [contest.mean(mean, names, run["cases"], settings) for mean in means]
+    run["means"] = [comparison.geometric_mean(mean, names, run["cases"], settings) for mean in means]
     print(f"\n{report.summary(run['cases'], run['means'])}")
     if options.json is not None:
-        report.write_json(run, options.json)
-    if options.plot is not None:
-        plot.ratios(run, options.plot)
-    if options.curves is not None:
-        plot.growth(run, options.curves)
-    if options.lengths is not None:
-        plot.lengths(run, options.lengths)
-    return code
+        recording.write_json(run, options.json)
+    _draw(run, pictures)
+    return status
 
 
 if __name__ == "__main__":

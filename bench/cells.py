@@ -1,4 +1,4 @@
-"""The recurrent cells, as each of those who take part knows them."""
+"""The recurrent cells, as described to each library."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import llm_ext
-from llm_ext import reference
+
+__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell"]
+
+JaxStep = Callable[..., tuple[Any, ...]]
 
 
-def _jax_rnn(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+def _jax_rnn(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, JaxStep]:
     return b_ih + b_hh, lambda wx, uh, h: (jax.numpy.tanh(wx + uh),)
 
 
-def _jax_gru(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
-    # The last third of b_hh stands inside the product with r.
+def _jax_gru(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, JaxStep]:
+    # b_hh of the gate n is multiplied by r; the rest can be added ahead of the loop.
     outside, b_n = b_hh.at[len(b_hh) // 3 * 2 :].set(0), b_hh[len(b_hh) // 3 * 2 :]
 
     def step(wx: Any, uh: Any, h: Any) -> tuple[Any]:
@@ -31,7 +33,7 @@ def _jax_gru(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, Callable[..., tuple[A
     return b_ih + outside, step
 
 
-def _jax_lstm(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+def _jax_lstm(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, JaxStep]:
     def step(wx: Any, uh: Any, h: Any, c: Any) -> tuple[Any, Any]:
         i, f, g, o = jax.numpy.split(wx + uh, 4, 1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jax.numpy.tanh(g)
@@ -44,42 +46,33 @@ def _jax_lstm(jax: Any, b_ih: Any, b_hh: Any) -> tuple[Any, Callable[..., tuple[
 class Cell:
     """A recurrent cell.
 
-    name: that of its layer in llm_ext and in torch.nn, and of its operator in ONNX.
-    jax: given jax, b_ih and b_hh, what is added to W x of all steps at once, and a step, (W x, U h, *state) to state.
-    onnx_gates: the gates in the order of ONNX, as places in the order of torch.
-    onnx_options: of the operator, where its defaults differ from torch.
-    state: letters of the tensors in its state; the first is the output.
+    name: of the layer in llm_ext and torch.nn, and of the operator in ONNX.
+    jax: maps jax, b_ih and b_hh to the bias that is added to W x of all steps, and a step (W x, U h, *state) -> state.
+    onnx_gates: for each gate in ONNX's order, its index in torch's order.
+    onnx_options: attributes of the operator, where ONNX's defaults differ from torch.
+    state: letters of the tensors of the state; the first is the output.
     """
 
     name: str
-    jax: Callable[[Any, Any, Any], tuple[Any, Callable[..., tuple[Any, ...]]]]
+    jax: Callable[[Any, Any, Any], tuple[Any, JaxStep]]
     onnx_gates: tuple[int, ...] = (0,)
     onnx_options: Mapping[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ("h",)
 
     @property
     def gates(self) -> int:
-        """How many times H the rows of the weights are."""
+        """Rows of the weights, divided by H."""
         return len(self.onnx_gates)
 
     @property
-    def ours(self) -> Any:
+    def our_layer(self) -> Any:
         """The layer of llm_ext."""
         return getattr(llm_ext, self.name)
 
     @property
-    def theirs(self) -> Any:
+    def torch_layer(self) -> Any:
         """The layer of torch."""
         return getattr(torch.nn, self.name)
-
-    @property
-    def truth(self) -> Callable[..., Any]:
-        """The function of the reference."""
-        return getattr(reference, self.name.lower())  # type: ignore[no-any-return]
-
-    def hx(self, state: list[Tensor] | None) -> Any:
-        """The state as torch wants it: a tensor, or a tuple where there are several."""
-        return None if state is None else state[0] if len(self.state) == 1 else tuple(state)
 
 
 RNN = Cell("RNN", _jax_rnn)

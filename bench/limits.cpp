@@ -1,5 +1,5 @@
-// What the cores of this machine can do at best. bench/limits.py compiles it for the machine it runs on; each function
-// returns the mean of what it computed, so that no compiler leaves the work out, and so that it can be checked.
+// Peak multiply-adds and reads of this machine's cores. bench/limits.py compiles this file for the machine it runs on.
+// Each function returns the mean of its results: the compiler cannot drop the work, and the caller can check it.
 
 #include <omp.h>
 
@@ -22,10 +22,10 @@ static double total(const Vector* vectors, int count) {
   return sum;
 }
 
-extern "C" long flops_of_round() { return 2L * kLanes * kChains; }
+extern "C" long flops_per_round() { return 2L * kLanes * kChains; }
 
-// In every thread kChains chains x = a x + b of so many rounds: enough to hide the latency of one. They start at
-// different numbers, of mean 0: of equal chains the compiler would compute one.
+// Every thread runs kChains independent chains x = a x + b, enough to hide the latency of one. They start at different
+// values with mean 0, because the compiler would merge equal chains.
 extern "C" double multiply_add(long rounds, float a, float b, int threads) {
   double sum = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
@@ -41,23 +41,23 @@ extern "C" double multiply_add(long rounds, float a, float b, int threads) {
   return sum / (double(threads) * kChains * kLanes);
 }
 
-extern "C" long floats_of_group() { return long(kReads) * kLanes; }
+extern "C" long floats_per_group() { return long(kReads) * kLanes; }
 
-// Every thread reads its own share of the groups, so many times over.
-extern "C" double read(const float* data, long groups_of_thread, long passes, int threads) {
+// Every thread reads its own range of groups, `passes` times.
+extern "C" double read(const float* data, long groups_per_thread, long passes, int threads) {
   double sum = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
   {
-    const long first = omp_get_thread_num() * groups_of_thread * kReads;
+    const long first = omp_get_thread_num() * groups_per_thread * kReads;
     const Vector* own = reinterpret_cast<const Vector*>(data) + first;
     Vector sums[kReads] = {};
     for (long pass = 0; pass < passes; ++pass) {
-      for (long group = 0; group < groups_of_thread; ++group) {
+      for (long group = 0; group < groups_per_thread; ++group) {
 #pragma GCC unroll 8
         for (int i = 0; i < kReads; ++i) sums[i] += own[group * kReads + i];
       }
     }
     sum += total(sums, kReads);
   }
-  return sum / (double(threads) * groups_of_thread * kReads * kLanes * passes);
+  return sum / (double(threads) * groups_per_thread * kReads * kLanes * passes);
 }

@@ -1,4 +1,4 @@
-"""The libraries llm_ext is compared with, each imported only when it takes part."""
+"""The libraries llm_ext is compared with. Each is imported only when it takes part."""
 
 from __future__ import annotations
 
@@ -16,16 +16,31 @@ from torch import Tensor
 from bench.cells import Cell
 from bench.timing import Call
 
-# Word of --peers: the modules it needs.
-LIBRARIES = {
+__all__ = [
+    "CPU_LIBRARIES",
+    "CUDA_LIBRARIES",
+    "flashrnn_call",
+    "haste_layer",
+    "jax_pool",
+    "jax_scan",
+    "libraries",
+    "not_installed",
+    "onnx_model",
+    "onnxruntime_call",
+    "openvino_call",
+    "set_environment",
+    "versions",
+]
+
+# By word of --peers, the modules it needs.
+CPU_LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "compile": ("torch",),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
     "jax": ("jax", "jaxlib"),
 }
-# Of a GPU.
-CUDA_LIBRARIES = {
+CUDA_LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "compile": ("torch",),
     "haste": ("haste_pytorch",),
@@ -33,27 +48,27 @@ CUDA_LIBRARIES = {
 }
 
 
-def of_device(device: str) -> dict[str, tuple[str, ...]]:
-    """Return the words of --peers, and the modules each needs."""
-    return CUDA_LIBRARIES if device == "cuda" else LIBRARIES
+def libraries(device: str) -> dict[str, tuple[str, ...]]:
+    """Return the words of --peers for a device, and the modules each needs."""
+    return CUDA_LIBRARIES if device == "cuda" else CPU_LIBRARIES
 
 
-def absent(device: str = "cpu") -> list[str]:
-    """Return the words of `of_device` that are not installed."""
-    return [word for word, names in of_device(device).items() if not all(map(importlib.util.find_spec, names))]
+def not_installed(device: str) -> list[str]:
+    """Return the words of --peers whose modules are not installed."""
+    return [word for word, names in libraries(device).items() if not all(map(importlib.util.find_spec, names))]
 
 
-def versions(device: str = "cpu") -> dict[str, str | None]:
-    """Return the version of each module of `of_device`, None where it is not installed."""
+def versions(device: str) -> dict[str, str | None]:
+    """Return the version of each module that a library needs, None if it is not installed."""
     found: dict[str, str | None] = {}
-    for name in sorted({name for modules in of_device(device).values() for name in modules}):
+    for name in sorted({name for modules in libraries(device).values() for name in modules}):
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
     return found
 
 
-def prepare(threads: int) -> None:
-    """Set what has to stand in the environment before a library is first imported."""
-    # The only thing XLA asks for the size of its CPU pool; it holds for the whole process.
+def set_environment(threads: int) -> None:
+    """Set the environment variables that the libraries read when they are imported."""
+    # XLA takes the size of its CPU thread pool from NPROC alone; it holds for the whole process.
     os.environ["NPROC"] = str(threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -61,14 +76,14 @@ def prepare(threads: int) -> None:
 def onnx_model(cell: Cell, layer: Any, T: int, B: int, lengths: Sequence[int] | None = None) -> bytes:
     """Return an ONNX model of a torch layer of one layer with bias.
 
-    It takes x [T, B, I] and the first state, [1, B, H] each, and returns y [T, B, H] and the last state.
+    Its inputs are x [T, B, I] and the initial state, [1, B, H] each; its outputs y [T, B, H] and the final state.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     def gates(parameter: Tensor) -> Tensor:
         blocks = parameter.detach().chunk(cell.gates)
-        return torch.cat([blocks[place] for place in cell.onnx_gates])
+        return torch.cat([blocks[index] for index in cell.onnx_gates])
 
     w_ih, w_hh, b_ih, b_hh = map(gates, layer.parameters())
     weights = {"W": w_ih, "R": w_hh, "B": torch.cat((b_ih, b_hh))}
@@ -76,7 +91,7 @@ def onnx_model(cell: Cell, layer: Any, T: int, B: int, lengths: Sequence[int] | 
     constants.append(numpy_helper.from_array(np.array([1]), "direction"))
     if lengths is not None:
         constants.append(numpy_helper.from_array(np.array(lengths, dtype=np.int32), "lengths"))
-    kind = TensorProto.DOUBLE if w_ih.dtype == torch.float64 else TensorProto.FLOAT
+    element = TensorProto.DOUBLE if w_ih.dtype == torch.float64 else TensorProto.FLOAT
     I, H = layer.input_size, layer.hidden_size  # noqa: E741
     first, last = [f"{letter}0" for letter in cell.state], [f"{letter}_n" for letter in cell.state]
     graph = helper.make_graph(
@@ -84,31 +99,31 @@ def onnx_model(cell: Cell, layer: Any, T: int, B: int, lengths: Sequence[int] | 
             helper.make_node(
                 cell.name,
                 ["x", "W", "R", "B", "" if lengths is None else "lengths", *first],
-                ["directed", *last],
+                ["y_per_direction", *last],
                 hidden_size=H,
                 **cell.onnx_options,
             ),
-            helper.make_node("Squeeze", ["directed", "direction"], ["y"]),
+            helper.make_node("Squeeze", ["y_per_direction", "direction"], ["y"]),
         ],
         cell.name,
         [
-            helper.make_tensor_value_info("x", kind, [T, B, I]),
-            *(helper.make_tensor_value_info(name, kind, [1, B, H]) for name in first),
+            helper.make_tensor_value_info("x", element, [T, B, I]),
+            *(helper.make_tensor_value_info(name, element, [1, B, H]) for name in first),
         ],
         [
-            helper.make_tensor_value_info("y", kind, [T, B, H]),
-            *(helper.make_tensor_value_info(name, kind, [1, B, H]) for name in last),
+            helper.make_tensor_value_info("y", element, [T, B, H]),
+            *(helper.make_tensor_value_info(name, element, [1, B, H]) for name in last),
         ],
         constants,
     )
-    # Versions that every release of the last years reads.
+    # Versions that all recent releases read.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
 
 
 def onnxruntime_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
-    """Return the call of an ONNX model on ONNX Runtime; feed holds its inputs in order."""
+    """Return a call that runs an ONNX model on ONNX Runtime with the inputs `feed`, in order."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,7 +134,7 @@ def onnxruntime_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call
 
 
 def openvino_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
-    """Return the call of an ONNX model on OpenVINO; feed holds its inputs in order."""
+    """Return a call that runs an ONNX model on OpenVINO with the inputs `feed`, in order."""
     import openvino
 
     core = openvino.Core()
@@ -129,7 +144,7 @@ def openvino_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
         {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
-            # It would take bf16 where the machine has it.
+            # By default OpenVINO computes in bfloat16 where the machine supports it.
             "INFERENCE_PRECISION_HINT": "f32",
         },
     )
@@ -151,7 +166,7 @@ def _jax(dtype: torch.dtype) -> Any:
 
 
 def jax_scan(cell: Cell, layer: Any, x: Tensor, g: Tensor | None) -> Call:
-    """Return `lax.scan` over a torch layer (with bias), jitted; with g, the gradient of y, training."""
+    """Return a jitted `lax.scan` with the weights of a torch layer with bias; given g, the gradient of y, training."""
     jax = _jax(x.dtype)
     weights = [jax.numpy.asarray(parameter.detach().numpy()) for parameter in layer.parameters()]
     start = tuple(jax.numpy.zeros((x.shape[1], layer.hidden_size), weights[0].dtype) for _ in cell.state)
@@ -174,7 +189,7 @@ def jax_scan(cell: Cell, layer: Any, x: Tensor, g: Tensor | None) -> Call:
 
 
 def jax_pool(causal: bool, e: Tensor, weight: Tensor, v: Tensor, g: Tensor | None) -> Call:
-    """Return folded pooling or, if causal, prefix pooling by cumulative sums, jitted; with g, training."""
+    """Return jitted pooling with u = Wᵀ v or, if causal, prefix pooling by cumulative sums; given g, training."""
     jax = _jax(e.dtype)
     jnp = jax.numpy
 
@@ -193,7 +208,7 @@ def jax_pool(causal: bool, e: Tensor, weight: Tensor, v: Tensor, g: Tensor | Non
 def _jax_call(
     jax: Any, forward: Callable[..., tuple[Any, ...]], x: Tensor, weights: list[Any], g: Tensor | None
 ) -> Call:
-    """Compile forward(x, *weights); with g, its first result and the gradients of all it takes."""
+    """Compile forward(x, *weights); given g, its first result and the gradients of all its arguments."""
     inputs = [jax.numpy.asarray(x.detach().numpy()), *weights]
     if g is None:
         run = jax.jit(forward)
@@ -209,7 +224,7 @@ def _jax_call(
 
 
 def haste_layer(cell: Cell, layer: Any) -> Any:
-    """Return the layer of Haste, float32, with the weights of a torch layer of one layer and direction."""
+    """Return Haste's layer in float32 with the weights of a torch layer of one layer and direction."""
     haste = importlib.import_module("haste_pytorch")
     other = getattr(haste, cell.name)(layer.input_size, layer.hidden_size).cuda()
     other.from_native_weights(*layer.parameters())
@@ -217,7 +232,7 @@ def haste_layer(cell: Cell, layer: Any) -> Any:
 
 
 def flashrnn_call(cell: Cell, layer: Any, x: Tensor) -> Call:
-    """Return FlashRNN in inference over W x + b of a torch LSTM of one layer and direction, which is not timed."""
+    """Return FlashRNN's inference call for a torch LSTM of one layer and direction; W x + b is computed beforehand."""
     flashrnn = importlib.import_module("flashrnn").flashrnn
     B, H = x.shape[1], layer.hidden_size
     w_ih, w_hh, b_ih, b_hh = (parameter.detach() for parameter in layer.parameters())

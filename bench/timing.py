@@ -1,9 +1,9 @@
-"""Timing on a machine that others use as well: contestants take turns, and ratios are taken within a round.
+"""Timing on a shared machine: candidates take turns, and ratios are taken within a round.
 
-A round gives every contestant one turn. A turn is a block of several calls rather than one, because the
-thread pools of the libraries go on spinning after a call (ONNX Runtime's for about 50 ms) and would take a
-core from whoever came next: between turns the process waits until it is quiet. The first calls of a turn,
-which wake the contestant's own pool and fill the caches, are not counted.
+A round gives every candidate one turn. A turn is a block of several calls, because the thread pools of some libraries
+keep spinning after a call (ONNX Runtime's for about 50 ms) and would take a core from the next candidate: before each
+turn the process waits until its threads are idle. The first calls of a turn wake the candidate's own pool and fill the
+caches; they are not counted.
 """
 
 from __future__ import annotations
@@ -19,14 +19,27 @@ from typing import Any, NamedTuple
 
 import torch
 
+__all__ = [
+    "Call",
+    "Clock",
+    "CudaClock",
+    "Seconds",
+    "Spread",
+    "Turns",
+    "clock_for",
+    "estimate",
+    "ratio",
+    "spread",
+    "take_turns",
+]
+
 Call = Callable[[], Any]
+Seconds = Sequence[float | None]  # per call, one value a round; None in a round that a slow candidate skipped
 
 MIN_ROUNDS = 3
-# To a call of so many seconds, waking a pool is nothing.
-LONG_CALL = 0.25
-# Longer than a scheduler tick, the grain of CPU time of threads that run.
-QUIET_WINDOW = 0.01
-QUIET_LIMIT = 1.0
+LONG_CALL = 0.25  # seconds from which waking a thread pool no longer matters, so that the call needs no warm-up
+IDLE_WINDOW = 0.01  # seconds; longer than a scheduler tick, the resolution of the CPU time of running threads
+IDLE_TIMEOUT = 1.0
 
 
 class Spread(NamedTuple):
@@ -37,12 +50,9 @@ class Spread(NamedTuple):
     q3: float
 
 
-Seconds = Sequence[float | None]  # a call, in each round; None in a round that a slow contestant sat out
-
-
 @dataclass(frozen=True)
 class Turns:
-    """What was measured, by contestant: seconds a call in each round, and how many calls a turn had."""
+    """Measurements by candidate: seconds per call in each round, and the number of calls in a turn."""
 
     seconds: dict[str, Seconds]
     calls: dict[str, int]
@@ -57,65 +67,66 @@ def spread(values: Seconds) -> Spread:
     return Spread(median, q1, q3)
 
 
-def ratio(peer: Seconds, ours: Seconds) -> Spread:
-    """Return how many times as long the peer took: the spread of the ratios of each round."""
-    pairs = zip(peer, ours, strict=True)
-    return spread([None if p is None or o is None else p / o for p, o in pairs])
+def ratio(other: Seconds, ours: Seconds) -> Spread:
+    """Return the spread of `other / ours`, taken within each round."""
+    pairs = zip(other, ours, strict=True)
+    return spread([None if a is None or b is None else a / b for a, b in pairs])
 
 
-def wait_until_quiet() -> None:
-    """Wait until no thread of this process runs, for `QUIET_LIMIT` seconds at most."""
-    end = time.perf_counter() + QUIET_LIMIT
+def _wait_until_idle() -> None:
+    """Wait until no thread of this process runs, for at most `IDLE_TIMEOUT` seconds."""
+    end = time.perf_counter() + IDLE_TIMEOUT
     while time.perf_counter() < end:
         before = time.process_time()
-        time.sleep(QUIET_WINDOW)
-        if time.process_time() - before < 0.2 * QUIET_WINDOW:
+        time.sleep(IDLE_WINDOW)
+        if time.process_time() - before < 0.2 * IDLE_WINDOW:
             return
 
 
 class Clock:
-    """How time is taken on the CPU."""
+    """Measures time on the CPU."""
 
     def block(self, call: Call, calls: int) -> float:
-        """Return seconds a call, over a block of calls."""
+        """Return seconds per call over a block of calls."""
         start = time.perf_counter()
         for _ in range(calls):
             call()
         return (time.perf_counter() - start) / calls
 
-    def quiet(self) -> None:
-        """Wait until nothing of the turn before goes on."""
-        wait_until_quiet()
+    def wait(self) -> None:
+        """Wait until the previous turn has finished all its work."""
+        _wait_until_idle()
 
 
 class CudaClock(Clock):
-    """How time is taken on a GPU: by events in its stream, from before the first call to after the last.
+    """Measures time on a GPU by events in its stream, from before the first call to after the last.
 
-    Where the GPU has done a call before Python has queued the next one, the time is Python's.
+    If the GPU finishes a call before Python has queued the next one, the time is Python's.
     """
 
     def block(self, call: Call, calls: int) -> float:
-        """Return seconds a call, over a block of calls."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
+        """Return seconds per call over a block of calls."""
+        new_event: Callable[..., Any] = torch.cuda.Event  # untyped in torch
+        start, end = new_event(enable_timing=True), new_event(enable_timing=True)
+        start.record()
         for _ in range(calls):
             call()
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        return float(start.elapsed_time(end)) / 1e3 / calls  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
 
-    def quiet(self) -> None:
-        """Wait until nothing of the turn before goes on."""
+    def wait(self) -> None:
+        """Wait until the previous turn has finished all its work."""
         torch.cuda.synchronize()
 
 
-def clock_of(device: str) -> Clock:
-    """Return the clock of a type of device."""
+def clock_for(device: str) -> Clock:
+    """Return the clock of a device type."""
     return CudaClock() if device == "cuda" else Clock()
 
 
 def estimate(call: Call, clock: Clock) -> float:
-    """Return about how many seconds one call takes."""
+    """Return approximately how many seconds one call takes."""
     seconds = clock.block(call, 1)
     calls = 1
     while seconds * calls < 0.02:
@@ -125,24 +136,24 @@ def estimate(call: Call, clock: Clock) -> float:
 
 
 def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: str = "cpu") -> Turns:
-    """Time contestants in turns.
+    """Time candidates in turns.
 
     Args:
-        calls: what each contestant does; the first, to whom the others are compared, is in every round.
-        seconds: about how long to measure altogether.
-        rounds: how many; a contestant too slow for its share of the time sits some out, but has `MIN_ROUNDS`.
-        device: where they do it, "cpu" or "cuda".
+        calls: the call of each candidate; the first, with which the others are compared, runs in every round.
+        seconds: approximate time of the whole measurement.
+        rounds: number of rounds; a candidate too slow for its share of the time skips some, but has `MIN_ROUNDS`.
+        device: "cpu" or "cuda".
     """
-    clock = clock_of(device)
+    clock = clock_for(device)
     names = list(calls)
     turn = seconds / (rounds * len(names))
-    once, count, every = {}, {}, {}
+    once, count, interval = {}, {}, {}
     for name in names:
-        clock.quiet()
+        clock.wait()
         once[name] = estimate(calls[name], clock)
         count[name] = max(1, round(turn / once[name]))
-        every[name] = max(1, min(math.ceil(once[name] / turn), (rounds - 1) // (MIN_ROUNDS - 1)))
-    every[names[0]] = 1
+        interval[name] = max(1, min(math.ceil(once[name] / turn), (rounds - 1) // (MIN_ROUNDS - 1)))
+    interval[names[0]] = 1
 
     measured: dict[str, list[float | None]] = {name: [None] * rounds for name in names}
     shuffle = random.Random(0).shuffle
@@ -150,11 +161,11 @@ def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: s
     gc.disable()
     try:
         for i in range(rounds):
-            # A new order each time, so that nobody always follows the same neighbour.
+            # A new order in each round, so that no candidate always follows the same one.
             shuffle(names)
             for name in names:
-                if i % every[name] == 0:
-                    clock.quiet()
+                if i % interval[name] == 0:
+                    clock.wait()
                     if once[name] < LONG_CALL:
                         clock.block(calls[name], math.ceil(count[name] / 4))
                     measured[name][i] = clock.block(calls[name], count[name])
