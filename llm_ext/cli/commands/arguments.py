@@ -61,9 +61,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 def add_search(parser: argparse.ArgumentParser) -> None:
     """Add the options of the search for a translation."""
-    parser.add_argument(
-        "--beam", type=int, default=1, metavar="N", help="beam width; 1 is greedy search (default: 1)"
-    )
+    parser.add_argument("--beam", type=int, default=1, metavar="N", help="beam width; 1 is greedy search (default: 1)")
     parser.add_argument(
         "--length-penalty",
         type=float,

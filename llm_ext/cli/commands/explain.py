@@ -25,8 +25,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "explain",
         help="draw the attention of a model",
-        description="Draw attention weights as a picture: of a translator, between each word it writes and the words of "
-        "the source; of a language model, between each word and the words before it.",
+        description="Draw attention weights: of a translator, between each word it writes and the words of the source; "
+        "of a language model, between each word and the words before it.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)

@@ -43,7 +43,12 @@ def add_parser(commands: Commands) -> None:
     )
     add_pair_files(parser)
     parser.add_argument(
-        "--val", nargs="+", type=Path, default=[], metavar="FILE", help="files for validation (default: hold out a part)"
+        "--val",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="files for validation (default: hold out a part)",
     )
     add_pair_files(parser, "val-", " for validation")
     add_cache(parser)

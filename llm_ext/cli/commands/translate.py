@@ -27,8 +27,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "translate",
         help="translate lines",
-        description="Translate the lines of files or of the standard input. At a terminal, or with --batch 1, each line "
-        "is translated before the next one is read; without a beam its words are printed as they are found.",
+        description="Translate the lines of files or of the standard input. At a terminal, or with --batch 1, each "
+        "line is translated before the next one is read; without a beam its words are printed as they are found.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)

@@ -112,7 +112,9 @@ class Config:
         resume=True,
     )
     lr: float = _setting(2e-3, "peak learning rate of Adam", group="training", least=0)
-    schedule: str = _setting("one-cycle", "learning rate schedule after the warm-up", group="training", choices=SCHEDULES)
+    schedule: str = _setting(
+        "one-cycle", "learning rate schedule after the warm-up", group="training", choices=SCHEDULES
+    )
     warmup: float = _setting(
         0.3, "fraction of the training in which the learning rate rises", group="training", least=0, most=1
     )
@@ -131,7 +133,9 @@ class Config:
     log_every: int = _setting(25, "steps between records of the log", group="training", least=1)
     seed: int = _setting(1, "random seed of initial weights and dropout", group="training", least=0, most=(1 << 63) - 1)
 
-    device: str = _setting("auto", "device to train on: cpu, cuda or auto; auto is the CPU", group="hardware", resume=True)
+    device: str = _setting(
+        "auto", "device to train on: cpu, cuda or auto; auto is the CPU", group="hardware", resume=True
+    )
     devices: int = _setting(
         1, "number of devices, each with its own process; torchrun sets it", group="hardware", least=1, resume=True
     )
@@ -215,9 +219,7 @@ class LanguageConfig(Config):
         "hidden", "what causal attention pools over", group="model", choices=("hidden", "embedding", "none")
     )
     score: str = _setting("linear", "score function of the attention", group="model", choices=("linear", "tanh"))
-    chunk: int = _setting(
-        64, "tokens per stream and step; gradients reach back one chunk", group="training", least=1
-    )
+    chunk: int = _setting(64, "tokens per stream and step; gradients reach back one chunk", group="training", least=1)
 
 
 @dataclass(frozen=True)
@@ -246,9 +248,7 @@ class TranslationConfig(Config):
         False, "feed the output of each decoder step into the next one; slower", group="model"
     )
     tie_head: bool = _setting(True, "share the weights of the target embedding with the output layer", group="model")
-    label_smoothing: float = _setting(
-        0.1, "label smoothing of the training loss", group="training", least=0, most=0.9
-    )
+    label_smoothing: float = _setting(0.1, "label smoothing of the training loss", group="training", least=0, most=0.9)
 
 
 CONFIGS: dict[str, type[Config]] = {config.task: config for config in (LanguageConfig, TranslationConfig)}

@@ -135,9 +135,7 @@ def _tokens_of_rows(model: Model, tokenizers: Sequence[Tokenizer]) -> dict[str, 
     return {"source_embedding.weight": source, **rows}
 
 
-def _copy_rows(
-    parameter: Tensor, tokens: list[bytes | None], weights: Tensor, other_tokens: list[bytes | None]
-) -> int:
+def _copy_rows(parameter: Tensor, tokens: list[bytes | None], weights: Tensor, other_tokens: list[bytes | None]) -> int:
     """Copy the rows of the tokens that both have; return their number."""
     row_of = {token: row for row, token in enumerate(other_tokens)}
     pairs = [(row, row_of[token]) for row, token in enumerate(tokens) if token in row_of]

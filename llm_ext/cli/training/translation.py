@@ -155,9 +155,7 @@ class TranslationTask(Task):
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, int]:
         batch, tokens = self.batches.read(step, self.mine)
         *inputs, expected = self.fabric.to_device(batch)
-        nats = F.cross_entropy(
-            module(*inputs), expected, reduction="sum", label_smoothing=self.config.label_smoothing
-        )
+        nats = F.cross_entropy(module(*inputs), expected, reduction="sum", label_smoothing=self.config.label_smoothing)
         # Each token has the same weight, whichever process reads it.
         return nats * (self.fabric.world_size / tokens), tokens
 
