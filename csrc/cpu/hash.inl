@@ -1,4 +1,9 @@
-// A hash of memory: to know the bytes of weights again without keeping a copy of them.
+// A content hash of memory, by which the packed weight cache recognizes weights.
+#pragma once
+
+#include "cpu/isa/isa.h"
+#include "cpu/ranges.inl"
+
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
@@ -24,21 +29,20 @@ static inline uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Digests of the pieces of kHashChunkBytes bytes that the memory consists of; the last may be shorter. They are the same
-// at every level.
+// Hashes each chunk of kHashChunkBytes bytes, the last of which may be shorter. All ISAs give the same hashes.
 //
-// Each line of 64 bytes adds to eight sums, for each word its halves, both under a key that changes from line to line,
-// multiplied; and the word itself to the sum of the word beside, so that no factor of zero can hide a change (the
-// scheme of XXH3, Y. Collet).
-static void hash(const void* data, int64_t bytes, Hash128* pieces, const ThreadTeam& team) {
+// The scheme of XXH3 (Y. Collet): each line of 64 bytes updates eight 64-bit sums. A word, xored with a key that
+// changes from line to line, adds the product of its halves to its own sum and itself to its neighbour's, so that a
+// factor of zero cannot hide a change.
+static void hash(const void* data, int64_t bytes, Hash128* chunks, const ThreadTeam& team) {
   constexpr int kLine = 64;
   constexpr int kVectors = kLine / LLM_EXT_VECTOR_BYTES;
   constexpr int kWords = LLM_EXT_VECTOR_BYTES / 8;
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;  // 2^64 over the golden ratio
-  const Range mine = team.share(divide_up(bytes, kHashChunkBytes));
-  for (int64_t piece = mine.begin; piece < mine.end; ++piece) {
-    const char* begin = static_cast<const char*>(data) + piece * kHashChunkBytes;
-    const int64_t left = bytes - piece * kHashChunkBytes;
+  const Range range = team.slice(divide_up(bytes, kHashChunkBytes));
+  for (int64_t chunk = range.begin; chunk < range.end; ++chunk) {
+    const char* begin = static_cast<const char*>(data) + chunk * kHashChunkBytes;
+    const int64_t left = bytes - chunk * kHashChunkBytes;
     const int64_t size = left < kHashChunkBytes ? left : kHashChunkBytes;
     Words sums[kVectors], keys[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -51,9 +55,9 @@ static void hash(const void* data, int64_t bytes, Hash128* pieces, const ThreadT
       for (int v = 0; v < kVectors; ++v) {
         Words words;
         __builtin_memcpy(&words, line + v * LLM_EXT_VECTOR_BYTES, sizeof(words));
-        Words beside;
-        for (int i = 0; i < kWords; ++i) beside[i] = words[i ^ 1];
-        sums[v] += multiply_halves(words ^ keys[v]) + beside;
+        Words neighbours;
+        for (int i = 0; i < kWords; ++i) neighbours[i] = words[i ^ 1];
+        sums[v] += multiply_halves(words ^ keys[v]) + neighbours;
         keys[v] += kStep;
       }
     };
@@ -71,7 +75,7 @@ static void hash(const void* data, int64_t bytes, Hash128* pieces, const ThreadT
         b = mix(b + sums[v][w] * kStep);
       }
     }
-    pieces[piece] = {a, b};
+    chunks[chunk] = {a, b};
   }
 }
 

@@ -1,6 +1,8 @@
-// The table of CPU kernels. Every kernel is called by all threads of a team at once, with the same params, and has
-// finished for a thread when it returns there; the caller joins the team before it reads the results. Kernels do not
-// allocate, throw or keep state. The same params and the same team size give the same bits.
+// The CPU kernel table: the functions compiled for one ISA.
+//
+// Every thread of a team calls a kernel with the same params. The work of a thread is done when the call returns on it;
+// the caller synchronizes the team before it reads the results. Kernels do not allocate, throw or keep state. Equal
+// params and team size give bit-identical results on the same ISA.
 #pragma once
 
 #include <cstdint>
@@ -11,36 +13,27 @@
 #include "params/linear.h"
 #include "params/pooling.h"
 #include "params/rnn.h"
+#include "params/types.h"
 
 namespace llm_ext {
 
-// Of a recurrence whose tensors are stored as S.
+// Kernels of one direction of one recurrent layer. `threads` arguments are the number of threads available.
 template <typename S>
 struct RecurrenceKernels {
-  // Bytes of packed weights and elements of workspace that the call needs, and the number of threads worth giving it
-  // (at most `threads`).
-  int64_t (*packed_size)(const RecurrenceSizes&);
-  int64_t (*forward_workspace)(const RecurrenceSizes&, int threads);
-  int64_t (*backward_workspace)(const RecurrenceSizes&, int threads);
-  int (*threads)(const RecurrenceSizes&, int threads);
-  // Whether so many recurrences of these sizes that can run at once are better run by a thread each than one after the
-  // other by the whole team.
+  int64_t (*packed_size)(const RecurrenceSizes&);                      // bytes of the packed weights
+  int64_t (*forward_workspace)(const RecurrenceSizes&, int threads);   // elements of Compute<S>
+  int64_t (*backward_workspace)(const RecurrenceSizes&, int threads);  // elements of Compute<S>
+  int (*threads)(const RecurrenceSizes&, int threads);                 // threads worth using, at most `threads`
+  // Whether `recurrences` independent recurrences of these sizes run faster with one thread per recurrence than one
+  // after the other, each on the whole team.
   bool (*one_thread_per_recurrence)(const RecurrenceSizes&, int recurrences, int threads);
-  // Packs the weights; depends on nothing but them, their sizes and the cell. `packed` of the params is not read.
+  // Packs the weights into `packed`. Reads the weights, the sizes and the mode, nothing else.
   void (*pack)(const RecurrenceForwardParams<S>&, void* packed, const ThreadTeam&);
   void (*forward)(const RecurrenceForwardParams<S>&, const ThreadTeam&);
   void (*backward)(const RecurrenceBackwardParams<S>&, const ThreadTeam&);
 };
 
-// 128 bits that stand for some bytes.
-struct Hash128 {
-  uint64_t a, b;
-  // Written out: torch 2.11 builds in C++17.
-  bool operator==(const Hash128& other) const { return a == other.a && b == other.b; }
-};
-constexpr int64_t kHashChunkBytes = 64 << 10;
-
-// Of affine maps of rows.
+// Kernels of a linear layer. Workspaces are in elements of S.
 template <typename S>
 struct LinearKernels {
   int (*threads)(const LinearSizes&, int threads);
@@ -52,7 +45,7 @@ struct LinearKernels {
   void (*backward)(const LinearBackwardParams<S>&, const ThreadTeam&);
 };
 
-// Of pooling and its prefix form; workspaces in elements of what S is computed in.
+// Kernels of attention pooling and its prefix form. Workspaces are in elements of Compute<S>.
 template <typename S>
 struct PoolKernels {
   int (*threads)(const PoolInput<S>&, int threads);
@@ -64,7 +57,7 @@ struct PoolKernels {
   void (*prefix_backward)(const PrefixPoolBackwardParams<S>&, const ThreadTeam&);
 };
 
-// Of additive attention whose tensors are stored as S.
+// Kernels of additive attention. Workspaces are in elements of Compute<S>.
 template <typename S>
 struct AdditiveAttentionKernels {
   int (*threads)(const AdditiveAttentionInput<S>&, int threads);
@@ -74,10 +67,18 @@ struct AdditiveAttentionKernels {
   void (*backward)(const AdditiveAttentionBackwardParams<S>&, const ThreadTeam&);
 };
 
+// A 128-bit content hash.
+struct Hash128 {
+  uint64_t a, b;
+  // Spelled out: torch 2.11 builds extensions as C++17, which has no defaulted comparison.
+  bool operator==(const Hash128& other) const { return a == other.a && b == other.b; }
+};
+constexpr int64_t kHashChunkBytes = 64 << 10;
+
 struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512" or "avx512_bf16"
-  // Digests of `bytes` of memory, in pieces of kHashChunkBytes bytes, one for each.
-  void (*hash)(const void* data, int64_t bytes, Hash128* pieces, const ThreadTeam&);
+  // Hashes `bytes` of memory: one Hash128 for each chunk of kHashChunkBytes, the last of which may be shorter.
+  void (*hash)(const void* data, int64_t bytes, Hash128* chunks, const ThreadTeam&);
   std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,
              RecurrenceKernels<Float16>>
       recurrences;
@@ -105,8 +106,8 @@ struct Kernels {
   }
 };
 
-// The table for this machine, chosen once: the highest level it has, or the one LLM_EXT_ISA names.
-// Throws std::runtime_error if LLM_EXT_ISA names a level that does not exist or that the machine lacks.
+// The kernel table of this process, selected on the first call: the best ISA that the machine supports, or the one
+// that LLM_EXT_ISA names. Throws std::runtime_error if LLM_EXT_ISA is unknown or not supported.
 const Kernels& kernels();
 
 }  // namespace llm_ext

@@ -1,4 +1,4 @@
-// The threads that work on one call. Kernels are handed a ThreadTeam and never start a thread themselves.
+// The thread team of one call. Kernels receive a ThreadTeam and never start threads.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,6 @@
 
 namespace llm_ext {
 
-// What a waiting thread does: little, or give the core away.
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -25,9 +24,11 @@ inline void yield() {
 #endif
 }
 
-// Reusable barrier for a known number of running threads. Spins, because the steps of a recurrence are microseconds
-// apart, and gives the core away when the wait grows long: then some thread of the team has no core. It will have none
-// at the next step either, so whoever waited in vain makes the next waits shorter.
+// Reusable barrier for a fixed number of running threads.
+//
+// Waiting threads spin, because the steps of a recurrence are microseconds apart, and yield when the spin budget is
+// used up: then some thread of the team has no core. A timed-out wait halves the budget of the call's later waits
+// (back-off), since that thread will have no core at the next step either.
 class Barrier {
  public:
   void wait(int size) {
@@ -38,13 +39,13 @@ class Barrier {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    const int patience = patience_.load(std::memory_order_relaxed);
+    const int budget = spin_budget_.load(std::memory_order_relaxed);
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < patience) {
+      if (spins < budget) {
         pause();
       } else {
-        if (spins == patience && patience > kLeastSpins) {
-          patience_.store(patience / 2, std::memory_order_relaxed);
+        if (spins == budget && budget > kMinSpins) {
+          spin_budget_.store(budget / 2, std::memory_order_relaxed);
         }
         yield();
       }
@@ -52,39 +53,40 @@ class Barrier {
   }
 
  private:
-  static constexpr int kMostSpins = 4096;  // some 50 to 100 us: longer than any step in which all threads have a core
-  static constexpr int kLeastSpins = 32;
+  static constexpr int kMaxSpins = 4096;  // 50 to 100 us: longer than any step if every thread has a core
+  static constexpr int kMinSpins = 32;
 
-  // Apart from each other: waiters read the phase while others still arrive.
+  // On separate cache lines: some threads poll the phase while others still arrive.
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
-  std::atomic<int> patience_{kMostSpins};
+  std::atomic<int> spin_budget_{kMaxSpins};
 };
 
-// How far one thread has come, for others to wait for.
+// A counter that one thread advances and others wait for.
 class Progress {
  public:
-  void reach(int64_t place) { place_.store(place, std::memory_order_release); }
+  void reach(int64_t count) { count_.store(count, std::memory_order_release); }
 
-  void await(int64_t place) const {
-    for (int spins = 0; place_.load(std::memory_order_acquire) < place; ++spins) {
-      spins < kMostSpins ? pause() : yield();
+  void await(int64_t count) const {
+    for (int spins = 0; count_.load(std::memory_order_acquire) < count; ++spins) {
+      spins < kMaxSpins ? pause() : yield();
     }
   }
 
  private:
-  static constexpr int kMostSpins = 4096;
+  static constexpr int kMaxSpins = 4096;
 
-  alignas(64) std::atomic<int64_t> place_{0};
+  alignas(64) std::atomic<int64_t> count_{0};
 };
 
+// The half-open range [begin, end).
 struct Range {
   int64_t begin;
   int64_t end;
   int64_t size() const { return end - begin; }
 };
 
-// One thread's view of the team it belongs to. All `size` threads are known to run.
+// The team as one of its threads sees it. All `size` threads are running.
 struct ThreadTeam {
   int rank;
   int size;
@@ -92,13 +94,11 @@ struct ThreadTeam {
 
   void sync() const { barrier->wait(size); }
 
-  // This thread's share of n items dealt out in whole units, as even as can be.
-  Range share(int64_t n, int64_t unit = 1) const { return share_of(rank, n, unit); }
-
-  Range share_of(int who, int64_t n, int64_t unit = 1) const {
+  // This thread's slice of [0, n), cut at multiples of `unit` and as even as possible.
+  Range slice(int64_t n, int64_t unit = 1) const {
     const int64_t units = (n + unit - 1) / unit;
-    const int64_t begin = units * who / size * unit;
-    const int64_t end = units * (who + 1) / size * unit;
+    const int64_t begin = units * rank / size * unit;
+    const int64_t end = units * (rank + 1) / size * unit;
     return {begin < n ? begin : n, end < n ? end : n};
   }
 };

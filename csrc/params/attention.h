@@ -1,4 +1,4 @@
-// Arguments of one call of additive attention. The letters and conventions are those of params/types.h.
+// Arguments of additive attention. Letters and conventions: params/types.h. The formulas are in docs/math/attention.md.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace llm_ext {
 
-// Additive attention: scores v . tanh(query + key) of each pair, softmax over the keys, the weighted mean of the
-// values. Queries and keys are projected already, with the bias in one of them.
+// Scores v . tanh(query + key), softmax over the keys, weighted mean of the values. The caller has projected queries
+// and keys and added the bias to one of them.
 template <typename S>
 struct AdditiveAttentionInput {
   int64_t batch;               // B
@@ -20,35 +20,35 @@ struct AdditiveAttentionInput {
   const S* key;                // [B, Tk, A]
   const S* v;                  // [A]
   const S* values;             // [B, Tk, Dv]
-  const int64_t* key_lengths;  // [B] keys k >= key_lengths[b] take no part, 0 <= key_lengths[b] <= Tk; null: all Tk
-  const bool* mask;           // (b, q, k) at b * mask_batch_stride + q * mask_query_stride + k; a key takes no part for
-                              // a query where it is false; null: all do
-  int64_t mask_batch_stride;  // elements
-  int64_t mask_query_stride;  // elements; 0: one row for all queries of b
+  const int64_t* key_lengths;  // [B] keys k >= key_lengths[b] are masked, 0 <= key_lengths[b] <= Tk; null: all Tk
+  const bool* mask;            // (b, q, k) at b * mask_batch_stride + q * mask_query_stride + k; false: key k is masked
+                               // for query q; null: all true
+  int64_t mask_batch_stride;   // elements
+  int64_t mask_query_stride;   // elements; 0: one row for all queries of b
 };
 
 template <typename S>
 struct AdditiveAttentionForwardParams {
   AdditiveAttentionInput<S> in;
-  S* context;             // [B, Tq, Dv] out: 0 where no key takes part
-  Compute<S>* lse;        // [B, Tq] out: log of the sum of exp(score); -inf where no key takes part
-  S* weights;             // [B, Tq, Tk] out: 0 where a key takes no part; null: not wanted
-  Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  S* context;             // [B, Tq, Dv] out: 0 if every key is masked
+  Compute<S>* lse;        // [B, Tq] out: log-sum-exp of the scores; -inf if every key is masked
+  S* weights;             // [B, Tq, Tk] out: 0 for masked keys; null: not needed
+  Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
 template <typename S>
 struct AdditiveAttentionBackwardParams {
   AdditiveAttentionInput<S> in;
-  const S* context;       // [B, Tq, Dv] what the forward returned
-  const Compute<S>* lse;  // [B, Tq] what the forward returned
-  const S* weights;       // [B, Tq, Tk] what the forward returned; null exactly where grad_weights is
+  const S* context;       // [B, Tq, Dv] from the forward pass
+  const Compute<S>* lse;  // [B, Tq] from the forward pass
+  const S* weights;       // [B, Tq, Tk] from the forward pass; null exactly if grad_weights is
   const S* grad_context;  // [B, Tq, Dv]; null: zeros
   const S* grad_weights;  // [B, Tq, Tk]; null: zeros
-  S* dquery;              // [B, Tq, A] out; null: not wanted
-  S* dkey;                // [B, Tk, A] out; null: not wanted
-  S* dv;                  // [A] out; null: not wanted
-  S* dvalues;             // [B, Tk, Dv] out; null: not wanted
-  Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes; contents do not matter
+  S* dquery;              // [B, Tq, A] out; null: not needed
+  S* dkey;                // [B, Tk, A] out; null: not needed
+  S* dv;                  // [A] out; null: not needed
+  S* dvalues;             // [B, Tk, Dv] out; null: not needed
+  Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
 }  // namespace llm_ext

@@ -1,4 +1,4 @@
-// Arguments of one call of a linear layer. The letters and conventions are those of params/types.h.
+// Arguments of a linear layer, y = x W^T + b. Letters and conventions: params/types.h.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,6 @@
 
 namespace llm_ext {
 
-// An affine map of rows, y = x W^T + b.
 struct LinearSizes {
   int64_t rows;    // N
   int64_t input;   // I
@@ -20,21 +19,21 @@ struct LinearForwardParams {
   const S* x;       // [N, I]
   const S* w;       // [O, I]
   const S* b;       // [O]; null: zeros
-  const S* addend;  // [N, O]; null: zeros
+  const S* addend;  // [N, O] added to y; null: zeros
   bool tanh;        // whether y is the tanh of the sum
   S* y;             // [N, O] out
-  S* workspace;     // forward_workspace() elements, aligned to 64 bytes; contents do not matter
+  S* workspace;     // forward_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
-// The place of the largest result of each row; the results themselves are not stored.
+// The index of the maximum of each row of y, which is not stored.
 template <typename S>
 struct LinearArgmaxParams {
   LinearSizes sizes;  // 0 < O < 2^31
   const S* x;         // [N, I]
   const S* w;         // [O, I]
   const S* b;         // [O]; null: zeros
-  int64_t* indices;    // [N] out: of several that are equal the first; any NaN before all numbers
-  S* workspace;       // argmax_workspace() elements, aligned to 64 bytes; contents do not matter
+  int64_t* indices;   // [N] out: the first of equal maxima; NaN counts as larger than any number
+  S* workspace;       // argmax_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
 template <typename S>
@@ -43,10 +42,10 @@ struct LinearBackwardParams {
   const S* grad_y;  // [N, O]
   const S* x;       // [N, I]
   const S* w;       // [O, I]
-  S* dx;            // [N, I] out; null: not wanted
-  S* dw;            // [O, I] out; null: not wanted
-  S* db;            // [O] out; null: not wanted
-  S* workspace;     // backward_workspace() elements, aligned to 64 bytes; contents do not matter
+  S* dx;            // [N, I] out; null: not needed
+  S* dw;            // [O, I] out; null: not needed
+  S* db;            // [O] out; null: not needed
+  S* workspace;     // backward_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
 }  // namespace llm_ext

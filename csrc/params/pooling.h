@@ -1,4 +1,5 @@
-// Arguments of one call of attention pooling. The letters and conventions are those of params/types.h.
+// Arguments of attention pooling and of its causal prefix form. Letters and conventions: params/types.h. The formulas
+// are in docs/math/attention.md.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 namespace llm_ext {
 
-// Vectors e [B, T, D] to pool over T, and where their scores come from. What grows with T is stored as S; log-sum-exps,
-// shares and the state of the prefix form, which add up over it, are what S is computed in.
+// The vectors e [B, T, D] to pool over T, and their scores. Arrays that grow with T are stored as S. Log-sum-exps,
+// shares and the state of the prefix form accumulate over T and are stored as Compute<S>.
 template <typename S>
 struct PoolInput {
   int64_t batch;           // B
@@ -17,62 +18,62 @@ struct PoolInput {
   const S* e;              // element (b, t, d) at e[b * e_batch_stride + t * e_step_stride + d]
   int64_t e_batch_stride;  // elements
   int64_t e_step_stride;   // elements
-  const S* u;              // [D] scores are e . u; null: `scores` holds them
-  const S* scores;         // [B, T]; null: `u` gives them
-  const int64_t* lengths;  // [B] positions t >= lengths[b] take no part, 0 <= lengths[b] <= T; null: all T
-  const bool* mask;        // [B, T] positions that are false take no part; null: all take part
+  const S* u;              // [D] scores are e . u; null: use `scores`
+  const S* scores;         // [B, T]; null: use `u`
+  const int64_t* lengths;  // [B] positions t >= lengths[b] are masked, 0 <= lengths[b] <= T; null: all T
+  const bool* mask;        // [B, T] false: the position is masked; null: all true
 };
 
 template <typename S>
 struct PoolForwardParams {
   PoolInput<S> in;
-  S* c;                   // [B, D] out: the pooled vector; 0 where no position takes part
-  Compute<S>* lse;        // [B] out: log of the sum of exp(score); -inf where no position takes part
-  Compute<S>* workspace;  // workspace() elements; contents do not matter
+  S* c;                   // [B, D] out: the pooled vector; 0 if every position is masked
+  Compute<S>* lse;        // [B] out: log-sum-exp of the scores; -inf if every position is masked
+  Compute<S>* workspace;  // workspace() elements, uninitialized
 };
 
 template <typename S>
 struct PoolBackwardParams {
   PoolInput<S> in;
-  const S* c;                  // [B, D] what the forward returned
-  const Compute<S>* lse;       // [B] what the forward returned
+  const S* c;                  // [B, D] from the forward pass
+  const Compute<S>* lse;       // [B] from the forward pass
   const S* grad_c;             // [B, D]; null: zeros
   const Compute<S>* grad_lse;  // [B]; null: zeros
-  S* de;                       // out, laid out as e; null: not wanted
-  S* du;                       // [D] out; null: not wanted, or `scores` given
-  S* dscores;                  // [B, T] out; null: not wanted, or `u` given
-  Compute<S>* workspace;       // workspace() elements; contents do not matter
+  S* de;                       // out, strides of e; null: not needed
+  S* du;                       // [D] out; null: not needed, or `scores` given
+  S* dscores;                  // [B, T] out; null: not needed, or `u` given
+  Compute<S>* workspace;       // workspace() elements, uninitialized
 };
 
-// The causal prefix form: c_t pools over the positions i <= t and an initial state.
+// The causal prefix form: c_t pools over the positions i <= t and an initial state (l0, c0).
 template <typename S>
 struct PrefixPoolForwardParams {
   PoolInput<S> in;
-  const Compute<S>* l0;   // [B] log-sum-exp of what came before; null: -inf
-  const Compute<S>* c0;   // [B, D] pooled vector of what came before; null exactly where l0 is: 0
-  S* c;                   // out, laid out as e
-  Compute<S>* share;      // [B, T] out: a_t, the share of each position in c_t; 0 where it takes no part
-  Compute<S>* l_n;        // [B] out: the state after the last step
-  Compute<S>* c_n;        // [B, D] out
-  Compute<S>* workspace;  // prefix_workspace() elements; contents do not matter
+  const Compute<S>* l0;   // [B] log-sum-exp of the initial state; null: -inf
+  const Compute<S>* c0;   // [B, D] pooled vector of the initial state; null exactly if l0 is: zeros
+  S* c;                   // out, strides of e
+  Compute<S>* share;      // [B, T] out: a_t, the softmax weight of position t in c_t; 0 if masked
+  Compute<S>* l_n;        // [B] out: log-sum-exp after the last step
+  Compute<S>* c_n;        // [B, D] out: pooled vector after the last step
+  Compute<S>* workspace;  // prefix_workspace() elements, uninitialized
 };
 
-// Lengths, mask and scores are not read: `share` knows all that follows from them.
+// Does not read lengths, mask and scores: `share` implies them.
 template <typename S>
 struct PrefixPoolBackwardParams {
   PoolInput<S> in;
   const Compute<S>* c0;        // [B, D]; null: zeros
-  const S* c;                  // laid out as e: what the forward returned
-  const Compute<S>* share;     // [B, T] what the forward returned
-  const S* grad_c;             // laid out as e; null: zeros
+  const S* c;                  // strides of e, from the forward pass
+  const Compute<S>* share;     // [B, T] from the forward pass
+  const S* grad_c;             // strides of e; null: zeros
   const Compute<S>* grad_l_n;  // [B]; null: zeros
   const Compute<S>* grad_c_n;  // [B, D]; null: zeros
-  S* de;                       // out, laid out as e; null: not wanted
-  S* du;                       // [D] out; null: not wanted
-  S* dscores;                  // [B, T] out; null: not wanted
-  Compute<S>* dl0;             // [B] out; null: not wanted
-  Compute<S>* dc0;             // [B, D] out; null: not wanted
-  Compute<S>* workspace;       // prefix_workspace() elements; contents do not matter
+  S* de;                       // out, strides of e; null: not needed
+  S* du;                       // [D] out; null: not needed
+  S* dscores;                  // [B, T] out; null: not needed
+  Compute<S>* dl0;             // [B] out; null: not needed
+  Compute<S>* dc0;             // [B, D] out; null: not needed
+  Compute<S>* workspace;       // prefix_workspace() elements, uninitialized
 };
 
 }  // namespace llm_ext

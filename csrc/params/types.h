@@ -1,17 +1,25 @@
-// What one call of each op is: sizes, pointers, options. Plain C++; every room reads it.
+// Types and conventions of the params structs, which describe one call of each op: sizes, pointers and options. Plain
+// C++, included by every part of csrc.
 //
-// Letters: T time, Tq queries, Tk keys, B batch, I input size, H hidden size, P size of the state h and of the output
-// (H, or smaller where an LSTM projects), G gates, O output size of an affine map, D embedding size, Dv that of values,
-// A attention size. N is the number of rows of a sequence laid out one step after the other: T * B, or fewer where
-// packed sequences end early. All arrays are dense and row-major unless a stride is named; no two may overlap unless
-// the line says so; null only where the line says so.
+// Letters:
+//   T   time steps                       H   hidden size
+//   Tq  queries                          P   size of the state h and of the output: H, or the projection of an LSTM
+//   Tk  keys                             G   gates of a cell: 1 Elman, 3 GRU, 4 LSTM
+//   B   batch                            D   size of the pooled vectors
+//   N   rows: T * B, or the sum of       Dv  size of the values
+//       batch_sizes if packed            A   attention size
+//   I   input size                       V   rows of an input projection table (the vocabulary)
+//   O   output size of a linear layer
+//
+// Conventions: arrays are dense and row-major unless a stride is named. No two arrays overlap unless a line permits it.
+// A pointer may be null only where its line says what null means. "out" marks results.
 #pragma once
 
 #include <cstdint>
 
 namespace llm_ext {
 
-// Numbers of 16 bits, as they lie in memory; nothing is computed in them.
+// 16-bit floating-point types in memory. Arithmetic converts them to float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -19,7 +27,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// What numbers that are stored as S are computed in.
+// The type of arithmetic for tensors that are stored as S.
 template <typename S>
 struct ComputeType {
   using type = S;

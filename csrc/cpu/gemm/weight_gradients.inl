@@ -1,79 +1,77 @@
-// Gradients of weights and biases: sums over all rows of a call.
+// Gradients of weights and biases: sums over all rows of a sequence.
+#pragma once
+
+#include "cpu/gemm/blocking.inl"
+#include "cpu/gemm/gemm.inl"
+#include "cpu/gemm/packing.inl"
+#include "cpu/isa/isa.h"
+#include "cpu/ranges.inl"
+#include "cpu/simd/load_store.inl"
+#include "cpu/simd/vec.inl"
+
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// The weight gradients are products over all rows of a call. A block of such a product is so many of those rows
-// deep (384 floats: 1 % quicker than 256), so many columns of dz high, whose packed form stays in the second-level
-// cache, and so many panels wide, so that little of dz is packed twice.
-template <typename T>
-constexpr int64_t kGradientDepth = 1536 / sizeof(T);
-constexpr int64_t kGradientHeight = 16 * kRows;
-constexpr int64_t kGradientPanels = 2048 / (kPanelVectors * LLM_EXT_VECTOR_BYTES);
-
-// Factors, of both sides, of a block of the weight gradients.
-template <typename T>
-constexpr int64_t kGradientBlock = kGradientDepth<T> * (kGradientHeight + kGradientPanels * kPanel<T>);
-
-// A weight gradient: sum over all rows of left(row)^T right(row).
+// A weight gradient: the sum over all rows of left(row)^T right(row). left is dz, right the input of the product.
 template <typename S>
 struct WeightGradient {
-  Compute<S>* dw;  // [gates * height, width]; null: not wanted
-  int64_t width;   // of a row of the right side
-  int gates[4];    // which of its blocks of `height` rows each block of the left side belongs to; -1: none
-  bool gathered;   // the rows of the right side are found one by one, else at `right`
+  Compute<S>* dw;  // [gates * height, width]; null: not needed
+  int64_t width;   // of a row of right
+  int gates[4];    // for each block of left, the block of `height` rows of dw that it belongs to; -1: none
+  bool gathered;   // rows of right come from `gather`, not from `right`
   const S* right;  // [N, width], `stride` apart
   int64_t stride;
 };
 
-// Of rows [rows), whose left sides lie at `left_rows`; on top of what the gradients hold if `more`. gather(first)
-// returns a function that is asked for rows first + i of a gathered side, in rising order; null means zeros. Gradients
-// that have the left side [*, blocks * height] in common are one product with their right sides side by side, so that
-// the left side is packed once.
+// The weight gradients of `rows`, whose left rows [*, blocks * height] are at `left_rows`. Adds to the gradients if
+// `more`, else overwrites them. gather(first) returns a function that is called with i = 0, 1, ... for rows first + i
+// of a gathered right side; null means zeros. Gradients with the same left side are one product with their right sides
+// next to each other, so that left is packed once.
 template <typename S, int kSides, typename Gather>
 static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_rows, int64_t height, int blocks,
-                             const WeightGradient<S> (&sides)[kSides], bool more, Factor<S>* space, const ThreadTeam& team) {
+                             const WeightGradient<S> (&sides)[kSides], bool more, Factor<S>* space,
+                             const ThreadTeam& team) {
   using T = Compute<S>;
   using L = Factor<S>;
   const int64_t n = rows.size();
   const int64_t left_width = blocks * height;
-  Range places[kSides];  // of each side among the panels of all
+  Range side_panels[kSides];  // of each side among all panels
   Range panels = {0, 0};
   for (int j = 0; j < kSides; ++j) {
     const int64_t wanted = sides[j].dw == nullptr ? 0 : panels_of<T>(sides[j].width);
-    places[j] = {panels.end, panels.end + wanted};
+    side_panels[j] = {panels.end, panels.end + wanted};
     panels.end += wanted;
   }
   Range heights = {0, height};
   if (panels.end >= 2 * team.size) {
-    panels = team.share(panels.end);
+    panels = team.slice(panels.end);
   } else {
-    heights = team.share(height, kRows);
+    heights = team.slice(height, kMR);
   }
   if (n == 0) {
     for (const WeightGradient<S>& side : sides) {
       if (side.dw == nullptr) continue;
       int used = 0;
       for (int b = 0; b < blocks; ++b) used += side.gates[b] >= 0;
-      const Range part = team.share(used * height * side.width);
-      __builtin_memset(side.dw + part.begin, 0, part.size() * sizeof(T));
+      const Range slice = team.slice(used * height * side.width);
+      __builtin_memset(side.dw + slice.begin, 0, slice.size() * sizeof(T));
     }
     return;
   }
   L* right = space;
-  L* left = space + kGradientDepth<T> * kGradientPanels * kPanel<T>;
-  for (int64_t i = 0; i < n; i += kGradientDepth<T>) {
-    const int64_t depth = n - i < kGradientDepth<T> ? n - i : kGradientDepth<T>;
-    for (int64_t begin = panels.begin; begin < panels.end; begin += kGradientPanels) {
-      const Range group = intersect({begin, begin + kGradientPanels}, panels);
-      // Calls body(side, its panels of the group, their columns, their place in `right`).
+  L* left = space + kGradientKC<T> * kGradientNCPanels * kNR<T>;
+  for (int64_t i = 0; i < n; i += kGradientKC<T>) {
+    const int64_t depth = n - i < kGradientKC<T> ? n - i : kGradientKC<T>;
+    for (int64_t begin = panels.begin; begin < panels.end; begin += kGradientNCPanels) {
+      const Range group = intersect({begin, begin + kGradientNCPanels}, panels);
+      // Calls body(side, its panels in the group, their columns, their packed panels in `right`).
       const auto for_each_side = [&](auto body) {
         for (int j = 0; j < kSides; ++j) {
-          const Range mine = intersect(group, places[j]);
-          if (mine.size() == 0) continue;
-          const int64_t first = (mine.begin - places[j].begin) * kPanel<T>;
-          const Range columns = intersect({first, first + mine.size() * kPanel<T>}, {0, sides[j].width});
-          body(sides[j], Range{0, mine.size()}, columns,
-               right + (mine.begin - group.begin) * kPanel<T> * padded<L>(depth));
+          const Range own = intersect(group, side_panels[j]);
+          if (own.size() == 0) continue;
+          const int64_t first = (own.begin - side_panels[j].begin) * kNR<T>;
+          const Range columns = intersect({first, first + own.size() * kNR<T>}, {0, sides[j].width});
+          body(sides[j], Range{0, own.size()}, columns, right + (own.begin - group.begin) * kNR<T> * padded<L>(depth));
         }
       };
       for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, L* packed) {
@@ -87,8 +85,8 @@ static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_ro
         }
       });
       for (int b = 0; b < blocks; ++b) {
-        for (int64_t r = heights.begin; r < heights.end; r += kGradientHeight) {
-          const Range some_height = intersect({r, r + kGradientHeight}, heights);
+        for (int64_t r = heights.begin; r < heights.end; r += kGradientMC) {
+          const Range some_height = intersect({r, r + kGradientMC}, heights);
           pack_columns(left_rows + i * left_width, left_width, depth,
                        {b * height + some_height.begin, b * height + some_height.end}, left);
           for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, const L* packed) {
@@ -99,7 +97,7 @@ static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_ro
                 [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
                 [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
                   T* out = target + m * side.width + col;
-                  store_part(out, i == 0 && !more ? value : value + load_part(out, lanes), lanes);
+                  store_partial(out, i == 0 && !more ? value : value + load_partial(out, lanes), lanes);
                 });
           });
         }
@@ -108,8 +106,8 @@ static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_ro
   }
 }
 
-// Column sums of n rows, `stride` apart, into one or both of two places, null for neither; on top of what they hold if
-// `more`. All of it by the calling thread.
+// Column sums of n rows, `stride` apart, into `first` and `second`, either of which may be null. Adds to them if
+// `more`. The calling thread computes all of `width`.
 template <typename T, typename L>
 static void column_sums(const L* rows, int64_t n, int64_t stride, int64_t width, T* first, T* second, bool more) {
   constexpr int64_t kSums = 8;
@@ -121,15 +119,15 @@ static void column_sums(const L* rows, int64_t n, int64_t stride, int64_t width,
     const int64_t count = width - c < kWidth ? width - c : kWidth;
     Vec<T> sums[kSums] = {};
     for_each_vector<T>(count, [&](int64_t j, int lanes) {
-      if (more) sums[j / kLanes<T>] = load_part(first + c + j, lanes);
+      if (more) sums[j / kLanes<T>] = load_partial(first + c + j, lanes);
     });
     for (int64_t i = 0; i < n; ++i) {
       for_each_vector<T>(
-          count, [&](int64_t j, int lanes) { sums[j / kLanes<T>] += load_part(rows + i * stride + c + j, lanes); });
+          count, [&](int64_t j, int lanes) { sums[j / kLanes<T>] += load_partial(rows + i * stride + c + j, lanes); });
     }
     for_each_vector<T>(count, [&](int64_t j, int lanes) {
-      store_part(first + c + j, sums[j / kLanes<T>], lanes);
-      store_part(second + c + j, sums[j / kLanes<T>], lanes);
+      store_partial(first + c + j, sums[j / kLanes<T>], lanes);
+      store_partial(second + c + j, sums[j / kLanes<T>], lanes);
     });
   }
 }

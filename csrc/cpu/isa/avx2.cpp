@@ -1,4 +1,4 @@
-// Machines with AVX2, FMA and what came with them.
+// AVX2 and FMA, with the rest of x86-64-v3.
 #include "cpu/isa/isa.h"
 
 #if LLM_EXT_X86_ISAS
@@ -8,7 +8,7 @@
 #define LLM_EXT_ISA_NAMESPACE avx2
 #define LLM_EXT_ISA_NAME "avx2"
 #define LLM_EXT_VECTOR_BYTES 32
-#include "cpu/isa/kernels.inl"
+#include "cpu/isa/kernel_table.inl"
 #pragma GCC pop_options
 
 namespace llm_ext {

@@ -1,4 +1,4 @@
-// Machines with AVX-512 (F, BW, CD, DQ, VL).
+// AVX-512 (F, BW, CD, DQ, VL): x86-64-v4.
 #include "cpu/isa/isa.h"
 
 #if LLM_EXT_X86_ISAS
@@ -8,7 +8,7 @@
 #define LLM_EXT_ISA_NAMESPACE avx512
 #define LLM_EXT_ISA_NAME "avx512"
 #define LLM_EXT_VECTOR_BYTES 64
-#include "cpu/isa/kernels.inl"
+#include "cpu/isa/kernel_table.inl"
 #pragma GCC pop_options
 
 namespace llm_ext {

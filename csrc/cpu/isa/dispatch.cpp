@@ -1,4 +1,4 @@
-// Picks an instruction level at run time.
+// Selects the kernel table at run time.
 #include "cpu/isa/isa.h"
 
 #if defined(__x86_64__)
@@ -14,15 +14,16 @@
 namespace llm_ext {
 namespace {
 
-struct Level {
+struct Isa {
   Kernels kernels;
   bool supported;
 };
 
 #if LLM_EXT_X86_ISAS
-// The parts of x86-64-v3 and -v4 that the compiler may use in level_*.cpp; older compilers cannot ask for the level.
+// The features of x86-64-v3 and x86-64-v4, which isa/avx*.cpp enable. They are queried one by one, because older
+// compilers do not accept "x86-64-v3" here.
 bool has_f16c() {
-  unsigned int a, b, c, d;  // not all compilers can ask for it by name
+  unsigned int a, b, c, d;  // by cpuid: older compilers do not accept "f16c"
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 bool has_avx2() {
@@ -42,9 +43,9 @@ Kernels with_bf16(Kernels kernels) {
 }
 #endif
 
-const Kernels& choose() {
-  static const Level levels[] = {
-  // From the highest down: the first supported one is the default.
+const Kernels& select() {
+  // Best first: the default is the first that the machine supports.
+  static const Isa isas[] = {
 #if LLM_EXT_X86_ISAS
       {with_bf16(avx512_kernels), has_avx512_bf16()},
       {avx512_kernels, has_avx512()},
@@ -52,25 +53,25 @@ const Kernels& choose() {
 #endif
       {baseline_kernels, true},
   };
-  const char* wanted = std::getenv("LLM_EXT_ISA");
+  const char* requested = std::getenv("LLM_EXT_ISA");
   std::string names;
-  for (const Level& level : levels) {
-    if (wanted == nullptr || *wanted == '\0') {
-      if (level.supported) return level.kernels;
-    } else if (std::strcmp(wanted, level.kernels.isa) == 0) {
-      if (level.supported) return level.kernels;
-      throw std::runtime_error("llm_ext: LLM_EXT_ISA=" + std::string(wanted) + " is not supported by this machine");
+  for (const Isa& isa : isas) {
+    if (requested == nullptr || *requested == '\0') {
+      if (isa.supported) return isa.kernels;
+    } else if (std::strcmp(requested, isa.kernels.isa) == 0) {
+      if (isa.supported) return isa.kernels;
+      throw std::runtime_error("llm_ext: LLM_EXT_ISA=" + std::string(requested) + " is not supported by this machine");
     }
-    names += std::string(names.empty() ? "" : ", ") + level.kernels.isa;
+    names += std::string(names.empty() ? "" : ", ") + isa.kernels.isa;
   }
-  throw std::runtime_error("llm_ext: LLM_EXT_ISA must be one of " + names + ", got " + std::string(wanted));
+  throw std::runtime_error("llm_ext: LLM_EXT_ISA must be one of " + names + ", got " + std::string(requested));
 }
 
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& table = choose();
-  return table;
+  static const Kernels& selected = select();
+  return selected;
 }
 
 }  // namespace llm_ext

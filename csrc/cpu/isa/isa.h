@@ -1,9 +1,17 @@
-// The tables of all levels, and what the bodies need to be compiled.
+// Declares the kernel tables, and includes every header that kernels need.
 //
-// A file level_*.cpp includes the bodies once, in a region whose functions may use the level's instructions. Standard
-// headers therefore come first, here: an inline function of the standard library compiled inside a region could be
-// merged by the linker with everybody else's copy, and would then crash on a machine without that level.
+// Each ISA has a source file, which includes this header, opens a region whose functions may use the ISA's
+// instructions, and includes the kernels (*.inl) into the namespace of the ISA. Headers come before the region: the
+// linker could merge an inline function of the standard library that is compiled inside it with the copies of other
+// translation units, and the process would crash on a machine without the ISA.
+//
+// An .inl file includes every file that it uses. Its `#pragma once` acts per ISA, since each ISA is one translation
+// unit.
 #pragma once
+
+#ifdef LLM_EXT_ISA_NAMESPACE
+#error "cpu/isa/isa.h must be included before the region of the ISA"
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -15,11 +23,12 @@
 #include "params/linear.h"
 #include "params/pooling.h"
 #include "params/rnn.h"
+#include "params/types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LLM_EXT_X86_ISAS 1
 #include <immintrin.h>
-// GCC's own intrinsics start from undefined vectors and draw these warnings wherever they are inlined.
+// GCC's intrinsics start from undefined vectors and draw these warnings wherever they are inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #else

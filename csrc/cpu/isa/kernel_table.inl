@@ -1,4 +1,13 @@
-// The table of this level's kernels.
+// The kernel table of one ISA. It is constexpr, so that no code of an ISA runs before the ISA is selected.
+#pragma once
+
+#include "cpu/attention/additive_attention.inl"
+#include "cpu/hash.inl"
+#include "cpu/isa/isa.h"
+#include "cpu/linear/linear.inl"
+#include "cpu/pooling/pooling.inl"
+#include "cpu/rnn/rnn.inl"
+
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 

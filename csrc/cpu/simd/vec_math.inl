@@ -1,4 +1,10 @@
-// exp, tanh, sigmoid on vectors. Errors below were measured against long double over the whole range; NaN stays NaN.
+// exp, sigmoid and tanh of vectors; scalar exp and log. The errors were measured against long double over the whole
+// range. NaN stays NaN.
+#pragma once
+
+#include "cpu/isa/isa.h"
+#include "cpu/simd/vec.inl"
+
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
@@ -44,9 +50,9 @@ static constexpr T kInverseFactorial[] = {T(1),
                                           T(2.08767569878680989792e-09),
                                           T(1.60590438368216145994e-10)};
 
-// x = n ln2 + r with |r| <= ln2 / 2; gives 2^n and expm1(r). x must lie in [kMin, kMax].
+// Splits x = n ln2 + r, |r| <= ln2 / 2, into 2^n and expm1(r). x must be in [kMin, kMax].
 template <typename T>
-static inline void exp_parts(Vec<T> x, Vec<T>* scale, Vec<T>* expm1_r) {
+static inline void exp_split(Vec<T> x, Vec<T>* scale, Vec<T>* expm1_r) {
   using C = ExpConstants<T>;
   const Vec<T> shifted = x * C::kLog2E + C::kRound;
   const Vec<T> n = shifted - C::kRound;
@@ -63,7 +69,7 @@ template <typename T>
 static inline Vec<T> vec_exp(Vec<T> x) {
   using C = ExpConstants<T>;
   Vec<T> scale, p;
-  exp_parts<T>(x, &scale, &p);
+  exp_split<T>(x, &scale, &p);
   Vec<T> result = scale * p + scale;
   result = x < C::kMin ? Vec<T>{} : result;
   return x > C::kMax ? broadcast(T(__builtin_inf())) : result;
@@ -74,7 +80,7 @@ template <typename T>
 static inline Vec<T> reciprocal(Vec<T> x) {
 #if LLM_EXT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
-    // 14 bits, and one step of Newton.
+    // An estimate of 14 bits and one Newton step.
     const Vec<T> guess = (Vec<T>)_mm512_rcp14_ps((__m512)x);
     return guess + guess * (T(1) - x * guess);
   }
@@ -92,8 +98,8 @@ static inline Vec<T> vec_sigmoid(Vec<T> x) {
 template <typename T>
 static inline Vec<T> vec_tanh(Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
-    // x P(x^2) / Q(x^2), fitted to the least relative error on |x| <= 7.91 (5.7e-9 before rounding). Beyond, tanh is
-    // within 2.8e-7 of 1. A rational has half the operations and the latency of the form with exp.
+    // x P(x^2) / Q(x^2), a minimax fit of the relative error on |x| <= 7.91 (5.7e-9 before rounding). Beyond, tanh is
+    // within 2.8e-7 of 1. It has half the operations and the latency of the form with exp.
     constexpr float kClamp = 7.91f;
     x = x > kClamp ? broadcast(kClamp) : x;
     x = x < -kClamp ? broadcast(-kClamp) : x;
@@ -108,15 +114,31 @@ static inline Vec<T> vec_tanh(Vec<T> x) {
     q = q * y + 1.0f;
     return x * p / q;
   } else {
-    // expm1(2x) / (expm1(2x) + 2): no cancellation near 0. Beyond 20 the result is 1 to the last bit.
+    // expm1(2x) / (expm1(2x) + 2): no cancellation near 0. Beyond 20 the result rounds to 1.
     constexpr double kClamp = 20.0;
     x = x > kClamp ? broadcast(kClamp) : x;
     x = x < -kClamp ? broadcast(-kClamp) : x;
     Vec<T> scale, p;
-    exp_parts<T>(x + x, &scale, &p);
+    exp_split<T>(x + x, &scale, &p);
     const Vec<T> expm1 = scale * p + (scale - 1.0);
     return expm1 / (expm1 + 2.0);
   }
+}
+
+template <typename T>
+static inline T scalar_exp(T x) {
+  if constexpr (sizeof(T) == 4) return __builtin_expf(x);
+  return __builtin_exp(x);
+}
+template <typename T>
+static inline T scalar_log(T x) {
+  if constexpr (sizeof(T) == 4) return __builtin_logf(x);
+  return __builtin_log(x);
+}
+template <typename T>
+static inline T scalar_log1p(T x) {
+  if constexpr (sizeof(T) == 4) return __builtin_log1pf(x);
+  return __builtin_log1p(x);
 }
 
 }  // namespace LLM_EXT_ISA_NAMESPACE

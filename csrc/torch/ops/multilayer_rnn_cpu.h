@@ -103,7 +103,7 @@ class Stack {
       kernel().forward(p, team);
       team.sync();
       if (directions_ == 1 || row % 2 == 0) continue;
-      merge_directions(row / 2, team.share(total_));
+      merge_directions(row / 2, team.slice(total_));
       team.sync();
     }
   }
@@ -220,7 +220,7 @@ class Stack {
           kernel().forward(p, ThreadTeam{0, 1, &alone});
         }
         team.sync();
-        merge_directions(layer, team.share(total_));
+        merge_directions(layer, team.slice(total_));
         team.sync();
       }
     });
