@@ -1,8 +1,7 @@
-"""The language model: layers put together."""
+"""Recurrent language model with causal attention, and generation of text with it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, cast
@@ -10,23 +9,27 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from llm_ext.attention import AttentionPool
-from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding, Linear
+from llm_ext.models.argument_checks import check_cell, check_dropout, check_id_dtype, check_ids, check_sizes
+from llm_ext.models.bypass import may_bypass
+from llm_ext.models.initialization import init_recurrent_
+from llm_ext.models.recurrent_layers import call_recurrent, join_state, recurrent_layer, split_state
+from llm_ext.models.sampling import check_sampling, sample
+from llm_ext.nn import AffineEmbedding, AttentionPool, Linear
 
-CELLS = ("rnn", "gru", "lstm")
-INTEGERS = (torch.int64, torch.int32)
+__all__ = ["LLM", "LLMState"]
 
 Embedding = Callable[..., Tensor]
-Recurrence = RNN | GRU | LSTM
 Pool = Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
 
 
 class LLMState(NamedTuple):
-    """What the model remembers of the text so far.
+    """State of an `LLM` after a prefix of a text.
 
-    hidden: last hidden state of each layer, [L, B, H].
-    attention: (L [B], c [B, D]) of the causal pool, float32 where the model has 16 bits; or None without attention.
-    cell: last cell state of each layer, [L, B, H], or None unless the cells are LSTMs.
+    Attributes:
+        hidden: Hidden state of each layer, ``[L, B, H]``.
+        attention: State ``(L [B], c [B, D])`` of the causal pool, in float32 for a model in 16 bits; None without
+            attention.
+        cell: Cell state of each layer, ``[L, B, H]``; None unless the cell is "lstm".
     """
 
     hidden: Tensor
@@ -34,32 +37,63 @@ class LLMState(NamedTuple):
     cell: Tensor | None = None
 
     def detach(self) -> LLMState:
-        """Return the same state, cut off from the graph that computed it (truncated backpropagation)."""
+        """Return the state detached from its graph, for truncated backpropagation through time."""
         attention = None if self.attention is None else (self.attention[0].detach(), self.attention[1].detach())
         return LLMState(self.hidden.detach(), attention, None if self.cell is None else self.cell.detach())
 
 
 class LLM(nn.Module):
-    """Recurrent language model: embedding, recurrent layers, causal attention, head `y = V [h ; c] + c₀`.
+    """Recurrent language model: an embedding, recurrent layers, causal attention and an affine head.
+
+    For token ids x, position t has the embedding e_t, the output h_t of the last recurrent layer, and the scores y_t::
+
+        e_t = W_e[x_t] + b_e
+        h_t = RNN(e_t, h_{t-1})
+        c_t = Σ_{i ≤ t} α_ti h_i            with attention="embedding": Σ_{i ≤ t} α_ti e_i
+        y_t = W [h_t ; c_t] + b             with attention="none":      W h_t + b
+
+    α are the causal softmax weights of `AttentionPool`. The state has a fixed size: to continue a text takes one step
+    per token, however long the text is.
 
     Args:
-        vocab_size: V, how many token ids there are.
-        embedding_dim: E, size of a token's embedding.
-        hidden_dim: H, size of the hidden state.
-        output_dim: size of the output; V for next-token scores.
-        n_layers: recurrent layers.
-        dropout: probability, between the recurrent layers and before the head, in training only; before the head the
-            same units are dropped at all positions of a row (arXiv 1512.05287).
-        cell: of the recurrent layers: "rnn" (Elman), "gru" or "lstm".
-        nonlinearity: of Elman layers, "tanh", "relu" or "sigmoid"; the others have their own.
-        attention: pool over the "hidden" states, over the "embedding"s, or not at all ("none").
-        attn_dim: A, size of the attention space; by default the size of what is pooled, at most 128.
-        score: "linear" or "tanh", see `AttentionPool`.
-        device: of the parameters.
-        dtype: of the parameters, float32, float64, bfloat16 or float16.
+        vocab_size: V, number of token ids.
+        embedding_dim: E, size of the embeddings.
+        hidden_dim: H, size of the hidden states.
+        output_dim: O, size of the output; V for next-token scores.
+        n_layers: Number of recurrent layers.
+        dropout: Probability of dropping a feature between recurrent layers and before the head, in training mode.
+            Before the head, a row drops the same features at all positions (arXiv 1512.05287).
+        cell: Recurrent cell: "rnn" (Elman), "gru" or "lstm". Default: "rnn".
+        nonlinearity: Nonlinearity of the cell "rnn": "tanh", "relu" or "sigmoid". Default: "tanh".
+        attention: Vectors to pool: "hidden" states, "embedding"s, or "none" for no attention. Default: "hidden".
+        attn_dim: A, size of the attention space. Default: the size of the pooled vectors, at most 128.
+        score: "linear" or "tanh", see `AttentionPool`. Default: "linear".
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
     Raises:
-        ValueError: a size, probability or name out of range.
+        ValueError: A size, probability or name is out of range.
+
+    Shape:
+        - Input: ids ``[B, T]`` int64, and the state after the text before them or None.
+        - Output: scores ``[B, T, O]``, and the state after the ids.
+
+    Attributes:
+        embedding: The `AffineEmbedding`.
+        rnn: The `RNN`, `GRU` or `LSTM`.
+        pool: The causal `AttentionPool`, or None.
+        dropout: Dropout before the head.
+        head: The `Linear` map to the output.
+
+    Example:
+        >>> model = llm_ext.LLM(100, embedding_dim=16, hidden_dim=32, output_dim=100, n_layers=2, dropout=0.1)
+        >>> ids = torch.randint(100, (4, 25))
+        >>> scores, state = model(ids[:, :-1])
+        >>> scores.shape
+        torch.Size([4, 24, 100])
+        >>> torch.nn.functional.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        >>> model.eval().generate(ids[:, :5], max_new_tokens=20, top_p=0.9).shape
+        torch.Size([4, 25])
     """
 
     def __init__(
@@ -80,19 +114,16 @@ class LLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("vocab_size", vocab_size),
-            ("embedding_dim", embedding_dim),
-            ("hidden_dim", hidden_dim),
-            ("output_dim", output_dim),
-            ("n_layers", n_layers),
-        ):
-            if size < 1:
-                raise ValueError(f"LLM: {name} must be at least 1, got {size}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"LLM: dropout must be a probability from 0 to 1, got {dropout}")
-        if cell not in CELLS:
-            raise ValueError(f"LLM: cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        check_sizes(
+            "LLM",
+            vocab_size=vocab_size,
+            embedding_dim=embedding_dim,
+            hidden_dim=hidden_dim,
+            output_dim=output_dim,
+            n_layers=n_layers,
+        )
+        check_dropout("LLM", dropout)
+        check_cell("LLM", cell)
         if attention not in ("hidden", "embedding", "none"):
             raise ValueError(f"LLM: attention must be one of hidden, embedding, none, got {attention!r}")
         pooled_dim = {"hidden": hidden_dim, "embedding": embedding_dim, "none": 0}[attention]
@@ -115,7 +146,7 @@ class LLM(nn.Module):
         self.attention = attention
         self.embedding = AffineEmbedding(vocab_size, embedding_dim, device=device, dtype=dtype)
         between = dropout if n_layers > 1 else 0.0
-        self.rnn = recurrence(cell, nonlinearity)(
+        self.rnn = recurrent_layer(cell, nonlinearity)(
             embedding_dim, hidden_dim, n_layers, dropout=between, device=device, dtype=dtype
         )
         self.pool = (
@@ -128,46 +159,41 @@ class LLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise so that a recurrent network trains: U orthogonal, which keeps h in size, biases zero.
-
-        In a gated cell the block of each gate is orthogonal, and the forget gates of an LSTM have a bias of 1.
-        """
+        """Initialize every layer, with orthogonal U and zero biases; the forget gates of an LSTM get a bias of 1."""
         for module in (self.embedding, self.rnn, self.pool, self.head):
             if module is not None:
                 module.reset_parameters()
-        start_recurrence(self.rnn)
+        init_recurrent_(self.rnn)
         nn.init.zeros_(self.head.bias)
 
     def config(self) -> dict[str, int | float | str]:
-        """Return the constructor's arguments, all of JSON types: `LLM(**config)` is the same model again."""
+        """Return the constructor's arguments without `device` and `dtype`, as JSON types, for ``LLM(**config)``."""
         return dict(self._config)
 
     def forward(self, x: Tensor, state: LLMState | None = None) -> tuple[Tensor, LLMState]:
         """Score the tokens that follow each prefix of x.
 
         Args:
-            x: token ids, [B, T] int64.
-            state: returned by the call on the text before x; None at its start.
+            x: Token ids, ``[B, T]`` int64.
+            state: State after the text before x, from an earlier call; None at the start of a text.
 
         Returns:
-            Output [B, T, output_dim] and the state after x; a text fed in pieces gives what the whole gives.
+            Scores ``[B, T, O]``, and the state after x. A text fed in pieces gets the scores of the whole text.
 
         Raises:
-            ValueError: a shape that does not fit.
+            ValueError: A shape does not fit.
             TypeError: x is not of an integer dtype.
-            IndexError: a token id outside 0 .. V - 1.
+            IndexError: A token id is outside 0 .. V - 1.
         """
-        if x.dim() != 2:
-            raise ValueError(f"LLM: x must be [B, T], got {list(x.shape)}")
-        if x.dtype not in INTEGERS:
-            raise TypeError(f"LLM: x must be int64, got {x.dtype}".replace("torch.", ""))
+        check_ids("LLM", "x", x, "B, T")
         features, state = self._features(x.t(), state, self.embedding, self.pool)
         return self._scores(features), state
 
     def _scores(self, features: Tensor) -> Tensor:
-        """Scores [B, T, output_dim] from features [B, T, *]."""
+        """Return scores ``[B, T, O]`` of features ``[B, T, *]``."""
         if self.training:
-            # Drawing each unit anew at each position is slow on a CPU: a tenth of a training step.
+            # Dropout1d drops a feature of a row at all positions. Drawing at each position anew takes a tenth of a
+            # training step on a CPU.
             features = self.dropout(features.mT).mT
         return cast(Tensor, self.head(features))
 
@@ -178,15 +204,16 @@ class LLM(nn.Module):
         embedding: Embedding,
         pool: Pool | None,
     ) -> tuple[Tensor, LLMState]:
-        """What the head reads, [B, T, H + D], and the state after ids [T, B]."""
-        hidden, attention, cell = (None, None, None) if state is None else state
+        """Return the input of the head, ``[B, T, H + D]``, and the state after ids ``[T, B]``."""
         embedded = embedding(ids)  # [T, B, E]
-        h, last = self.rnn(embedded, hidden if cell is None else (hidden, cell))
-        hidden, cell = last if isinstance(last, tuple) else (last, None)
+        before = None if state is None else join_state(state.hidden, state.cell)
+        h, after = call_recurrent(self.rnn, embedded, before)
+        hidden, cell = split_state(after)
         h = h.transpose(0, 1)
         if pool is None:
             return h, LLMState(hidden, None, cell)
-        c, attention = pool(h if self.attention == "hidden" else embedded.transpose(0, 1), state=attention)
+        e = h if self.attention == "hidden" else embedded.transpose(0, 1)
+        c, attention = pool(e, state=None if state is None else state.attention)
         return torch.cat((h, c), -1), LLMState(hidden, attention, cell)
 
     def generate(
@@ -198,10 +225,12 @@ class LLM(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue a prompt by sampling; arguments and errors are those of `stream`.
+        """Continue a prompt by sampling.
+
+        The arguments and errors are those of `stream`.
 
         Returns:
-            The prompt and the new ids, [P + max_new_tokens] or [B, P + max_new_tokens].
+            The prompt followed by the new ids, ``[P + max_new_tokens]`` or ``[B, P + max_new_tokens]``.
         """
         new = list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator))
         if not new:
@@ -218,36 +247,31 @@ class LLM(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield sampled ids [B] one by one, each for the cost of one step, however long the text before it.
+        """Yield sampled ids ``[B]`` one by one, each at the cost of one step, however long the text is.
 
-        Call `eval()` first, so that dropout is off. The weights must stay as they are until the last token: what can be
-        computed from them alone is computed once.
+        Call `eval()` first to disable dropout. Do not change the weights before the last token: values that depend on
+        them alone are computed once.
 
         Args:
-            prompt_ids: [P] or [B, P] int64, at least one token.
-            max_new_tokens: how many ids to sample.
-            temperature: divides the scores; 0 takes the best token always.
-            top_k: sample among the k best tokens only.
-            top_p: sample among the fewest best tokens whose probabilities reach p.
-            generator: source of randomness; None for torch's own.
+            prompt_ids: Token ids, ``[P]`` or ``[B, P]`` int64, at least one per row.
+            max_new_tokens: Number of ids to sample.
+            temperature: Divides the scores; 0 chooses the id of the largest score.
+            top_k: Sample among the k largest scores only.
+            top_p: Sample among the fewest largest scores whose probabilities sum to at least p.
+            generator: Source of randomness; None for torch's default generator.
 
         Raises:
-            ValueError: an empty prompt, or a number out of range.
+            ValueError: The prompt is empty, or a number is out of range.
             TypeError: prompt_ids is not of an integer dtype.
-            RuntimeError: the scores are NaN, which is looked for at the first and the last token.
+            RuntimeError: The scores are NaN. Only the first and the last token are checked.
         """
+        op = "LLM.stream"
         if prompt_ids.dim() not in (1, 2) or prompt_ids.shape[-1] == 0:
-            raise ValueError(f"generate: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}")
-        if prompt_ids.dtype not in INTEGERS:
-            raise TypeError(f"generate: prompt_ids must be int64, got {prompt_ids.dtype}".replace("torch.", ""))
+            raise ValueError(f"{op}: prompt_ids must be [P] or [B, P], P > 0, got {list(prompt_ids.shape)}")
+        check_id_dtype(op, "prompt_ids", prompt_ids)
         if max_new_tokens < 0:
-            raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"generate: temperature must be at least 0 and finite, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}")
+            raise ValueError(f"{op}: max_new_tokens must be at least 0, got {max_new_tokens}")
+        check_sampling(op, temperature, top_k, top_p)
         return self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator)
 
     @torch.inference_mode()
@@ -267,84 +291,23 @@ class LLM(nn.Module):
         for n in range(max_new_tokens):
             features, state = self._features(ids, state, embedding, pool)
             if n == 0:
-                # Not before the layers have run once: a hook of theirs may make the weights.
                 features = features[:, -1:]
-                embedding, pool = self._folded(max_new_tokens)
+                embedding, pool = self._folded_layers(max_new_tokens)
             scores = self._scores(features).select(1, 0)
-            # NaN stays in the state, so that the first and the last token show it.
+            # NaN stays in the state: if it appears at any token, the last one has it.
             if n in (0, max_new_tokens - 1) and scores.isnan().any():
-                raise RuntimeError(f"generate: the scores of token {n + 1} of {max_new_tokens} are not a number")
+                raise RuntimeError(f"LLM.stream: the scores of token {n + 1} of {max_new_tokens} are not a number")
             sampled = sample(scores, temperature, top_k, top_p, generator)
             yield sampled
             ids = sampled.unsqueeze(0)
 
-    def _folded(self, steps: int) -> tuple[Embedding, Pool | None]:
-        """Embedding and pool for so many steps: what can be computed from their weights alone is computed once.
-
-        A layer whose forward is not known here, because it is of another class, stays as it is.
-        """
+    def _folded_layers(self, steps: int) -> tuple[Embedding, Pool | None]:
+        """Return the embedding and the pool for `steps` steps, with the products of their weights computed once."""
         embedding: Embedding = self.embedding
         pool: Pool | None = self.pool
-        # A table of all ids is worth making for as many steps.
-        if _runs(self.embedding, AffineEmbedding) and steps >= self.vocab_size:
+        # Folding the embedding costs as much as looking up V ids.
+        if may_bypass(self.embedding, AffineEmbedding) and steps >= self.vocab_size:
             embedding = partial(embedding, table=self.embedding.fold())
-        if self.pool is not None and _runs(self.pool, AttentionPool):
+        if self.pool is not None and may_bypass(self.pool, AttentionPool):
             pool = partial(self.pool, u=self.pool.fold())
         return embedding, pool
-
-
-def recurrence(cell: str, nonlinearity: str) -> Callable[..., Recurrence]:
-    """Return the layer of a cell, one of `CELLS`; the nonlinearity is that of Elman's."""
-    kinds: dict[str, Callable[..., Recurrence]]
-    kinds = {"rnn": partial(RNN, nonlinearity=nonlinearity), "gru": GRU, "lstm": LSTM}
-    return kinds[cell]
-
-
-def start_recurrence(layer: Recurrence) -> None:
-    """Initialise a layer so that it trains: U orthogonal, gate by gate, which keeps h in size, biases zero."""
-    for name, parameter in layer.named_parameters():
-        gates = torch.split(parameter.detach(), layer.hidden_size)
-        if name.startswith("weight_hh"):
-            for gate in gates:
-                # LAPACK knows no numbers of 16 bits.
-                exact = torch.float32 if gate.dtype.itemsize == 2 else gate.dtype
-                gate.copy_(nn.init.orthogonal_(torch.empty_like(gate, dtype=exact)))
-        elif name.startswith("bias"):
-            nn.init.zeros_(parameter)
-            if name.startswith("bias_ih") and isinstance(layer, LSTM):
-                # The order is i, f, g, o. With 0 the forget gate halves c at each step: neither what was read
-                # nor its gradient would last (Gers et al., 2000).
-                nn.init.ones_(gates[1])
-
-
-def _runs(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a layer's forward is that of its kind, and not one that somebody else has put there."""
-    return getattr(layer.forward, "__func__", None) is kind.forward
-
-
-def sample(
-    scores: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one id [B] from each row of next-token scores [B, V]; the options are those of `LLM.stream`."""
-    if temperature == 0:
-        return scores.argmax(-1)
-    if scores.dtype.itemsize == 2:
-        scores = scores.float()  # so few bits leave many equal once noise is added
-    ids = None
-    if top_k is not None and top_k < scores.shape[-1]:
-        scores, ids = scores.topk(top_k)
-    elif top_p is not None and top_p < 1:
-        scores, ids = scores.sort(-1, descending=True)
-    if top_p is not None and top_p < 1:
-        probabilities = torch.softmax(scores / temperature, -1)  # best first
-        # A token stays if those better than it do not reach p yet: the best one always does.
-        scores = scores.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -math.inf)
-    # With q from Exp(1) for each token, softmax(s)_i / q_i is the largest with probability softmax(s)_i: this is how
-    # torch.multinomial draws, too. The logarithm of it needs no softmax.
-    noise = torch.empty_like(scores).exponential_(generator=generator).log_()
-    drawn = torch.sub(scores, noise, alpha=temperature).argmax(-1)
-    return drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""From sequence to sequence: encoder, attention and decoder put together; greedy and beam search."""
+"""Recurrent encoder and decoder with additive attention; greedy and beam search with them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,36 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from llm_ext import ops
-from llm_ext.attention import AdditiveAttention
-from llm_ext.layers import GRU, LSTM, RNN, AffineEmbedding, Linear
-from llm_ext.model import CELLS, INTEGERS, recurrence, start_recurrence
+from llm_ext.models.argument_checks import check_cell, check_dropout, check_ids, check_sizes
+from llm_ext.models.beam_search import BeamHypothesis, BeamSearch, length_limits
+from llm_ext.models.bypass import may_bypass
+from llm_ext.models.initialization import init_recurrent_
+from llm_ext.models.recurrent_layers import (
+    RecurrentLayer,
+    State,
+    call_recurrent,
+    join_state,
+    recurrent_layer,
+    split_state,
+)
+from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AffineEmbedding, Linear
+from llm_ext.ops.linear import use_native_gemm
+from llm_ext.ops.packing import Packing, pack_lengths
+
+__all__ = ["EncoderOutput", "InputProjections", "Seq2Seq", "Seq2SeqState"]
 
 
-class Memory(NamedTuple):
-    """What the encoder has read, for the decoder to attend to.
+class EncoderOutput(NamedTuple):
+    """What the decoder attends to: the encoder's output, projected.
 
-    keys: in the attention space, [B, S, A].
-    values: what is attended to, [B, S, E].
-    lengths: of the sources, [B], or None if all have S tokens.
+    Attributes:
+        keys: Projected keys, ``[B, S, A]``.
+        values: Projected values, ``[B, S, E]``.
+        lengths: Tokens of each source, ``[B]`` int64, or None if all have S.
     """
 
     keys: Tensor
@@ -31,10 +45,12 @@ class Memory(NamedTuple):
 
 
 class Seq2SeqState(NamedTuple):
-    """What the decoder remembers of the target so far, of N rows.
+    """State of the decoder after a prefix of N targets.
 
-    hidden: of each layer, [L, N, H]; `cell`: likewise, or None unless the cells are LSTMs.
-    fed: what the last token was predicted from, [N, E], or None without input feeding.
+    Attributes:
+        hidden: Hidden state of each layer, ``[L, N, H]``.
+        cell: Cell state of each layer, ``[L, N, H]``; None unless the cell is "lstm".
+        fed: Readout of the last step, ``[N, E]``, for input feeding; None without.
     """
 
     hidden: Tensor
@@ -42,7 +58,7 @@ class Seq2SeqState(NamedTuple):
     fed: Tensor | None
 
     def repeat(self, times: int) -> Seq2SeqState:
-        """Return a state in which each row stands so many times, one beside the other."""
+        """Return the state with each row repeated `times` times in succession."""
         hidden, cell, fed = self
         return Seq2SeqState(
             hidden.repeat_interleave(times, 1),
@@ -51,7 +67,7 @@ class Seq2SeqState(NamedTuple):
         )
 
     def reorder_(self, rows: Tensor) -> None:
-        """Put the row rows[n] in the place of row n, [N] int64."""
+        """Replace row n by the row ``rows[n]`` for every n, in place; `rows` is ``[N]`` int64."""
         self.hidden.copy_(self.hidden.index_select(1, rows))
         if self.cell is not None:
             self.cell.copy_(self.cell.index_select(1, rows))
@@ -59,59 +75,88 @@ class Seq2SeqState(NamedTuple):
             self.fed.copy_(self.fed.index_select(0, rows))
 
 
-class Tables(NamedTuple):
-    """What the first layers make of each token before they look at their state, for searches with the same weights.
+class InputProjections(NamedTuple):
+    """Input projections ``W_ih x + b_ih`` of every token, for the first layers of encoder and decoder.
 
-    source: of each direction of the encoder, [V, G H], G gates; None where they would not help.
-    target: of the decoder, [V, G H], or None.
+    Attributes:
+        source: For each direction of the encoder, ``[V_s, G H]`` with G gates; None where they do not apply.
+        target: For the decoder, ``[V, G H]``; None where they do not apply.
     """
 
     source: list[Tensor] | None
     target: Tensor | None
 
 
-class Hypothesis(NamedTuple):
-    """A target that a search has found.
-
-    ids: [T] int64, without the id that ends it.
-    score: log-probability over length to the power of the length penalty.
-    """
-
-    ids: Tensor
-    score: float
-
-
 class Seq2Seq(nn.Module):
-    """Recurrent encoder and decoder with additive attention: reads a sequence, writes another.
+    """Recurrent encoder and decoder with additive attention, for translation and other sequence-to-sequence tasks.
 
-    The encoder reads in both directions. At each step of the decoder its state h attends to what the encoder read,
-    and `tanh(W h + b + c)` is what the next token is predicted from; the context c is a mean of what was read, which
-    has been projected to that size once. Attention comes after the recurrence, so that under teacher forcing the
-    decoder's recurrence is one call; with input feeding that vector enters the next step, and the decoder goes step by
-    step.
+    The encoder reads the source x in both directions. At step t the decoder reads the target token y_{t-1} and attends
+    to the encoder's output k; the readout z_t predicts y_t::
+
+        k    = RNN(W_s[x] + b_s)                                in both directions
+        h_t  = RNN(W_t[y_{t-1}] + b_t, h_{t-1})                 with input feeding: [W_t[y_{t-1}] + b_t ; z_{t-1}]
+        α_ts = softmax_s(v · tanh(W_q h_t + W_k k_s + b))
+        z_t  = tanh(W_r h_t + b_r + Σ_s α_ts W_v k_s)
+        scores of y_t = W_o z_t + b_o
+
+    The first state of the decoder is ``tanh(W_b [h→ ; h←] + b_b)`` of the encoder's last states, layer by layer. An
+    LSTM's cell state is an affine map of its own, without tanh.
+
+    Attention follows the recurrence, so that with a given target (teacher forcing) the decoder runs in one call. With
+    input feeding it runs step by step.
 
     Args:
-        source_vocab_size: how many ids there are in a source.
-        target_vocab_size: V, how many ids there are in a target.
-        embedding_dim: E, size of a token's embedding, and of what a token is predicted from.
-        hidden_dim: H, size of the decoder's state, and of the encoder's in each direction.
-        n_layers: recurrent layers of each.
-        dropout: probability, of embeddings, between the recurrent layers and before the prediction, in training only;
-            the same units are dropped at all positions of a row (arXiv 1512.05287).
-        cell: of the recurrent layers: "rnn" (Elman), "gru" or "lstm".
-        nonlinearity: of Elman layers, "tanh", "relu" or "sigmoid"; the others have their own.
-        attn_dim: A, size of the attention space; by default H.
-        input_feeding: whether the decoder's input is the embedding and, beside it, what that token was predicted from.
-        share_embedding: one embedding for source and target, whose vocabulary must then be one.
-        tie_head: the weights of the head are those of the target's embedding.
-        device: of the parameters.
-        dtype: of the parameters.
+        source_vocab_size: V_s, number of token ids of sources.
+        target_vocab_size: V, number of token ids of targets.
+        embedding_dim: E, size of the embeddings and of the readout.
+        hidden_dim: H, size of the hidden states of the decoder, and of the encoder in each direction.
+        n_layers: Number of recurrent layers of encoder and decoder each. Default: 1.
+        dropout: Probability of dropping a feature of the embeddings, between recurrent layers, of the values and of the
+            decoder's output, in training mode. Except between recurrent layers, a row drops the same features at all
+            positions (arXiv 1512.05287). Default: 0.
+        cell: Recurrent cell: "rnn" (Elman), "gru" or "lstm". Default: "gru".
+        nonlinearity: Nonlinearity of the cell "rnn": "tanh", "relu" or "sigmoid". Default: "tanh".
+        attn_dim: A, size of the attention space. Default: H.
+        input_feeding: Append the readout of the last step to the decoder's input. Default: False.
+        share_embedding: Use one embedding for sources and targets, which must have one vocabulary. Default: False.
+        tie_head: Use the weight of the target embedding as the weight of the head. Default: False.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
     Raises:
-        ValueError: a size, probability or name out of range.
+        ValueError: A size, probability or name is out of range.
+
+    Shape:
+        - Input: source ids ``[B, S]`` and target ids ``[B, T]``, int64.
+        - Output: scores ``[B, T, V]``.
+
+    Attributes:
+        source_embedding: The `AffineEmbedding` of sources.
+        target_embedding: The `AffineEmbedding` of targets; the same one if shared.
+        encoder: The bidirectional `RNN`, `GRU` or `LSTM`.
+        bridge: The `Linear` map from the encoder's last hidden states to the decoder's first.
+        cell_bridge: Likewise for the cell states of an LSTM; otherwise None.
+        decoder: The `RNN`, `GRU` or `LSTM`.
+        attention: The `AdditiveAttention`.
+        value: The `Linear` map W_v.
+        readout: The `Linear` map W_r, b_r.
+        head: The `Linear` map W_o, b_o.
 
     Source: Bahdanau et al., arXiv 1409.0473; attention after the recurrence and input feeding: Luong et al.,
     arXiv 1508.04025; the tied head: Press and Wolf, arXiv 1608.05859.
+
+    Example:
+        >>> model = llm_ext.Seq2Seq(100, 120, embedding_dim=16, hidden_dim=32)
+        >>> source, lengths = torch.randint(100, (3, 9)), torch.tensor([9, 4, 7])
+        >>> target = torch.randint(120, (3, 6))  # every target begins with the id that ends it, here 0
+        >>> target[:, 0] = 0
+        >>> scores = model(source, target[:, :-1], lengths)
+        >>> scores.shape
+        torch.Size([3, 5, 120])
+        >>> torch.nn.functional.cross_entropy(scores.flatten(0, 1), target[:, 1:].flatten()).backward()
+        >>> hypotheses = model.eval().search(source, end=0, source_lengths=lengths, beam=4)
+        >>> len(hypotheses), hypotheses[0][0].ids.dim()
+        (3, 1)
     """
 
     def __init__(
@@ -135,20 +180,17 @@ class Seq2Seq(nn.Module):
         super().__init__()
         if attn_dim is None:
             attn_dim = hidden_dim
-        for name, size in (
-            ("source_vocab_size", source_vocab_size),
-            ("target_vocab_size", target_vocab_size),
-            ("embedding_dim", embedding_dim),
-            ("hidden_dim", hidden_dim),
-            ("n_layers", n_layers),
-            ("attn_dim", attn_dim),
-        ):
-            if size < 1:
-                raise ValueError(f"Seq2Seq: {name} must be at least 1, got {size}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"Seq2Seq: dropout must be a probability from 0 to 1, got {dropout}")
-        if cell not in CELLS:
-            raise ValueError(f"Seq2Seq: cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        check_sizes(
+            "Seq2Seq",
+            source_vocab_size=source_vocab_size,
+            target_vocab_size=target_vocab_size,
+            embedding_dim=embedding_dim,
+            hidden_dim=hidden_dim,
+            n_layers=n_layers,
+            attn_dim=attn_dim,
+        )
+        check_dropout("Seq2Seq", dropout)
+        check_cell("Seq2Seq", cell)
         if share_embedding and source_vocab_size != target_vocab_size:
             got = f"{source_vocab_size} and {target_vocab_size}"
             raise ValueError(f"Seq2Seq: share_embedding needs one vocabulary, got sizes {got}")
@@ -170,45 +212,47 @@ class Seq2Seq(nn.Module):
         self.target_vocab_size = target_vocab_size
         self.input_feeding = input_feeding
         self.tie_head = tie_head
-        where: dict[str, object] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         E, H = embedding_dim, hidden_dim
-        self.source_embedding = AffineEmbedding(source_vocab_size, E, **where)  # type: ignore[arg-type]
+        self.source_embedding = AffineEmbedding(source_vocab_size, E, **factory)
         self.target_embedding = (
-            self.source_embedding if share_embedding else AffineEmbedding(target_vocab_size, E, **where)  # type: ignore[arg-type]
+            self.source_embedding if share_embedding else AffineEmbedding(target_vocab_size, E, **factory)
         )
-        layers, between = recurrence(cell, nonlinearity), dropout if n_layers > 1 else 0.0
-        self.encoder = layers(E, H, n_layers, dropout=between, bidirectional=True, **where)
-        self.bridge = Linear(2 * H, H, **where)  # type: ignore[arg-type]
-        self.cell_bridge = Linear(2 * H, H, **where) if cell == "lstm" else None  # type: ignore[arg-type]
-        self.decoder = layers(E + E * input_feeding, H, n_layers, dropout=between, **where)
-        self.attention = AdditiveAttention(H, 2 * H, attn_dim, **where)  # type: ignore[arg-type]
-        self.value = Linear(2 * H, E, bias=False, **where)
-        self.readout = Linear(H, E, **where)  # type: ignore[arg-type]
-        self.head = Linear(E, target_vocab_size, **where)  # type: ignore[arg-type]
+        layers, between = recurrent_layer(cell, nonlinearity), dropout if n_layers > 1 else 0.0
+        self.encoder = layers(E, H, n_layers, dropout=between, bidirectional=True, **factory)
+        self.bridge = Linear(2 * H, H, **factory)
+        self.cell_bridge = Linear(2 * H, H, **factory) if cell == "lstm" else None
+        self.decoder = layers(E + E * input_feeding, H, n_layers, dropout=between, **factory)
+        self.attention = AdditiveAttention(H, 2 * H, attn_dim, **factory)
+        self.value = Linear(2 * H, E, bias=False, **factory)
+        self.readout = Linear(H, E, **factory)
+        self.head = Linear(E, target_vocab_size, **factory)
         if tie_head:
             self.head.weight = self.target_embedding.weight
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise so that a recurrent network trains: U orthogonal, which keeps h in size, biases zero."""
+        """Initialize every layer, with orthogonal U and zero biases; the forget gates of an LSTM get a bias of 1."""
         for layer in (self.source_embedding, self.target_embedding, self.attention):
             layer.reset_parameters()
         for recurrent in (self.encoder, self.decoder):
             recurrent.reset_parameters()
-            start_recurrence(recurrent)
+            init_recurrent_(recurrent)
         self.value.reset_parameters()
         for linear in (self.bridge, self.cell_bridge, self.readout, self.head):
             if linear is not None:
                 linear.reset_parameters()
                 nn.init.zeros_(linear.bias)
         if self.tie_head:
-            # As rows of a head, those of N(0, 1) would make scores as large as the root of E.
+            # With weights from N(0, 1), as an embedding has them, scores would be of the order of the root of E.
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.head.in_features))
 
     def config(self) -> dict[str, int | float | str]:
-        """Return the constructor's arguments, all of JSON types: `Seq2Seq(**config)` is the same model again."""
+        """Return the constructor's arguments without `device` and `dtype`, as JSON types, for ``Seq2Seq(**config)``."""
         return dict(self._config)
+
+    # ---- training
 
     def forward(
         self,
@@ -221,281 +265,291 @@ class Seq2Seq(nn.Module):
         """Score the tokens that follow each prefix of a given target (teacher forcing).
 
         Args:
-            source: token ids, [B, S] int64.
-            target: token ids, [B, T] int64, the first of each row what every target begins with.
-            source_lengths: tokens of each source, [B] int64; None: all have S.
-            target_lengths: likewise of the targets; the scores beyond them mean nothing.
-            keep: the positions to score, [B, T] bool; None for all. Those that nobody reads cost no arithmetic.
+            source: Token ids, ``[B, S]`` int64.
+            target: Token ids, ``[B, T]`` int64; each row begins with the id that begins every target.
+            source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
+            target_lengths: Tokens of each target, ``[B]`` int64; the scores beyond them are undefined. None: all have
+                T.
+            keep: Positions to score, ``[B, T]`` bool. The others skip attention, readout and head. None: all positions.
 
         Returns:
-            Scores [B, T, V], or with `keep` those of its positions only, [N, V], row after row.
+            Scores ``[B, T, V]``; with `keep` those of its positions only, ``[N, V]``, row after row.
 
         Raises:
-            ValueError: a shape that does not fit.
-            TypeError: ids that are not of an integer dtype.
-            IndexError: a token id outside its vocabulary.
+            ValueError: A shape does not fit.
+            TypeError: The ids are not of an integer dtype.
+            IndexError: A token id is not in its vocabulary.
         """
-        _check_ids("source", source, "B, S")
-        _check_ids("target", target, "B, T")
+        check_ids("Seq2Seq", "source", source, "B, S")
+        check_ids("Seq2Seq", "target", target, "B, T")
         if target.shape[0] != source.shape[0]:
             raise ValueError(f"Seq2Seq: target must have the {source.shape[0]} rows of source, got {target.shape[0]}")
-        memory, state = self.encode(source, source_lengths)
+        encoder_output, state = self.encode(source, source_lengths)
         x = self.target_embedding(target)  # [B, T, E]
         B = len(x)
-        x = _dropped(x, self._mask(B, x))
+        x = _apply_mask(x, self._dropout_mask(B, x))
         if self.input_feeding:
-            mask = self._mask(B, x, self.readout.in_features)
+            mask = self._dropout_mask(B, x, self.readout.in_features)
             steps = []
             for t in range(x.shape[1]):
-                vectors, state, _ = self._step(x[:, t : t + 1], state, memory, mask)
-                steps.append(vectors)
-            vectors = torch.cat(steps, 1) if steps else x
-            return self._scores(vectors if keep is None else vectors[keep])
-        h, _ = self._decode(x.transpose(0, 1), state, target_lengths)
+                readout, state, _ = self._layerwise_step(x[:, t : t + 1], state, encoder_output, mask)
+                steps.append(readout)
+            readout = torch.cat(steps, 1) if steps else x
+            return self._scores(readout if keep is None else readout[keep])
+        h, _ = call_recurrent(
+            self.decoder, x.transpose(0, 1), join_state(state.hidden, state.cell), lengths=target_lengths
+        )
         h = h.transpose(0, 1)  # [B, T, H]
-        context, _ = self._attend(h, memory)
-        h = _dropped(h, self._mask(B, h))
+        context, _ = self._attend(h, encoder_output)
+        h = _apply_mask(h, self._dropout_mask(B, h))
         if keep is not None:
             h, context = h[keep], context[keep]
         return self._scores(self._read_out(h, context))
 
-    @torch.no_grad()
-    def tables(self) -> Tables:
-        """Multiply all embeddings by the first layers' W at once, for many calls with the same weights.
+    def _dropout_mask(self, rows: int, like: Tensor, size: int | None = None) -> Tensor | None:
+        """Return dropout factors ``[rows, size]``, one draw for all positions of a row; None without dropout."""
+        if not self.training or self.dropout.p == 0:
+            return None
+        return cast(Tensor, self.dropout(like.new_ones(rows, size or like.shape[-1])))
 
-        A search that is given the tables looks up in them what it would compute for each token anew: about a fifth of
-        its arithmetic. Making them takes as long as that of a token for each entry of the vocabularies, and they hold
-        (2 V + V') G H numbers. They are for the CPU, in float32 and float64, of the target without input feeding;
-        otherwise, and where layers have been replaced or are hooked, there are none.
-        """
-
-        def of(embedding: AffineEmbedding, layers: RNN | GRU | LSTM, directions: int) -> list[Tensor] | None:
-            ours = _untouched(embedding, AffineEmbedding) and _untouched(layers, RNN, GRU, LSTM)
-            if not ours or not ops.own_products(embedding.weight):
-                return None
-            rows = embedding.fold()
-            return [ops.linear(rows, w_ih, b_ih) for w_ih, _, b_ih, _ in layers.all_weights[:directions]]
-
-        target = None if self.input_feeding else of(self.target_embedding, self.decoder, 1)
-        return Tables(of(self.source_embedding, self.encoder, 2), None if target is None else target[0])
+    # ---- encoder
 
     def encode(
-        self, source: Tensor, lengths: Tensor | None = None, tables: Tables | None = None
-    ) -> tuple[Memory, Seq2SeqState]:
-        """Read sources [B, S] int64 of `lengths` [B] int64; return what to attend to, and the decoder's first state.
+        self, source: Tensor, lengths: Tensor | None = None, input_projections: InputProjections | None = None
+    ) -> tuple[EncoderOutput, Seq2SeqState]:
+        """Read sources.
 
         Args:
-            source: token ids, [B, S] int64.
-            lengths: tokens of each source, [B] int64; None: all have S.
-            tables: those of `tables()`, with the weights as they are and without a derivative; None: none.
+            source: Token ids, ``[B, S]`` int64.
+            lengths: Tokens of each source, ``[B]`` int64. None: all have S.
+            input_projections: The result of `input_projections`, for inference with unchanged weights, or None.
+
+        Returns:
+            The output of the encoder, and the first state of the decoder.
 
         Raises:
-            ValueError, TypeError, IndexError: as `forward`.
-            RuntimeError: tables, while gradients are recorded or in training mode.
+            ValueError, TypeError, IndexError: As `forward`.
+            RuntimeError: `input_projections` are given in training mode or with gradients enabled.
         """
-        _check_ids("source", source, "B, S")
-        if tables is not None and (self.training or torch.is_grad_enabled()):
-            raise RuntimeError("Seq2Seq: tables are for inference: call eval(), and torch.no_grad()")
-        by = None if tables is None else tables.source
-        # Where no row ends early there is nothing to pack or mask. A GPU's lengths would have to be waited for.
+        check_ids("Seq2Seq", "source", source, "B, S")
+        if input_projections is not None and (self.training or torch.is_grad_enabled()):
+            raise RuntimeError("Seq2Seq: input_projections are for inference: call eval(), and torch.no_grad()")
+        projections = None if input_projections is None else input_projections.source
+        S = source.shape[1]
+        packing = None
+        # Looking at the lengths on a GPU would wait for it; there the kernels read them.
         if lengths is not None and lengths.is_cpu:
-            if bool((lengths == source.shape[1]).all()):
+            if bool((lengths == S).all()):
                 lengths = None
-            elif bool((lengths > 0).all()):  # what is empty cannot be packed
-                return self._encode_packed(source, lengths, by)
+            elif bool((lengths > 0).all()):  # an empty row cannot be packed
+                packing = pack_lengths(lengths, S)
+        if packing is None:
+            keys, values, last = self._encode_padded(source, lengths, projections)
+        else:
+            keys, values, last = self._encode_packed(source, packing, projections)
+        return EncoderOutput(keys, values, lengths), self._first_state(last, keys)
 
-        def dropped(features: Tensor) -> Tensor:
-            mask = self._mask(len(source), features)
+    def _encode_padded(
+        self, source: Tensor, lengths: Tensor | None, projections: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Return keys ``[B, S, A]``, values ``[B, S, E]`` and the last state of the encoder."""
+
+        def drop(features: Tensor) -> Tensor:
+            mask = self._dropout_mask(len(source), features)
             return features if mask is None else features * mask
 
-        if by is not None and lengths is None:
-            read, last = self._look_up(source.t(), by)
+        if projections is not None and lengths is None:
+            read, last = self._encode_projected(source.t(), projections)
         else:
-            read, last = self.encoder(dropped(self.source_embedding(source.t())), lengths=lengths)  # [S, B, 2 H]
-        keys, values = self.attention.project_keys(read), self.value(dropped(read))
-        # Dense, because every step of a search looks at them.
-        keys, values = (each.transpose(0, 1).contiguous() for each in (keys, values))
-        return Memory(keys, values, lengths), self._first_state(last, keys)
+            read, last = call_recurrent(self.encoder, drop(self.source_embedding(source.t())), None, lengths)
+        keys, values = self.attention.project_keys(read), self.value(drop(read))  # [S, B, *]
+        # Contiguous rows of a source, because every step of the decoder reads them.
+        return keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), last
 
     def _encode_packed(
-        self, source: Tensor, lengths: Tensor, tables: list[Tensor] | None
-    ) -> tuple[Memory, Seq2SeqState]:
-        """The same of sources of unequal lengths from 1 on: from the ids on there is nothing but what has been read."""
+        self, source: Tensor, packing: Packing, projections: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Return the same for sources of unequal lengths, packed from the ids to the projected output."""
         B, S = source.shape
-        rows, batch_sizes, steps, rows_of = ops.packing(lengths, S)
-        places = rows_of * S + steps
 
-        def dropped(features: Tensor) -> Tensor:
-            mask = self._mask(B, features)
-            return features if mask is None else features * mask.index_select(0, rows_of)
+        def drop(features: Tensor) -> Tensor:
+            mask = self._dropout_mask(B, features)
+            return features if mask is None else features * mask.index_select(0, packing.batch_rows)
 
-        ids = source.flatten().index_select(0, places)
-        if tables is not None:
-            read, last = self._look_up(ids, tables, batch_sizes)
+        index = packing.batch_rows * S + packing.steps
+        ids = source.flatten().index_select(0, index)
+        if projections is not None:
+            read, last = self._encode_projected(ids, projections, packing.batch_sizes)
         else:
-            packed, last = self.encoder(PackedSequence(dropped(self.source_embedding(ids)), batch_sizes))
+            embedded = PackedSequence(drop(self.source_embedding(ids)), packing.batch_sizes)
+            packed, last = call_recurrent(self.encoder, embedded, None)
             read = packed.data  # [N, 2 H]
         keys = self.attention.project_keys(read.unsqueeze(0)).squeeze(0)
         keys, values = (
-            each.new_zeros(B * S, each.shape[-1]).index_copy(0, places, each).unflatten(0, (B, S))
-            for each in (keys, self.value(dropped(read)))
+            rows.new_zeros(B * S, rows.shape[-1]).index_copy(0, index, rows).unflatten(0, (B, S))
+            for rows in (keys, self.value(drop(read)))
         )
-        return Memory(keys, values, lengths), self._first_state(last, keys, rows.argsort())
+        order = packing.rows.argsort()
+        return keys, values, tuple(tensor.index_select(1, order) for tensor in last)
 
-    def _look_up(
-        self, ids: Tensor, tables: list[Tensor], batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        """What the encoder returns for ids [S, B], or packed ones [N]."""
-        weights = [weight for row in self.encoder.all_weights for weight in row]
-        options: Any = {"bidirectional": True, "batch_sizes": batch_sizes, "tables": tables}
-        y, h_n, c_n = ops.stack(self.encoder.cell, ids, None, None, weights, **options)
-        return y, (h_n, c_n) if self.cell_bridge is not None else h_n
+    def _encode_projected(
+        self, ids: Tensor, projections: list[Tensor], batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Return the output and the last state of the encoder for ids ``[S, B]``, or packed ones ``[N]``."""
+        return ops.multilayer_rnn(
+            self.encoder.mode,
+            ids,
+            None,
+            self.encoder.all_weights,
+            bidirectional=True,
+            batch_sizes=batch_sizes,
+            input_projections=projections,
+        )
 
-    def _first_state(
-        self, last: Tensor | tuple[Tensor, Tensor], like: Tensor, rows: Tensor | None = None
-    ) -> Seq2SeqState:
-        """What the decoder starts from, by the encoder's last state, of which row rows[n] is that of source n."""
-        h, c = last if isinstance(last, tuple) else (last, None)
-        if rows is not None:
-            h, c = h.index_select(1, rows), None if c is None else c.index_select(1, rows)
-        hidden = torch.tanh(self.bridge(_directions_together(h)))
-        cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_directions_together(c))
+    def _first_state(self, last: State, like: Tensor) -> Seq2SeqState:
+        """Return the first state of the decoder from the last state of the encoder."""
+        h, c = split_state(last)
+        hidden = torch.tanh(self.bridge(_concatenate_directions(h)))
+        cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_concatenate_directions(c))
         fed = like.new_zeros(h.shape[1], self.readout.out_features) if self.input_feeding else None
         return Seq2SeqState(hidden, cell, fed)
+
+    @torch.no_grad()
+    def input_projections(self) -> InputProjections:
+        """Compute the input projections of all tokens, for several searches with unchanged weights.
+
+        A search that is given them looks up rows in place of products, about a fifth of its arithmetic. Computing them
+        costs as much as those products for every token of both vocabularies, and they hold (2 V_s + V) G H numbers.
+
+        They apply on the CPU, in float32 and float64, to layers that have neither been replaced nor hooked; those of
+        the target only without input feeding. Otherwise they are None.
+        """
+
+        def project(embedding: AffineEmbedding, layer: RecurrentLayer, directions: int) -> list[Tensor] | None:
+            bypassed = may_bypass(embedding, AffineEmbedding) and may_bypass(layer, RNN, GRU, LSTM)
+            if not bypassed or not use_native_gemm(embedding.weight):
+                return None
+            rows = embedding.fold()
+            return [ops.linear(rows, w_ih, b_ih) for w_ih, _, b_ih, _ in layer.all_weights[:directions]]
+
+        target = None if self.input_feeding else project(self.target_embedding, self.decoder, 1)
+        return InputProjections(project(self.source_embedding, self.encoder, 2), None if target is None else target[0])
+
+    # ---- decoder
 
     def step(
         self,
         ids: Tensor,
         state: Seq2SeqState,
-        memory: Memory,
+        encoder_output: EncoderOutput,
         need_weights: bool = False,
-        tables: Tables | None = None,
+        input_projections: InputProjections | None = None,
     ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
-        """Read one more token of K targets of each source, and score what follows.
+        """Read one more token of K targets of each source, and score the tokens that follow.
 
         Args:
-            ids: [B, K] int64.
-            state: of the B · K targets, row by row of `ids`.
-            memory: of the B sources.
-            need_weights: whether the attention's weights are wanted.
-            tables: as `encode`.
+            ids: Token ids, ``[B, K]`` int64.
+            state: State of the B K targets, in the order of the rows of `ids`.
+            encoder_output: Result of `encode` for the B sources.
+            need_weights: Return the attention weights as well.
+            input_projections: As in `encode`.
 
         Returns:
-            Scores [B, K, V], the new state, and the weights [B, K, S] or None.
+            Scores ``[B, K, V]``, the new state, and the attention weights ``[B, K, S]`` or None.
         """
-        vectors, state, weights = self._next(ids, state, memory, need_weights, tables)
-        return self._scores(vectors), state, weights
-
-    def _next(
-        self,
-        ids: Tensor,
-        state: Seq2SeqState,
-        memory: Memory,
-        need_weights: bool = False,
-        tables: Tables | None = None,
-    ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
-        """One step from ids [B, K] to what is predicted from, [B, K, E]: in one call of an op where that serves."""
-        serves = (  # it has no derivative, dropout, weights or hooks
-            not need_weights
-            and not self.training
-            and not torch.is_grad_enabled()
-            and ops.own_products(state.hidden)
-            and _untouched(self.decoder, RNN, GRU, LSTM)
-            and _untouched(self.attention, AdditiveAttention)
-            and _untouched(self.readout, Linear)
-        )
-        if not serves:
-            return self._step(self.target_embedding(ids), state, memory, need_weights=need_weights)
-        table = None if tables is None else tables.target
-        x = ids.reshape(1, -1)
-        if table is None:
-            x = self.target_embedding(x)
-            if state.fed is not None:
-                x = torch.cat((x, state.fed.unsqueeze(0)), -1)
-        vectors, hidden, cell = ops.attention_step(
-            self.decoder.cell,
-            x,
-            state.hidden,
-            state.cell,
-            [weight for row in self.decoder.all_weights for weight in row],
-            self.attention.q_proj_weight,
-            memory.keys,
-            self.attention.v,
-            memory.values,
-            self.readout.weight,
-            self.readout.bias,
-            table=table,
-            key_lengths=memory.lengths,
-        )
-        fed = None if state.fed is None else vectors
-        new = Seq2SeqState(hidden, None if state.cell is None else cell, fed)
-        return vectors.view(*ids.shape, vectors.shape[-1]), new, None
+        readout, state, weights = self._step(ids, state, encoder_output, need_weights, input_projections)
+        return self._scores(readout), state, weights
 
     def _step(
         self,
+        ids: Tensor,
+        state: Seq2SeqState,
+        encoder_output: EncoderOutput,
+        need_weights: bool = False,
+        input_projections: InputProjections | None = None,
+    ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
+        """Take one step from ids ``[B, K]`` to the readout ``[B, K, E]``, in one op where it computes the same."""
+        fusible = (  # the op has no derivative, dropout or weights
+            not need_weights
+            and not self.training
+            and not torch.is_grad_enabled()
+            and use_native_gemm(state.hidden)
+            and may_bypass(self.decoder, RNN, GRU, LSTM)
+            and may_bypass(self.attention, AdditiveAttention)
+            and may_bypass(self.readout, Linear)
+        )
+        if not fusible:
+            return self._layerwise_step(self.target_embedding(ids), state, encoder_output, need_weights=need_weights)
+        projections = None if input_projections is None else input_projections.target
+        readout, state = self._fused_step(ids, state, encoder_output, projections)
+        return readout, state, None
+
+    def _fused_step(
+        self, ids: Tensor, state: Seq2SeqState, encoder_output: EncoderOutput, projections: Tensor | None
+    ) -> tuple[Tensor, Seq2SeqState]:
+        x = ids.reshape(1, -1)
+        if projections is None:
+            x = self.target_embedding(x)
+            if state.fed is not None:
+                x = torch.cat((x, state.fed.unsqueeze(0)), -1)
+        readout, recurrent = ops.attention_step(
+            self.decoder.mode,
+            x,
+            join_state(state.hidden, state.cell),
+            self.decoder.all_weights,
+            self.attention.q_proj_weight,
+            encoder_output.keys,
+            self.attention.v,
+            encoder_output.values,
+            self.readout.weight,
+            self.readout.bias,
+            input_projections=projections,
+            key_lengths=encoder_output.lengths,
+        )
+        fed = None if state.fed is None else readout
+        return readout.view(*ids.shape, readout.shape[-1]), Seq2SeqState(*split_state(recurrent), fed)
+
+    def _layerwise_step(
+        self,
         x: Tensor,
         state: Seq2SeqState,
-        memory: Memory,
+        encoder_output: EncoderOutput,
         mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Seq2SeqState, Tensor | None]:
-        """The same from embeddings [B, K, E], layer by layer; `mask` is that of dropout."""
+        """Take one step from embeddings ``[B, K, E]``; `mask` holds the factors of dropout of the decoder's output."""
         B, K = x.shape[:2]
         x = x.flatten(0, 1).unsqueeze(0)
         if state.fed is not None:
             x = torch.cat((x, state.fed.unsqueeze(0)), -1)
-        h, state = self._decode(x, state)
+        h, recurrent = call_recurrent(self.decoder, x, join_state(state.hidden, state.cell))
         h = h.view(B, K, h.shape[-1])
-        context, weights = self._attend(h, memory, need_weights)
-        vectors = self._read_out(_dropped(h, mask), context)
-        fed = None if state.fed is None else vectors.flatten(0, 1)
-        return vectors, state._replace(fed=fed), weights
+        context, weights = self._attend(h, encoder_output, need_weights)
+        readout = self._read_out(_apply_mask(h, mask), context)
+        fed = None if state.fed is None else readout.flatten(0, 1)
+        return readout, Seq2SeqState(*split_state(recurrent), fed), weights
 
-    def _decode(self, x: Tensor, state: Seq2SeqState, lengths: Tensor | None = None) -> tuple[Tensor, Seq2SeqState]:
-        """The decoder's recurrence over x [T, N, *]."""
-        hidden, cell, fed = state
-        h, last = self.decoder(x, hidden if cell is None else (hidden, cell), lengths=lengths)
-        hidden, cell = last if isinstance(last, tuple) else (last, None)
-        return h, Seq2SeqState(hidden, cell, fed)
-
-    def _attend(self, h: Tensor, memory: Memory, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """What states h [B, K, H] attend to, [B, K, E], and the weights."""
-        found: tuple[Tensor, Tensor | None] = self.attention(
+    def _attend(
+        self, h: Tensor, encoder_output: EncoderOutput, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the context ``[B, K, E]`` of decoder states ``[B, K, H]``, and the attention weights or None."""
+        result: tuple[Tensor, Tensor | None] = self.attention(
             h,
             None,
-            memory.values,
-            key_lengths=memory.lengths,
-            projected_keys=memory.keys,
+            encoder_output.values,
+            key_lengths=encoder_output.lengths,
+            projected_keys=encoder_output.keys,
             need_weights=need_weights,
         )
-        return found
+        return result
 
     def _read_out(self, h: Tensor, context: Tensor) -> Tensor:
-        """What a token is predicted from, [..., E]."""
         return torch.tanh(self.readout(h) + context)
 
-    def _scores(self, vectors: Tensor) -> Tensor:
-        return cast(Tensor, self.head(vectors))
+    def _scores(self, readout: Tensor) -> Tensor:
+        return cast(Tensor, self.head(readout))
 
-    def _best(self, vectors: Tensor, check: bool) -> Tensor:
-        """The ids [B] of the largest scores by vectors [B, 1, E]; if asked to, raise where a score is NaN."""
-        vectors = vectors.squeeze(1)
-        if _untouched(self.head, Linear):
-            weight, bias = self.head.weight, self.head.bias
-            ids = ops.linear_argmax(vectors, weight, bias)
-            if check:  # NaN would be the largest
-                _check_scores((vectors * weight[ids]).sum(-1) + bias[ids])
-            return ids
-        scores = self._scores(vectors)
-        if check:
-            _check_scores(scores)
-        return scores.argmax(-1)
-
-    def _mask(self, rows: int, like: Tensor, size: int | None = None) -> Tensor | None:
-        """What dropout multiplies features by, [rows, size]: drawn once a row, since anew at each position is slow."""
-        if not self.training or self.dropout.p == 0:
-            return None
-        return cast(Tensor, self.dropout(like.new_ones(rows, size or like.shape[-1])))
+    # ---- searches
 
     def stream(
         self,
@@ -503,25 +557,25 @@ class Seq2Seq(nn.Module):
         end: int,
         source_lengths: Tensor | None = None,
         max_length: int | None = None,
-        tables: Tables | None = None,
+        input_projections: InputProjections | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the ids [B] of greedy search one by one: of each row the best next token, and `end` ever after its end.
+        """Yield the ids ``[B]`` of greedy search one by one: the best next token of each row, and `end` after its end.
 
-        Call `eval()` first, so that dropout is off.
+        Call `eval()` first to disable dropout.
 
         Args:
-            source: token ids, [B, S] int64.
-            end: the id that every target begins and ends with.
-            source_lengths: tokens of each source, [B] int64; None: all have S.
-            max_length: ids of a row at most; by default 10 more than twice those of its source.
-            tables: as `encode`.
+            source: Token ids, ``[B, S]`` int64.
+            end: The id that begins and ends every target.
+            source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
+            max_length: Largest number of ids of a row. None: 10 more than twice those of its source.
+            input_projections: As in `encode`.
 
         Raises:
-            ValueError: a shape or number that does not fit.
-            RuntimeError: the scores are NaN.
+            ValueError: A shape or number does not fit.
+            RuntimeError: The scores are NaN.
         """
         self._check_search(end, max_length)
-        return self._stream(source, end, source_lengths, max_length, tables)
+        return self._stream(source, end, source_lengths, max_length, input_projections)
 
     @torch.inference_mode()
     def _stream(
@@ -530,19 +584,33 @@ class Seq2Seq(nn.Module):
         end: int,
         source_lengths: Tensor | None,
         max_length: int | None,
-        tables: Tables | None,
+        input_projections: InputProjections | None,
     ) -> Iterator[Tensor]:
-        limits = _limits(source, source_lengths, max_length)
-        memory, state = self.encode(source, source_lengths, tables)
+        limits = length_limits(source, source_lengths, max_length)
+        encoder_output, state = self.encode(source, source_lengths, input_projections)
         ids = source.new_full((len(source),), end)
         ended = limits <= 0
         for n in range(1, int(limits.max()) + 1 if len(limits) else 0):
             if ended.all():
                 return
-            vectors, state, _ = self._next(ids.unsqueeze(1), state, memory, tables=tables)
-            ids = self._best(vectors, check=n == 1).masked_fill(ended, end)
+            readout, state, _ = self._step(ids.unsqueeze(1), state, encoder_output, input_projections=input_projections)
+            ids = self._best_ids(readout, check=n == 1).masked_fill(ended, end)
             yield ids
             ended = ended | (ids == end) | (limits <= n)
+
+    def _best_ids(self, readout: Tensor, check: bool) -> Tensor:
+        """Return the ids ``[B]`` of the largest scores of a readout ``[B, 1, E]``; with `check`, raise for NaN."""
+        readout = readout.squeeze(1)
+        if may_bypass(self.head, Linear):
+            weight, bias = self.head.weight, self.head.bias
+            ids = ops.linear_argmax(readout, weight, bias)
+            if check:  # a NaN would be the maximum
+                _check_scores((readout * weight[ids]).sum(-1) + bias[ids])
+            return ids
+        scores = self._scores(readout)
+        if check:
+            _check_scores(scores)
+        return scores.argmax(-1)
 
     @torch.inference_mode()
     def search(
@@ -555,32 +623,34 @@ class Seq2Seq(nn.Module):
         num_return_sequences: int = 1,
         length_penalty: float = 1.0,
         max_length: int | None = None,
-        tables: Tables | None = None,
-    ) -> list[list[Hypothesis]]:
+        input_projections: InputProjections | None = None,
+    ) -> list[list[BeamHypothesis]]:
         """Find likely targets by beam search.
 
-        The beam of a source ends when it has found as many hypotheses as it is wide, and none of those still open would
-        be better than the worst of them if it ended now. Each source is searched as if it were alone. Call `eval()`
-        first, so that dropout is off.
+        The search of a source ends when it has as many finished targets as the beam is wide, and no open target would
+        score higher than the worst of them if it ended now. The result for a source does not depend on the others in
+        the batch. Call `eval()` first to disable dropout.
 
         Args:
-            source: token ids, [B, S] int64.
-            end: the id that every target begins and ends with.
-            source_lengths: tokens of each source, [B] int64; None: all have S.
-            beam: K, how many targets of each source are followed at a time; 1 is greedy search.
-            num_return_sequences: how many of the best to return, at most `beam`.
-            length_penalty: the score of a target is its log-probability over length to this power, its end included.
-            max_length: ids of a target at most, where it is cut off; by default 10 more than twice those of its source.
-            tables: as `encode`.
+            source: Token ids, ``[B, S]`` int64.
+            end: The id that begins and ends every target.
+            source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
+            beam: K, number of open targets of each source; 1 is greedy search.
+            num_return_sequences: Number of targets to return for each source, at most `beam`.
+            length_penalty: The score of a target is its log-probability divided by its length, including the end id,
+                to this power.
+            max_length: Largest number of ids of a target, which is cut off there. None: 10 more than twice those of its
+                source.
+            input_projections: As in `encode`.
 
         Returns:
-            For each source its hypotheses, best first; fewer than asked for where there are no more.
+            For each source its hypotheses, best first; fewer than requested where there are no more.
 
         Raises:
-            ValueError: a shape or number that does not fit.
-            RuntimeError: the scores are NaN.
+            ValueError: A shape or number does not fit.
+            RuntimeError: The scores are NaN.
 
-        Source: the normalisation by length is that of Wu et al., arXiv 1609.08144, without its constants.
+        Source: the normalization by length is that of Wu et al., arXiv 1609.08144, without its constants.
         """
         self._check_search(end, max_length)
         if beam < 1:
@@ -590,16 +660,16 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"Seq2Seq: num_return_sequences must be {got}")
         if not 0 <= length_penalty < math.inf:
             raise ValueError(f"Seq2Seq: length_penalty must be at least 0 and finite, got {length_penalty}")
-        limits = _limits(source, source_lengths, max_length)
-        memory, state = self.encode(source, source_lengths, tables)
+        limits = length_limits(source, source_lengths, max_length)
+        encoder_output, state = self.encode(source, source_lengths, input_projections)
         state = state.repeat(beam)
-        found = _Beam(len(source), beam, end, limits, length_penalty, source.device)
-        while not found.done:
-            scores, state, _ = self.step(found.ids, state, memory, tables=tables)
-            if found.length == 0:
+        beams = BeamSearch(len(source), beam, end, limits, length_penalty, source.device)
+        while not beams.done:
+            scores, state, _ = self.step(beams.ids, state, encoder_output, input_projections=input_projections)
+            if beams.length == 0:
                 _check_scores(scores)
-            state.reorder_(found.advance(scores))
-        return found.best(num_return_sequences)
+            state.reorder_(beams.advance(scores))
+        return beams.best(num_return_sequences)
 
     def _check_search(self, end: int, max_length: int | None) -> None:
         if not 0 <= end < self.target_vocab_size:
@@ -608,108 +678,17 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"Seq2Seq: max_length must be at least 0, got {max_length}")
 
 
-class _Beam:
-    """The targets that a beam search follows, K for each of B sources, and the best that have ended."""
-
-    def __init__(self, B: int, K: int, end: int, limits: Tensor, length_penalty: float, device: torch.device) -> None:
-        self.end, self.limits, self.length_penalty = end, limits, length_penalty
-        self.length = 0
-        longest = int(limits.max()) if B else 0
-        # All K begin alike: the first alone is followed at first.
-        self.totals = torch.full((B, K), -math.inf, device=device)
-        self.totals[:, 0] = 0
-        self.paths = torch.full((B, K, longest), end, device=device)
-        self.ended_scores = torch.full((B, K), -math.inf, device=device)
-        self.ended_paths = self.paths.clone()
-        self.closed = limits <= 0
-
-    @property
-    def done(self) -> bool:
-        return bool(self.closed.all())
-
-    @property
-    def ids(self) -> Tensor:
-        """The last ids, [B, K]."""
-        if self.length == 0:
-            return torch.full(self.totals.shape, self.end, device=self.totals.device)
-        return self.paths[:, :, self.length - 1]
-
-    def advance(self, scores: Tensor) -> Tensor:
-        """Take one more token each by scores [B, K, V]; return the rows [B · K] whose state goes on."""
-        B, K, V = scores.shape
-        if self.totals.dtype != scores.dtype:
-            self.totals = self.totals.to(torch.promote_types(self.totals.dtype, scores.dtype))
-        totals = self.totals.unsqueeze(-1) + F.log_softmax(scores, -1, dtype=self.totals.dtype)
-        # At most K of the best 2 K end, one for each target that is followed: the others are enough to go on with.
-        best, places = totals.flatten(1).topk(min(2 * K, K * V))
-        origins, tokens = places // V, places % V
-        self.length += 1
-        paths = self.paths.gather(1, origins.unsqueeze(-1).expand(-1, -1, self.paths.shape[-1]))
-        paths[:, :, self.length - 1] = tokens
-
-        ends = tokens == self.end
-        per_length = self.length**self.length_penalty
-        # What has no time left ends as it is.
-        cut = (self.limits <= self.length).unsqueeze(-1)
-        ending = (ends | cut)[:, :K] & ~self.closed.unsqueeze(-1)
-        candidates = (best[:, :K] / per_length).masked_fill(~ending, -math.inf)
-        self.ended_scores, kept = torch.cat((self.ended_scores.to(best.dtype), candidates), 1).topk(K)
-        everything = torch.cat((self.ended_paths, paths[:, :K]), 1)
-        self.ended_paths = everything.gather(1, kept.unsqueeze(-1).expand(-1, -1, everything.shape[-1]))
-
-        # The first K that do not end, in their order.
-        order = (ends.to(torch.int64) * 2 * K + torch.arange(ends.shape[1], device=ends.device)).argsort(-1)[:, :K]
-        self.totals = best.gather(1, order).masked_fill(ends.gather(1, order), -math.inf)
-        self.paths = paths.gather(1, order.unsqueeze(-1).expand(-1, -1, paths.shape[-1]))
-        overtaken = self.ended_scores[:, -1] >= self.totals[:, 0] / per_length
-        self.closed = self.closed | cut.squeeze(-1) | (overtaken & (self.ended_scores[:, -1] > -math.inf))
-        first = torch.arange(B, device=places.device).unsqueeze(-1) * K
-        return (first + origins.gather(1, order)).flatten()
-
-    def best(self, count: int) -> list[list[Hypothesis]]:
-        """The best hypotheses of each source."""
-        found = []
-        for scores, paths in zip(self.ended_scores.tolist(), self.ended_paths.cpu(), strict=True):
-            row = []
-            for score, path in zip(scores[:count], paths, strict=False):
-                if score > -math.inf:
-                    row.append(Hypothesis(path[: int((path != self.end).sum())], score))
-            found.append(row)
-        return found
-
-
-def _untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Whether a module is still of one of these types, and nobody listens to its calls."""
-    return type(module) in types and not module._forward_hooks and not module._forward_pre_hooks
-
-
-def _directions_together(state: Tensor) -> Tensor:
-    """States [2 L, B, H] of both directions side by side, [L, B, 2 H]."""
+def _concatenate_directions(state: Tensor) -> Tensor:
+    """Return states ``[2 L, B, H]`` of two directions as ``[L, B, 2 H]``."""
     return torch.cat((state[0::2], state[1::2]), -1)
 
 
-def _dropped(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Features [B, T, *] times a mask [B, *]."""
+def _apply_mask(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Multiply features ``[B, T, *]`` by a mask ``[B, *]`` at every position."""
     return features if mask is None else features * mask.unsqueeze(1)
 
 
-def _limits(source: Tensor, lengths: Tensor | None, max_length: int | None) -> Tensor:
-    """How many ids the target of each source may have, [B]."""
-    if max_length is not None:
-        return torch.full((len(source),), max_length, device=source.device)
-    if lengths is None:
-        lengths = torch.full((len(source),), source.shape[1], device=source.device)
-    return 2 * lengths + 10
-
-
-def _check_ids(name: str, ids: Tensor, shape: str) -> None:
-    if ids.dim() != 2:
-        raise ValueError(f"Seq2Seq: {name} must be [{shape}], got {list(ids.shape)}")
-    if ids.dtype not in INTEGERS:
-        raise TypeError(f"Seq2Seq: {name} must be int64, got {ids.dtype}".replace("torch.", ""))
-
-
 def _check_scores(scores: Tensor) -> None:
-    # Whatever is NaN in the weights shows in the first scores.
+    # A NaN in the weights shows in the first scores.
     if scores.isnan().any():
         raise RuntimeError("Seq2Seq: the scores of the first token are not a number")
