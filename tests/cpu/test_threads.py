@@ -1,0 +1,153 @@
+"""The threads of a call: any number, from anywhere, without deadlock. What could hang runs in its own process."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from support.devices import num_threads
+from support.process import check_python
+
+import llm_ext
+
+TIMEOUT = 120  # seconds
+
+SETUP = """
+import os, threading
+import torch, llm_ext
+torch.manual_seed(0)
+layers = [llm_ext.RNN(16, 128), llm_ext.GRU(16, 96), llm_ext.LSTM(16, 128, proj_size=40)]
+# Partitioned by rows, by columns (one row, and rows of unequal lengths), and few steps.
+inputs = [torch.randn(30, 16, 16), torch.randn(60, 1, 16), torch.randn(2, 3, 16)]
+lengths = torch.tensor([30, 22, 9, 9, 4])
+inputs.append(torch.nn.utils.rnn.pack_padded_sequence(torch.randn(30, 5, 16), lengths))
+
+def run():
+    results = []
+    for layer in layers:
+        for x in inputs:
+            y = layer(x)[0]
+            y = y.data if isinstance(y, torch.nn.utils.rnn.PackedSequence) else y
+            gradients = torch.autograd.grad(y.sum(), list(layer.parameters()))
+            results += [y.detach(), *gradients]
+    return results
+
+def check(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+torch.set_num_threads(1)
+expected = run()
+"""
+
+
+def run_code(code: str) -> None:
+    assert check_python(SETUP + code + "\nprint('done')", timeout=TIMEOUT) == "done\n"
+
+
+def test_number_changes_between_calls() -> None:
+    run_code(
+        """
+for threads in (2, 8, 1, 3, 16, 2, 1, 5):
+    torch.set_num_threads(threads)
+    check(run(), expected)
+"""
+    )
+
+
+def test_more_threads_than_cores() -> None:
+    """Sixteen threads on one core, as under a quota: a thread team has no more threads than there are cores."""
+    run_code(
+        """
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+torch.set_num_threads(16)
+check(run(), expected)
+"""
+    )
+
+
+def test_calls_from_several_threads() -> None:
+    """Together the calls have more threads than there are cores: threads that wait yield to the others."""
+    run_code(
+        """
+torch.set_num_threads(3)
+failures = []
+
+def call(i):
+    try:
+        if i % 2:
+            torch.set_num_threads(1 + i)
+        for _ in range(5):
+            check(run(), expected)
+    except Exception as failure:
+        failures.append(failure)
+
+threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+if failures:
+    raise failures[0]
+"""
+    )
+
+
+def test_workers_of_a_data_loader() -> None:
+    """Forked while the parent's threads exist."""
+    run_code(
+        """
+torch.set_num_threads(4)
+check(run(), expected)
+
+class Results(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return [result.clone() for result in run()]
+
+loader = torch.utils.data.DataLoader(
+    Results(), batch_size=None, num_workers=2, multiprocessing_context="fork" if os.name == "posix" else None
+)
+for results in loader:
+    check(results, expected)
+check(run(), expected)
+"""
+    )
+
+
+def test_one_thread_stays_in_the_caller() -> None:
+    """With one thread, no other thread of the process is busy."""
+    run_code(
+        """
+import time
+layer = llm_ext.LSTM(64, 256)
+x = torch.randn(200, 16, 64)
+with torch.no_grad():
+    layer(x)
+    cpu, own = time.process_time(), time.thread_time()
+    for _ in range(10):
+        layer(x)
+assert time.process_time() - cpu < 1.2 * (time.thread_time() - own) + 0.01
+"""
+    )
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_call_within_a_call(threads: int) -> None:
+    """From a hook in autograd's own threads, beside calls of the main thread."""
+    with num_threads(threads):
+        layer = llm_ext.GRU(8, 64)
+        x = torch.randn(40, 8, 8, requires_grad=True)
+        inner: list[torch.Tensor] = []
+        y = layer(x)[0]
+        y.register_hook(lambda grad: inner.append(layer(x.detach())[0].detach()))
+        thread = threading.Thread(target=lambda: y.sum().backward())
+        thread.start()
+        outer = layer(x.detach())[0].detach()
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+        assert torch.equal(inner[0], outer)

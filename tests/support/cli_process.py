@@ -1,0 +1,112 @@
+"""`llm-ext` in processes of its own that start fast: forks of a server process that has imported llm_ext."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from llm_ext.cli import main
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["llm_ext.cli.commands.parser", "lightning_fabric", "matplotlib.figure", "support.cli_process"]
+)
+
+
+class CommandProcess:
+    """A running `llm-ext`.
+
+    Args:
+        arguments: the command line.
+        folder: directory for its standard streams.
+        stdin: file that it reads, possibly a FIFO.
+        stdout: file that it writes, possibly a FIFO; by default a file in `folder`.
+        environment: environment variables to set.
+    """
+
+    def __init__(
+        self,
+        arguments: list[object],
+        folder: Path,
+        *,
+        stdin: str | Path = os.devnull,
+        stdout: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        number = len(list(folder.glob("stderr.*")))
+        self._stdout, self._stderr = stdout or folder / f"stdout.{number}", folder / f"stderr.{number}"
+        self._stderr.touch()
+        streams = [str(path) for path in (stdin, self._stdout, self._stderr)]
+        self._process = _CONTEXT.Process(
+            target=_run, args=([str(argument) for argument in arguments], streams, environment or {})
+        )
+        self._process.start()
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(60)
+
+    def wait(self) -> tuple[int, str, str]:
+        """Wait for the end; return exit code, standard output (empty for a FIFO) and standard error."""
+        self._process.join(120)
+        code = self._process.exitcode
+        if code is None:
+            self.kill()
+            raise TimeoutError("llm-ext did not end in 120 seconds")
+        return code, self._stdout.read_text() if self._stdout.is_file() else "", self._stderr.read_text()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, which must hold before the process ends."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert self._process.exitcode is None, self.wait()
+            assert time.monotonic() < deadline, "nothing happened in a minute"
+            time.sleep(0.005)
+
+
+def _run(arguments: list[str], streams: list[str], environment: dict[str, str]) -> None:
+    flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
+    for descriptor, (path, flag) in enumerate(zip(streams, flags, strict=True)):
+        os.dup2(os.open(path, flag, 0o666), descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, mode, closefd=False), write_through=mode == "w")
+        for number, mode in enumerate("rww")
+    )
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def peak_memory(function: Callable[..., object], *arguments: object) -> int:
+    """Run a function in a process of its own; return the peak memory of the process in MiB."""
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_measure, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        peak = receiver.recv()
+    except EOFError:
+        raise AssertionError(f"{function.__name__} failed") from None
+    process.join()
+    assert isinstance(peak, int)
+    return peak
+
+
+def _measure(sender: Connection, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    function(*arguments)
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
