@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,16 @@ class RecurrentBase(nn.Module):
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    def _to_state(self, hx: Any) -> tuple[Tensor, ...] | None:
+        """Return the state that a user gave as a tuple of tensors."""
+        if self.mode != "LSTM":
+            return None if hx is None else (hx,)
+        if isinstance(hx, list):  # torch.nn takes one as well
+            return tuple(hx)
+        if not isinstance(hx, tuple) and hx is not None:
+            self._check_hidden(hx, (), ())
+        return cast("tuple[Tensor, ...] | None", hx)
 
     def _check_hidden(self, hx: Any, leading: tuple[int | None, ...], letters: tuple[str, ...]) -> None:
         """Raise unless hx is a state of this module, each tensor [*leading, features]; `letters` name `leading`."""

@@ -85,7 +85,9 @@ def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
     ctx.save_for_backward(x, w)
 
 
-def _linear_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_autograd(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return None, None, None
     needs = ctx.needs_input_grad
     return needed(_linear_backward(grad_y, *ctx.saved_tensors, *needs), needs)
 

@@ -1,6 +1,6 @@
 """Recurrent networks: one direction of one layer (`rnn`, `gru`, `lstm`), and several layers (`multilayer_rnn`).
 
-`_run` decides which ops a call takes. The ops follow, each with its fake kernel, autograd and autocast.
+`run` decides which ops a call takes. The ops follow, each with its fake kernel, autograd and autocast.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def rnn(
     argument_checks.nonlinearity("rnn", nonlinearity)
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     state = None if h0 is None else (h0,)
-    y, (h_n,) = _run(_MODES[nonlinearity], x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
-    return y, h_n
+    y, (h_n,) = run(_MODES[nonlinearity], x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
+    return y, h_n.squeeze(0) if h0 is None else h_n
 
 
 def gru(
@@ -148,8 +148,8 @@ def gru(
     """
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     state = None if h0 is None else (h0,)
-    y, (h_n,) = _run("GRU", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
-    return y, h_n
+    y, (h_n,) = run("GRU", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
+    return y, h_n.squeeze(0) if h0 is None else h_n
 
 
 def lstm(
@@ -202,8 +202,8 @@ def lstm(
         (torch.Size([20, 8, 128]), torch.Size([8, 128]), torch.Size([8, 128]))
     """
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    y, (h_n, c_n) = _run("LSTM", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
-    return y, (h_n, c_n)
+    y, (h_n, c_n) = run("LSTM", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
+    return y, (h_n.squeeze(0), c_n.squeeze(0)) if state is None else (h_n, c_n)
 
 
 def multilayer_rnn(
@@ -254,21 +254,18 @@ def multilayer_rnn(
         >>> y.shape, h_n.shape
         (torch.Size([20, 8, 128]), torch.Size([2, 8, 128]))
     """
-    if mode not in argument_checks.MODES or not weights:
+    if mode not in argument_checks.MODES or not weights or len(weights) % (1 + bidirectional):
         argument_checks.multilayer_rnn(
             "multilayer_rnn", mode, x, state, weights, 1 + bidirectional, batch_sizes, lengths, input_projections
         )
     directions = (False, True) if bidirectional else (False,)
-    y, last = _run(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
-    if state is None and len(weights) == 1 and last[0].dim() == 2:
-        return y, tuple([tensor.unsqueeze(0) for tensor in last])
-    return y, last
+    return run(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
 
 
 # ---- the path of a call
 
 
-def _run(
+def run(
     mode: str,
     x: Tensor,
     state: State | None,
@@ -281,6 +278,8 @@ def _run(
 ) -> tuple[Tensor, State]:
     """Choose the ops of a call and run them; `directions` say for each direction whether it is reversed.
 
+    The new state is [R, B, *], or [B, *] if a state of one direction was given in that shape.
+
     1. Lengths on the CPU: the rows are packed once for all layers and directions.
     2. One direction of one layer: its op.
     3. No derivative, dropout or projection: one op for all layers and directions.
@@ -289,7 +288,8 @@ def _run(
     if lengths is not None and not is_on_cuda(x):
         return _run_packed(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
     if len(weights) == 1 and not input_projections:
-        return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
+        y, last = _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
+        return y, last if state is not None else tuple([tensor.unsqueeze(0) for tensor in last])
     if input_projections or (
         lengths is None
         and not dropout
@@ -318,17 +318,16 @@ def _run_packed(
     _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
     T, B = x.shape[:2]
     if T > 0 and bool((lengths == T).all()):
-        return _run(mode, x, state, weights, directions, dropout, None, None, input_projections)
+        return run(mode, x, state, weights, directions, dropout, None, None, input_projections)
     if state is None:
         w_hh = weights[0][1]
         assert w_hh is not None
         sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if mode == "LSTM" else (w_hh.shape[1],)
-        leading = (B,) if len(weights) == 1 else (len(weights), B)
-        state = tuple(w_hh.new_zeros((*leading, size)) for size in sizes)
+        state = tuple(w_hh.new_zeros((len(weights), B, size)) for size in sizes)
     rows = packing.pack_lengths(lengths, T)
     first = tuple(tensor.index_select(-2, rows.rows) for tensor in state)
     data, packed_sizes = rows.pack(x), rows.batch_sizes
-    y, last = _run(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
+    y, last = run(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
     # Under autocast the new state has another dtype than the given one.
     states = (old.to(new.dtype).index_copy(-2, rows.rows, new) for old, new in zip(state, last, strict=True))
     return rows.pad(y, T, B), tuple(states)
