@@ -1,0 +1,96 @@
+"""The candidates of every kind of case agree with the reference; nothing is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench import comparison, limits, peers
+from bench.cases import attention, cpu, cuda_builders, linear, models, recurrence
+from bench.cells import CELLS, GRU, LSTM, RNN
+from bench.comparison import LIMIT, Case, Settings
+
+MODES = ("inference", "training")
+CPU_CASES = [
+    *(
+        case
+        for cell in CELLS
+        for case in (
+            recurrence.sequence(cell, "inference", 3, 5, 2, 4),
+            recurrence.sequence(cell, "training", 3, 5, 2, 4, layers=2),
+            recurrence.packed(cell, "inference", 3, 8, 2, 4),
+            recurrence.packed(cell, "training", 3, 8, 2, 4),
+            recurrence.single_step(cell, 4),
+        )
+    ),
+    recurrence.odd_sizes(GRU, "training", 3, 4, 1, 5),
+    recurrence.multilayer(LSTM, 1, 5, 4, {}),
+    recurrence.input_free(LSTM, 3, 5, 4, target=0.85),
+    recurrence.input_free(RNN, 1, 5, 4, target=0.8),
+    recurrence.scaling(GRU, 2, 3, 4),
+    recurrence.bfloat16(LSTM, "inference", 1, 3, 4, 4),
+    recurrence.bfloat16(GRU, "training", 2, 3, 4, 4),
+    *(linear.linear(mode, 3, 5, 4) for mode in MODES),
+    *(attention.pooling(mode, 2, 5, 4) for mode in MODES),
+    attention.prefix("inference", 2, 5, 4),
+    attention.prefix("training", 2, 70, 4),
+    *(attention.additive(mode, 2, 3, 5, 4) for mode in MODES),
+    attention.streaming("pooling", "forward", 2, 70, 4),
+    attention.streaming("pooling", "backward", 2, 70, 4),
+    attention.streaming("prefix", "forward", 2, 70, 4),
+    attention.streaming("prefix", "backward", 2, 70, 4, dtype=torch.bfloat16),
+    models.llm_training(2, 3, 5, 4, 6),
+    models.llm_generation(1, 4, 5, 4, 6),
+    models.llm_generation(1, 4, 5, 4, 6, torch.bfloat16),
+    models.seq2seq_training(3, 7, 5, 4, 6),
+    models.seq2seq_greedy(5, 2, 4, 5, 4, 6),
+]
+FP32, BF16 = torch.float32, torch.bfloat16
+# On the CPU, which has the same layers.
+CUDA_CASES = [
+    cuda_builders.sequence(RNN, "inference", FP32, 3, 5, 2, 4, layers=2, bidirectional=True, device="cpu"),
+    cuda_builders.sequence(LSTM, "training", BF16, 3, 5, 2, 4, layers=2, bidirectional=True, device="cpu"),
+    cuda_builders.sequence(GRU, "training", FP32, 3, 5, 2, 4, all_peers=True, tf32=True, device="cpu"),
+    cuda_builders.lengths(GRU, "inference", FP32, 5, 8, 2, 4, target=5, device="cpu"),
+    cuda_builders.lengths(LSTM, "training", FP32, 5, 8, 2, 4, target=5, device="cpu"),
+    *(cuda_builders.pool_op(causal, mode, FP32, 2, 9, 4, device="cpu") for causal in (False, True) for mode in MODES),
+    *(cuda_builders.pool_layer(causal, "training", FP32, 2, 9, 4, device="cpu") for causal in (False, True)),
+    cuda_builders.additive("training", FP32, 2, 3, 5, 4, device="cpu"),
+]
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("case", [*CPU_CASES, *CUDA_CASES], ids=lambda case: case.name)
+def test_candidates_agree_with_the_reference(case: Case, settings: Settings) -> None:
+    # Without torch.compile, which takes half a minute for all.
+    words = [word for word in peers.CPU_LIBRARIES if word != "compile"]
+    absent = [*peers.not_installed("cpu"), *([] if limits.unavailable() is None else [LIMIT])]
+    result = comparison.run(case, dataclasses.replace(settings, libraries=words, absent=absent))
+    for entry in (result["ours"], *result["others"]):
+        assert entry["status"] in ("measured", "absent"), entry
+    # A target belongs to a candidate.
+    assert case.targets.keys() <= {entry["name"] for entry in result["others"]}
+
+
+def test_work_counts_every_matrix_product() -> None:
+    # For each row U h and W x, with G gates, two operations a weight.
+    for cell, gates in ((RNN, 1), (GRU, 3), (LSTM, 4)):
+        assert recurrence.input_free(cell, 8, 128, 512, None).work == 2 * 8 * 128 * gates * 512 * (512 + 1) / 1e9
+    two_layers = recurrence.sequence(LSTM, "training", 2, 3, 5, 7, layers=2)
+    assert two_layers.work == pytest.approx(3 * 2 * 6 * 4 * 7 * (5 + 7 + 7 + 7) / 1e9)
+    bidirectional = cuda_builders.sequence(RNN, "inference", FP32, 2, 3, 5, 7, layers=2, bidirectional=True)
+    assert bidirectional.work == pytest.approx(2 * 6 * 2 * 7 * (5 + 7 + 14 + 7) / 1e9)
+
+
+def test_means_cover_the_shapes_of_whole_sequences(settings: Settings) -> None:
+    names = [case.name for case in cpu.CASES]
+    expected = {
+        tuple(mean.cases): comparison.geometric_mean(mean, names, [], settings)["cases_expected"]
+        for mean in cpu.MEANS
+        if mean.target is not None
+    }
+    inference = [f"recurrence/{prefix}inference/*" for prefix in ("", "gru-", "lstm-")]
+    training = [f"recurrence/{prefix}training/*" for prefix in ("", "gru-", "lstm-")]
+    assert expected == {tuple(inference): 21, **{(name,): 7 for name in inference}, **{(name,): 8 for name in training}}
