@@ -1,116 +1,123 @@
-"""What the tests of llm_ext.text share: a small text, a small model, the command line as a process."""
+"""Fixtures of the tests of llm_ext.cli: small texts, pairs and trained models."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from support.cli_runs import language_config, translation_config
 
-from llm_ext.text.config import TrainConfig, TranslateConfig
+from llm_ext.cli.training import train
+from llm_ext.cli.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = (
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "that",
-    "it",
-    "was",
-    "good",
-    "but",
-    "not",
-    "all",
-)
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "it", "was", "good", "but", "not", "all")
 
-# Settings of a model that trains in a second.
-SMALL: dict[str, object] = {"hidden": 16, "embedding": 8, "batch": 4, "chunk": 8, "tokens": "chars"}
-SMALL |= {"validate_every": 10, "log_every": 5, "accelerator": "cpu"}
+SignalAt = Callable[..., None]
 
-# The same of a translator.
-PAIRS: dict[str, object] = {"hidden": 16, "embedding": 8, "batch": 8, "tokens": "chars", "dropout": 0.1}
-PAIRS |= {"validate_every": 10, "log_every": 5, "accelerator": "cpu"}
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The models are too small for a second thread, which would only wait for a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interruptible() -> Iterator[None]:
-    """A shell starts background jobs deaf to Ctrl-C, and processes inherit that: here it must be heard."""
+def _interruptible() -> Iterator[None]:
+    """A shell makes background jobs ignore SIGINT, and processes inherit that; here it must be received."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def options(**changes: object) -> list[str]:
-    """The same settings for the command line."""
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in (SMALL | changes).items()]
-    return [word for pair in pairs for word in pair]
-
-
-def small(**changes: object) -> TrainConfig:
-    """The same settings for the functions."""
-    return TrainConfig(**(SMALL | {"steps": 30} | changes))  # type: ignore[arg-type]
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not plot the loss at the end of each training, which takes longer than the training."""
+    monkeypatch.setattr("llm_ext.cli.training.pipeline.plot_loss", lambda records, path: None)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A file of 6,000 characters or so, with some order in it."""
+    """A file of about 6,000 characters with some regularity."""
     draw = random.Random(0)
     path = tmp_path / "text.txt"
     path.write_text("\n".join(" ".join(draw.choices(WORDS, k=8)) for _ in range(180)), encoding="utf-8")
     return path
 
 
-def pair_options(**changes: object) -> list[str]:
-    """Settings of a small translator for the command line."""
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in (PAIRS | changes).items()]
-    return ["--task", "translate", *(word for pair in pairs for word in pair)]
-
-
-def small_pairs(**changes: object) -> TranslateConfig:
-    """The same settings for the functions."""
-    return TranslateConfig(**(PAIRS | {"steps": 30} | changes))  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """A tab-separated file of 200 pairs: a few words, and the same words in capitals and turned around."""
+    """A tab-separated file of 200 pairs: a few words, and the same words in capitals in reverse order."""
     draw = random.Random(0)
     path = tmp_path / "pairs.tsv"
     lines = [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(200)]
-    turned = [" ".join(reversed(line.upper().split())) for line in lines]
-    path.write_text("".join(f"{a}\t{b}\tsomebody\n" for a, b in zip(lines, turned, strict=True)), encoding="utf-8")
+    reversed_lines = [" ".join(reversed(line.upper().split())) for line in lines]
+    rows = zip(lines, reversed_lines, strict=True)
+    path.write_text("".join(f"{source}\t{target}\tauthor\n" for source, target in rows), encoding="utf-8")
     return path
 
 
-def environment() -> dict[str, str]:
-    """That of a child process which imports this very tree."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a translator that knows four words, with its `pairs.tsv` beside it."""
+    folder = tmp_path_factory.mktemp("translator")
+    words = {"one": "un", "two": "deux", "six": "six", "ten": "dix"}
+    lines = [f"{a} {b}\t{words[b]}, {words[a]}.\n" for a in words for b in words]
+    pairs = folder / "pairs.tsv"
+    pairs.write_text("".join(lines * 8))
+    config = translation_config(
+        steps=300,
+        batch=16,
+        hidden=32,
+        embedding=16,
+        lr=1e-2,
+        dropout=0.0,
+        validate_every=150,
+        label_smoothing=0.0,
+    )
+    assert train(config, [pairs], folder / "run", val=[pairs]).signal == 0
+    return folder / "run"
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start `llm-ext` in a process of its own."""
-    command = [sys.executable, "-m", "llm_ext.text.cli", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a language model, with its `text.txt` beside it."""
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "text.txt").write_text("one two six ten. " * 120)
+    assert train(language_config(steps=20), [folder / "text.txt"], folder / "run").signal == 0
+    return folder / "run"
 
 
 @pytest.fixture
-def command() -> Callable[..., tuple[int, str, str]]:
-    """Run `llm-ext` in a process of its own: (exit code, stdout, stderr)."""
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> SignalAt:
+    """A function that sends this process a signal during one step of the next training, or during its validation.
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        process = start(*arguments)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+    Its arguments are the step, the number of the signal, and the method of `Trainer` before which it is sent.
+    """
 
-    return run
+    def schedule(step: int, number: int = signal.SIGINT, before: str = "_step") -> None:
+        original: Callable[..., None] = getattr(Trainer, before)
+
+        def send_once(self: Trainer, *arguments: Any) -> None:
+            if self.progress.step == step:
+                monkeypatch.setattr(Trainer, before, original)
+                os.kill(os.getpid(), number)
+            original(self, *arguments)
+
+        monkeypatch.setattr(Trainer, before, send_once)
+
+    return schedule
+
+
+@pytest.fixture
+def before_first_step(signal_at: SignalAt) -> None:
+    """The next training stops before its first step, so that its initial weights are saved."""
+    signal_at(0, signal.SIGTERM, before="_introduce")

@@ -1,3 +1,5 @@
+"""Run directories: checkpoints survive failures, and damage is reported."""
+
 from __future__ import annotations
 
 import errno
@@ -7,23 +9,29 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save as tensors_to_bytes
 
 from llm_ext import LLM
-from llm_ext.text import checkpoint as checkpoints
-from llm_ext.text import files
-from llm_ext.text.checkpoint import STATE, WEIGHTS, Run
-from llm_ext.text.errors import TextError
-from llm_ext.text.tokens import CharTokens
+from llm_ext.cli import CommandError, checkpoint
+from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
+from llm_ext.cli.data import CharTokenizer
 
-MODEL = {"vocab_size": 5, "embedding_dim": 4, "hidden_dim": 6, "output_dim": 5, "n_layers": 1, "dropout": 0.0}
+MODEL: dict[str, Any] = {
+    "vocab_size": 5,
+    "embedding_dim": 4,
+    "hidden_dim": 6,
+    "output_dim": 5,
+    "n_layers": 1,
+    "dropout": 0.0,
+}
 
 
 def save(run: Run, step: int, best: bool = False, value: float | None = None) -> None:
-    model = LLM(**MODEL)  # type: ignore[arg-type]
+    model = LLM(**MODEL)
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, step if value is None else value)
     state = {"hidden": torch.full((1, 2, 6), float(step))}
@@ -33,7 +41,7 @@ def save(run: Run, step: int, best: bool = False, value: float | None = None) ->
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run(tmp_path)
-    CharTokens("abcde").save(run.vocabulary)
+    CharTokenizer("abcde").save(run.vocabulary)
     save(run, 1, best=True)
     save(run, 2)
     return run
@@ -41,10 +49,10 @@ def run(tmp_path: Path) -> Run:
 
 def assert_whole(run: Run, last: int, best: int) -> None:
     for which, step in (("last", last), ("best", best)):
-        checkpoint = run.checkpoint(which)
-        assert checkpoint.step == checkpoint.config["training"]["progress"] == step
-        assert all((tensor == step).all() for tensor in checkpoint.tensors(WEIGHTS).values())
-        assert (checkpoint.tensors(STATE)["hidden"] == step).all()
+        saved = run.checkpoint(which)
+        assert saved.step == saved.config["training"]["progress"] == step
+        assert all((tensor == step).all() for tensor in saved.tensors(WEIGHTS).values())
+        assert (saved.tensors(STATE)["hidden"] == step).all()
 
 
 def names(run: Run) -> set[str]:
@@ -69,32 +77,32 @@ def test_the_same_step_again(run: Run) -> None:
     assert len(names(run)) == 2
 
 
-def test_a_model_comes_back(run: Run) -> None:
-    model, tokens = run.load("best")
-    assert model.config() == LLM(**MODEL).config()  # type: ignore[arg-type]
+def test_a_model_is_restored(run: Run) -> None:
+    model, tokenizer = run.load_language_model("best")
+    assert model.config() == LLM(**MODEL).config()
     assert (model.head.weight == 1).all()
     assert not model.training
-    assert tokens.size == 5
+    assert tokenizer.size == 5
 
 
-def test_a_model_from_before_there_was_a_choice_of_cells(run: Run) -> None:
+def test_a_checkpoint_without_a_cell_is_an_elman_network(run: Run) -> None:
     edit(model=MODEL)(run.path / "step-1" / "config.json")
-    assert run.load("best")[0].config() == LLM(**MODEL).config()  # type: ignore[arg-type]
+    assert run.load_language_model("best")[0].config() == LLM(**MODEL).config()
 
 
 def test_nothing_is_unpickled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("unpickled"))
-    run.load("last")
+    run.load_language_model("last")
     assert_whole(run, last=2, best=1)
 
 
 class Killed(BaseException):
-    """As if the process ended here, with no chance to clean up."""
+    """Ends a call as if the process had been killed."""
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, failure: BaseException, at: int) -> None:
-    """Let the call number `at` of those that change the disk fail, and all after it."""
+    """Let call number `at` of those that change the disk fail, and all later ones."""
     calls: list[str] = []
 
     def wrap(module: object, name: str) -> None:
@@ -144,7 +152,7 @@ def test_a_short_write_is_no_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatc
         path.write_bytes(b"half of")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write", full)
+    monkeypatch.setattr(checkpoint, "_write", full)
     with pytest.raises(OSError, match="No space"):
         save(run, 3)
     assert_whole(run, last=2, best=1)
@@ -203,10 +211,10 @@ def edit(**changes: object) -> Callable[[Path], None]:
         ("vocabulary.json", edit(characters="abc"), "expected the 5 tokens of the model, got 3"),
     ],
 )
-def test_damage_is_named(run: Run, file: str, damage: Callable[[Path], object], message: str) -> None:
+def test_damage_is_reported(run: Run, file: str, damage: Callable[[Path], object], message: str) -> None:
     damage(run.path / file)
-    with pytest.raises(TextError, match=message) as error:
-        run.load("last")
+    with pytest.raises(CommandError, match=message) as error:
+        run.load_language_model("last")
     assert str(run.path) in str(error.value)
 
 
@@ -215,32 +223,17 @@ def test_weights_of_another_program(run: Run) -> None:
     data = tensors_to_bytes({"transformer.wte.weight": torch.zeros(3)})
     (run.path / "step-2" / WEIGHTS).write_bytes(data)
     edit(files={WEIGHTS: hashlib.sha256(data).hexdigest()})(run.path / "step-2" / "config.json")
-    with pytest.raises(TextError, match="do not fit the configuration"):
-        run.load("last")
+    with pytest.raises(CommandError, match="do not fit the configuration"):
+        run.load_language_model("last")
     garbage = b"\xff" * 64
     (run.path / "step-2" / WEIGHTS).write_bytes(garbage)
     edit(files={WEIGHTS: hashlib.sha256(garbage).hexdigest()})(run.path / "step-2" / "config.json")
-    with pytest.raises(TextError, match="expected safetensors"):
-        run.load("last")
+    with pytest.raises(CommandError, match="expected safetensors"):
+        run.load_language_model("last")
 
 
-def test_no_run_there(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="no such run directory"):
-        Run(tmp_path / "nowhere").load("best")
-    with pytest.raises(TextError, match="holds no checkpoint"):
-        Run(tmp_path).load("best")
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write() -> None:
-        with files.beside(path) as file:
-            file.write(b"new")
-            raise Killed
-
-    with pytest.raises(Killed):
-        write()
-    assert path.read_text() == "old"
-    assert [*tmp_path.iterdir()] == [path]
+def test_a_directory_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="no such run directory"):
+        Run(tmp_path / "nowhere").load_language_model("best")
+    with pytest.raises(CommandError, match="holds no checkpoint"):
+        Run(tmp_path).load_language_model("best")

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_ext.cli.data import Corpus, Streams, encode_text, tokenizer_from_files
+from llm_ext.cli.data import Corpus, Streams, encode_text, tokenizer, tokenizer_from_files
 from llm_ext.cli.training import LanguageConfig, train
 from support.cli_runs import ROOT
 
 
-def write_text(path: Path, megabytes: int) -> Path:
-    """Write the same MiB of text repeatedly."""
-    block = (ROOT / "examples/shakespeare/input.txt").read_bytes()[: 1 << 20]
+def write_text(path: Path, size: int) -> Path:
+    """Write `size` bytes, the same 256 KiB of text repeatedly."""
+    block = (ROOT / "examples/shakespeare/input.txt").read_bytes()[: 1 << 18]
     with open(path, "wb") as file:
-        for _ in range(megabytes):
+        for _ in range(size >> 18):
             file.write(block)
     return path
 
 
-def encode(kind: str, text: Path, cache: Path) -> None:
+def encode(kind: str, text: Path, cache: Path, block: int) -> None:
+    """Encode a text that is read `block` bytes at a time."""
+    tokenizer.BLOCK = block
     encode_text([text], tokenizer_from_files(kind, [text], 260), cache)
 
 

@@ -26,10 +26,10 @@ from llm_ext.cli.data.files import check_files
 from llm_ext.cli.data.pairs import PairFiles, encode_pairs
 from llm_ext.cli.device import find_device
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluate import Score, evaluate_pairs, evaluate_text
+from llm_ext.cli.inference.evaluation import Score, evaluate_pairs, evaluate_text
 from llm_ext.cli.inference.stateful import StatefulLLM
-from llm_ext.cli.inference.translate import Translator, bleu
-from llm_ext.cli.training.train import CACHE
+from llm_ext.cli.inference.translator import Translator, bleu
+from llm_ext.cli.training.pipeline import CACHE
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands

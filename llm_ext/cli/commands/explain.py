@@ -10,9 +10,9 @@ from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options, warn
 from llm_ext.cli.device import find_device
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.explain import explain_language_model, explain_translation
+from llm_ext.cli.inference.explanation import explain_language_model, explain_translation
 from llm_ext.cli.inference.picture import draw
-from llm_ext.cli.inference.translate import Translator
+from llm_ext.cli.inference.translator import Translator
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands

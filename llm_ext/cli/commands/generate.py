@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.commands.arguments import add_model, add_traceback, check
 from llm_ext.cli.device import find_device
-from llm_ext.cli.inference.generate import generate
+from llm_ext.cli.inference.generation import generate
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_ext.cli.commands.arguments import add_cache, add_pair_files, add_traceback, pair_files
 from llm_ext.cli.training.config import CONFIGS, Config
-from llm_ext.cli.training.train import Outcome, resume, train
+from llm_ext.cli.training.pipeline import Outcome, resume, train
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands

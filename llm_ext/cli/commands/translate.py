@@ -12,7 +12,7 @@ from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options, warn
 from llm_ext.cli.data.files import check_files, decode_line, read_lines
 from llm_ext.cli.device import find_device
-from llm_ext.cli.inference.translate import Translator
+from llm_ext.cli.inference.translator import Translator
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands

@@ -2,7 +2,7 @@
 
 from llm_ext.cli.training.config import Config, LanguageConfig, TranslationConfig
 from llm_ext.cli.training.report import read_log
-from llm_ext.cli.training.train import Outcome, resume, train
+from llm_ext.cli.training.pipeline import Outcome, resume, train
 from llm_ext.cli.training.trainer import Progress
 
 __all__ = [

@@ -14,7 +14,7 @@ from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.corpus import Corpus, Streams, encode_text
 from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluate import Processes, Score, evaluate_text
+from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_text
 from llm_ext.cli.inference.stateful import StatefulLLM
 from llm_ext.cli.training.config import LanguageConfig
 from llm_ext.cli.training.task import InputFiles, Task

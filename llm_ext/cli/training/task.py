@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm_ext.cli.checkpoint import Model
 from llm_ext.cli.data.tokenizer import Tokenizer
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluate import Processes, Score
+from llm_ext.cli.inference.evaluation import Processes, Score
 
 __all__ = ["InputFiles", "Task"]
 

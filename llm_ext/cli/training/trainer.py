@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_ext.cli.checkpoint import STATE, Checkpoint, Run
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluate import EvaluationStoppedError, Processes
+from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes
 from llm_ext.cli.training.config import Config
 from llm_ext.cli.training.report import Report
 from llm_ext.cli.training.signals import StopRequest

@@ -17,7 +17,7 @@ from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.data.pairs import EncodedPairs, PairFiles, encode_pairs, tokenizer_from_pairs
 from llm_ext.cli.data.tokenizer import load_tokenizer
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluate import Processes, Score, evaluate_pairs
+from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_pairs
 from llm_ext.cli.training.config import TranslationConfig
 from llm_ext.cli.training.task import InputFiles, Task
 from llm_ext.models import Seq2Seq

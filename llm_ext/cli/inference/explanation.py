@@ -11,7 +11,7 @@ import torch
 from llm_ext.cli.data.tokenizer import Tokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.picture import AttentionMap, Weights
-from llm_ext.cli.inference.translate import SearchOptions, Translator
+from llm_ext.cli.inference.translator import SearchOptions, Translator
 from llm_ext.models import LLM
 
 __all__ = ["END_OF_LINE", "explain_language_model", "explain_translation", "group_into_words"]

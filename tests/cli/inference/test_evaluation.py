@@ -1,3 +1,5 @@
+"""The loss over a text: coverage of the tokens, processes, stopping."""
+
 from __future__ import annotations
 
 import math
@@ -8,49 +10,47 @@ import torch
 import torch.nn.functional as F
 
 from llm_ext import LLM
-from llm_ext.text import evaluate as evaluation
-from llm_ext.text.carry import Carrier
-from llm_ext.text.corpus import Corpus, encode
-from llm_ext.text.evaluate import EvaluationStoppedError, Score, evaluate
-from llm_ext.text.tokens import CharTokens
+from llm_ext.cli.data import CharTokenizer, Corpus, encode_text
+from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text, evaluation
+from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["rnn", "lstm"])
-def case(text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[LLM, Corpus, CharTokens]:
+def case(text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[LLM, Corpus, CharTokenizer]:
     text.write_text(text.read_text() + "äöü€" * 20, encoding="utf-8")
-    tokens = CharTokens.train([text])
-    model = LLM(tokens.size, 6, 12, tokens.size, 2, 0.0, cell=request.param).eval()
-    return model, encode([text], tokens, tmp_path), tokens
+    tokenizer = CharTokenizer.from_files([text])
+    model = LLM(tokenizer.size, 6, 12, tokenizer.size, 2, 0.0, cell=request.param).eval()
+    return model, encode_text([text], tokenizer, tmp_path), tokenizer
 
 
-@pytest.mark.parametrize(("begin", "end"), [(0, 300), (17, 300), (5000, None), (0, 2), (0, 258)])
-def test_one_stream_is_the_text_as_a_whole(
-    case: tuple[LLM, Corpus, CharTokens], monkeypatch: pytest.MonkeyPatch, begin: int, end: int | None
+@pytest.mark.parametrize(("begin", "end"), [(17, 300), (5000, None), (0, 2), (0, 258)])
+def test_one_stream_has_the_loss_of_the_whole_text(
+    case: tuple[LLM, Corpus, CharTokenizer], monkeypatch: pytest.MonkeyPatch, begin: int, end: int | None
 ) -> None:
-    model, corpus, tokens = case
+    model, corpus, tokenizer = case
     end = end or len(corpus)
     monkeypatch.setattr(evaluation, "STREAMS", 1)
     monkeypatch.setattr(evaluation, "CHUNK", 64)
-    score = evaluate(Carrier(model), corpus, begin, end, tokens, CPU)
+    score = evaluate_text(StatefulLLM(model), corpus, begin, end, tokenizer, CPU)
     ids = corpus.rows(torch.tensor([begin]).numpy(), end - begin, begin, end)[0]
     with torch.no_grad():
         scores, _ = model(ids[None, :-1])
     assert score.tokens == end - begin - 1
     assert score.loss == pytest.approx(F.cross_entropy(scores[0], ids[1:]).item(), rel=1e-5)
-    predicted = tokens.decode(ids[1:].tolist())
+    predicted = tokenizer.decode(ids[1:].tolist())
     assert (score.characters, score.bytes) == (len(predicted), len(predicted.encode()))
 
 
 @pytest.mark.parametrize("streams", [2, 5, 7])
 def test_streams_cover_the_text_once(
-    case: tuple[LLM, Corpus, CharTokens], monkeypatch: pytest.MonkeyPatch, streams: int
+    case: tuple[LLM, Corpus, CharTokenizer], monkeypatch: pytest.MonkeyPatch, streams: int
 ) -> None:
-    model, corpus, tokens = case
+    model, corpus, tokenizer = case
     monkeypatch.setattr(evaluation, "STREAMS", streams)
     monkeypatch.setattr(evaluation, "CHUNK", 33)
-    score = evaluate(Carrier(model), corpus, 0, len(corpus), tokens, CPU)
+    score = evaluate_text(StatefulLLM(model), corpus, 0, len(corpus), tokenizer, CPU)
     assert score.tokens == len(corpus) - 1
     length = -(-score.tokens // streams)
     nats = 0.0
@@ -64,9 +64,9 @@ def test_streams_cover_the_text_once(
 
 
 @pytest.mark.parametrize("end", [40, 3000])
-def test_processes_add_up_to_one(case: tuple[LLM, Corpus, CharTokens], end: int) -> None:
-    model, corpus, tokens = case
-    whole = evaluate(Carrier(model), corpus, 0, end, tokens, CPU)
+def test_processes_add_up_to_the_result_of_one(case: tuple[LLM, Corpus, CharTokenizer], end: int) -> None:
+    model, corpus, tokenizer = case
+    whole = evaluate_text(StatefulLLM(model), corpus, 0, end, tokenizer, CPU)
     parts: list[torch.Tensor] = []
 
     def collect(values: torch.Tensor) -> torch.Tensor:
@@ -74,18 +74,18 @@ def test_processes_add_up_to_one(case: tuple[LLM, Corpus, CharTokens], end: int)
         return torch.stack(parts).sum(0)
 
     for rank in range(3):
-        score = evaluate(Carrier(model), corpus, 0, end, tokens, CPU, rank=rank, world=3, total=collect)
+        score = evaluate_text(StatefulLLM(model), corpus, 0, end, tokenizer, CPU, Processes(rank, 3, collect))
     assert score.nats == pytest.approx(whole.nats, rel=1e-6)
     assert (score.tokens, score.characters, score.bytes) == (whole.tokens, whole.characters, whole.bytes)
 
 
-def test_it_can_be_stopped(case: tuple[LLM, Corpus, CharTokens]) -> None:
-    model, corpus, tokens = case
+def test_an_evaluation_can_be_stopped(case: tuple[LLM, Corpus, CharTokenizer]) -> None:
+    model, corpus, tokenizer = case
     with pytest.raises(EvaluationStoppedError):
-        evaluate(Carrier(model), corpus, 0, len(corpus), tokens, CPU, stop=lambda: True)
+        evaluate_text(StatefulLLM(model), corpus, 0, len(corpus), tokenizer, CPU, Processes(stop=lambda: True))
 
 
-def test_the_figures_of_a_score() -> None:
+def test_the_values_of_a_score() -> None:
     score = Score(nats=math.log(8) * 10, tokens=10, characters=30, bytes=60)
     assert score.loss == pytest.approx(math.log(8))
     assert score.perplexity == pytest.approx(8)

@@ -1,0 +1,147 @@
+"""`llm-ext` as a process: streams, signals, kills, several processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.cli_process import CommandProcess
+from support.cli_runs import (
+    language_config,
+    language_options,
+    last_step,
+    losses,
+    translation_config,
+    translation_options,
+)
+
+from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.training import Config, resume, train
+
+pytestmark = pytest.mark.usefixtures("no_plot")
+
+
+def test_the_module_runs_as_a_script(language_model: Path) -> None:
+    command = [sys.executable, "-m", "llm_ext.cli", "generate", str(language_model), "--prompt", "ten"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout[:3]) == (0, "", "ten")
+
+
+def test_text_is_printed_as_it_is_sampled(language_model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    process = CommandProcess(
+        ["generate", language_model, "--prompt", "ten", "--length", 10**9], tmp_path, stdout=tmp_path / "out"
+    )
+    with open(tmp_path / "out") as output:
+        assert len(output.read(200)) == 200
+        process.send_signal(signal.SIGINT)
+        output.read()
+    code, _, errors = process.wait()
+    assert (code, errors) == (130, "llm-ext: interrupted\n")
+
+
+def test_a_closed_output_ends_the_command(language_model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    process = CommandProcess(
+        ["generate", language_model, "--prompt", "ten", "--length", 10**6], tmp_path, stdout=tmp_path / "out"
+    )
+    with open(tmp_path / "out") as output:
+        assert output.read(3) == "ten"
+    code, _, errors = process.wait()
+    assert (code, errors) == (0, "")
+
+
+def test_a_line_is_translated_before_the_next_is_read(translator: Path, tmp_path: Path) -> None:
+    for name in ("in", "out"):
+        os.mkfifo(tmp_path / name)
+    process = CommandProcess(
+        ["translate", translator, "--batch", 1], tmp_path, stdin=tmp_path / "in", stdout=tmp_path / "out"
+    )
+    with open(tmp_path / "in", "w", buffering=1) as lines, open(tmp_path / "out") as output:
+        for line, expected in (("one two", "deux, un."), ("ten six", "six, dix.")):
+            lines.write(f"{line}\n")
+            assert output.readline() == f"{expected}\n"
+    assert process.wait()[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_a_training(text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    options = language_options(steps=10**7, validate_every=10**6)
+    process = CommandProcess(["train", text, "--out", out, *options], tmp_path)
+    process.wait_until(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0)
+    process.send_signal(number)
+    code, said, errors = process.wait()
+    assert (code, errors) == (128 + number, "")
+    assert last_step(out) > 0
+    assert f"stopped by {number.name} at step {last_step(out)}; saved; " in said
+    Run(out).load_language_model("last")
+
+
+def test_kills_at_random_moments_lose_nothing(text: Path, tmp_path: Path) -> None:
+    """Each step of a pair of steps is saved, so that kills hit saves; the final results are those of one run."""
+    out, draw, steps = tmp_path / "run", random.Random(1), [0]
+    arguments: list[object] = ["train", text, "--out", out, *language_options(steps=400, validate_every=2, dropout=0.1)]
+    for _ in range(5):
+        process = CommandProcess(arguments, tmp_path)
+        process.wait_until(lambda: Run(out).exists() and last_step(out) > steps[-1])
+        time.sleep(draw.random() * 0.1)
+        process.kill()
+        Run(out).load_language_model("last")
+        Run(out).load_language_model("best")
+        steps.append(last_step(out))
+        arguments = ["train", "--resume", "--out", out]
+    assert steps == sorted(set(steps))
+    final = steps[-1] + 10
+    resume(out, {"steps": final})
+    assert last_step(out) == final
+    assert {path.name for path in out.iterdir() if path.name.startswith((".", "step"))} == {
+        Run(out).checkpoint(which).path.name for which in ("last", "best")
+    }
+
+
+def two_processes(folder: Path, *arguments: object) -> None:
+    """Run a command in two processes, in the environment that torchrun gives them."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [CommandProcess(list(arguments), folder, environment=shared | rank) for rank in ranks]
+    for process in processes:
+        code, _, errors = process.wait()
+        assert code == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        # The state of an LSTM with attention has every part that a state can have.
+        (
+            language_options(steps=20, layers=2, cell="lstm"),
+            language_config(steps=20, layers=2, cell="lstm", batch=8),
+        ),
+        (translation_options(steps=20, dropout=0.0), translation_config(steps=20, dropout=0.0, batch=16)),
+    ],
+    ids=["lm", "translate"],
+)
+def test_two_processes_train_like_one_with_twice_the_batch(
+    options: list[str], config: Config, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = request.getfixturevalue("text" if config.task == "lm" else "pairs")
+    two, one = tmp_path / "two", tmp_path / "one"
+    two_processes(tmp_path, "train", data, "--out", two, *options)
+    train(config, [data], one)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    # Checkpoints hold the state of both processes.
+    two_processes(tmp_path, "train", "--resume", "--out", two, "--steps", 30)
+    resume(one, {"steps": 30})
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)

@@ -1,0 +1,50 @@
+"""Atomic writes and JSON files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_ext.cli import CommandError
+from llm_ext.cli.data.files import atomic_write, decode_line, read_json, write_json
+
+
+class Killed(BaseException):
+    """Ends a call as if the process had been killed."""
+
+
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"new")
+            raise Killed
+
+    with pytest.raises(Killed):
+        fail()
+    assert path.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_json_has_a_format_and_a_version(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"format": "poem", "version": 1, "text": "ä"})
+    assert read_json(path, "poem")["text"] == "ä"
+    with pytest.raises(CommandError, match=r"file.json: expected a song, got a file of another program"):
+        read_json(path, "song")
+    with pytest.raises(CommandError, match=r"file.json: expected version 2 of a poem, got 1"):
+        read_json(path, "poem", 2)
+
+
+def test_a_line_has_no_byte_order_mark_and_no_line_ending() -> None:
+    assert decode_line("\ufeffGo.\r\n".encode(), "") == "Go."
+    with pytest.raises(CommandError, match=r"here: expected UTF-8, got b'\\xe9' at byte 3 of the line"):
+        decode_line(b"caf\xe9\n", "here")
