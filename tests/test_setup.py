@@ -1,11 +1,13 @@
-"""What setup.py decides about the CUDA half, by torch, nvcc and LLM_EXT_CUDA; nothing is compiled."""
+"""What setup.py decides about the CUDA half from torch, nvcc and LLM_EXT_CUDA; nothing is compiled."""
 
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,57 +16,68 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA_TORCH = torch.version.cuda is not None
 
 
-def set_up(path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {n: v for n, v in os.environ.items() if n not in ("LLM_EXT_CUDA", "CUDA_HOME", "CUDA_PATH")}
-    if path is not None:
-        variables["PATH"] = path
-    return subprocess.run(
-        [sys.executable, "setup.py", "--name"],
-        cwd=ROOT,
-        env=variables | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+class Run(NamedTuple):
+    """The result of setup.py."""
+
+    error: str  # the message it exited with
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs `setup.py --name` in this process, which has imported torch, under an environment."""
+
+    def run(path: str | None = None, **environment: str) -> Run:
+        for name in ("LLM_EXT_CUDA", "CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in (environment | ({"PATH": path} if path else {})).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+        error = ""
+        try:
+            runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+        except SystemExit as end:
+            error = str(end.code)
+        return Run(error, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture
 def nvcc(tmp_path: Path) -> str:
-    """A path with an nvcc of a CUDA that no torch has."""
+    """A PATH with the nvcc of a CUDA version that no torch has."""
     script = tmp_path / "nvcc"
     script.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 1.0, V1.0.1'\n")
     script.chmod(0o755)
     return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
 
 
-def test_without_cuda_if_so_wanted(nvcc: str) -> None:
-    run = set_up(nvcc, LLM_EXT_CUDA="0")
-    assert (run.returncode, run.stdout.split()[-1]) == (0, "llm_ext")
-    assert "building for the CPU only" not in run.stderr
+def test_cuda_is_switched_off(nvcc: str, run_setup: Callable[..., Run]) -> None:
+    run = run_setup(nvcc, LLM_EXT_CUDA="0")
+    assert (run.error, run.out.split()[-1]) == ("", "llm_ext")
+    assert "building for the CPU only" not in run.err
 
 
-def test_says_why_without_cuda(nvcc: str) -> None:
-    run = set_up(nvcc)
-    assert run.returncode == 0
-    assert "llm_ext: building for the CPU only: " in run.stderr
+def test_reason_for_a_build_without_cuda(nvcc: str, run_setup: Callable[..., Run]) -> None:
+    run = run_setup(nvcc)
+    assert run.error == ""
+    assert "llm_ext: building for the CPU only: " in run.err
     reason = "nvcc is of CUDA 1" if CUDA_TORCH else f"torch {torch.__version__} has no CUDA"
-    assert reason in run.stderr
+    assert reason in run.err
 
 
-def test_an_error_if_it_is_asked_for_and_cannot_be(nvcc: str) -> None:
-    run = set_up(nvcc, LLM_EXT_CUDA="1")
-    assert run.returncode != 0
-    assert "LLM_EXT_CUDA=1 asks for the CUDA half, which cannot be built: " in run.stderr
-    assert ("nvcc is of CUDA 1" if CUDA_TORCH else "has no CUDA") in run.stderr
+def test_cuda_is_required_but_impossible(nvcc: str, run_setup: Callable[..., Run]) -> None:
+    run = run_setup(nvcc, LLM_EXT_CUDA="1")
+    assert "LLM_EXT_CUDA=1 asks for the CUDA half, which cannot be built: " in run.error
+    assert ("nvcc is of CUDA 1" if CUDA_TORCH else "has no CUDA") in run.error
 
 
-def test_a_torch_with_cuda_without_nvcc(tmp_path: Path) -> None:
-    run = set_up(LLM_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
-    assert run.returncode != 0
-    assert ("nvcc is missing" if CUDA_TORCH else "has no CUDA") in run.stderr
+def test_nvcc_is_missing(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
+    run = run_setup(LLM_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert ("nvcc is missing" if CUDA_TORCH else "has no CUDA") in run.error
 
 
-def test_a_word_that_means_nothing() -> None:
-    run = set_up(LLM_EXT_CUDA="yes")
-    assert run.returncode != 0
-    assert "LLM_EXT_CUDA must be 0 or 1, got yes" in run.stderr
+def test_invalid_setting(run_setup: Callable[..., Run]) -> None:
+    assert "LLM_EXT_CUDA must be 0 or 1, got yes" in run_setup(LLM_EXT_CUDA="yes").error
