@@ -48,7 +48,7 @@ test: $(BUILT)
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-isa: $(BUILT)
-	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest tests/ops $(PYTEST)
+	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest tests/ops tests/cpu/test_packed_weight_cache.py $(PYTEST)
 
 docs: $(BUILT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
