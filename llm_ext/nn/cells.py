@@ -7,10 +7,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from llm_ext import ops
 from llm_ext.nn._recurrent_base import Device, RecurrentBase
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
+from llm_ext.ops.recurrence import run
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -55,30 +55,22 @@ class _Cell(RecurrentBase, Generic[Hidden]):
             ValueError: A shape, dtype or device does not fit.
             TypeError: An argument has the wrong type.
         """
+        batched = input.dim() == 2
+        state: Any = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        if not batched and state is not None:
+            state = tuple([tensor.unsqueeze(0) for tensor in state])
         try:
-            if input.dim() == 2:
-                return self._step(input.unsqueeze(0), hx)
-            if input.dim() == 1:
-                return self._unbatched(input, hx)
-        except (ArgumentError, AttributeError, ValueError):
+            x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
+            _, last = run(self.mode, x, state, self._weights(), (False,), 0.0, None, None)
+        except (ArgumentError, TypeError):
             self._check_arguments(input, hx)
             raise
-        argument_checks.fail_shape(type(self).__name__, "input", "B, I", (None, self.input_size), input)
-
-    def _step(self, x: Tensor, hx: Hidden | None) -> Hidden:
-        """Apply the cell to x [1, B, I] and hx [B, H]."""
-        raise NotImplementedError
-
-    def _unbatched(self, input: Tensor, hx: Any) -> Any:
-        """Apply the cell to one row without a batch."""
-        if hx is None:
-            state = None
-        elif isinstance(hx, tuple):
-            state = tuple([tensor.unsqueeze(0) for tensor in hx])
-        else:
-            state = hx.unsqueeze(0)
-        after = self._step(input.view(1, 1, -1), state)
-        return tuple([tensor.squeeze(0) for tensor in after]) if isinstance(after, tuple) else after.squeeze(0)
+        if hx is None:  # the state of one layer, [1, B, H]
+            last = tuple([tensor.squeeze(0) for tensor in last])
+        if not batched:
+            last = tuple([tensor.squeeze(0) for tensor in last])
+        after: Any = last if len(last) > 1 else last[0]
+        return after  # type: ignore[no-any-return]
 
     def _check_arguments(self, input: Tensor, hx: Any) -> None:
         """Raise if a shape does not fit, in the words of the cell's own arguments."""
@@ -139,9 +131,6 @@ class RNNCell(_Cell[Tensor]):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
 
-    def _step(self, x: Tensor, hx: Tensor | None) -> Tensor:
-        return ops.rnn(x, hx, *self._weights()[0], nonlinearity=self.nonlinearity)[1]
-
 
 class GRUCell(_Cell[Tensor]):
     r"""Apply one step of a GRU; drop-in for :class:`torch.nn.GRUCell` with the same parameters and results.
@@ -185,9 +174,6 @@ class GRUCell(_Cell[Tensor]):
     ) -> None:
         super().__init__("GRU", input_size, hidden_size, bias, device, dtype)
 
-    def _step(self, x: Tensor, hx: Tensor | None) -> Tensor:
-        return ops.gru(x, hx, *self._weights()[0])[1]
-
 
 class LSTMCell(_Cell[tuple[Tensor, Tensor]]):
     r"""Apply one step of an LSTM; drop-in for :class:`torch.nn.LSTMCell` with the same parameters and results.
@@ -230,6 +216,3 @@ class LSTMCell(_Cell[tuple[Tensor, Tensor]]):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("LSTM", input_size, hidden_size, bias, device, dtype)
-
-    def _step(self, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        return ops.lstm(x, hx, *self._weights()[0])[1]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from llm_ext import ops
 from llm_ext.nn._recurrent_base import Device, RecurrentBase
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
+from llm_ext.ops.recurrence import run
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -31,6 +31,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
     batch_first: bool
     dropout: float
     bidirectional: bool
+    _directions: tuple[bool, ...]
 
     def __init__(
         self,
@@ -64,11 +65,12 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
 
-        directions = ("", "_reverse") if bidirectional else ("",)
+        self._directions = (False, True) if bidirectional else (False,)
+        suffixes = ("", "_reverse") if bidirectional else ("",)
         for layer in range(num_layers):
-            layer_input = (proj_size or hidden_size) * len(directions) if layer else input_size
-            for direction in directions:
-                self._add_weights(f"_l{layer}{direction}", layer_input, device, dtype)
+            layer_input = (proj_size or hidden_size) * len(suffixes) if layer else input_size
+            for suffix in suffixes:
+                self._add_weights(f"_l{layer}{suffix}", layer_input, device, dtype)
         self.reset_parameters()
 
     @property
@@ -125,30 +127,27 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths)
         batched = input.dim() != 2
-        try:
-            state = None if hx is None else self._to_state(hx)
-            if batched:
-                x = input.transpose(0, 1) if self.batch_first and input.dim() == 3 else input
-            elif lengths is None:
-                x = input.unsqueeze(1)
-                state = None if state is None else tuple([tensor.unsqueeze(1) for tensor in state])
-            else:
+        x = input
+        state: Any = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        if not batched:
+            if lengths is not None:
                 raise ArgumentError(f"{type(self).__name__}: lengths belong to a batch, got input {list(input.shape)}")
-            y, last = ops.multilayer_rnn(
-                self.mode,
-                x,
-                state,
-                self._weights(),
-                bidirectional=self.bidirectional,
-                dropout=self.dropout if self.training else 0.0,
-                lengths=lengths,
-            )
-        except (ArgumentError, AttributeError):
+            x = input.unsqueeze(1)
+            state = None if state is None else tuple([tensor.unsqueeze(1) for tensor in state])
+        elif self.batch_first:
+            x = input.transpose(0, 1)
+        dropout = self.dropout if self.training else 0.0
+        try:
+            y, last = run(self.mode, x, state, self._weights(), self._directions, dropout, None, lengths)
+        except (ArgumentError, TypeError):
             self._check_arguments(input, hx)
             raise
         if not batched:
-            return y.squeeze(1), self._to_hidden(tuple([tensor.squeeze(1) for tensor in last]))
-        return y.transpose(0, 1) if self.batch_first else y, self._to_hidden(last)
+            y, last = y.squeeze(1), tuple([tensor.squeeze(1) for tensor in last])
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        h_n: Any = last if len(last) > 1 else last[0]
+        return y, h_n
 
     def _forward_packed(
         self, input: PackedSequence, hx: Hidden | None, lengths: Tensor | None
@@ -162,38 +161,21 @@ class _Layers(RecurrentBase, Generic[Hidden]):
             widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + (self.mode == "LSTM")]
             state = tuple([data.new_zeros(R, batch, width) for width in widths])
         else:
-            state = self._to_state(hx)
+            state = hx if isinstance(hx, tuple) else (hx,)
             if sorted_indices is not None:
                 self._check_hidden(hx, (R, batch), ("L", "B"))
                 state = tuple([tensor.index_select(1, sorted_indices) for tensor in state])
+        dropout = self.dropout if self.training else 0.0
         try:
-            y, last = ops.multilayer_rnn(
-                self.mode,
-                data,
-                state,
-                self._weights(),
-                bidirectional=self.bidirectional,
-                dropout=self.dropout if self.training else 0.0,
-                batch_sizes=batch_sizes,
-            )
-        except ArgumentError:
+            y, last = run(self.mode, data, state, self._weights(), self._directions, dropout, batch_sizes, None)
+        except (ArgumentError, TypeError):
             if hx is not None:
                 self._check_hidden(hx, (R, batch), ("L", "B"))
             raise
         if unsorted_indices is not None:
             last = tuple([tensor.index_select(1, unsorted_indices) for tensor in last])
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._to_hidden(last)
-
-    def _to_state(self, hx: Any) -> tuple[Tensor, ...]:
-        """Return hx as a tuple of tensors."""
-        expected = tuple if self.mode == "LSTM" else Tensor
-        if not isinstance(hx, expected):
-            self._check_hidden(hx, (), ())
-        return hx if self.mode == "LSTM" else (hx,)
-
-    def _to_hidden(self, state: tuple[Tensor, ...]) -> Hidden:
-        """Return a state as users see it."""
-        return cast(Hidden, state if self.mode == "LSTM" else state[0])
+        h_n: Any = last if len(last) > 1 else last[0]
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), h_n
 
     def _check_arguments(self, input: Tensor, hx: Any) -> None:
         """Raise if a shape does not fit, in the words of the layer's own arguments."""

@@ -198,7 +198,7 @@ def recurrence(
         raise ArgumentError(f"{op}: h0 must be given with batch_sizes, got None")
     batch = _sequence(op, x, batch_sizes, lengths, (("I", I),), w_ih.dtype, like)
     for name, tensor, letter, width in zip(names, state, ("H" if P == H else "P", "H"), (P, H), strict=False):
-        if tensor is not None and tensor.dim() == 3:  # the state of one layer in the layout of torch.nn
+        if isinstance(tensor, Tensor) and tensor.dim() == 3:  # the state of one layer in the layout of torch.nn
             _check(op, name, tensor, f"1, B, {letter}", (1, batch, width), (w_ih.dtype,), like)
         elif tensor is not None:
             _check(op, name, tensor, f"B, {letter}", (batch, width), (w_ih.dtype,), like)
@@ -231,18 +231,18 @@ def multilayer_rnn(
     same, like = (first.dtype,), ("x", x)
     gates, sizes = gates_of(mode), (0, 0)
     for row, tensors in enumerate(weights):
-        names = [f"weights[{row}][{i}]" for i in range(len(tensors))]
-        unpacked, labels = unpack_weights(tensors), unpack_weights(names)
+        labels = [f"weights[{row}][{i}]" for i in range(len(tensors))]
         if input_projections and row < directions:  # w_ih and b_ih are not read
             H = tensors[1].shape[1] if tensors[1].dim() == 2 else 0
-            _check(op, names[1], tensors[1], f"{gates} H, H", (gates * H, H), same, like)
-            found = (None, H, H)
+            _check(op, labels[1], tensors[1], f"{gates} H, H", (gates * H, H), same, like)
+            found = (0, H, H)
         else:
-            found = _direction_weights(op, mode, labels, unpacked, same, like)
+            named = [label or "" for label in unpack_weights(labels)]
+            found = _direction_weights(op, mode, named, unpack_weights(tensors), same, like)
         expected = directions * sizes[1] if row >= directions else None
         if (expected is not None and found[0] != expected) or (row > 0 and found[1:] != sizes):
             expected_sizes = f"[{gates} H, I] = [{gates * sizes[0]}, {'*' if expected is None else expected}]"
-            raise ArgumentError(f"{op}: {names[0]} must be {expected_sizes}, got {list(tensors[0].shape)}")
+            raise ArgumentError(f"{op}: {labels[0]} must be {expected_sizes}, got {list(tensors[0].shape)}")
         sizes = found[1:]
     H, P = sizes
     if input_projections:

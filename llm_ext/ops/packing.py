@@ -36,7 +36,7 @@ class Packing(NamedTuple):
     def pad(self, data: Tensor, T: int, B: int) -> Tensor:
         """Return packed rows [N, *] as [T, B, *], with zeros beyond each length."""
         padded = data.new_zeros(T * B, *data.shape[1:])
-        return padded.index_copy(0, self.steps * B + self.batch_rows, data).unflatten(0, (T, B))
+        return padded.index_copy(0, self.steps * B + self.batch_rows, data).view(T, B, *data.shape[1:])
 
 
 def pack_lengths(lengths: Tensor, T: int) -> Packing:

@@ -313,15 +313,15 @@ def _run_packed(
     input_projections: Sequence[Tensor] | None,
 ) -> tuple[Tensor, State]:
     """Run a padded batch [T, B, *] on the CPU as packed rows, since the kernels there do not read lengths."""
-    x, *tensors = match_dtype(weights[0][1], x, *(state or ()))
+    w_hh = weights[0][1]
+    assert w_hh is not None
+    x, *tensors = match_dtype(w_hh, x, *(state or ()))
     state = tuple(tensors) if state is not None else None
     _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
     T, B = x.shape[:2]
     if T > 0 and bool((lengths == T).all()):
         return run(mode, x, state, weights, directions, dropout, None, None, input_projections)
     if state is None:
-        w_hh = weights[0][1]
-        assert w_hh is not None
         sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if mode == "LSTM" else (w_hh.shape[1],)
         state = tuple(w_hh.new_zeros((len(weights), B, size)) for size in sizes)
     rows = packing.pack_lengths(lengths, T)
@@ -585,11 +585,10 @@ def _register_cell(cell: _Cell) -> None:
         x, state, (w_ih, w_hh, _, _, w_hr), batch_sizes, lengths, options = cell.inputs(inputs)
         projection = (w_hr,) if cell.name == "lstm" else ()
         if cell.saved_blocks:
-            y, saved, options = output[0], (output[-1],), options[:-1]
-            ctx.mark_non_differentiable(*saved)
-        else:
-            y, saved = output[0], ()
-        ctx.save_for_backward(x, *state, w_ih, w_hh, *projection, y, *saved, batch_sizes, lengths)
+            options = options[:-1]
+            ctx.mark_non_differentiable(output[-1])
+        saved = output[-1:] if cell.saved_blocks else ()
+        ctx.save_for_backward(x, *state, w_ih, w_hh, *projection, output[0], *saved, batch_sizes, lengths)
         ctx.options = options
 
     def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
