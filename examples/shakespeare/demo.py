@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,18 +14,16 @@ import torch.nn.functional as F
 from peer import torch_peer
 
 from llm_ext import LLM
-from llm_ext.text.carry import Carrier
-from llm_ext.text.checkpoint import Run
-from llm_ext.text.config import TrainConfig
-from llm_ext.text.corpus import Streams, encode
-from llm_ext.text.errors import TextError
-from llm_ext.text.evaluate import evaluate
-from llm_ext.text.generate import generate
-from llm_ext.text.train import CACHE, train
+from llm_ext.cli.data import Streams, encode_text
+from llm_ext.cli.inference import StatefulLLM, evaluate_text, generate
+from llm_ext.cli.training import LanguageConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _demo import parser, run_demo, start_run, train_or_exit
 
 TEXT = Path(__file__).with_name("input.txt")
 
-# Of what was tried in three minutes on two cores, the lowest validation loss; docs/text.md has the others.
+# The lowest validation loss after three minutes on two cores; docs/lab/training-recipes.md has other settings.
 MODEL: dict[str, Any] = {
     "layers": 2,
     "hidden": 384,
@@ -36,14 +32,15 @@ MODEL: dict[str, Any] = {
     "warmup": 0.2,
     "validate_every": 1000,
 }
-PIECE = 100  # tokens generated at a time when the speed is measured
+# Tokens to generate per call when the speed is measured.
+LENGTH = 100
 
 Speeds = list[float]
 
 
-def training(model: LLM, streams: Streams, clip: float) -> Callable[[], int]:
-    """Return a function that trains a model by one step and returns how many tokens it read."""
-    carrier = Carrier(model.train())
+def training_step(model: LLM, streams: Streams, clip: float) -> Callable[[], int]:
+    """Return a function that does one training step and returns the number of tokens."""
+    stateful = StatefulLLM(model.train())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     step = 0
 
@@ -51,7 +48,7 @@ def training(model: LLM, streams: Streams, clip: float) -> Callable[[], int]:
         nonlocal step
         x, y = streams.read(step)
         optimizer.zero_grad()
-        F.cross_entropy(carrier(x).flatten(0, 1), y.flatten()).backward()
+        F.cross_entropy(stateful(x).flatten(0, 1), y.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         step += 1
@@ -60,21 +57,21 @@ def training(model: LLM, streams: Streams, clip: float) -> Callable[[], int]:
     return run
 
 
-def generating(model: LLM, prompt: torch.Tensor) -> Callable[[], int]:
-    """Return a function that lets a model write a little, one token at a time, and returns how many."""
+def generation(model: LLM, prompt: torch.Tensor) -> Callable[[], int]:
+    """Return a function that generates some tokens and returns their number."""
 
     def run() -> int:
-        model.generate(prompt, PIECE)
-        return PIECE
+        model.generate(prompt, LENGTH)
+        return LENGTH
 
     return run
 
 
 def measure(ours: Callable[[], int], theirs: Callable[[], int], seconds: float) -> Speeds:
-    """Run both in turns, each for some seconds in all; returns the tokens per second of each."""
+    """Run both in turns, each for `seconds` in total; return the tokens per second of each."""
     tokens, spent = [0, 0], [0.0, 0.0]
     for run in (ours, theirs):
-        run()  # the first time is slower, for everyone
+        run()  # the first call is slower
     while min(spent) < seconds:
         for which, run in enumerate((ours, theirs)):
             started = time.perf_counter()
@@ -83,68 +80,56 @@ def measure(ours: Callable[[], int], theirs: Callable[[], int], seconds: float) 
     return [count / time_spent for count, time_spent in zip(tokens, spent, strict=True)]
 
 
-def table(losses: list[float], train_speeds: Speeds, write_speeds: Speeds) -> str:
-    """Set the figures of both side by side."""
+def table(losses: list[float], training_speeds: Speeds, generation_speeds: Speeds) -> str:
+    """Return a table of both models."""
     rows = [("The same model, same weights, on", "llm_ext", "torch.nn.RNN", "")]
-    for name, (ours, theirs) in (("training", train_speeds), ("generating", write_speeds)):
+    for name, (ours, theirs) in (("training", training_speeds), ("generating", generation_speeds)):
         rows.append((f"{name}, tokens per second", f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f} x"))
     difference = f"differ by {abs(losses[0] - losses[1]):.0e}"
-    rows.append(("validation loss, nats per token", *(f"{loss:.4f}" for loss in losses), difference))
+    rows.append(("validation loss, nats per token", f"{losses[0]:.4f}", f"{losses[1]:.4f}", difference))
     lines = [f"  {name:34}{ours:>10}{theirs:>15}   {last}".rstrip() for name, ours, theirs, last in rows]
     lines.insert(1, "  " + "-" * 76)
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run the demonstration."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=3.0, help="to train (default: 3)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="to measure each speed (default: 5)")
-    parser.add_argument("--out", type=Path, default=Path("runs/shakespeare"), help="run directory, made anew")
-    options = parser.parse_args()
-    config = TrainConfig(tokens="chars", minutes=options.minutes, accelerator="cpu", **MODEL)
-    run = Run(options.out)
-    if run.exists():
-        shutil.rmtree(options.out)
+def main() -> None:
+    """Train, sample, and compare the speed."""
+    arguments = parser(__doc__, 3.0, "runs/shakespeare")
+    arguments.add_argument("--seconds", type=float, default=5.0, help="time to measure each speed (default: 5)")
+    options = arguments.parse_args()
+    config = LanguageConfig(tokens="chars", minutes=options.minutes, device="cpu", **MODEL)
+    run = start_run(options.out)
 
-    threads = torch.get_num_threads()
     print("Training a recurrent network to predict the next character in the plays of Shakespeare,")
-    print(f"for {options.minutes:g} minutes on {threads} threads. One token is one character.\n")
-    outcome = train(config, [TEXT], options.out)
-    if outcome.signal:
-        return 128 + outcome.signal
+    print(f"for {options.minutes:g} minutes on {torch.get_num_threads()} threads. One token is one character.\n")
+    train_or_exit(config, [TEXT], run)
 
-    model, tokens = run.load("best")
+    model, tokenizer = run.load_language_model("best")
     peer = torch_peer(model)
-    corpus = encode([TEXT], tokens, options.out / CACHE)
+    corpus = encode_text([TEXT], tokenizer, run.path / "cache")
     split = corpus.split(config.val_fraction)
     ours, theirs = (
-        evaluate(Carrier(each), corpus, split, len(corpus), tokens, torch.device("cpu")).loss for each in (model, peer)
+        evaluate_text(StatefulLLM(each), corpus, split, len(corpus), tokenizer, torch.device("cpu")).loss
+        for each in (model, peer)
     )
-    print(f"\nValidation loss: {ours:.4f} nats a character = {ours / math.log(2):.4f} bits a character")
-    print("(on the last tenth of the text, which it has not trained on; knowing nothing, it would be")
-    print(f"{math.log(tokens.size):.4f} nats = {math.log2(tokens.size):.4f} bits).")
+    print(f"\nValidation loss: {ours:.4f} nats per character = {ours / math.log(2):.4f} bits per character")
+    print("(on the last tenth of the text, which was held out; without any knowledge it would be")
+    print(f"{math.log(tokenizer.size):.4f} nats = {math.log2(tokenizer.size):.4f} bits).")
 
     print("\nA sample of 400 characters:\n")
-    sample = "".join(generate(model, tokens, "\n", 400, temperature=0.8, seed=1))
+    sample = "".join(generate(model, tokenizer, "\n", 400, temperature=0.8, seed=1))
     print("  " + sample.replace("\n", "\n  "))
 
     print(f"\nSpeed, measured in turns, {options.seconds:g} seconds each:\n")
-    prompt = torch.tensor(tokens.encode("ROMEO:\n").tolist())
-    write_speeds = measure(generating(model, prompt), generating(peer, prompt), options.seconds)
+    prompt = torch.tensor(tokenizer.encode("ROMEO:\n").tolist())
+    generation_speeds = measure(generation(model, prompt), generation(peer, prompt), options.seconds)
     streams = Streams(corpus, 0, split, config.batch, config.chunk, slice(None))
-    learners = (training(each, streams, config.clip) for each in (model, peer))
-    print(table([ours, theirs], measure(*learners, options.seconds), write_speeds))
+    steps = [training_step(each, streams, config.clip) for each in (model, peer)]
+    print(table([ours, theirs], measure(steps[0], steps[1], options.seconds), generation_speeds))
 
-    print(f"\nThe model is in {options.out}. Let it write more:")
-    print(f"  llm-ext generate {options.out} --prompt 'ROMEO:'")
-    return 0
+    print(f"\nThe model is in {run.path}. Generate more text:")
+    print(f"  llm-ext generate {run.path} --prompt 'ROMEO:'")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (TextError, OSError) as error:
-        sys.exit(f"demo: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_demo(main)

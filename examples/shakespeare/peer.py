@@ -1,4 +1,4 @@
-"""The same model in plain torch: torch.nn.RNN for the recurrence, cumulative sums for the attention."""
+"""The same language model in plain PyTorch: torch.nn.RNN, and attention by cumulative sums."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class TorchPrefixPool(nn.Module):
         self.weight, self.v, self.bias = pool.weight, pool.v, pool.bias
 
     def forward(self, e: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Pool each prefix of e [B, T, D]; returns c [B, T, D] and the state (L [B], c [B, D])."""
+        """Pool each prefix of e [B, T, D]; return c [B, T, D] and the state (L [B], c [B, D])."""
         if self.bias is None:
             scores = e @ (self.v @ self.weight)
         else:
             scores = torch.tanh(nn.functional.linear(e, self.weight, self.bias)) @ self.v
-        # One shift for all exponentials, so that the largest is 1: sums of them neither overflow nor vanish.
+        # Shift the scores so that the largest exponential is 1 and the sums neither overflow nor vanish.
         shift = scores.amax(1, keepdim=True)  # [B, 1]
         if state is not None:
             shift = torch.maximum(shift, state[0][:, None])
@@ -39,7 +39,7 @@ class TorchPrefixPool(nn.Module):
 
 
 def torch_peer(model: LLM) -> LLM:
-    """Copy a model, with its weights, and put torch's own modules in the places of ours."""
+    """Copy a model with an Elman network, and replace its llm_ext layers by those of PyTorch."""
     peer = copy.deepcopy(model)
     ours: RNN = peer.rnn
     theirs = nn.RNN(ours.input_size, ours.hidden_size, ours.num_layers, ours.nonlinearity, dropout=ours.dropout)

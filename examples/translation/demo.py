@@ -1,9 +1,7 @@
-"""Train a translator from English to French on 5,000 short pairs, and see what it does with sentences it never saw."""
+"""Train a translator from English to French on 5,000 short pairs, and measure it on sentences that were held out."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
 import time
 import zlib
@@ -14,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_ext.text.checkpoint import Run
-from llm_ext.text.config import TranslateConfig
-from llm_ext.text.errors import TextError
-from llm_ext.text.explain import draw, of_translation
-from llm_ext.text.pairs import PairFiles
-from llm_ext.text.train import train
-from llm_ext.text.translation import Translator, bleu
+from llm_ext.cli.data import PairFiles
+from llm_ext.cli.inference import Translator, bleu, draw, explain_translation
+from llm_ext.cli.training import TranslationConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _demo import parser, run_demo, start_run, train_or_exit
 
 PAIRS = Path(__file__).with_name("eng-fra.tsv")
-HELD_OUT = 0.1  # of the English sentences
+# Fraction of the English sentences.
+HELD_OUT = 0.1
 
-# Of what was tried in a minute and a half on two cores; docs/text.md has the others.
+# The best BLEU after 1.3 minutes on two cores; docs/lab/translation.md has other settings.
 MODEL: dict[str, Any] = {
     "vocab_size": 1000,
     "hidden": 256,
@@ -39,7 +37,7 @@ Translations = dict[str, list[str]]
 
 
 def split(path: Path, out: Path) -> list[Path]:
-    """Write the pairs to train on and those held out; all pairs of an English sentence are on one side."""
+    """Write training pairs and held-out pairs; all pairs of an English sentence are in the same file."""
     sides: list[list[str]] = [[], []]
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
@@ -59,9 +57,9 @@ def translations(path: Path) -> Translations:
 
 
 def nearest(known: Translations, sentences: list[str]) -> list[str]:
-    """Translate by looking up: the French of that English sentence in the training that is most like each.
+    """Return the French of the most similar English sentence of the training for each sentence.
 
-    Alike are sentences that share runs of one to four letters, rare ones above all (tf-idf, cosine).
+    Similarity is the cosine of tf-idf vectors of character n-grams, n = 1 to 4.
     """
 
     def grams(sentence: str) -> Counter[str]:
@@ -69,53 +67,46 @@ def nearest(known: Translations, sentences: list[str]) -> list[str]:
         return Counter(padded[i : i + n] for n in range(1, 5) for i in range(len(padded) - n + 1))
 
     documents = [grams(sentence) for sentence in known]
-    spread = Counter(gram for document in documents for gram in document)
-    columns = {gram: (i, np.log(len(known) / count)) for i, (gram, count) in enumerate(spread.items())}
+    frequencies = Counter(gram for document in documents for gram in document)
+    columns = {gram: (i, np.log(len(known) / count)) for i, (gram, count) in enumerate(frequencies.items())}
 
-    def matrix(counted: list[Counter[str]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        rows = np.zeros((len(counted), len(columns)), dtype=np.float32)
-        for row, document in zip(rows, counted, strict=True):
+    def matrix(documents: list[Counter[str]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        rows = np.zeros((len(documents), len(columns)), dtype=np.float32)
+        for row, document in zip(rows, documents, strict=True):
             for gram, count in document.items():
                 if gram in columns:
-                    at, rarity = columns[gram]
-                    row[at] = count * rarity
+                    column, idf = columns[gram]
+                    row[column] = count * idf
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
-    alike = matrix([grams(sentence) for sentence in sentences]) @ matrix(documents).T
+    similarity = matrix([grams(sentence) for sentence in sentences]) @ matrix(documents).T
     answers = list(known.values())
-    return [answers[i][0] for i in alike.argmax(1).tolist()]
+    return [answers[i][0] for i in similarity.argmax(1).tolist()]
 
 
-def main() -> int:
-    """Run the demonstration."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0, help="to train (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/translation"), help="run directory, made anew")
-    options = parser.parse_args()
+def main() -> None:
+    """Train, measure BLEU, and draw the attention."""
+    options = parser(__doc__, 2.0, "runs/translation").parse_args()
     started = time.perf_counter()
-    config = TranslateConfig(minutes=options.minutes, accelerator="cpu", **MODEL)
-    if Run(options.out).exists():
-        shutil.rmtree(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    training, held_out = split(PAIRS, options.out)
+    config = TranslationConfig(minutes=options.minutes, device="cpu", **MODEL)
+    run = start_run(options.out)
+    training, held_out = split(PAIRS, run.path)
 
     print("Training a recurrent network with attention to translate English into French,")
     print(f"for {options.minutes:g} minutes on {torch.get_num_threads()} threads.\n")
-    outcome = train(config, [training], options.out, val=[held_out])
-    if outcome.signal:
-        return 128 + outcome.signal
+    train_or_exit(config, [training], run, val=[held_out])
 
-    # The last, and not the best on the sentences held out: nothing was chosen by looking at them.
-    translator = Translator.load(Run(options.out), "last", torch.device("cpu"))
+    # The last checkpoint. The best one was selected on the held-out sentences, which would bias the result.
+    translator = Translator.load(run, "last", torch.device("cpu"))
     known, wanted = translations(training), translations(held_out)
     sentences = list(wanted)
     lines = [("held-out.tsv", sentence) for sentence in sentences]
-    found = [row[0] for row in translator.lines(lines, 32, print, beam=5)]
+    found = [row[0] for row in translator.translate_lines(lines, 32, print, {"beam": 5})]
     most = max(map(len, wanted.values()))
     references = [[each[n] if n < len(each) else None for each in wanted.values()] for n in range(most)]
     value, signature = bleu(found, references)
     base, _ = bleu(nearest(known, sentences), references)
-    print(f"\nBLEU on {len(sentences)} sentences that it has not trained on, each with all its French sentences:")
+    print(f"\nBLEU on {len(sentences)} held-out sentences, each with all its French sentences as references:")
     print(f"  this translator                {value:5.1f}")
     print(f"  the nearest training sentence  {base:5.1f}   (its French is looked up)")
     print(f"  ({signature})")
@@ -127,22 +118,14 @@ def main() -> int:
         print(f"  translated  {found[i]}")
         print(f"  reference   {' | '.join(wanted[sentences[i]][:3])}\n")
 
-    pictures = [options.out / f"attention.{ending}" for ending in ("png", "html")]
-    picture = of_translation(translator, sentences[chosen[0]], None, print, beam=5)
+    pictures = [run.path / f"attention.{suffix}" for suffix in ("png", "html")]
+    attention = explain_translation(translator, sentences[chosen[0]], None, print, {"beam": 5})
     for path in pictures:
-        draw(picture, path)
-    print(f"What it attended to for the first of them: {' and '.join(map(str, pictures))}")
-    print(
-        f"\nThe model is in {options.out}; all this took {time.perf_counter() - started:.0f} seconds. Translate more:"
-    )
-    print(f"  echo 'I am here.' | llm-ext translate {options.out} --checkpoint last --beam 5")
-    return 0
+        draw(attention, path)
+    print(f"The attention of the first of them: {' and '.join(map(str, pictures))}")
+    print(f"\nThe model is in {run.path}; the demo took {time.perf_counter() - started:.0f} seconds. Translate more:")
+    print(f"  echo 'I am here.' | llm-ext translate {run.path} --checkpoint last --beam 5")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (TextError, OSError) as error:
-        sys.exit(f"demo: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_demo(main)

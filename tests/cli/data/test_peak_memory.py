@@ -9,7 +9,6 @@ import pytest
 from support.cli_memory import encode, read_streams, train_model, write_text
 from support.cli_process import peak_memory
 
-
 MIB = 1 << 20
 
 

@@ -1,0 +1,134 @@
+"""The examples run, and the demos compare with the same model and with sentences that were held out."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from llm_ext import LLM
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def load(path: str) -> ModuleType:
+    """Import a script."""
+    name = f"example_{path.removesuffix('.py').replace('/', '_')}"
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The models are too small for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _path_is_restored() -> Iterator[None]:
+    """The demos add the directory of _demo.py to sys.path."""
+    before = [*sys.path]
+    sys.path.insert(0, str(EXAMPLES / "shakespeare"))
+    yield
+    sys.path[:] = before
+
+
+def test_swap_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    load("swap_a_layer.py").main()
+    assert capsys.readouterr().out.startswith("scores [16, 40, 10], largest difference ")
+
+
+def test_attention_pooling(capsys: pytest.CaptureFixture[str]) -> None:
+    load("attention_pooling.py").main()
+    words = capsys.readouterr().out.split()
+    assert float(words[1].rstrip(",")) > 0.95
+    assert float(words[words.index("%") - 1]) > 95
+
+
+def test_train_and_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    load("train_and_sample.py").main(steps=100)
+    first, *sampled = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 100: ")
+    assert float(first.split()[2]) < 2.9
+    assert sampled[0].startswith("ROMEO:")
+
+
+@pytest.mark.parametrize("demo", ["shakespeare", "translation"])
+def test_the_demos_run(
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load(f"{demo}/demo.py")
+    options = ["--seconds", "0.1"] if demo == "shakespeare" else []
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--minutes", "0.01", "--out", str(tmp_path / "run"), *options])
+    monkeypatch.setitem(module.MODEL, "hidden", 32)
+    module.main()
+    said = capsys.readouterr().out
+    assert f"The model is in {tmp_path / 'run'}" in said
+    if demo == "translation":
+        assert (tmp_path / "run/attention.html").stat().st_size > 1000
+        assert "BLEU on 270 held-out sentences" in said
+    else:
+        assert "validation loss, nats per token" in said
+
+
+@pytest.mark.parametrize(
+    ("attention", "score", "layers"),
+    [("hidden", "linear", 1), ("embedding", "tanh", 2), ("none", "linear", 1)],
+)
+def test_the_peer_is_the_same_model(attention: str, score: str, layers: int) -> None:
+    ours = LLM(11, 6, 17, 11, layers, 0.3, attention=attention, score=score).eval()
+    theirs: LLM = load("shakespeare/peer.py").torch_peer(ours)
+    assert isinstance(theirs.rnn, torch.nn.RNN)
+    x, y = torch.randint(11, (3, 40)), torch.randint(11, (3 * 40,))
+    results = []
+    for model in (ours, theirs):
+        first, state = model(x[:, :13])
+        second, state = model(x[:, 13:], state)
+        outputs = torch.cat((first, second), 1)
+        torch.nn.functional.cross_entropy(outputs.flatten(0, 1), y).backward()
+        results.append((outputs, state))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4)
+    prompt = torch.tensor([1, 2, 3])
+    torch.testing.assert_close(ours.generate(prompt, 20, 0.0), theirs.generate(prompt, 20, 0.0))
+
+
+def test_every_pair_has_its_attribution() -> None:
+    lines = (EXAMPLES / "translation/eng-fra.tsv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 5000
+    for line in lines:
+        english, french, attribution = line.split("\t")
+        assert english
+        assert french
+        assert attribution.startswith("CC-BY 2.0 (France) Attribution: tatoeba.org #")
+
+
+def test_held_out_sentences_are_not_in_the_training(tmp_path: Path) -> None:
+    demo = load("translation/demo.py")
+    files = demo.split(demo.PAIRS, tmp_path)
+    training, held_out = map(demo.translations, files)
+    assert not training.keys() & held_out.keys()
+    assert sum(map(len, (*training.values(), *held_out.values()))) == 5000
+    assert 0.05 < len(held_out) / len(training) < 0.15
+    pairs = demo.PAIRS.read_text(encoding="utf-8").splitlines()
+    assert sorted("".join(path.read_text(encoding="utf-8") for path in files).splitlines()) == sorted(pairs)
+
+
+def test_the_nearest_sentence() -> None:
+    known = {"I am here.": ["Je suis là."], "Go away!": ["Va-t'en !", "Pars !"], "Tom slept.": ["Tom dormait."]}
+    sentences = ["I am there.", "Go away!", "Tom sleeps."]
+    assert load("translation/demo.py").nearest(known, sentences) == ["Je suis là.", "Va-t'en !", "Tom dormait."]
