@@ -373,7 +373,8 @@ def test_rnn_refuses(changes: dict[str, Any], error: type[Exception], message: s
         ("lstm", {"state": (Z(2, 5), None)}, ValueError, "lstm: h0 and c0 must be given together"),
         ("lstm", {"w_hr": Z(5, 5)}, ValueError, r"lstm: w_hr must be \[P, H\] with P < H"),
         ("lstm", {"w_hr": Z(3, 4)}, ValueError, r"lstm: w_hr must be \[P, H\] = \[\*, 5\]"),
-        ("lstm", {"w_hr": Z(3, 5)}, ValueError, r"lstm: h0 must be \[B, P\] = \[2, 3\]"),
+        ("lstm", {"w_hr": Z(3, 5)}, ValueError, r"lstm: w_hh must be \[4 H, P\] = \[20, 3\], got \[20, 5\]"),
+        ("lstm", {"w_hr": Z(3, 5), "w_hh": Z(20, 3)}, ValueError, r"lstm: h0 must be \[B, P\] = \[2, 3\]"),
     ],
 )
 def test_gated_cells_refuse(op: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
