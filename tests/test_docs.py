@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.tolerances import TOLERANCE, TOLERANCE_ON
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -115,6 +116,28 @@ def test_public_names_are_in_the_api_reference(package: str) -> None:
     entries = {full.rpartition(".")[2] or short for full, short in listed}
     names = {name for name, value in public(package) if not isinstance(value, ModuleType)}
     assert names <= entries, f"docs/reference lists none of {sorted(names - entries)}"
+
+
+def test_tolerances_are_those_of_the_tests() -> None:
+    """docs/math/precision.md repeats the table of tolerances."""
+    cpu, _, cuda = (DOCS / "math/precision.md").read_text().partition("## CUDA")
+    rows = re.findall(r"^\| (b?float\d\d) \| (\S+) \| (\S+) \|", cpu, re.MULTILINE)
+    found = {dtype: (float(forward), float(backward)) for dtype, forward, backward in rows}
+    assert len(found) == 4, "the search finds the table of the recurrences"
+    for dtype, values in found.items():
+        expected = tuple(TOLERANCE[op, getattr(torch, dtype)] for op in ("lstm", "lstm_backward"))
+        assert values == expected, f"recurrences, {dtype}"
+    columns = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for op in ("attention_pool", "prefix_pool", "additive_attention"):
+        row = re.search(rf"^\| `{op}` \|(.+)\|$", cpu, re.MULTILINE)
+        assert row is not None
+        for dtype, cell in zip(columns, row[1].split("|"), strict=True):
+            values = tuple(float(value) for value in cell.split("/"))
+            assert values == (TOLERANCE[op, dtype], TOLERANCE[f"{op}_backward", dtype]), f"{op}, {dtype}"
+    for name, forward, backward in re.findall(r"^\| (\w+16) \| (\S+) \| (\S+) \|", cuda, re.MULTILINE):
+        dtype = getattr(torch, name)
+        on_cuda = {**TOLERANCE, **TOLERANCE_ON["cuda"]}
+        assert (float(forward), float(backward)) == (on_cuda["lstm", dtype], on_cuda["lstm_backward", dtype])
 
 
 def test_makefile_names_the_packages_of_pyproject() -> None:
