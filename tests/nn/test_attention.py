@@ -158,7 +158,7 @@ def test_padding_is_ignored(garbage: float, causal: bool, score: str) -> None:
     assert torch.equal(pool(dirty, lengths, need_weights=True)[-1], pool(e, lengths, need_weights=True)[-1])
     if score == "tanh" and math.isnan(garbage):
         return  # torch's own tanh of W e passes NaN back
-    torch.stack([t.masked_fill(t.isinf(), 0).sum() for t in results]).sum().backward()
+    torch.autograd.backward(torch.stack([t.masked_fill(t.isinf(), 0).sum() for t in results]).sum())
     assert dirty.grad is not None
     assert not dirty.grad[padding].any()
     assert pool.weight.grad.isfinite().all()
@@ -327,7 +327,7 @@ def test_additive_autocast() -> None:
     assert weights is not None
     assert context.dtype == weights.dtype == torch.bfloat16
     torch.testing.assert_close(context.float(), layer(query, keys)[0], atol=0.05, rtol=0.05)
-    context.float().sum().backward()
+    torch.autograd.backward(context.float().sum())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
     inputs = additive_inputs(2, 3, 4, 5, 6, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -159,15 +159,16 @@ def test_autocast(name: str, dtype: torch.dtype, with_hx: bool, device: str) -> 
     hx = random_state(layer, 2) if cell else random_state(layer, 1, 2)
     for x_dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 2, 3, device=device).to(x_dtype)
-        for batch in [x[0]] if cell else [x, pack_padded_sequence(x, torch.tensor([4, 1]))]:
+        batches: list[Any] = [x[0]] if cell else [x, pack_padded_sequence(x, torch.tensor([4, 1]))]
+        for batch in batches:
             with torch.autocast(device, dtype):
                 output = layer(batch, hx if with_hx else None)
             tensors = flatten(output if cell else (output[0].data, output[1]))
             assert {tensor.dtype for tensor in tensors} == {dtype}
-            torch.stack([tensor.float().sum() for tensor in tensors]).sum().backward()
+            torch.autograd.backward(torch.stack([tensor.float().sum() for tensor in tensors]).sum())
             assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
             half = copy.deepcopy(layer).to(dtype)
-            first = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
+            first: Any = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
             expected = half(batch.to(dtype), first if with_hx else None)
             assert_same_bits(tensors, expected if cell else (expected[0].data, expected[1]))
 
@@ -191,7 +192,7 @@ def test_compiled(name: str, autocast: bool, device: str) -> None:
     torch.compiler.reset()
     layer = getattr(llm_ext, name)(3, 5, device=device)
     cell = is_cell(name)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(*((2, 3) if cell else (4, 2, 3)), device=device)
     hx = random_state(layer, 2) if cell else random_state(layer, 1, 2)
     if autocast:
@@ -203,5 +204,6 @@ def test_compiled(name: str, autocast: bool, device: str) -> None:
     for first in (None, hx):
         actual, expected = flatten(compiled(x, first)), flatten(layer(x, first))
         assert_all_close(op_of(name), actual, expected)
-        gradients = [torch.autograd.grad(tensors[0].sum(), list(layer.parameters())) for tensors in (actual, expected)]
-        assert_all_close(f"{op_of(name)}_backward", *gradients)
+        weights = list(layer.parameters())
+        ours, theirs = (torch.autograd.grad(tensors[0].sum(), weights) for tensors in (actual, expected))
+        assert_all_close(f"{op_of(name)}_backward", ours, theirs)

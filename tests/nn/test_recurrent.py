@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -304,11 +305,12 @@ def test_fused_op(name: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatc
     x, lengths = torch.randn(7, 4, 5, dtype=torch.float64), torch.tensor([3, 7, 1, 4])
     rows = pack_padded_sequence(x, lengths, enforce_sorted=False)
     sizes = [4, 3, 3, 2, 1, 1, 1]
-    for run, batch_sizes in (
+    cases: list[tuple[Callable[[], Any], list[int] | None]] = [
         (lambda: layer(x), None),
         (lambda: layer(x, lengths=lengths), sizes),
         (lambda: layer(rows), sizes),
-    ):
+    ]
+    for run, batch_sizes in cases:
         calls.clear()
         (y, last) = run()
         assert calls == []
@@ -378,7 +380,7 @@ def test_compiled(name: str, num_layers: int) -> None:
     torch.compiler.reset()
     layer = getattr(llm_ext, name)(5, 16, num_layers)
     x = torch.randn(7, 2, 5)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_all_close(op_of(name), compiled(x), layer(x))
     with torch.no_grad():
         assert_all_close(op_of(name), compiled(x), layer(x))

@@ -87,7 +87,7 @@ def test_inference(
     options=st.fixed_dictionaries({name: st.booleans() for name in ("bidirectional", "bias", "state")}),
 )
 @settings(max_examples=20)
-def test_inference_of_any_size(recurrence: Recurrence, sizes: tuple[int, ...], options: dict[str, bool]) -> None:
+def test_inference_of_any_size(recurrence: Recurrence, sizes: tuple[int, ...], options: dict[str, Any]) -> None:
     T, B, I, H, layers = sizes  # noqa: E741
     if recurrence.projected:
         H += 1  # P < H
@@ -265,7 +265,7 @@ def test_dropout_between_layers(recurrence: Recurrence, bidirectional: bool) -> 
         for function in functions:
             torch.manual_seed(5)
             results.append(function(**tensors))
-        assert_all_close(recurrence.op, *results)
+        assert_all_close(recurrence.op, results[0], results[1])
     assert not torch.equal(functions[0](**inputs)[0], functions[0](**inputs)[0])
     one_layer = multilayer_inputs(recurrence, (6, 3, 4), 3, 8, torch.float64)
     function = multilayer_functions(recurrence, dropout=0.4)[0]
@@ -306,10 +306,10 @@ def test_fused_op_has_no_derivative() -> None:
     """Called directly, which ops.multilayer_rnn never does where autograd records."""
     inputs = multilayer_inputs(RNN, (3, 1, 2), 1, 4, torch.float32, layers=2)
     weights = [t for row in weights_of(inputs) for t in row]
-    arguments = ("RNN_TANH", inputs["x"], None, None, weights, True, False, [], None, False)
+    arguments: tuple[Any, ...] = ("RNN_TANH", inputs["x"], None, None, weights, True, False, [], None, False)
     y = torch.ops.llm_ext.multilayer_rnn_forward(*arguments)[0]
     with pytest.raises(RuntimeError, match="no derivative; it is for inference"):
-        y.sum().backward()
+        torch.autograd.backward(y.sum())
 
 
 IDS = torch.full((3, 2), 2)

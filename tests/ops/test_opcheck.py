@@ -116,8 +116,8 @@ class ReferenceKernels:
     """`bidirectional_forward` and its backward in plain torch on the CPU, as a device's kernels have to behave."""
 
     def __init__(self, library: torch.library.Library) -> None:
-        library.impl("bidirectional_forward", self.forward, "CPU")
-        library.impl("bidirectional_backward", self.backward, "CPU")
+        library.impl("bidirectional_forward", self.forward, "CPU")  # type: ignore[no-untyped-call]
+        library.impl("bidirectional_backward", self.backward, "CPU")  # type: ignore[no-untyped-call]
 
     @staticmethod
     def run(
@@ -176,7 +176,7 @@ class ReferenceKernels:
         def differentiate() -> tuple[Tensor, ...]:
             assert leaves[0] is not None
             own = [t for t in leaves[3:] if t is not None]
-            out = self.run(mode, leaves[0], *leaves[1:3], own, batch_sizes, lengths)
+            out = self.run(mode, leaves[0], leaves[1], leaves[2], own, batch_sizes, lengths)
             loss = x.new_zeros(())
             for a, g in zip(out, (grad_y, grad_h_n, grad_c_n), strict=True):
                 loss = loss if g is None else loss + (a * g).sum()
@@ -194,7 +194,7 @@ class ReferenceKernels:
 @pytest.mark.parametrize("recurrence", ARCHITECTURES, ids=str)
 def test_bidirectional_op(recurrence: Recurrence, lengths: list[int] | None) -> None:
     """Its fake kernels and autograd, tried on the CPU with the reference for a kernel."""
-    library = torch.library.Library("llm_ext", "IMPL")
+    library = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-call]
     try:
         ReferenceKernels(library)
         op = torch.ops.llm_ext.bidirectional_forward.default
@@ -214,7 +214,9 @@ def test_bidirectional_op(recurrence: Recurrence, lengths: list[int] | None) -> 
             assert_close(f"{recurrence.op}_backward", a, b)
         # Only the last weight requires a gradient.
         frozen = [t.detach() for t in weights[:-1]]
-        op(recurrence.mode, x.detach(), None, None, [*frozen, weights[-1]], *arguments[5:])[0].sum().backward()
+        torch.autograd.backward(
+            op(recurrence.mode, x.detach(), None, None, [*frozen, weights[-1]], *arguments[5:])[0].sum()
+        )
         assert weights[-1].grad is not None
     finally:
-        library._destroy()
+        library._destroy()  # type: ignore[no-untyped-call]

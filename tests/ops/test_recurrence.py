@@ -256,7 +256,7 @@ def test_gradients_of_one_result_alone(recurrence: Recurrence, device: str) -> N
 def test_bias_gradients_are_separate_tensors(recurrence: Recurrence, device: str) -> None:
     """Scaling one gradient in place must not scale the other."""
     inputs = recurrence_inputs(recurrence, (3, 2, 4), 2, 5, torch.float32, state=False, device=device)
-    recurrence_functions(recurrence)[0](**inputs)[0].sum().backward()
+    torch.autograd.backward(recurrence_functions(recurrence)[0](**inputs)[0].sum())
     a, b = inputs["b_ih"].grad, inputs["b_hh"].grad
     assert a is not None
     assert b is not None
@@ -303,7 +303,7 @@ def test_second_derivatives_are_refused(recurrence: Recurrence, device: str) -> 
     y = recurrence_functions(recurrence)[0](**inputs)[0]
     (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
-        grad.sum().backward()
+        torch.autograd.backward(grad.sum())
 
 
 @every_architecture

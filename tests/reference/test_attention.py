@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.additive_attention import SELECTIONS, key_selection
-from support.comparison import assert_close
+from support.comparison import assert_close, flatten
 from torch import Tensor
 
 from llm_ext import reference
@@ -48,8 +48,9 @@ def test_gradcheck(of_each_query: bool) -> None:
     inputs = [torch.randn(*shape, dtype=F64, requires_grad=True) for shape in shapes]
     mask = torch.rand(2, 3, 4) < 0.5 if of_each_query else torch.tensor([[True, False, True, True], [False] * 4])
 
-    def attend(*inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        return reference.additive_attention(*inputs, mask=mask, need_weights=True)
+    def attend(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        results = reference.additive_attention(query, keys, v, values, mask=mask, need_weights=True)
+        return tuple(flatten(results))
 
     assert torch.autograd.gradcheck(attend, inputs)
 

@@ -58,7 +58,7 @@ def formula(e: Tensor, s: Tensor, unmasked: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("B", "T", "D"), [(1, 1, 1), (3, 17, 5), (4, 33, 3)])
 def test_formula(B: int, T: int, D: int, kind: str) -> None:
     e, weight, v = (torch.randn(*shape, dtype=F64) for shape in ((B, T, D), (7, D), (7,)))
-    selection = selected(B, T, kind)
+    selection: dict[str, Any] = selected(B, T, kind)
     s = e @ weight.T @ v  # v^T W e_t, with W e formed
     unmasked = unmasked_positions(B, T, **selection)
     expected = formula(e, s, unmasked)
