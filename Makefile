@@ -60,7 +60,7 @@ cuda-check:
 # GPU_NEEDS: the build's requirements and the extra `test`; tests/test_docs.py compares both. torch with CUDA, nvcc of
 # the same CUDA version, and g++ are needed besides.
 GPU_NEEDS := $(BUILD_NEEDS) hypothesis numpy pytest
-GPU_TESTS := tests/ops tests/nn tests/cuda
+GPU_TESTS := tests/ops tests/nn $(wildcard tests/cuda/test_gpu*.py)
 
 # Benchmarks run even if tests fail or hang, because a machine with a GPU may not be at hand for long.
 gpu:
