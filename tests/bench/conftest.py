@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import comparison, peers, recording, timing
+from bench import limits, peers, recording, timing
 from bench.comparison import OURS, Candidate, Case, Comparison, Settings
 
 AT_BEST = {
@@ -96,11 +96,11 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     def take_turns(calls: dict[str, timing.Call], seconds: float, rounds: int, device: str) -> timing.Turns:
         return timing.Turns(dict.fromkeys(calls, [1.0] * rounds), dict.fromkeys(calls, 1))
 
-    monkeypatch.setattr(comparison.timing, "take_turns", take_turns)
+    monkeypatch.setattr(timing, "take_turns", take_turns)
 
 
 @pytest.fixture
 def measured_limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
     """Replace the measurement of the machine's limits by fixed values."""
-    monkeypatch.setattr(recording.limits, "measure", lambda threads: AT_BEST)
+    monkeypatch.setattr(limits, "measure", lambda threads: AT_BEST)
     return AT_BEST

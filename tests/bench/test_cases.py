@@ -86,11 +86,14 @@ def test_work_counts_every_matrix_product() -> None:
 
 def test_means_cover_the_shapes_of_whole_sequences(settings: Settings) -> None:
     names = [case.name for case in cpu.CASES]
-    expected = {
+    found = {
         tuple(mean.cases): comparison.geometric_mean(mean, names, [], settings)["cases_expected"]
         for mean in cpu.MEANS
         if mean.target is not None
     }
     inference = [f"recurrence/{prefix}inference/*" for prefix in ("", "gru-", "lstm-")]
     training = [f"recurrence/{prefix}training/*" for prefix in ("", "gru-", "lstm-")]
-    assert expected == {tuple(inference): 21, **{(name,): 7 for name in inference}, **{(name,): 8 for name in training}}
+    expected: dict[tuple[str, ...], int] = {tuple(inference): 21}
+    expected.update(((name,), 7) for name in inference)
+    expected.update(((name,), 8) for name in training)
+    assert found == expected

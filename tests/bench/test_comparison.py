@@ -26,13 +26,18 @@ def test_relative_error_is_relative_to_each_tensor() -> None:
 def test_only_correct_candidates_are_timed(
     make_case: Callable[..., Case], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {"ours": [1.0, 10.0, 1.5], "slow": [2.0, 40.0, 3.0], "quick": [0.5, None, 0.5], "another use": [1.0] * 3}
+    seconds: dict[str, timing.Seconds] = {
+        "ours": [1.0, 10.0, 1.5],
+        "slow": [2.0, 40.0, 3.0],
+        "quick": [0.5, None, 0.5],
+        "another use": [1.0] * 3,
+    }
 
     def take_turns(calls: dict[str, timing.Call], budget: float, rounds: int, device: str) -> timing.Turns:
         assert list(calls) == list(seconds)
-        return timing.Turns({**seconds}, dict.fromkeys(calls, 7))
+        return timing.Turns(seconds, dict.fromkeys(calls, 7))
 
-    monkeypatch.setattr(comparison.timing, "take_turns", take_turns)
+    monkeypatch.setattr(timing, "take_turns", take_turns)
     result = comparison.run(make_case(), settings)
     others = {entry["name"]: entry for entry in result["others"]}
     assert {name: entry["status"] for name, entry in others.items()} == {

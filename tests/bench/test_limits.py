@@ -25,7 +25,7 @@ def test_limits_do_all_of_their_work(threads: int) -> None:
 def test_unavailable_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     limits._library.cache_clear()
     try:
-        monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+        monkeypatch.setattr("shutil.which", lambda name: None)
         assert "g++ is needed" in str(limits.unavailable())
         with pytest.raises(RuntimeError, match=r"g\+\+ is needed"):
             limits.multiply_add(1.0, 1)
