@@ -1,10 +1,11 @@
-// The only includer of torch's headers: its stable ABI, so that one binary serves every torch from 2.11 on.
+// The only file that includes torch's headers. They are those of its stable ABI, so that one binary runs on every torch
+// from 2.11 on.
 #pragma once
 
-// Before any header of torch, and not by -D: torch's own build flags must not see it.
+// Defined here and not with -D, because torch's own build flags must not see it.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
-// The C interface shows what it has for CUDA only to those who say this.
+// The C shim declares its CUDA functions only if this is defined.
 #if defined(LLM_EXT_CUDA_VERSION) && !defined(USE_CUDA)
 #define USE_CUDA
 #endif

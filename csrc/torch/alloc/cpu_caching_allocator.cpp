@@ -11,73 +11,71 @@
 namespace llm_ext {
 namespace {
 
-// Beyond these the blocks that have waited longest go back to the system.
-constexpr int64_t kMostBytes = 512 << 20;
-// A block may be larger than what is asked for by one part in so many.
+// Beyond this limit the blocks that were freed first return to the system.
+constexpr int64_t kMaxCachedBytes = 512 << 20;
+// A cached block serves a request if it exceeds it by at most 1 / kSlack.
 constexpr int64_t kSlack = 4;
-
-// Blocks are whole huge pages, where Linux grants them: 84 MB take 57 ms to come in pages of 4 KB, and 12 in pages of
-// 2 MB (a virtual machine with Linux 6.18).
+// Huge pages, where Linux grants them, make fresh memory several times as fast: docs/lab/large-tensors.md.
 constexpr int64_t kHugePage = 2 << 20;
 
-Block from_system(int64_t whole) {
-  Block block = {std::aligned_alloc(kHugePage, whole), whole};
+Block allocate_from_system(int64_t bytes) {
+  Block block = {std::aligned_alloc(kHugePage, bytes), bytes};
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (block.data != nullptr) madvise(block.data, whole, MADV_HUGEPAGE);
+  if (block.data != nullptr) madvise(block.data, bytes, MADV_HUGEPAGE);
 #endif
   return block;
 }
 
 }  // namespace
 
-Block CpuCachingAllocator::take(int64_t bytes) {
-  const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+Block CpuCachingAllocator::allocate(int64_t bytes) {
+  const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (lock) {
-      auto best = saved_.end();
-      for (auto block = saved_.begin(); block != saved_.end(); ++block) {
-        const bool fits = block->bytes >= whole && block->bytes - whole / kSlack <= whole;
-        if (fits && (best == saved_.end() || block->bytes < best->bytes)) best = block;
+      auto best = cached_.end();
+      for (auto block = cached_.begin(); block != cached_.end(); ++block) {
+        const bool fits = block->bytes >= rounded && block->bytes - rounded / kSlack <= rounded;
+        if (fits && (best == cached_.end() || block->bytes < best->bytes)) best = block;
       }
-      if (best != saved_.end()) {
+      if (best != cached_.end()) {
         const Block block = *best;
         bytes_ -= block.bytes;
-        saved_.erase(best);
+        cached_.erase(best);
         return block;
       }
     }
   }
-  Block block = from_system(whole);
+  Block block = allocate_from_system(rounded);
   if (block.data == nullptr) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (lock) free_all();
-    block = from_system(whole);
+    if (lock) free_cached();
+    block = allocate_from_system(rounded);
   }
   return block;
 }
 
-void CpuCachingAllocator::give_back(const Block& block) {
+void CpuCachingAllocator::free(const Block& block) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock || block.bytes > kMostBytes) return std::free(block.data);
-  saved_.push_front(block);
+  if (!lock || block.bytes > kMaxCachedBytes) return std::free(block.data);
+  cached_.push_front(block);
   bytes_ += block.bytes;
-  while (bytes_ > kMostBytes) {
-    bytes_ -= saved_.back().bytes;
-    std::free(saved_.back().data);
-    saved_.pop_back();
+  while (bytes_ > kMaxCachedBytes) {
+    bytes_ -= cached_.back().bytes;
+    std::free(cached_.back().data);
+    cached_.pop_back();
   }
 }
 
-void CpuCachingAllocator::free_all() {
-  for (const Block& block : saved_) std::free(block.data);
-  saved_.clear();
+void CpuCachingAllocator::free_cached() {
+  for (const Block& block : cached_) std::free(block.data);
+  cached_.clear();
   bytes_ = 0;
 }
 
 void CpuCachingAllocator::clear() {
   const std::scoped_lock lock(mutex_);
-  free_all();
+  free_cached();
 }
 
 int64_t CpuCachingAllocator::bytes() {
@@ -86,8 +84,8 @@ int64_t CpuCachingAllocator::bytes() {
 }
 
 CpuCachingAllocator& cpu_caching_allocator() {
-  static CpuCachingAllocator& blocks = *new CpuCachingAllocator;  // never destroyed: tensors may live longer
-  return blocks;
+  static CpuCachingAllocator& allocator = *new CpuCachingAllocator;  // never destroyed: tensors may outlive it
+  return allocator;
 }
 
 int64_t cpu_cache_bytes() { return cpu_caching_allocator().bytes(); }

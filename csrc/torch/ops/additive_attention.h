@@ -1,44 +1,50 @@
-// The ops of additive attention, as every backend has them: what their arguments are, checked, and what they return. A
-// backend is a struct with two functions, forward and backward, that take filled params and the place of the tensors,
-// fill in the workspace and launch.
+// The ops additive_attention_*, as every backend has them: arguments, checks, results.
+//
+// A backend is a struct with two functions, for each type S that tensors are stored as,
+//   static void forward(AdditiveAttentionForwardParams<S>&, const Device&);
+//   static void backward(AdditiveAttentionBackwardParams<S>&, const Device&);
+// which set the workspace of the params and run the kernel.
 #pragma once
 
+#include <cstdint>
 #include <initializer_list>
 #include <tuple>
 
 #include "params/attention.h"
-#include "params/linear.h"
-#include "params/pooling.h"
-#include "params/rnn.h"
-#include "torch/tensor_args.h"
+#include "torch/device.h"
+#include "torch/dtypes.h"
 #include "torch/stable.h"
+#include "torch/tensor.h"
+#include "torch/tensor_args.h"
 
 namespace llm_ext {
 
-// What forward and backward have in common, checked; keeps dense copies alive for the call.
+// Checked sizes and inputs of forward and backward. Owns dense copies for the duration of the call.
 template <typename S>
-class AdditiveAttention {
+class CheckedAdditiveAttentionArguments {
  public:
-  AdditiveAttention(const char* op, const Tensor& query, const Tensor& keys, const Tensor& v, const Tensor& values,
-                    const OptionalTensor& key_lengths, const OptionalTensor& mask)
+  CheckedAdditiveAttentionArguments(const char* op, const Tensor& query, const Tensor& keys, const Tensor& v,
+                                    const Tensor& values, const OptionalTensor& key_lengths, const OptionalTensor& mask)
       : op_(op),
-        place(place_of(query)),
+        device_(device_of(query)),
         sizes_(sizes_of(query, keys, values)),
         query_(input("query", query, {sizes_.batch, sizes_.queries, sizes_.attn_dim})),
         keys_(input("keys", keys, {sizes_.batch, sizes_.keys, sizes_.attn_dim})),
         v_(input("v", v, {sizes_.attn_dim})),
         values_(input("values", values, {sizes_.batch, sizes_.keys, sizes_.value_dim})),
-        key_lengths_(key_lengths, op, "key_lengths", {sizes_.batch}, ScalarType::Long, place),
-        by_query_(mask.has_value() && mask->dim() == 3),
-        mask_(by_query_ ? mask_input(mask, {sizes_.batch, sizes_.queries, sizes_.keys})
-                        : mask_input(mask, {sizes_.batch, sizes_.keys})) {
-    // A GPU's lengths stay on the device; its kernels take a wrong one as the nearest right one.
-    for (int64_t b = 0; place.is_cpu() && key_lengths.has_value() && b < sizes_.batch; ++b) {
+        key_lengths_(key_lengths, op, "key_lengths", {sizes_.batch}, device_),
+        per_query_(mask.has_value() && mask->dim() == 3),
+        mask_(per_query_ ? mask_input(mask, {sizes_.batch, sizes_.queries, sizes_.keys})
+                         : mask_input(mask, {sizes_.batch, sizes_.keys})) {
+    // Lengths on a GPU are not read here: its kernels clamp them.
+    for (int64_t b = 0; device_.is_cpu() && key_lengths.has_value() && b < sizes_.batch; ++b) {
       const int64_t length = key_lengths_.get()[b];
       STD_TORCH_CHECK(length >= 0 && length <= sizes_.keys, op, ": key_lengths must be from 0 to ", sizes_.keys,
                       ", got ", length, " in row ", b);
     }
   }
+
+  const Device& device() const { return device_; }
 
   AdditiveAttentionInput<S> in() const {
     AdditiveAttentionInput<S> in = sizes_;
@@ -48,18 +54,18 @@ class AdditiveAttention {
     in.values = values_.get();
     in.key_lengths = key_lengths_.get();
     in.mask = mask_.get();
-    in.mask_batch_stride = by_query_ ? in.queries * in.keys : in.keys;
-    in.mask_query_stride = by_query_ ? in.keys : 0;
+    in.mask_batch_stride = per_query_ ? in.queries * in.keys : in.keys;
+    in.mask_query_stride = per_query_ ? in.keys : 0;
     return in;
   }
 
   template <typename T = S>
   Input<T> input(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> shape) const {
-    return Input<T>(t, op_, name, shape, kScalarType<T>, place);
+    return Input<T>(t, op_, name, shape, device_);
   }
   template <typename T = S>
   Output<T> output(bool wanted, std::initializer_list<int64_t> shape) const {
-    return Output<T>(wanted, shape, place);
+    return Output<T>(wanted, shape, device_);
   }
 
  private:
@@ -77,23 +83,20 @@ class AdditiveAttention {
   }
 
   Input<bool> mask_input(const OptionalTensor& mask, std::initializer_list<int64_t> shape) const {
-    return Input<bool>(mask, op_, "mask", shape, ScalarType::Bool, place);
+    return Input<bool>(mask, op_, "mask", shape, device_);
   }
 
+  // In this order: each is initialized from those above it.
   const char* op_;
-
- public:
-  const Place place;
-
- private:
-  AdditiveAttentionInput<S> sizes_;
-  Input<S> query_;
-  Input<S> keys_;
-  Input<S> v_;
-  Input<S> values_;
-  Input<int64_t> key_lengths_;
-  bool by_query_;
-  Input<bool> mask_;
+  const Device device_;
+  const AdditiveAttentionInput<S> sizes_;
+  const Input<S> query_;
+  const Input<S> keys_;
+  const Input<S> v_;
+  const Input<S> values_;
+  const Input<int64_t> key_lengths_;
+  const bool per_query_;
+  const Input<bool> mask_;
 };
 
 template <typename Backend>
@@ -103,13 +106,13 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& quer
   constexpr const char* kOp = "additive_attention_forward";
   return with_type<float, double, BFloat16, Float16>(query, kOp, "query", [&](auto type) {
     using S = decltype(type);
-    const AdditiveAttention<S> a(kOp, query, keys, v, values, key_lengths, mask);
+    const CheckedAdditiveAttentionArguments<S> a(kOp, query, keys, v, values, key_lengths, mask);
     const AdditiveAttentionInput<S> in = a.in();
     const Output<S> context = a.output(true, {in.batch, in.queries, in.value_dim});
     const auto lse = a.template output<Compute<S>>(true, {in.batch, in.queries});
     const Output<S> weights = a.output(need_weights, {in.batch, in.queries, in.keys});
     AdditiveAttentionForwardParams<S> p = {in, context.get(), lse.get(), weights.get(), nullptr};
-    Backend::forward(p, a.place);
+    Backend::forward(p, a.device());
     return std::make_tuple(context.tensor(), lse.tensor(), weights.tensor());
   });
 }
@@ -123,16 +126,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   constexpr const char* kOp = "additive_attention_backward";
   return with_type<float, double, BFloat16, Float16>(query, kOp, "query", [&](auto type) {
     using S = decltype(type);
-    const AdditiveAttention<S> a(kOp, query, keys, v, values, key_lengths, mask);
+    const CheckedAdditiveAttentionArguments<S> a(kOp, query, keys, v, values, key_lengths, mask);
     const AdditiveAttentionInput<S> in = a.in();
     const int64_t B = in.batch, Tq = in.queries, Tk = in.keys, A = in.attn_dim, Dv = in.value_dim;
     const Input<S> context_in = a.input("context", context, {B, Tq, Dv});
     const auto lse_in = a.template input<Compute<S>>("lse", lse, {B, Tq});
     const Input<S> grad_context_in = a.input("grad_context", grad_context, {B, Tq, Dv});
     const Input<S> grad_weights_in = a.input("grad_weights", grad_weights, {B, Tq, Tk});
-    OptionalTensor weights_of_grad;
-    if (grad_weights.has_value()) weights_of_grad = weights;
-    const Input<S> weights_in = a.input("weights", weights_of_grad, {B, Tq, Tk});
+    const Input<S> weights_in =
+        a.input("weights", grad_weights.has_value() ? OptionalTensor(weights) : kNone, {B, Tq, Tk});
     const Output<S> dquery = a.output(need_dquery, {B, Tq, A});
     const Output<S> dkeys = a.output(need_dkeys, {B, Tk, A});
     const Output<S> dv = a.output(need_dv, {A});
@@ -148,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
                                             dv.get(),
                                             dvalues.get(),
                                             nullptr};
-    Backend::backward(p, a.place);
+    Backend::backward(p, a.device());
     return std::make_tuple(dquery.tensor(), dkeys.tensor(), dv.tensor(), dvalues.tensor());
   });
 }

@@ -1,25 +1,13 @@
 // Attention on NVIDIA GPUs: workspace, plan, launch. All of it is queued on torch's current stream: nothing here waits
 // for the device.
 #include "cuda/attention/launchers.h"
+#include "torch/alloc/workspace.h"
 #include "torch/ops/additive_attention.h"
 #include "torch/ops/attention_pool.h"
 #include "torch/ops/cuda_device.h"
 
 namespace llm_ext {
 namespace {
-
-// So many elements that live as long as the call, aligned; null where there are none.
-template <typename T>
-class Workspace {
- public:
-  Workspace(int64_t elements, const Place& place) {
-    if (elements > 0) tensor_ = empty({elements}, kScalarType<T>, place);
-  }
-  T* get() const { return tensor_.has_value() ? mutable_data<T>(*tensor_) : nullptr; }
-
- private:
-  OptionalTensor tensor_;
-};
 
 // Kernels count some of them in int.
 void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
@@ -32,7 +20,7 @@ void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
 class Pooling {
  public:
   template <typename S>
-  Pooling(const char* op, const PoolInput<S>& in, const Place& place) : op_(op), place_(place), on_(op, place.index) {
+  Pooling(const char* op, const PoolInput<S>& in, const Device& device) : op_(op), device_(device), on_(op, device.index) {
     check_sizes(op, {in.batch, in.steps, in.dim});
   }
 
@@ -44,7 +32,7 @@ class Pooling {
   template <template <typename> class Params, typename S>
   int launch(Params<S>& p, const cuda::PoolPlan& plan, int64_t elements,
              int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
-    const Workspace<Compute<S>> workspace(elements, place_);
+    const Workspace<Compute<S>> workspace(elements, device_);
     p.workspace = workspace.get();
     return run(p, plan, on_.stream);
   }
@@ -52,26 +40,26 @@ class Pooling {
 
  private:
   const char* op_;
-  const Place& place_;
+  const Device& device_;
   const OnDevice on_;
 };
 
 struct Cuda {
   template <typename S>
-  static void forward(PoolForwardParams<S>& p, const Place& place) {
-    const Pooling on("attention_pool_forward", p.in, place);
+  static void forward(PoolForwardParams<S>& p, const Device& device) {
+    const Pooling on("attention_pool_forward", p.in, device);
     const cuda::PoolPlan plan = on.plan(p.in);
     on.check(on.launch(p, plan, cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_forward<S>));
   }
   template <typename S>
-  static void backward(PoolBackwardParams<S>& p, const Place& place) {
-    const Pooling on("attention_pool_backward", p.in, place);
+  static void backward(PoolBackwardParams<S>& p, const Device& device) {
+    const Pooling on("attention_pool_backward", p.in, device);
     const cuda::PoolPlan plan = on.plan(p.in);
     on.check(on.launch(p, plan, cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_backward<S>));
   }
   template <typename S>
-  static void prefix_forward(PrefixPoolForwardParams<S>& p, const Place& place) {
-    const Pooling on("prefix_pool_forward", p.in, place);
+  static void prefix_forward(PrefixPoolForwardParams<S>& p, const Device& device) {
+    const Pooling on("prefix_pool_forward", p.in, device);
     const auto with = [&](const cuda::PoolPlan& plan) {
       const int64_t elements = cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
       return on.launch(p, plan, elements, cuda::prefix_pool_forward<S>);
@@ -82,31 +70,31 @@ struct Cuda {
     on.check(error);
   }
   template <typename S>
-  static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Place& place) {
-    const Pooling on("prefix_pool_backward", p.in, place);
+  static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Device& device) {
+    const Pooling on("prefix_pool_backward", p.in, device);
     const cuda::PoolPlan plan = on.plan(p.in);
     const int64_t elements = cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
     on.check(on.launch(p, plan, elements, cuda::prefix_pool_backward<S>));
   }
 
   template <typename S>
-  static void forward(AdditiveAttentionForwardParams<S>& p, const Place& place) {
-    additive("additive_attention_forward", p, place, false, cuda::additive_attention_forward<S>);
+  static void forward(AdditiveAttentionForwardParams<S>& p, const Device& device) {
+    additive("additive_attention_forward", p, device, false, cuda::additive_attention_forward<S>);
   }
   template <typename S>
-  static void backward(AdditiveAttentionBackwardParams<S>& p, const Place& place) {
-    additive("additive_attention_backward", p, place, true, cuda::additive_attention_backward<S>);
+  static void backward(AdditiveAttentionBackwardParams<S>& p, const Device& device) {
+    additive("additive_attention_backward", p, device, true, cuda::additive_attention_backward<S>);
   }
 
  private:
   template <template <typename> class Params, typename S>
-  static void additive(const char* op, Params<S>& p, const Place& place, bool backward,
+  static void additive(const char* op, Params<S>& p, const Device& device, bool backward,
                        int (*launch)(const Params<S>&, int64_t, void*)) {
     const AdditiveAttentionInput<S>& in = p.in;
     check_sizes(op, {in.batch, in.queries, in.keys, in.attn_dim, in.value_dim});
-    const OnDevice on(op, place.index);
+    const OnDevice on(op, device.index);
     const int64_t slab = cuda::additive_slab(in.queries, in.keys, in.attn_dim);
-    const Workspace<Compute<S>> workspace(cuda::AdditiveWorkspace<S>(in, slab, backward, nullptr).elements, place);
+    const Workspace<Compute<S>> workspace(cuda::AdditiveWorkspace<S>(in, slab, backward, nullptr).elements, device);
     p.workspace = workspace.get();
     check_queued(op, launch(p, slab, on.stream));
   }

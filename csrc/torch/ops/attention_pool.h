@@ -1,109 +1,117 @@
-// The ops of attention pooling and of its causal prefix form, as every backend has them: what their arguments are,
-// checked, and what they return. A backend is a struct with four functions, forward, backward, prefix_forward and
-// prefix_backward, that take filled params and the place of the tensors, fill in the workspace and launch.
+// The ops attention_pool_* and prefix_pool_*, as every backend has them: arguments, checks, results.
+//
+// A backend is a struct with four functions, for each type S that tensors are stored as,
+//   static void forward(PoolForwardParams<S>&, const Device&);
+//   static void backward(PoolBackwardParams<S>&, const Device&);
+//   static void prefix_forward(PrefixPoolForwardParams<S>&, const Device&);
+//   static void prefix_backward(PrefixPoolBackwardParams<S>&, const Device&);
+// which set the workspace of the params and run the kernel.
 #pragma once
 
-#include <optional>
+#include <cstdint>
+#include <initializer_list>
 #include <tuple>
 
-#include "params/attention.h"
-#include "params/linear.h"
 #include "params/pooling.h"
-#include "params/rnn.h"
-#include "torch/tensor_args.h"
+#include "torch/alloc/empty.h"
+#include "torch/device.h"
+#include "torch/dtypes.h"
 #include "torch/stable.h"
+#include "torch/tensor.h"
+#include "torch/tensor_args.h"
 
 namespace llm_ext {
 
-// The scores come from u or are given; only the backward of prefix pooling needs neither.
+// Scores are e . u or given. Only the backward pass of prefix pooling needs neither.
 inline void check_one_source(const char* op, const OptionalTensor& u, const OptionalTensor& scores) {
   STD_TORCH_CHECK(u.has_value() != scores.has_value(), op, ": exactly one of u and scores must be given");
 }
 
-// Everything the four ops have in common; keeps dense copies alive for the call.
+// Checked sizes and inputs of the four ops. Owns dense copies for the duration of the call.
 template <typename S>
-class PoolArguments {
+class CheckedPoolArguments {
  public:
-  PoolArguments(const char* op, const Tensor& e, const OptionalTensor& u, const OptionalTensor& scores,
-                const OptionalTensor& lengths, const OptionalTensor& mask)
-      : place(place_of(e)),
-        op_(op),
-        e_(rows(e)),
+  CheckedPoolArguments(const char* op, const Tensor& e, const OptionalTensor& u, const OptionalTensor& scores,
+                       const OptionalTensor& lengths, const OptionalTensor& mask)
+      : op_(op),
+        device_(device_of(e)),
+        e_(dense_rows(e)),
         u_(input("u", u, {e.size(2)})),
         scores_(input("scores", scores, {e.size(0), e.size(1)})),
-        lengths_(lengths, op, "lengths", {e.size(0)}, ScalarType::Long, place),
-        mask_(mask, op, "mask", {e.size(0), e.size(1)}, ScalarType::Bool, place) {
-    // A GPU's lengths stay on the device; its kernels take a wrong one as the nearest right one.
-    for (int64_t b = 0; place.is_cpu() && lengths.has_value() && b < e.size(0); ++b) {
+        lengths_(lengths, op, "lengths", {e.size(0)}, device_),
+        mask_(mask, op, "mask", {e.size(0), e.size(1)}, device_) {
+    // Lengths on a GPU are not read here: its kernels clamp them.
+    for (int64_t b = 0; device_.is_cpu() && lengths.has_value() && b < e.size(0); ++b) {
       const int64_t length = lengths_.get()[b];
       STD_TORCH_CHECK(length >= 0 && length <= e.size(1), op, ": lengths must be from 0 to ", e.size(1), ", got ",
                       length, " in row ", b);
     }
-    in.batch = e.size(0);
-    in.steps = e.size(1);
-    in.dim = e.size(2);
-    in.e = data<S>(e_);
-    in.e_batch_stride = e_.stride(0);
-    in.e_step_stride = e_.stride(1);
-    in.u = u_.get();
-    in.scores = scores_.get();
-    in.lengths = lengths_.get();
-    in.mask = mask_.get();
+    in_.batch = e.size(0);
+    in_.steps = e.size(1);
+    in_.dim = e.size(2);
+    in_.e = data<S>(e_);
+    in_.e_batch_stride = e_.stride(0);
+    in_.e_step_stride = e_.stride(1);
+    in_.u = u_.get();
+    in_.scores = scores_.get();
+    in_.lengths = lengths_.get();
+    in_.mask = mask_.get();
   }
+
+  const Device& device() const { return device_; }
+  const PoolInput<S>& in() const { return in_; }
 
   template <typename T = S>
   Input<T> input(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> shape) const {
-    return Input<T>(t, op_, name, shape, kScalarType<T>, place);
+    return Input<T>(t, op_, name, shape, device_);
   }
   template <typename T = S>
   Output<T> output(bool wanted, std::initializer_list<int64_t> shape) const {
-    return Output<T>(wanted, shape, place);
+    return Output<T>(wanted, shape, device_);
   }
 
-  // A new tensor [B, T, D] laid out as e is.
+  // A new tensor [B, T, D] with the strides of e.
   Tensor empty_like_e() const {
-    const int64_t strides[] = {in.e_batch_stride, in.e_step_stride, 1};
-    return empty_strided({in.batch, in.steps, in.dim}, strides, kScalarType<S>, place);
+    const int64_t strides[] = {in_.e_batch_stride, in_.e_step_stride, 1};
+    return empty_strided({in_.batch, in_.steps, in_.dim}, strides, kScalarType<S>, device_);
   }
-  // The same, or nothing.
-  Tensor wanted_like_e(bool wanted) const { return wanted ? empty_like_e() : empty({0}, kScalarType<S>, place); }
+  // Without elements if it is not wanted.
+  Tensor empty_like_e_if(bool wanted) const { return wanted ? empty_like_e() : empty({0}, kScalarType<S>, device_); }
 
-  // A tensor that must be laid out as e is.
-  Tensor laid_out_as_e(const char* name, const Tensor& t) const {
-    check_tensor(t, op_, name, kScalarType<S>, {in.batch, in.steps, in.dim}, place);
-    if (in.batch * in.steps * in.dim == 0) return t;
-    const bool same = (in.batch == 1 || t.stride(0) == in.e_batch_stride) &&
-                      (in.steps == 1 || t.stride(1) == in.e_step_stride) && (in.dim == 1 || t.stride(2) == 1);
-    if (same && lies_well(t)) return t;
+  // t, or a copy of it that has the strides of e.
+  Tensor strided_like_e(const char* name, const Tensor& t) const {
+    check_tensor(t, op_, name, kScalarType<S>, {in_.batch, in_.steps, in_.dim}, device_);
+    if (in_.batch * in_.steps * in_.dim == 0) return t;
+    const bool same = (in_.batch == 1 || t.stride(0) == in_.e_batch_stride) &&
+                      (in_.steps == 1 || t.stride(1) == in_.e_step_stride) && (in_.dim == 1 || t.stride(2) == 1);
+    if (same && is_aligned_for_device(t)) return t;
     Tensor copy = empty_like_e();
     torch::stable::copy_(copy, t);
     return copy;
   }
 
-  const Place place;
-  PoolInput<S> in;
-
  private:
-  // Whether the kernels can read it where it is.
-  bool lies_well(const Tensor& t) const {
-    return place.is_cpu() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-  }
-  // e as it is where [B, T, D] or [T, B, D] lies dense in memory; otherwise a copy.
-  Tensor rows(const Tensor& e) const {
+  bool is_aligned_for_device(const Tensor& t) const { return device_.is_cpu() || is_aligned(t, 16); }
+
+  // e itself if it is contiguous as [B, T, D] or as [T, B, D], otherwise a copy.
+  Tensor dense_rows(const Tensor& e) const {
     STD_TORCH_CHECK(e.dim() == 3, op_, ": e must be [B, T, D], got ", shape_text(e));
-    check_tensor(e, op_, "e", kScalarType<S>, {e.size(0), e.size(1), e.size(2)}, place);
+    check_tensor(e, op_, "e", kScalarType<S>, {e.size(0), e.size(1), e.size(2)}, device_);
     const int64_t B = e.size(0), D = e.size(2);
     const bool time_major = e.stride(2) == 1 && e.stride(0) == D && e.stride(1) == B * D;
-    if (time_major && lies_well(e)) return e;
-    return place.is_cpu() ? dense(e) : aligned(e);
+    if (time_major && is_aligned_for_device(e)) return e;
+    return device_.is_cpu() ? dense(e) : aligned(e);
   }
 
+  // In this order: each is initialized from those above it.
   const char* op_;
-  Tensor e_;
-  Input<S> u_;
-  Input<S> scores_;
-  Input<int64_t> lengths_;
-  Input<bool> mask_;
+  const Device device_;
+  const Tensor e_;
+  const Input<S> u_;
+  const Input<S> scores_;
+  const Input<int64_t> lengths_;
+  const Input<bool> mask_;
+  PoolInput<S> in_{};
 };
 
 template <typename Backend>
@@ -115,11 +123,12 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const Optiona
     using S = decltype(type);
     using T = Compute<S>;
     check_one_source(kOp, u, scores);
-    const PoolArguments<S> args(kOp, e, u, scores, lengths, mask);
-    const Output<S> c = args.output(true, {args.in.batch, args.in.dim});
-    const auto lse = args.template output<T>(true, {args.in.batch});
-    PoolForwardParams<S> p = {args.in, c.get(), lse.get(), nullptr};
-    Backend::forward(p, args.place);
+    const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& in = args.in();
+    const Output<S> c = args.output(true, {in.batch, in.dim});
+    const auto lse = args.template output<T>(true, {in.batch});
+    PoolForwardParams<S> p = {in, c.get(), lse.get(), nullptr};
+    Backend::forward(p, args.device());
     return std::make_tuple(c.tensor(), lse.tensor());
   });
 }
@@ -136,13 +145,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
     using S = decltype(type);
     using T = Compute<S>;
     check_one_source(kOp, u, scores);
-    const PoolArguments<S> args(kOp, e, u, scores, lengths, mask);
-    const PoolInput<S>& in = args.in;
+    const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& in = args.in();
     const Input<S> c_in = args.input("c", c, {in.batch, in.dim});
     const auto lse_in = args.template input<T>("lse", lse, {in.batch});
     const Input<S> grad_c_in = args.input("grad_c", grad_c, {in.batch, in.dim});
     const auto grad_lse_in = args.template input<T>("grad_lse", grad_lse, {in.batch});
-    const Tensor de = args.wanted_like_e(need_de);
+    const Tensor de = args.empty_like_e_if(need_de);
     const Output<S> du = args.output(need_du && u.has_value(), {in.dim});
     const Output<S> dscores = args.output(need_dscores && scores.has_value(), {in.batch, in.steps});
     PoolBackwardParams<S> p = {in,
@@ -154,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
                                du.get(),
                                dscores.get(),
                                nullptr};
-    Backend::backward(p, args.place);
+    Backend::backward(p, args.device());
     return std::make_tuple(de, du.tensor(), dscores.tensor());
   });
 }
@@ -171,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     using T = Compute<S>;
     check_one_source(kOp, u, scores);
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
-    const PoolArguments<S> args(kOp, e, u, scores, lengths, mask);
-    const PoolInput<S>& in = args.in;
+    const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& in = args.in();
     const auto l0_in = args.template input<T>("l0", l0, {in.batch});
     const auto c0_in = args.template input<T>("c0", c0, {in.batch, in.dim});
     const Tensor c = args.empty_like_e();
@@ -181,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     const auto c_n = args.template output<T>(true, {in.batch, in.dim});
     PrefixPoolForwardParams<S> p = {in,          l0_in.get(), c0_in.get(), mutable_data<S>(c),
                                     share.get(), l_n.get(),   c_n.get(),   nullptr};
-    Backend::prefix_forward(p, args.place);
+    Backend::prefix_forward(p, args.device());
     return std::make_tuple(c, share.tensor(), l_n.tensor(), c_n.tensor());
   });
 }
@@ -195,16 +204,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
   return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
     using S = decltype(type);
     using T = Compute<S>;
-    const PoolArguments<S> args(kOp, e, u, {}, {}, {});
-    const PoolInput<S>& in = args.in;
+    const CheckedPoolArguments<S> args(kOp, e, u, {}, {}, {});
+    const PoolInput<S>& in = args.in();
     const auto c0_in = args.template input<T>("c0", c0, {in.batch, in.dim});
-    const Tensor c_rows = args.laid_out_as_e("c", c);
+    const Tensor c_rows = args.strided_like_e("c", c);
     const auto share_in = args.template input<T>("share", share, {in.batch, in.steps});
     const auto grad_l_n_in = args.template input<T>("grad_l_n", grad_l_n, {in.batch});
     const auto grad_c_n_in = args.template input<T>("grad_c_n", grad_c_n, {in.batch, in.dim});
     OptionalTensor grad;
-    if (grad_c.has_value()) grad = args.laid_out_as_e("grad_c", *grad_c);
-    const Tensor de = args.wanted_like_e(need_de);
+    if (grad_c.has_value()) grad = args.strided_like_e("grad_c", *grad_c);
+    const Tensor de = args.empty_like_e_if(need_de);
     const Output<S> du = args.output(need_du, {in.dim});
     const Output<S> dscores = args.output(need_dscores, {in.batch, in.steps});
     const auto dl0 = args.template output<T>(need_dstate, {in.batch});
@@ -222,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
                                      dl0.get(),
                                      dc0.get(),
                                      nullptr};
-    Backend::prefix_backward(p, args.place);
+    Backend::prefix_backward(p, args.device());
     return std::make_tuple(de, du.tensor(), dscores.tensor(), dl0.tensor(), dc0.tensor());
   });
 }

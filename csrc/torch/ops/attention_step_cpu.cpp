@@ -1,4 +1,5 @@
-// A step of a decoder with attention, on the CPU.
+// attention_step on the CPU: one step of a decoder. One team runs the layers, attention by their output y, and
+// out = tanh(W_out y + b_out + context), so that only barriers separate the products.
 #include <algorithm>
 #include <string>
 #include <tuple>
@@ -7,25 +8,26 @@
 #include "cpu/kernels.h"
 #include "params/attention.h"
 #include "params/linear.h"
-#include "params/pooling.h"
-#include "params/rnn.h"
+#include "torch/alloc/empty.h"
+#include "torch/alloc/workspace.h"
+#include "torch/dtypes.h"
 #include "torch/ops/additive_attention.h"
-#include "torch/tensor_args.h"
+#include "torch/ops/multilayer_rnn_cpu.h"
 #include "torch/ops/rnn.h"
 #include "torch/stable.h"
-#include "torch/ops/multilayer_rnn_cpu.h"
+#include "torch/tensor.h"
+#include "torch/tensor_args.h"
+#include "torch/threads/run_team.h"
 
 namespace llm_ext {
 namespace {
 
-// A step of a decoder: its layers, attention by what they return, and out = tanh(W_out y + b_out + context). One team
-// does it all, so that nothing but barriers lies between the products.
 std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const Tensor& x, const Tensor& h0,
                                                   const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                  bool bias, const OptionalTensor& table, const Tensor& w_query,
-                                                  const Tensor& keys, const Tensor& v, const Tensor& values,
-                                                  const OptionalTensor& key_lengths, const Tensor& w_out,
-                                                  const OptionalTensor& b_out) {
+                                                  bool bias, const OptionalTensor& input_projection,
+                                                  const Tensor& w_query, const Tensor& keys, const Tensor& v,
+                                                  const Tensor& values, const OptionalTensor& key_lengths,
+                                                  const Tensor& w_out, const OptionalTensor& b_out) {
   constexpr const char* kOp = "attention_step";
   STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == 1, kOp, ": x must be [1, N, I], or ids [1, N], got ", shape_text(x));
   STD_TORCH_CHECK(keys.dim() == 3, kOp, ": keys must be [B, Tk, A], got ", shape_text(keys));
@@ -34,16 +36,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
   STD_TORCH_CHECK(B > 0 ? N % B == 0 : N == 0, kOp, ": keys must be [B, Tk, A], the N = ", N,
                   " rows of x a multiple of B, got ", shape_text(keys));
   const OptionalTensor h0_given = h0;
-  std::vector<Tensor> tables;
-  if (table.has_value()) tables.push_back(*table);
-  const StackArguments a = {kOp, mode_named(kOp, mode), x, h0_given, c0, weights, bias, false, tables, kNone};
+  std::vector<Tensor> input_projections;
+  if (input_projection.has_value()) input_projections.push_back(*input_projection);
+  const MultilayerRnnArguments a = {kOp,   mode_named(kOp, mode), x,    h0_given, c0, weights, bias,
+                                    false, input_projections,     kNone};
   return with_type<float, double>(h0, kOp, "h0", [&](auto type) {
     using S = decltype(type);
-    Stack<S> stack(a);
-    const int64_t H = stack.hidden();
-    const auto [y, h_n, c_n] = stack.results();
+    MultilayerRnn<S> rnn(a);
+    const int64_t H = rnn.hidden();
+    const auto [y, h_n, c_n] = rnn.results();
     const Tensor query = empty({B, B > 0 ? N / B : 0, A}, kScalarType<S>);
-    const AdditiveAttention<S> attention(kOp, query, keys, v, values, key_lengths, std::nullopt);
+    const CheckedAdditiveAttentionArguments<S> attention(kOp, query, keys, v, values, key_lengths, std::nullopt);
     const Input<S> w_query_in(w_query, kOp, "w_query", {A, H});
     const Input<S> w_out_in(w_out, kOp, "w_out", {Dv, H});
     const Input<S> b_out_in(b_out, kOp, "b_out", {Dv});
@@ -56,25 +59,24 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     const LinearSizes query_sizes = {N, H, A}, out_sizes = {N, H, Dv};
     const AdditiveAttentionInput<S> in = attention.in();
     const int threads =
-        std::max({stack.threads(), team_size(linear.threads(query_sizes, max_threads())),
+        std::max({rnn.threads(), team_size(linear.threads(query_sizes, max_threads())),
                   team_size(attend.threads(in, max_threads())), team_size(linear.threads(out_sizes, max_threads()))});
-    stack.prepare(threads);
-    const OptionalTensor workspace =
-        workspace_of<S>(std::max({linear.forward_workspace(query_sizes), attend.forward_workspace(in, threads),
-                                  linear.forward_workspace(out_sizes)}));
-    S* const space = workspace ? mutable_data<S>(*workspace) : nullptr;
+    rnn.prepare(threads);
+    const Workspace<S> workspace(std::max({linear.forward_workspace(query_sizes), attend.forward_workspace(in, threads),
+                                           linear.forward_workspace(out_sizes)}));
+    S* const scratch = workspace.get();
     run_team(threads, [&](const ThreadTeam& team) {
-      stack.run_rows(team);
+      rnn.run_in_turn(team);
       linear.forward(
-          {query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), space}, team);
+          {query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), scratch}, team);
       team.sync();
-      attend.forward({in, mutable_data<S>(context), mutable_data<S>(lse), nullptr, space}, team);
+      attend.forward({in, mutable_data<S>(context), mutable_data<S>(lse), nullptr, scratch}, team);
       team.sync();
-      linear.forward(
-          {out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true, mutable_data<S>(out), space},
-          team);
+      linear.forward({out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true,
+                      mutable_data<S>(out), scratch},
+                     team);
     });
-    stack.finish();
+    rnn.finish();
     return std::make_tuple(out, h_n, c_n);
   });
 }

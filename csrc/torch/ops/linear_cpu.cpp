@@ -1,32 +1,34 @@
-// Affine maps on the CPU: check, allocate, fill, launch. Other devices have torch's own.
+// linear_* on the CPU. On other devices llm_ext/ops/linear.py calls torch's own.
 #include <cstdint>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "params/attention.h"
 #include "params/linear.h"
-#include "params/pooling.h"
-#include "params/rnn.h"
-#include "torch/tensor_args.h"
+#include "torch/alloc/empty.h"
+#include "torch/alloc/workspace.h"
+#include "torch/dtypes.h"
 #include "torch/stable.h"
+#include "torch/tensor.h"
+#include "torch/tensor_args.h"
+#include "torch/threads/run_team.h"
 
 namespace llm_ext {
 namespace {
 
-// What forward and backward have in common, checked; keeps dense copies alive for the call.
+// Checked sizes and inputs of the three ops. Owns dense copies for the duration of the call.
 template <typename S>
-class Linear {
+class CheckedLinearArguments {
  public:
-  Linear(const char* op, const Tensor& x, const Tensor& w)
+  CheckedLinearArguments(const char* op, const Tensor& x, const Tensor& w)
       : op_(op), shape_(shape_of(x, w)), x_(rows_input("x", x, sizes_.input)), w_(input("w", w)) {}
 
   const LinearSizes& sizes() const { return sizes_; }
   const S* x() const { return data<S>(x_); }
   const S* w() const { return data<S>(w_); }
 
-  // [*, width], as dense rows.
+  // t must be [*, width], * being that of x.
   Tensor rows_input(const char* name, const Tensor& t, int64_t width) const {
     STD_TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on cpu");
     STD_TORCH_CHECK(t.scalar_type() == kScalarType<S>, op_, ": ", name, " must have the dtype of the others");
@@ -43,8 +45,8 @@ class Linear {
     check_tensor(t, op_, name, kScalarType<S>, {sizes_.output, sizes_.input});
     return dense(t);
   }
-  // [*] int64: a place in each row.
-  Tensor empty_places() const {
+  // [*] int64: an index for each row.
+  Tensor empty_indices() const {
     return empty(shape_.data(), static_cast<int64_t>(shape_.size()) - 1, ScalarType::Long);
   }
   // [*, width].
@@ -78,21 +80,14 @@ Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b)
   constexpr const char* kOp = "linear_forward";
   return with_type<float, double>(x, kOp, "x", [&](auto type) {
     using S = decltype(type);
-    const Linear<S> a(kOp, x, w);
+    const CheckedLinearArguments<S> a(kOp, x, w);
     const LinearSizes& s = a.sizes();
     const Input<S> b_in(b, kOp, "b", {s.output});
     const Tensor y = a.empty_rows(s.output);
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
-    const OptionalTensor workspace = workspace_of<S>(kernel.forward_workspace(s));
-    const LinearForwardParams<S> p = {s,
-                                      a.x(),
-                                      a.w(),
-                                      b_in.get(),
-                                      nullptr,
-                                      false,
-                                      mutable_data<S>(y),
-                                      workspace ? mutable_data<S>(*workspace) : nullptr};
+    const Workspace<S> workspace(kernel.forward_workspace(s));
+    const LinearForwardParams<S> p = {s, a.x(), a.w(), b_in.get(), nullptr, false, mutable_data<S>(y), workspace.get()};
     run_team(threads, [&](const ThreadTeam& team) { kernel.forward(p, team); });
     return y;
   });
@@ -102,20 +97,19 @@ Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) 
   constexpr const char* kOp = "linear_argmax";
   return with_type<float, double>(x, kOp, "x", [&](auto type) {
     using S = decltype(type);
-    // Places are found in vectors of 32 bits.
+    // The kernel computes indices in vectors of 32-bit integers.
     STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(0) <= std::numeric_limits<int32_t>::max(), kOp,
                     ": w must be [O, I], 0 < O < 2^31, got ", shape_text(w));
-    const Linear<S> a(kOp, x, w);
+    const CheckedLinearArguments<S> a(kOp, x, w);
     const LinearSizes& s = a.sizes();
     const Input<S> b_in(b, kOp, "b", {s.output});
-    const Tensor places = a.empty_places();
+    const Tensor indices = a.empty_indices();
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
-    const OptionalTensor workspace = workspace_of<S>(kernel.argmax_workspace(s, threads));
-    const LinearArgmaxParams<S> p = {
-        s, a.x(), a.w(), b_in.get(), mutable_data<int64_t>(places), workspace ? mutable_data<S>(*workspace) : nullptr};
+    const Workspace<S> workspace(kernel.argmax_workspace(s, threads));
+    const LinearArgmaxParams<S> p = {s, a.x(), a.w(), b_in.get(), mutable_data<int64_t>(indices), workspace.get()};
     run_team(threads, [&](const ThreadTeam& team) { kernel.argmax(p, team); });
-    return places;
+    return indices;
   });
 }
 
@@ -124,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   constexpr const char* kOp = "linear_backward";
   return with_type<float, double>(x, kOp, "x", [&](auto type) {
     using S = decltype(type);
-    const Linear<S> a(kOp, x, w);
+    const CheckedLinearArguments<S> a(kOp, x, w);
     const LinearSizes& s = a.sizes();
     const Tensor grad_y_in = a.rows_input("grad_y", grad_y, s.output);
     const Output<S> none(false, {});
@@ -133,10 +127,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
     const Output<S> db(need_db, {s.output});
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
-    const Tensor workspace = empty({kernel.backward_workspace(s, threads)}, kScalarType<S>);
+    const Workspace<S> workspace(kernel.backward_workspace(s, threads));
     const LinearBackwardParams<S> p = {
-        s,        data<S>(grad_y_in),        a.x(), a.w(), need_dx ? mutable_data<S>(dx) : nullptr, dw.get(),
-        db.get(), mutable_data<S>(workspace)};
+        s,        data<S>(grad_y_in), a.x(),          a.w(), need_dx ? mutable_data<S>(dx) : nullptr,
+        dw.get(), db.get(),           workspace.get()};
     run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
     return std::make_tuple(dx, dw.tensor(), db.tensor());
   });

@@ -1,114 +1,125 @@
-// Several layers in one call, for inference. Where the steps of a layer are too small to be shared, each thread runs
-// layers, or directions, of its own; else the layers run one after the other, each with the whole team.
+// CPU only: all layers of an RNN in one call, for inference. Used by multilayer_rnn_forward and attention_step.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <deque>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "params/attention.h"
-#include "params/linear.h"
-#include "params/pooling.h"
 #include "params/rnn.h"
-#include "torch/tensor_args.h"
-#include "torch/ops/rnn_launch_cpu.h"
+#include "torch/alloc/empty.h"
+#include "torch/alloc/workspace.h"
+#include "torch/dtypes.h"
 #include "torch/ops/rnn.h"
+#include "torch/ops/rnn_cpu.h"
 #include "torch/stable.h"
+#include "torch/tensor.h"
+#include "torch/tensor_args.h"
+#include "torch/threads/run_team.h"
+#include "torch/weight_cache/packed_rnn_weights.h"
 
 namespace llm_ext {
 
-// Steps of a layer after which the next one may go on: 17 to 64 are equal on Zen 3.
-constexpr int64_t kWaveSteps = 32;
+// Steps of a layer after which the next layer may follow. 17 to 64 are equally fast on Zen 3.
+constexpr int64_t kWavefrontSteps = 32;
 
-struct StackArguments {
+struct MultilayerRnnArguments {
   const char* op;
   Mode mode;
-  const Tensor& x;  // or with tables ids of their rows
+  const Tensor& x;  // ids if there are input projections
   const OptionalTensor& h0;
   const OptionalTensor& c0;
-  const std::vector<Tensor>& weights;
+  const std::vector<Tensor>& weights;  // w_ih, w_hh[, b_ih, b_hh] of each recurrence
   bool bias;
   bool bidirectional;
-  const std::vector<Tensor>& tables;  // what the first layer makes of each x, of each direction; or none
+  const std::vector<Tensor>& input_projections;  // [V, G H] for each direction of the first layer, or empty
   const OptionalTensor& batch_sizes;
 };
 
-// The layers of one call. A row is one direction of one layer, as in the state.
+// The R = layers * directions recurrences of one call: recurrence r is direction r % directions of layer r /
+// directions.
+//
+// If a step is too small to be divided among threads, each thread runs whole recurrences: both directions of a layer at
+// once, or the layers as a wavefront. Otherwise the recurrences run one after the other, each on the whole team.
 template <typename S>
-class Stack {
+class MultilayerRnn {
  public:
-  explicit Stack(const StackArguments& a)
-      : op_(a.op), mode_(a.mode), directions_(a.bidirectional ? 2 : 1), each_(a.bias ? 4 : 2) {
+  explicit MultilayerRnn(const MultilayerRnnArguments& a)
+      : op_(a.op), mode_(a.mode), directions_(a.bidirectional ? 2 : 1), weights_each_(a.bias ? 4 : 2) {
     STD_TORCH_CHECK(mode_ == Mode::kLstm ? a.h0.has_value() == a.c0.has_value() : !a.c0.has_value(), op_,
                     ": c0 must be given with the h0 of an LSTM, and only then");
-    rows_ = static_cast<int>(a.weights.size()) / each_;
-    STD_TORCH_CHECK(rows_ > 0 && a.weights.size() % (each_ * directions_) == 0, op_, ": weights must be ", each_,
-                    " tensors for each of the ", directions_, " directions of each layer, got ", a.weights.size());
-    const Tensor& first = a.weights[1];
-    STD_TORCH_CHECK(first.dim() == 2, op_, ": w_hh must be [G H, H], got ", shape_text(first));
-    hidden_ = first.size(1);
+    recurrences_ = static_cast<int>(a.weights.size()) / weights_each_;
+    STD_TORCH_CHECK(recurrences_ > 0 && a.weights.size() % (weights_each_ * directions_) == 0, op_,
+                    ": weights must be ", weights_each_, " tensors for each of the ", directions_,
+                    " directions of each layer, got ", a.weights.size());
+    const Tensor& first_w_hh = a.weights[1];
+    STD_TORCH_CHECK(first_w_hh.dim() == 2, op_, ": w_hh must be [G H, H], got ", shape_text(first_w_hh));
+    hidden_ = first_w_hh.size(1);
     read_x(a);
-    h0_.emplace(a.h0, op_, "h0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
-    c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{rows_, batch_, hidden_});
-    y_ = packed_ ? empty({total_, directions_ * hidden_}, kScalarType<S>)
+    h0_.emplace(a.h0, op_, "h0", std::initializer_list<int64_t>{recurrences_, batch_, hidden_});
+    c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{recurrences_, batch_, hidden_});
+    y_ = packed_ ? empty({rows_, directions_ * hidden_}, kScalarType<S>)
                  : empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
-    h_n_ = empty({rows_, batch_, hidden_}, kScalarType<S>);
-    c_n_ = empty({mode_ == Mode::kLstm ? rows_ : 0, batch_, hidden_}, kScalarType<S>);
-    for (int row = 0; row < rows_; ++row) add_row(a, row);
+    h_n_ = empty({recurrences_, batch_, hidden_}, kScalarType<S>);
+    c_n_ = empty({mode_ == Mode::kLstm ? recurrences_ : 0, batch_, hidden_}, kScalarType<S>);
+    for (int r = 0; r < recurrences_; ++r) add_recurrence(a, r);
   }
 
   std::tuple<Tensor, Tensor, Tensor> run() {
     if (steps_ == 0) {
       for (const RecurrenceForwardParams<S>& p : params_) {
-        pass_state(batch_ * hidden_, p.h0, p.h_n);
-        pass_state(batch_ * hidden_, p.c0, p.c_n);
+        copy_state(batch_ * hidden_, p.h0, p.h_n);
+        copy_state(batch_ * hidden_, p.c0, p.c_n);
       }
+      return results();
+    }
+    const int threads = team_size(max_threads());
+    // A wavefront divides the sequence, and a state of 16 bits would be rounded at each division.
+    const bool divisible = sizeof(S) > 2 && !packed_ && steps_ >= 2 * kWavefrontSteps;
+    const int concurrent = directions_ == 2 ? 2 : (divisible ? recurrences_ : 1);
+    if (!kernel().one_thread_per_recurrence(params_[0].sizes, concurrent, threads)) {
+      const int useful = this->threads();
+      prepare(useful);
+      run_team(useful, [&](const ThreadTeam& team) { run_in_turn(team); });
+      finish();
+    } else if (directions_ == 2) {
+      run_both_directions();
     } else {
-      const int threads = team_size(max_threads());
-      // Pieces of a layer would round states of 16 bits where they meet.
-      const int apart = directions_ == 2 ? 2 : (sizeof(S) == 2 || packed_ || steps_ < 2 * kWaveSteps ? 1 : rows_);
-      if (kernel().one_thread_per_recurrence(params_[0].sizes, apart, threads)) {
-        directions_ == 2 ? run_directions() : run_wavefront(std::min(threads, rows_));
-      } else {
-        const int useful = this->threads();
-        prepare(useful);
-        run_team(useful, [&](const ThreadTeam& team) { run_rows(team); });
-        finish();
-      }
+      run_wavefront(std::min(threads, recurrences_));
     }
     return results();
   }
 
-  // The same in three parts, for whoever runs it with a team that has more to do: what comes before, of a team of so
-  // many threads at most; a team's part, after which it has met; what comes after. At least one step.
+  // The stages of a run by a team that has other work, too. The sequence must have at least one step: choose a team of
+  // at least threads(); prepare(size of the team); run_in_turn(team) on all its threads, which ends with a barrier;
+  // finish(). results() may be called at any time.
   int threads() const {
     int most = 1;
     for (const RecurrenceForwardParams<S>& p : params_) most = std::max(most, kernel().threads(p.sizes, max_threads()));
     return team_size(most);
   }
   void prepare(int threads) {
-    find_weights(threads);
-    workspace_ = workspace_of<S>(most_workspace(steps_, threads));
+    find_packed_weights(threads);
+    workspace_.emplace(max_workspace(steps_, threads));
   }
-  void run_rows(const ThreadTeam& team) {
-    pack(team);
-    for (int row = 0; row < rows_; ++row) {
-      RecurrenceForwardParams<S> p = params_[row];
-      p.workspace = place_in_workspace(0);
+  void run_in_turn(const ThreadTeam& team) {
+    pack_weights(team);
+    for (int r = 0; r < recurrences_; ++r) {
+      RecurrenceForwardParams<S> p = params_[r];
+      p.workspace = workspace_->get();
       kernel().forward(p, team);
       team.sync();
-      if (directions_ == 1 || row % 2 == 0) continue;
-      merge_directions(row / 2, team.slice(total_));
+      if (directions_ == 1 || r % 2 == 0) continue;
+      interleave_directions(r / 2, team.slice(rows_));
       team.sync();
     }
   }
   void finish() {
-    for (const PackedFor<S>& w : weights_) w.remember();
+    for (const PackedRnnWeights<S>& w : packed_weights_) w.insert_into_cache();
   }
   std::tuple<Tensor, Tensor, Tensor> results() const { return {y_, h_n_, c_n_}; }
 
@@ -117,17 +128,18 @@ class Stack {
  private:
   static const RecurrenceKernels<S>& kernel() { return kernels().recurrence<S>(); }
 
-  int layers() const { return rows_ / directions_; }
+  int layers() const { return recurrences_ / directions_; }
 
-  // The steps, and what the first layer reads of them.
-  void read_x(const StackArguments& a) {
-    const bool by_table = !a.tables.empty();
+  // ---- arguments
+
+  void read_x(const MultilayerRnnArguments& a) {
+    const bool ids_given = !a.input_projections.empty();
     packed_ = a.batch_sizes.has_value();
-    const int64_t dims = (packed_ ? 1 : 2) + (by_table ? 0 : 1);
-    STD_TORCH_CHECK(a.x.dim() == dims, op_, ": x must be [T, B, I], or [N, I] with batch_sizes, or such ids, got ",
+    const int64_t dim = (packed_ ? 1 : 2) + (ids_given ? 0 : 1);
+    STD_TORCH_CHECK(a.x.dim() == dim, op_, ": x must be [T, B, I], or [N, I] with batch_sizes, or such ids, got ",
                     shape_text(a.x));
     if (packed_) {
-      offsets_ = offsets_of(op_, a.x.size(0), *a.batch_sizes);
+      offsets_ = packed_row_offsets(op_, a.x.size(0), *a.batch_sizes);
       STD_TORCH_CHECK(offsets_.size() > 1 || (a.h0.has_value() && a.h0->dim() == 3), op_,
                       ": h0 must be [L, B, H] with batch_sizes of no steps");
       batch_ = offsets_.size() > 1 ? offsets_[1] : a.h0->size(1);
@@ -136,129 +148,139 @@ class Stack {
       for (int64_t t = 0; t <= a.x.size(0); ++t) offsets_.push_back(t * batch_);
     }
     steps_ = static_cast<int64_t>(offsets_.size()) - 1;
-    total_ = offsets_.back();
+    rows_ = offsets_.back();
     STD_TORCH_CHECK(a.x.is_cpu(), op_, ": x must be on cpu");
-    STD_TORCH_CHECK(a.x.scalar_type() == (by_table ? ScalarType::Long : kScalarType<S>), op_,
-                    by_table ? ": x must be int64 with tables" : ": x must have the dtype of the others");
+    STD_TORCH_CHECK(a.x.scalar_type() == (ids_given ? ScalarType::Long : kScalarType<S>), op_,
+                    ids_given ? ": x must be int64 with input_projections" : ": x must have the dtype of the others");
     x_ = dense(a.x);
-    if (!by_table) return;
-    const int64_t gates = gates_of(mode_) * hidden_, known = a.tables[0].dim() == 2 ? a.tables[0].size(0) : 0;
-    STD_TORCH_CHECK(static_cast<int>(a.tables.size()) == directions_, op_, ": tables must be one for each direction");
-    for (const Tensor& table : a.tables)
-      tables_.emplace_back(table, op_, "table", std::initializer_list<int64_t>{known, gates});
+    if (ids_given) read_input_projections(a);
+  }
+
+  void read_input_projections(const MultilayerRnnArguments& a) {
+    const Tensor& first = a.input_projections[0];
+    const int64_t gates = gates_of(mode_) * hidden_, vocabulary = first.dim() == 2 ? first.size(0) : 0;
+    STD_TORCH_CHECK(static_cast<int>(a.input_projections.size()) == directions_, op_,
+                    ": input_projections must be one tensor for each direction");
+    for (const Tensor& t : a.input_projections)
+      input_projections_.emplace_back(t, op_, "input_projections", std::initializer_list<int64_t>{vocabulary, gates});
     const int64_t* ids = data<int64_t>(x_);
-    for (int64_t n = 0; n < total_; ++n) {
-      STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < known, op_, ": ids must be from 0 to ", known - 1, ", got ", ids[n]);
+    for (int64_t n = 0; n < rows_; ++n) {
+      STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < vocabulary, op_, ": ids must be from 0 to ", vocabulary - 1, ", got ",
+                      ids[n]);
     }
   }
 
-  void add_row(const StackArguments& a, int row) {
-    const int layer = row / directions_;
-    const bool by_table = layer == 0 && !tables_.empty();
-    const int64_t input = by_table ? 0 : (layer == 0 ? a.x.size(a.x.dim() - 1) : directions_ * hidden_);
+  void add_recurrence(const MultilayerRnnArguments& a, int r) {
+    const int layer = r / directions_;
+    const bool ids_given = layer == 0 && !input_projections_.empty();
+    const int64_t input = ids_given ? 0 : (layer == 0 ? a.x.size(a.x.dim() - 1) : directions_ * hidden_);
     const int64_t gates = gates_of(mode_) * hidden_;
     const auto weight = [&](int i, const char* name, std::initializer_list<int64_t> sizes) {
-      inputs_.emplace_back(a.weights[row * each_ + i], op_, name, sizes);
-      return inputs_.back().get();
+      weights_.emplace_back(a.weights[r * weights_each_ + i], op_, name, sizes);
+      return weights_.back().get();
     };
     RecurrenceForwardParams<S> p = {};
-    p.sizes = {mode_, steps_, batch_, input, hidden_, hidden_, offsets_.data(), row % directions_ == 1};
-    if (!by_table) p.w_ih = weight(0, "w_ih", {gates, input});
+    p.sizes = {mode_, steps_, batch_, input, hidden_, hidden_, offsets_.data(), r % directions_ == 1};
+    if (!ids_given) p.w_ih = weight(0, "w_ih", {gates, input});
     p.w_hh = weight(1, "w_hh", {gates, hidden_});
-    if (each_ == 4) {
-      if (!by_table) p.b_ih = weight(2, "b_ih", {gates});
+    if (weights_each_ == 4) {
+      if (!ids_given) p.b_ih = weight(2, "b_ih", {gates});
       p.b_hh = weight(3, "b_hh", {gates});
     }
-    const int64_t at = row * batch_ * hidden_;
-    if (h0_->get() != nullptr) p.h0 = h0_->get() + at;
-    if (c0_->get() != nullptr) p.c0 = c0_->get() + at;
-    p.h_n = mutable_data<S>(h_n_) + at;
-    if (mode_ == Mode::kLstm) p.c_n = mutable_data<S>(c_n_) + at;
-    // What a layer reads is what the one before has written; that of two directions has yet to be put side by side.
-    if (by_table) {
-      p.input_projections = tables_[row].get(), p.input_ids = data<int64_t>(x_);
+    const int64_t state_offset = r * batch_ * hidden_;
+    if (h0_->get() != nullptr) p.h0 = h0_->get() + state_offset;
+    if (c0_->get() != nullptr) p.c0 = c0_->get() + state_offset;
+    p.h_n = mutable_data<S>(h_n_) + state_offset;
+    if (mode_ == Mode::kLstm) p.c_n = mutable_data<S>(c_n_) + state_offset;
+    if (ids_given) {
+      p.input_projections = input_projections_[r].get(), p.input_ids = data<int64_t>(x_);
     } else {
       p.x = layer == 0 ? data<S>(x_) : layer_output(layer - 1);
     }
-    p.y = directions_ == 1 ? layer_output(layer) : direction_output(row % 2);
+    p.y = directions_ == 1 ? layer_output(layer) : direction_output(r % 2);
     params_.push_back(p);
   }
 
-  S* place(std::optional<Tensor>& tensor, int64_t width) {
-    if (!tensor.has_value()) tensor = empty({total_, width}, kScalarType<S>);
+  // ---- outputs
+
+  S* allocated_rows(std::optional<Tensor>& tensor, int64_t width) {
+    if (!tensor.has_value()) tensor = empty({rows_, width}, kScalarType<S>);
     return mutable_data<S>(*tensor);
   }
-  // The output of every layer has a place of its own: in a wavefront all are being written at once.
+  // Every layer has its own output, because the layers of a wavefront write at the same time.
   S* layer_output(int layer) {
     if (layer == layers() - 1) return mutable_data<S>(y_);
-    outputs_.resize(layers());
-    return place(outputs_[layer], directions_ * hidden_);
+    layer_outputs_.resize(layers());
+    return allocated_rows(layer_outputs_[layer], directions_ * hidden_);
   }
-  S* direction_output(int direction) { return place(halves_[direction], hidden_); }
+  S* direction_output(int direction) { return allocated_rows(direction_outputs_[direction], hidden_); }
 
-  void merge_directions(int layer, Range rows) {
+  // Copies the outputs of both directions into the layer's output [N, 2 H].
+  void interleave_directions(int layer, Range rows) {
     S* target = layer_output(layer);
     for (int64_t n = rows.begin; n < rows.end; ++n) {
       for (int d = 0; d < 2; ++d) {
-        std::memcpy(target + (2 * n + d) * hidden_, data<S>(*halves_[d]) + n * hidden_, hidden_ * sizeof(S));
+        std::memcpy(target + (2 * n + d) * hidden_, data<S>(*direction_outputs_[d]) + n * hidden_, hidden_ * sizeof(S));
       }
     }
   }
 
-  // One thread for each direction.
-  void run_directions() {
-    find_weights(2);
-    const int64_t space = most_workspace(steps_, 1);
-    workspace_ = workspace_of<S>(2 * space);
+  // ---- one thread per recurrence
+
+  void run_both_directions() {
+    find_packed_weights(2);
+    const int64_t elements = max_workspace(steps_, 1);
+    workspace_.emplace(2 * elements);
     run_team(2, [&](const ThreadTeam& team) {
-      pack(team);
-      Barrier alone;
+      pack_weights(team);
+      Barrier unused;
       for (int layer = 0; layer < layers(); ++layer) {
         for (int d = team.rank; d < 2; d += team.size) {
           RecurrenceForwardParams<S> p = params_[2 * layer + d];
-          p.workspace = place_in_workspace(team.rank * space);
-          kernel().forward(p, ThreadTeam{0, 1, &alone});
+          p.workspace = workspace_->get() + team.rank * elements;
+          kernel().forward(p, ThreadTeam{0, 1, &unused});
         }
         team.sync();
-        merge_directions(layer, team.slice(total_));
+        interleave_directions(layer, team.slice(rows_));
         team.sync();
       }
     });
     finish();
   }
 
-  // Layers are dealt out in turn. Each goes by pieces of some steps, and waits only for the same piece of the one
-  // below.
+  // Thread i runs layers i, i + size, i + 2 size, ..., in chunks of kWavefrontSteps steps. A chunk waits only for the
+  // same chunk of the layer below.
   void run_wavefront(int threads) {
-    find_weights(threads);
-    const int64_t space = most_workspace(kWaveSteps, 1);
-    workspace_ = workspace_of<S>(threads * space);
-    std::deque<Progress> done(rows_);
+    find_packed_weights(threads);
+    const int64_t elements = max_workspace(kWavefrontSteps, 1);
+    workspace_.emplace(threads * elements);
+    std::deque<Progress> finished_chunks(recurrences_);
     run_team(threads, [&](const ThreadTeam& team) {
-      pack(team);
-      Barrier alone;
-      const int64_t pieces = (steps_ + kWaveSteps - 1) / kWaveSteps;
-      const int64_t rounds = pieces + (rows_ - 1) / team.size;
+      pack_weights(team);
+      Barrier unused;
+      const int64_t chunks = (steps_ + kWavefrontSteps - 1) / kWavefrontSteps;
+      const int64_t rounds = chunks + (recurrences_ - 1) / team.size;
       for (int64_t round = 0; round < rounds; ++round) {
-        for (int row = team.rank; row < rows_; row += team.size) {
-          // A layer is so many rounds behind the first one of its thread that nobody waits for what is yet to be begun.
-          const int64_t piece = round - row / team.size;
-          if (piece < 0 || piece >= pieces) continue;
-          if (row > 0) done[row - 1].await(piece + 1);
-          RecurrenceForwardParams<S> p = piece_of(row, piece * kWaveSteps);
-          p.workspace = place_in_workspace(team.rank * space);
-          kernel().forward(p, ThreadTeam{0, 1, &alone});
-          done[row].reach(piece + 1);
+        for (int r = team.rank; r < recurrences_; r += team.size) {
+          // A thread's second layer starts one round after its first, and so on: no chunk waits for one of a later
+          // round.
+          const int64_t chunk = round - r / team.size;
+          if (chunk < 0 || chunk >= chunks) continue;
+          if (r > 0) finished_chunks[r - 1].await(chunk + 1);
+          RecurrenceForwardParams<S> p = chunk_params(r, chunk * kWavefrontSteps);
+          p.workspace = workspace_->get() + team.rank * elements;
+          kernel().forward(p, ThreadTeam{0, 1, &unused});
+          finished_chunks[r].reach(chunk + 1);
         }
       }
     });
     finish();
   }
 
-  // Some steps of a row, from `begin` on, which go on from where the ones before have left the state.
-  RecurrenceForwardParams<S> piece_of(int row, int64_t begin) const {
-    RecurrenceForwardParams<S> p = params_[row];
-    p.sizes.steps = std::min(kWaveSteps, steps_ - begin);
+  // At most kWavefrontSteps steps of recurrence r, from `begin` on. They continue from the state before `begin`.
+  RecurrenceForwardParams<S> chunk_params(int r, int64_t begin) const {
+    RecurrenceForwardParams<S> p = params_[r];
+    p.sizes.steps = std::min(kWavefrontSteps, steps_ - begin);
     if (p.input_projections == nullptr) {
       p.x += begin * batch_ * p.sizes.input;
     } else {
@@ -272,15 +294,17 @@ class Stack {
     return p;
   }
 
-  void find_weights(int threads) {
-    for (RecurrenceForwardParams<S>& p : params_) weights_.emplace_back(p, threads);
+  // ---- weights and workspace
+
+  void find_packed_weights(int threads) {
+    for (RecurrenceForwardParams<S>& p : params_) packed_weights_.emplace_back(p, threads);
   }
-  void pack(const ThreadTeam& team) const {
-    for (const PackedFor<S>& w : weights_) w.pack(team);
+  void pack_weights(const ThreadTeam& team) const {
+    for (const PackedRnnWeights<S>& w : packed_weights_) w.pack(team);
   }
 
-  // Of a team of so many threads that runs at most so many steps of any row at a time.
-  int64_t most_workspace(int64_t steps, int threads) const {
+  // Elements for any recurrence in chunks of `steps` steps.
+  int64_t max_workspace(int64_t steps, int threads) const {
     int64_t most = 0;
     for (const RecurrenceForwardParams<S>& p : params_) {
       for (int64_t n : {std::min(steps, steps_), steps_ % steps}) {
@@ -291,27 +315,25 @@ class Stack {
     }
     return most;
   }
-  Compute<S>* place_in_workspace(int64_t offset) const {
-    return workspace_ ? mutable_data<Compute<S>>(*workspace_) + offset : nullptr;
-  }
 
   const char* op_;
   const Mode mode_;
   const int directions_;
-  const int each_;  // tensors of a row
-  int rows_;
+  const int weights_each_;  // tensors in `weights` of each recurrence
+  int recurrences_;         // R
   bool packed_;
-  int64_t steps_, batch_, hidden_, total_;  // total_: rows of all steps
+  int64_t steps_, batch_, hidden_;
+  int64_t rows_;  // N
   std::vector<int64_t> offsets_;
   Tensor x_, y_, h_n_, c_n_;
   std::optional<Input<S>> h0_, c0_;
-  std::deque<Input<S>> tables_;
-  std::deque<Input<S>> inputs_;
-  std::vector<std::optional<Tensor>> outputs_;  // of the layers but the last
-  std::optional<Tensor> halves_[2];             // of the directions of a layer
-  std::vector<RecurrenceForwardParams<S>> params_;
-  std::deque<PackedFor<S>> weights_;  // of each row
-  OptionalTensor workspace_;
+  std::deque<Input<S>> input_projections_;
+  std::deque<Input<S>> weights_;
+  std::vector<std::optional<Tensor>> layer_outputs_;  // of all layers but the last
+  std::optional<Tensor> direction_outputs_[2];        // of one layer at a time
+  std::vector<RecurrenceForwardParams<S>> params_;    // of each recurrence
+  std::deque<PackedRnnWeights<S>> packed_weights_;    // of each recurrence
+  std::optional<Workspace<Compute<S>>> workspace_;
 };
 
 }  // namespace llm_ext

@@ -1,118 +1,132 @@
-// The recurrence on the CPU: allocate, fill, launch.
+// rnn_*, gru_* and lstm_* on the CPU.
+#include "torch/ops/rnn_cpu.h"
+
 #include "cpu/kernels.h"
-#include "torch/ops/rnn_launch_cpu.h"
+#include "torch/alloc/workspace.h"
 #include "torch/ops/rnn.h"
+#include "torch/threads/run_team.h"
+#include "torch/weight_cache/packed_rnn_weights.h"
 
 namespace llm_ext {
 namespace {
 
-void refuse_lengths(const Arguments& a) {
-  STD_TORCH_CHECK(!a.lengths.has_value(), a.op, ": lengths must be made batch_sizes on cpu");
+// Sets `packed` and `workspace` of the params. The sequence must have at least one step.
+template <typename S>
+void run_forward(RecurrenceForwardParams<S>& p) {
+  const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
+  const int threads = team_size(kernel.threads(p.sizes, max_threads()));
+  const Workspace<Compute<S>> workspace(kernel.forward_workspace(p.sizes, threads));
+  p.workspace = workspace.get();
+  const PackedRnnWeights<S> weights(p, threads);
+  run_team(threads, [&](const ThreadTeam& team) {
+    weights.pack(team);
+    kernel.forward(p, team);
+  });
+  weights.insert_into_cache();
 }
 
-struct Cpu {
-  static ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const OptionalTensor& b_hh, bool needs_autograd) {
-    return with_type<float, double, BFloat16, Float16>(a.x, a.op, "x", [&](auto type) {
+struct RnnCpu {
+  static RnnForwardResults forward(const RnnForwardArguments& a) {
+    return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
       using S = decltype(type);
-      refuse_lengths(a);
-      const Recurrence<S> r(a);
-      const RecurrenceSizes& s = r.sizes;
-      const Input<S> b_ih_in = r.input("b_ih", b_ih, {r.gates()});
-      const Input<S> b_hh_in = r.input("b_hh", b_hh, {r.gates()});
-      const Tensor y = r.empty_rows(s.output);
-      const Output<S> h_n = r.state_output(true, s.output);
+      STD_TORCH_CHECK(!a.lengths->has_value(), a.op, ": lengths are not supported on cpu; give batch_sizes");
+      const CheckedRnnArguments<S> args(a);
+      const RecurrenceSizes& s = args.sizes();
+      const Input<S> b_ih = args.input("b_ih", *a.b_ih, {args.gates()});
+      const Input<S> b_hh = args.input("b_hh", *a.b_hh, {args.gates()});
+      const Tensor y = args.empty_rows(s.output);
+      const Output<S> h_n = args.state_output(true, s.output);
       std::optional<Output<S>> c_n;
-      if (s.mode == Mode::kLstm) c_n.emplace(r.state_output(true, s.hidden));
+      if (s.mode == Mode::kLstm) c_n.emplace(args.state_output(true, s.hidden));
       OptionalTensor saved;
-      if (saved_blocks(s.mode, false) > 0) saved = r.empty_saved(needs_autograd);
+      if (saved_blocks(s.mode, false) > 0) saved = args.empty_saved(a.needs_autograd);
 
-      RecurrenceForwardParams<S> p = {s,
-                                      r.x(),
-                                      r.h0(),
-                                      r.c0(),
-                                      r.w_ih(),
-                                      r.w_hh(),
-                                      b_ih_in.get(),
-                                      b_hh_in.get(),
-                                      r.w_hr(),
-                                      mutable_data<S>(y),
-                                      h_n.get(),
-                                      c_n ? c_n->get() : nullptr,
-                                      needs_autograd ? mutable_data<S>(*saved) : nullptr,
-                                      nullptr,
-                                      nullptr};
+      RecurrenceForwardParams<S> p = {};
+      p.sizes = s;
+      p.x = args.x();
+      p.h0 = args.h0();
+      p.c0 = args.c0();
+      p.w_ih = args.w_ih();
+      p.w_hh = args.w_hh();
+      p.b_ih = b_ih.get();
+      p.b_hh = b_hh.get();
+      p.w_hr = args.w_hr();
+      p.y = mutable_data<S>(y);
+      p.h_n = h_n.get();
+      p.c_n = c_n ? c_n->get() : nullptr;
+      p.saved = a.needs_autograd ? mutable_data<S>(*saved) : nullptr;
       if (s.steps > 0) {
-        launch_forward(p);
+        run_forward(p);
       } else {
-        pass_state(s.batch * s.output, p.h0, p.h_n);
-        pass_state(s.batch * s.hidden, p.c0, p.c_n);
+        copy_state(s.batch * s.output, p.h0, p.h_n);
+        copy_state(s.batch * s.hidden, p.c0, p.c_n);
       }
-      return ForwardResults{y, h_n.tensor(), c_n ? OptionalTensor(c_n->tensor()) : std::nullopt, saved};
+      return RnnForwardResults{y, h_n.tensor(), c_n ? OptionalTensor(c_n->tensor()) : std::nullopt, saved};
     });
   }
 
-  static BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
-                                  const OptionalTensor& grad_c_n, const Tensor& y, const OptionalTensor& saved,
-                                  const Needs& need) {
-    return with_type<float, double, BFloat16, Float16>(a.x, a.op, "x", [&](auto type) {
+  static RnnBackwardResults backward(const RnnBackwardArguments& a) {
+    return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
       using S = decltype(type);
-      const Recurrence<S> r(a);
-      const RecurrenceSizes& s = r.sizes;
-      const Tensor y_dense = r.dense_rows("y", y, s.output);
-      OptionalTensor grad_y_dense;
-      if (grad_y.has_value()) grad_y_dense = r.dense_rows("grad_y", *grad_y, s.output);
-      const Input<S> grad_h_n_in = r.state_input("grad_h_n", grad_h_n, s.output);
-      const Input<S> grad_c_n_in = r.state_input("grad_c_n", grad_c_n, s.hidden);
+      const CheckedRnnArguments<S> args(a);
+      const RecurrenceSizes& s = args.sizes();
+      const Tensor y = args.dense_rows("y", *a.y, s.output);
+      OptionalTensor grad_y;
+      if (a.grad_y->has_value()) grad_y = args.dense_rows("grad_y", **a.grad_y, s.output);
+      const Input<S> grad_h_n = args.state_input("grad_h_n", *a.grad_h_n, s.output);
+      const Input<S> grad_c_n = args.state_input("grad_c_n", *a.grad_c_n, s.hidden);
       const int64_t saved_width = saved_blocks(s.mode, s.projected()) * s.hidden;
-      const Input<S> saved_in = r.input("saved", saved, {r.rows(), saved_width});
+      const Input<S> saved =
+          args.input("saved", a.saved != nullptr ? OptionalTensor(*a.saved) : kNone, {args.rows(), saved_width});
 
       const Output<S> none(false, {});
-      const Tensor dx = need.dx ? r.empty_rows(s.input) : none.tensor();
-      const Output<S> dh0 = r.state_output(need.dh0 && r.h0() != nullptr, s.output);
-      const Output<S> dc0 = r.state_output(need.dc0 && r.c0() != nullptr, s.hidden);
-      const Output<S> dw_ih(need.dw_ih, {r.gates(), s.input});
-      const Output<S> dw_hh(need.dw_hh, {r.gates(), s.output});
-      const Output<S> dw_hr(need.dw_hr && s.projected(), {s.output, s.hidden});
-      const Output<S> db_ih(need.db_ih, {r.gates()});
-      const Output<S> db_hh(need.db_hh, {r.gates()});
+      const Tensor dx = a.need_dx ? args.empty_rows(s.input) : none.tensor();
+      const Output<S> dh0 = args.state_output(a.need_dh0 && args.h0() != nullptr, s.output);
+      const Output<S> dc0 = args.state_output(a.need_dc0 && args.c0() != nullptr, s.hidden);
+      const Output<S> dw_ih(a.need_dw_ih, {args.gates(), s.input});
+      const Output<S> dw_hh(a.need_dw_hh, {args.gates(), s.output});
+      const Output<S> dw_hr(a.need_dw_hr && s.projected(), {s.output, s.hidden});
+      const Output<S> db_ih(a.need_db_ih, {args.gates()});
+      const Output<S> db_hh(a.need_db_hh, {args.gates()});
 
       const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
       const int threads = team_size(kernel.threads(s, max_threads()));
-      const Tensor workspace = empty({kernel.backward_workspace(s, threads)}, kScalarType<Compute<S>>);
-      const RecurrenceBackwardParams<S> p = {s,
-                                             grad_y_dense ? data<S>(*grad_y_dense) : nullptr,
-                                             grad_h_n_in.get(),
-                                             grad_c_n_in.get(),
-                                             r.x(),
-                                             r.h0(),
-                                             r.c0(),
-                                             r.w_ih(),
-                                             r.w_hh(),
-                                             r.w_hr(),
-                                             data<S>(y_dense),
-                                             saved_in.get(),
-                                             need.dx ? mutable_data<S>(dx) : nullptr,
-                                             dh0.get(),
-                                             dc0.get(),
-                                             dw_ih.get(),
-                                             dw_hh.get(),
-                                             dw_hr.get(),
-                                             db_ih.get(),
-                                             db_hh.get(),
-                                             mutable_data<Compute<S>>(workspace)};
+      const Workspace<Compute<S>> workspace(kernel.backward_workspace(s, threads));
+      RecurrenceBackwardParams<S> p = {};
+      p.sizes = s;
+      p.grad_y = grad_y ? data<S>(*grad_y) : nullptr;
+      p.grad_h_n = grad_h_n.get();
+      p.grad_c_n = grad_c_n.get();
+      p.x = args.x();
+      p.h0 = args.h0();
+      p.c0 = args.c0();
+      p.w_ih = args.w_ih();
+      p.w_hh = args.w_hh();
+      p.w_hr = args.w_hr();
+      p.y = data<S>(y);
+      p.saved = saved.get();
+      p.dx = a.need_dx ? mutable_data<S>(dx) : nullptr;
+      p.dh0 = dh0.get();
+      p.dc0 = dc0.get();
+      p.dw_ih = dw_ih.get();
+      p.dw_hh = dw_hh.get();
+      p.dw_hr = dw_hr.get();
+      p.db_ih = db_ih.get();
+      p.db_hh = db_hh.get();
+      p.workspace = workspace.get();
       if (s.steps == 0) {
-        pass_state(s.batch * s.output, p.grad_h_n, p.dh0);
-        pass_state(s.batch * s.hidden, p.grad_c_n, p.dc0);
+        copy_state(s.batch * s.output, p.grad_h_n, p.dh0);
+        copy_state(s.batch * s.hidden, p.grad_c_n, p.dc0);
       }
       run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
-      return BackwardResults{dx,
-                             dh0.tensor(),
-                             dc0.tensor(),
-                             dw_ih.tensor(),
-                             dw_hh.tensor(),
-                             db_ih.tensor(),
-                             db_hh.tensor(),
-                             dw_hr.tensor()};
+      return RnnBackwardResults{dx,
+                                dh0.tensor(),
+                                dc0.tensor(),
+                                dw_ih.tensor(),
+                                dw_hh.tensor(),
+                                db_ih.tensor(),
+                                db_hh.tensor(),
+                                dw_hr.tensor()};
     });
   }
 };
@@ -120,11 +134,4 @@ struct Cpu {
 }  // namespace
 }  // namespace llm_ext
 
-STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
-  m.impl("rnn_forward", TORCH_BOX(&llm_ext::rnn_forward<llm_ext::Cpu>));
-  m.impl("rnn_backward", TORCH_BOX(&llm_ext::rnn_backward<llm_ext::Cpu>));
-  m.impl("gru_forward", TORCH_BOX(&llm_ext::gru_forward<llm_ext::Cpu>));
-  m.impl("gru_backward", TORCH_BOX(&llm_ext::gru_backward<llm_ext::Cpu>));
-  m.impl("lstm_forward", TORCH_BOX(&llm_ext::lstm_forward<llm_ext::Cpu>));
-  m.impl("lstm_backward", TORCH_BOX(&llm_ext::lstm_backward<llm_ext::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) { llm_ext::register_rnn_ops<llm_ext::RnnCpu>(m); }

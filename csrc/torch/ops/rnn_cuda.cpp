@@ -27,7 +27,7 @@ template <>
 inline constexpr cuda::Type kType<Float16> = cuda::Type::kFloat16;
 
 // An op comes here as soon as one of its arguments is on such a device.
-int32_t device_of(const char* op, const Tensor& x) {
+int32_t cuda_index_of(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), op, ": x must be on the device of the others");
   return x.get_device_index();
 }
@@ -69,13 +69,12 @@ void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 
 // What makes one direction: its arguments and biases, or the gradients that come in and those that are to go out.
 struct ForwardArguments {
-  Arguments common;
+  RnnArguments common;
   OptionalTensor b_ih, b_hh;
 };
 struct BackwardArguments {
-  Arguments common;
+  RnnBackwardArguments common;  // without the gradients of the states
   OptionalTensor grad_h_n, grad_c_n;
-  Needs need;
 };
 
 // One or two directions of a layer, the second of which is the other way round. What two have in common lies side by
@@ -87,7 +86,7 @@ class Layer {
   explicit Layer(const std::vector<DirectionArguments>& directions)
       : op_(directions[0].common.op),
         tf32_(directions[0].common.tf32),
-        on_(op_, device_of(op_, directions[0].common.x)) {
+        on_(op_, cuda_index_of(op_, *directions[0].common.x)) {
     for (const DirectionArguments& d : directions) r_.emplace_back(d.common);
     // Kernels count each of them in int.
     for (int64_t size : {sizes().steps, sizes().batch, sizes().hidden}) {
@@ -96,9 +95,9 @@ class Layer {
     if (common().packed()) offsets_ = offsets_on_device();
   }
 
-  ForwardResults forward(const std::vector<ForwardArguments>& given, bool needs_autograd) const {
+  RnnForwardResults forward(const std::vector<ForwardArguments>& given, bool needs_autograd) const {
     const RecurrenceSizes& s = sizes();
-    ForwardResults out = {common().empty_rows(directions() * s.output), new_states(s.output), {}, {}};
+    RnnForwardResults out = {common().empty_rows(directions() * s.output), new_states(s.output), {}, {}};
     if (s.mode == Mode::kLstm) out.c_n = new_states(s.hidden);
     if (saved_blocks(s.mode, false) > 0) out.saved = new_matrix(needs_autograd ? directions() * rows() : 0, saved_width());
 
@@ -106,7 +105,7 @@ class Layer {
     std::deque<Input<S>> biases;
     std::vector<Tensor> gates_x;
     for (int d = 0; d < directions(); ++d) {
-      const Recurrence<S>& r = r_[d];
+      const CheckedRnnArguments<S>& r = r_[d];
       const Input<S>& b_ih = biases.emplace_back(r.input("b_ih", given[d].b_ih, {r.gates()}));
       const Input<S>& b_hh = biases.emplace_back(r.input("b_hh", given[d].b_hh, {r.gates()}));
       if (nothing_to_do()) continue;
@@ -114,7 +113,7 @@ class Layer {
       const Tensor w_ih = transposed(w_ih_of(r));
       b_ih.tensor() ? multiply_add(z, x(), w_ih, *b_ih.tensor()) : multiply(z, x(), w_ih);
       cuda::ForwardDirection<S>& to = call.direction[d];
-      to.reverse = r.sizes.reverse;
+      to.reverse = r.sizes().reverse;
       to.gates_x = data<S>(z);
       to.w_hh = r.w_hh();
       to.w_hr = r.w_hr();
@@ -140,34 +139,34 @@ class Layer {
   }
 
   // Of each direction; dx, dh0 and dc0 are those of all, in every one of them.
-  std::vector<BackwardResults> backward(const std::vector<BackwardArguments>& given, const OptionalTensor& grad_y,
+  std::vector<RnnBackwardResults> backward(const std::vector<BackwardArguments>& given, const OptionalTensor& grad_y,
                                         const Tensor& y, const OptionalTensor& saved) const {
     const RecurrenceSizes& s = sizes();
     const Tensor y_in = common().dense_rows("y", y, directions() * s.output);
     OptionalTensor grad_y_in;
     if (grad_y.has_value()) grad_y_in = common().dense_rows("grad_y", *grad_y, directions() * s.output);
     const Input<S> saved_in = common().input("saved", saved, {directions() * rows(), saved_width()});
-    const bool need_dh0 = given[0].need.dh0 && common().h0() != nullptr;
-    const bool need_dc0 = given[0].need.dc0 && common().c0() != nullptr;
-    const Tensor dx = given[0].need.dx ? common().empty_rows(s.input) : nothing();
+    const bool need_dh0 = given[0].common.need_dh0 && common().h0() != nullptr;
+    const bool need_dc0 = given[0].common.need_dc0 && common().c0() != nullptr;
+    const Tensor dx = given[0].common.need_dx ? common().empty_rows(s.input) : nothing();
     const Tensor dh0 = need_dh0 ? new_states(s.output) : nothing();
     const Tensor dc0 = need_dc0 ? new_states(s.hidden) : nothing();
 
     cuda::RecurrenceBackward<S> call = {shape(), {}, nullptr};
     std::deque<Input<S>> states;
     std::vector<Tensor> dz, dh;
-    std::vector<BackwardResults> out;
+    std::vector<RnnBackwardResults> out;
     for (int d = 0; d < directions(); ++d) {
-      const Recurrence<S>& r = r_[d];
-      const Needs& need = given[d].need;
+      const CheckedRnnArguments<S>& r = r_[d];
+      const RnnBackwardArguments& need = given[d].common;
       const Input<S>& grad_h_n = states.emplace_back(r.state_input("grad_h_n", given[d].grad_h_n, s.output));
       const Input<S>& grad_c_n = states.emplace_back(r.state_input("grad_c_n", given[d].grad_c_n, s.hidden));
       const auto place_for = [&](bool wanted, std::initializer_list<int64_t> shape) {
         return r.output(wanted, shape).tensor();
       };
-      out.push_back({dx, dh0, dc0, place_for(need.dw_ih, {r.gates(), s.input}),
-                     place_for(need.dw_hh, {r.gates(), s.output}), place_for(need.db_ih, {r.gates()}),
-                     place_for(need.db_hh, {r.gates()}), place_for(need.dw_hr && s.projected(), {s.output, s.hidden})});
+      out.push_back({dx, dh0, dc0, place_for(need.need_dw_ih, {r.gates(), s.input}),
+                     place_for(need.need_dw_hh, {r.gates(), s.output}), place_for(need.need_db_ih, {r.gates()}),
+                     place_for(need.need_db_hh, {r.gates()}), place_for(need.need_dw_hr && s.projected(), {s.output, s.hidden})});
       if (nothing_to_do()) {
         // Without steps the gradients of the last states are those of the first ones, and all others are zero.
         if (need_dh0) pass_state(grad_h_n.tensor(), dh0, d, s.output);
@@ -178,7 +177,7 @@ class Layer {
       dz.push_back(new_matrix(rows(), blocks()));
       if (s.projected()) dh.push_back(new_matrix(rows(), s.output));
       cuda::BackwardDirection<S>& to = call.direction[d];
-      to.reverse = r.sizes.reverse;
+      to.reverse = r.sizes().reverse;
       to.grad_y = grad_y_in ? data<S>(*grad_y_in) + d * s.output : nullptr;
       to.grad_y_stride = directions() * s.output;
       to.grad_h_n = grad_h_n.get();
@@ -201,47 +200,47 @@ class Layer {
     const Tensor all_y = matrix(y_in, rows(), directions() * s.output);
     OptionalTensor x_in;
     for (int d = 0; d < directions(); ++d) {
-      const Needs& need = given[d].need;
-      if (need.dx) input_gradient(r_[d], dz[d], matrix(dx, rows(), s.input), d > 0);
-      if (need.dw_ih) {
+      const RnnBackwardArguments& need = given[d].common;
+      if (need.need_dx) input_gradient(r_[d], dz[d], matrix(dx, rows(), s.input), d > 0);
+      if (need.need_dw_ih) {
         if (!x_in) x_in = without_padding(x());
         for (const Part& p : input_parts()) {
           multiply(rows_of(out[d].dw_ih, p.row, p.rows), transposed(columns_of(dz[d], p.column, p.rows)), *x_in);
         }
       }
-      if (need.dw_hh)
+      if (need.need_dw_hh)
         state_weight_gradient(r_[d], state_part(dz[d]), columns_of(all_y, d * s.output, s.output), out[d].dw_hh);
-      if (need.dw_hr && s.projected()) {
+      if (need.need_dw_hr && s.projected()) {
         // The last block that is saved is the output before its projection.
         const Tensor m =
             matrix(*saved_in.tensor(), rows(), s.hidden, {saved_width(), 1}, (d * rows() + 1) * saved_width() - s.hidden);
         multiply(out[d].dw_hr, transposed(dh[d]), without_padding(m));
       }
-      if (need.db_ih || need.db_hh) bias_gradients(dz[d], need, out[d]);
+      if (need.need_db_ih || need.need_db_hh) bias_gradients(dz[d], need, out[d]);
     }
     return out;
   }
 
  private:
-  const Recurrence<S>& common() const { return r_[0]; }
-  const RecurrenceSizes& sizes() const { return r_[0].sizes; }
+  const CheckedRnnArguments<S>& common() const { return r_[0]; }
+  const RecurrenceSizes& sizes() const { return r_[0].sizes(); }
   int64_t rows() const { return r_[0].rows(); }
   int directions() const { return static_cast<int>(r_.size()); }
   bool nothing_to_do() const { return rows() == 0 || sizes().hidden == 0; }
   int64_t blocks() const { return blocks_of(sizes().mode) * sizes().hidden; }
   int64_t saved_width() const { return saved_blocks(sizes().mode, sizes().projected()) * sizes().hidden; }
   Tensor x() const { return matrix(common().x_tensor(), rows(), sizes().input); }
-  Tensor w_ih_of(const Recurrence<S>& r) const { return matrix(r.w_ih_tensor(), r.gates(), sizes().input); }
+  Tensor w_ih_of(const CheckedRnnArguments<S>& r) const { return matrix(r.w_ih_tensor(), r.gates(), sizes().input); }
 
   // In place of a result that is not wanted; no two results may be the same tensor.
-  Tensor nothing() const { return llm_ext::empty({0}, kScalarType<S>, common().place); }
+  Tensor nothing() const { return llm_ext::empty({0}, kScalarType<S>, common().device()); }
   Tensor new_matrix(int64_t rows, int64_t columns) const {
-    return llm_ext::empty({rows, columns}, kScalarType<S>, common().place);
+    return llm_ext::empty({rows, columns}, kScalarType<S>, common().device());
   }
   // The states of all directions, [2, B, *]; of one in the shape that its initial state has.
   Tensor new_states(int64_t width) const {
     if (directions() == 1) return common().state_output(true, width).tensor();
-    return llm_ext::empty({directions(), sizes().batch, width}, kScalarType<S>, common().place);
+    return llm_ext::empty({directions(), sizes().batch, width}, kScalarType<S>, common().device());
   }
   S* state_of(const Tensor& states, int d, int64_t width) const {
     return mutable_data<S>(states) + d * sizes().batch * width;
@@ -275,7 +274,7 @@ class Layer {
     const auto with = [&](const cuda::Plan& plan) {
       const int64_t bytes = cuda::workspace_bytes(p, plan);
       OptionalTensor workspace;
-      if (bytes > 0) workspace = llm_ext::empty({bytes}, ScalarType::Byte, common().place);
+      if (bytes > 0) workspace = llm_ext::empty({bytes}, ScalarType::Byte, common().device());
       call.workspace = workspace ? workspace->data_ptr() : nullptr;
       return run(call, plan, on_.stream);
     };
@@ -295,7 +294,7 @@ class Layer {
     const Tensor pinned = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Long,
                                                std::nullopt, std::nullopt, true);
     std::copy(offsets.begin(), offsets.end(), mutable_data<int64_t>(pinned));
-    Tensor there = llm_ext::empty({sizes[0]}, ScalarType::Long, common().place);
+    Tensor there = llm_ext::empty({sizes[0]}, ScalarType::Long, common().device());
     torch::stable::copy_(there, pinned, true);
     return there;
   }
@@ -336,7 +335,7 @@ class Layer {
   }
 
   // dx = dz W, or that added to what is there.
-  void input_gradient(const Recurrence<S>& r, const Tensor& dz, const Tensor& dx, bool add) const {
+  void input_gradient(const CheckedRnnArguments<S>& r, const Tensor& dz, const Tensor& dx, bool add) const {
     Tensor w_ih = w_ih_of(r);
     if (sizes().mode == Mode::kGru) {
       // In the order of dz: one product is quicker than two.
@@ -349,8 +348,8 @@ class Layer {
   }
 
   // dU = dzᵀ h, h being the states before each step.
-  void state_weight_gradient(const Recurrence<S>& r, const Tensor& dz, const Tensor& y, const Tensor& dw_hh) const {
-    const RecurrenceSizes& s = r.sizes;
+  void state_weight_gradient(const CheckedRnnArguments<S>& r, const Tensor& dz, const Tensor& y, const Tensor& dw_hh) const {
+    const RecurrenceSizes& s = r.sizes();
     const bool ends_vary = r.packed() || r.lengths() != nullptr;
     if (ends_vary) {
       multiply(dw_hh, transposed(dz), moved(y, s.reverse ? 1 : -1, r.h0()));
@@ -364,13 +363,13 @@ class Layer {
     if (r.h0() != nullptr) multiply_add(dw_hh, transposed(first), matrix(*r.h0_tensor(), B, s.output), dw_hh);
   }
 
-  void bias_gradients(const Tensor& dz, const Needs& need, const BackwardResults& out) const {
+  void bias_gradients(const Tensor& dz, const RnnBackwardArguments& need, const RnnBackwardResults& out) const {
     const int64_t dimension = 0;
     const Tensor sums = torch::stable::sum(dz, torch::headeronly::IntHeaderOnlyArrayRef(&dimension, 1));
     const Tensor row = matrix(sums, 1, blocks());
     const int64_t gates = common().gates();
-    if (need.db_hh) copy(matrix(out.db_hh, 1, gates), state_part(row));
-    if (!need.db_ih) return;
+    if (need.need_db_hh) copy(matrix(out.db_hh, 1, gates), state_part(row));
+    if (!need.need_db_ih) return;
     for (const Part& p : input_parts()) {
       copy(columns_of(matrix(out.db_ih, 1, gates), p.row, p.rows), columns_of(row, p.column, p.rows));
     }
@@ -379,7 +378,7 @@ class Layer {
   const char* op_;
   const bool tf32_;
   const OnDevice on_;
-  std::deque<Recurrence<S>> r_;
+  std::deque<CheckedRnnArguments<S>> r_;
   OptionalTensor offsets_;  // first row of each step, on the device
 };
 
@@ -388,7 +387,7 @@ class Directions {
  public:
   Directions(const char* op, const std::string& mode, const Tensor& x, const OptionalTensor& h0,
              const OptionalTensor& c0, const std::vector<Tensor>& weights, bool bias, int count)
-      : op_(op), cell_(mode_named(op, mode)), x_(x), count_(count), bias_(bias) {
+      : op_(op), mode_(mode_named(op, mode)), x_(x), count_(count), bias_(bias) {
     each_ = static_cast<int>(weights.size()) / count;
     projected_ = each_ == (bias ? 5 : 3);
     STD_TORCH_CHECK(static_cast<int>(weights.size()) == each_ * count && each_ - projected_ == (bias ? 4 : 2) &&
@@ -410,17 +409,29 @@ class Directions {
     return matrix(*state, state->size(1), state->size(2), {state->stride(1), state->stride(2)}, d * state->stride(0));
   }
 
-  Arguments arguments(int d, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool tf32) const {
+  RnnArguments arguments(int d, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool tf32) const {
     const OptionalTensor* of = &weights_[d * each_];
-    return {op_,         mode_,   x_,     h0_[d], c0_[d], *of[0], *of[1], projected_ ? of[each_ - 1] : kNone,
-            batch_sizes, lengths, d == 1, tf32};
+    RnnArguments a;
+    a.op = op_;
+    a.mode = mode_;
+    a.x = &x_;
+    a.h0 = &h0_[d];
+    a.c0 = &c0_[d];
+    a.w_ih = &*of[0];
+    a.w_hh = &*of[1];
+    a.w_hr = projected_ ? &of[each_ - 1] : &kNone;
+    a.batch_sizes = &batch_sizes;
+    a.lengths = &lengths;
+    a.reverse = d == 1;
+    a.tf32 = tf32;
+    return a;
   }
   ForwardArguments forward(int d, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool tf32) const {
     const OptionalTensor* of = &weights_[d * each_];
     return {arguments(d, batch_sizes, lengths, tf32), bias_ ? of[2] : kNone, bias_ ? of[3] : kNone};
   }
   // The gradients of the weights in their order.
-  void collect(const BackwardResults& of, std::vector<Tensor>& to) const {
+  void collect(const RnnBackwardResults& of, std::vector<Tensor>& to) const {
     to.insert(to.end(), {of.dw_ih, of.dw_hh});
     if (bias_) to.insert(to.end(), {of.db_ih, of.db_hh});
     if (projected_) to.push_back(of.dw_hr);
@@ -442,13 +453,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(const std::stri
                                                                  const std::vector<Tensor>& weights, bool bias,
                                                                  const OptionalTensor& batch_sizes,
                                                                  const OptionalTensor& lengths, bool tf32, bool needs_autograd) {
-  const Directions both("bidirectional_forward", cell, x, h0, c0, weights, bias, 2);
+  const Directions both("bidirectional_forward", mode, x, h0, c0, weights, bias, 2);
   return with_type<float, double, BFloat16, Float16>(x, "bidirectional_forward", "x", [&](auto type) {
     const std::vector<ForwardArguments> given = {both.forward(0, batch_sizes, lengths, tf32),
                                                  both.forward(1, batch_sizes, lengths, tf32)};
-    ForwardResults r = Layer<decltype(type)>(given).forward(given, needs_autograd);
+    RnnForwardResults r = Layer<decltype(type)>(given).forward(given, needs_autograd);
     const auto or_nothing = [&](const OptionalTensor& t) {
-      return t ? *t : empty({0}, kScalarType<decltype(type)>, place_of(x));
+      return t ? *t : empty({0}, kScalarType<decltype(type)>, device_of(x));
     };
     return std::tuple<Tensor, Tensor, Tensor, Tensor>{r.y, r.h_n, or_nothing(r.c_n), or_nothing(r.saved)};
   });
@@ -461,19 +472,22 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> bidirectional_backward(
     const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool tf32, bool need_dx, bool need_dh0,
     bool need_dc0, bool need_dweights) {
   constexpr const char* kOp = "bidirectional_backward";
-  const Directions both(kOp, cell, x, h0, c0, weights, bias, 2);
-  const Needs need = {need_dx,       need_dh0,      need_dc0,      need_dweights,
-                      need_dweights, need_dweights, need_dweights, need_dweights};
+  const Directions both(kOp, mode, x, h0, c0, weights, bias, 2);
   return with_type<float, double, BFloat16, Float16>(x, kOp, "x", [&](auto type) {
     std::vector<BackwardArguments> given;
     for (int d = 0; d < 2; ++d) {
-      given.push_back({both.arguments(d, batch_sizes, lengths, tf32), both.half("grad_h_n", grad_h_n, d),
-                       both.half("grad_c_n", grad_c_n, d), need});
+      RnnBackwardArguments a;
+      static_cast<RnnArguments&>(a) = both.arguments(d, batch_sizes, lengths, tf32);
+      a.need_dx = need_dx;
+      a.need_dh0 = need_dh0;
+      a.need_dc0 = need_dc0;
+      a.need_dw_ih = a.need_dw_hh = a.need_db_ih = a.need_db_hh = a.need_dw_hr = need_dweights;
+      given.push_back({a, both.half("grad_h_n", grad_h_n, d), both.half("grad_c_n", grad_c_n, d)});
     }
     const OptionalTensor saved_rows = saved_blocks(given[0].common.mode, false) > 0 ? OptionalTensor(saved) : std::nullopt;
-    const std::vector<BackwardResults> r = Layer<decltype(type)>(given).backward(given, grad_y, y, saved_rows);
+    const std::vector<RnnBackwardResults> r = Layer<decltype(type)>(given).backward(given, grad_y, y, saved_rows);
     std::vector<Tensor> dweights;
-    for (const BackwardResults& of : r) both.collect(of, dweights);
+    for (const RnnBackwardResults& of : r) both.collect(of, dweights);
     return std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>{r[0].dx, r[0].dh0, r[0].dc0, std::move(dweights)};
   });
 }
@@ -481,10 +495,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> bidirectional_backward(
 // Layer by layer: on a GPU each has all of the device.
 std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mode, const Tensor& x, const OptionalTensor& h0,
                                                  const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                 bool bias, bool bidirectional, const std::vector<Tensor>& tables,
+                                                 bool bias, bool bidirectional, const std::vector<Tensor>& input_projections,
                                                  const OptionalTensor& batch_sizes, bool tf32) {
   constexpr const char* kOp = "multilayer_rnn_forward";
-  STD_TORCH_CHECK(tables.empty() && !batch_sizes.has_value(), kOp, ": tables and batch_sizes are for cpu only");
+  STD_TORCH_CHECK(input_projections.empty() && !batch_sizes.has_value(), kOp, ": input_projections and batch_sizes are for cpu only");
   const int directions = bidirectional ? 2 : 1, each = bias ? 4 : 2;
   const int rows = static_cast<int>(weights.size()) / each, layers = rows / directions;
   STD_TORCH_CHECK(x.dim() == 3, kOp, ": x must be [T, B, I], got ", shape_text(x));
@@ -499,8 +513,8 @@ std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mod
     using S = decltype(type);
     const int64_t B = x.size(1), H = weights[1].dim() == 2 ? weights[1].size(1) : 0;
     const bool lstm = mode == "LSTM";
-    const Tensor h_n = empty({rows, B, H}, kScalarType<S>, place_of(x));
-    const Tensor c_n = empty({lstm ? rows : 0, B, H}, kScalarType<S>, place_of(x));
+    const Tensor h_n = empty({rows, B, H}, kScalarType<S>, device_of(x));
+    const Tensor c_n = empty({lstm ? rows : 0, B, H}, kScalarType<S>, device_of(x));
     Tensor y = x;
     for (int layer = 0; layer < layers; ++layer) {
       const int row = layer * directions;
@@ -509,10 +523,10 @@ std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mod
       };
       const OptionalTensor h = of_layer(h0), c = of_layer(c0);
       const std::vector<Tensor> own(weights.begin() + row * each, weights.begin() + (row + directions) * each);
-      const Directions all(kOp, cell, y, h, c, own, bias, directions);
+      const Directions all(kOp, mode, y, h, c, own, bias, directions);
       std::vector<ForwardArguments> given;
       for (int d = 0; d < directions; ++d) given.push_back(all.forward(d, kNone, kNone, tf32));
-      const ForwardResults r = Layer<S>(given).forward(given, false);
+      const RnnForwardResults r = Layer<S>(given).forward(given, false);
       const auto place = [&](const Tensor& from, const Tensor& to) {
         copy(matrix(to, directions * B, H, {H, 1}, row * B * H), matrix(from, directions * B, H));
       };
@@ -525,19 +539,18 @@ std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mod
 }
 
 struct Cuda {
-  static ForwardResults forward(const Arguments& a, const OptionalTensor& b_ih, const OptionalTensor& b_hh, bool needs_autograd) {
-    return with_type<float, double, BFloat16, Float16>(a.x, a.op, "x", [&](auto type) {
-      const std::vector<ForwardArguments> one = {{a, b_ih, b_hh}};
-      return Layer<decltype(type)>(one).forward(one, needs_autograd);
+  static RnnForwardResults forward(const RnnForwardArguments& a) {
+    return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
+      const std::vector<ForwardArguments> one = {{a, *a.b_ih, *a.b_hh}};
+      return Layer<decltype(type)>(one).forward(one, a.needs_autograd);
     });
   }
 
-  static BackwardResults backward(const Arguments& a, const OptionalTensor& grad_y, const OptionalTensor& grad_h_n,
-                                  const OptionalTensor& grad_c_n, const Tensor& y, const OptionalTensor& saved,
-                                  const Needs& need) {
-    return with_type<float, double, BFloat16, Float16>(a.x, a.op, "x", [&](auto type) {
-      const std::vector<BackwardArguments> one = {{a, grad_h_n, grad_c_n, need}};
-      return Layer<decltype(type)>(one).backward(one, grad_y, y, saved)[0];
+  static RnnBackwardResults backward(const RnnBackwardArguments& a) {
+    return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
+      const std::vector<BackwardArguments> one = {{a, *a.grad_h_n, *a.grad_c_n}};
+      const OptionalTensor saved = a.saved != nullptr ? OptionalTensor(*a.saved) : std::nullopt;
+      return Layer<decltype(type)>(one).backward(one, *a.grad_y, *a.y, saved)[0];
     });
   }
 };
@@ -546,12 +559,7 @@ struct Cuda {
 }  // namespace llm_ext
 
 STABLE_TORCH_LIBRARY_IMPL(llm_ext, CUDA, m) {
-  m.impl("rnn_forward", TORCH_BOX(&llm_ext::rnn_forward<llm_ext::Cuda>));
-  m.impl("rnn_backward", TORCH_BOX(&llm_ext::rnn_backward<llm_ext::Cuda>));
-  m.impl("gru_forward", TORCH_BOX(&llm_ext::gru_forward<llm_ext::Cuda>));
-  m.impl("gru_backward", TORCH_BOX(&llm_ext::gru_backward<llm_ext::Cuda>));
-  m.impl("lstm_forward", TORCH_BOX(&llm_ext::lstm_forward<llm_ext::Cuda>));
-  m.impl("lstm_backward", TORCH_BOX(&llm_ext::lstm_backward<llm_ext::Cuda>));
+  llm_ext::register_rnn_ops<llm_ext::Cuda>(m);
   m.impl("bidirectional_forward", TORCH_BOX(&llm_ext::bidirectional_forward));
   m.impl("bidirectional_backward", TORCH_BOX(&llm_ext::bidirectional_backward));
   m.impl("multilayer_rnn_forward", TORCH_BOX(&llm_ext::multilayer_rnn_forward));

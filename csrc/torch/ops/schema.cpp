@@ -1,23 +1,26 @@
-// Every op's schema. Fake kernels and autograd are in llm_ext/ops.py.
+// The schema of every op. Fake kernels, autograd and autocast are in llm_ext/ops/<family>.py. "need_d*" say which
+// gradients to compute; the others are returned without elements.
 #include "torch/stable.h"
 
 STABLE_TORCH_LIBRARY(llm_ext, m) {
+  // One direction of one layer: llm_ext/ops/recurrence.py. x is [T, B, I], or packed rows [N, I] with batch_sizes.
   m.def(
-      "rnn_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, "
-      "Tensor? lengths, str nonlinearity, bool reverse, bool tf32) -> (Tensor y, Tensor h_n)");
+      "rnn_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? batch_sizes, Tensor? lengths, str nonlinearity, bool reverse, bool tf32) -> (Tensor y, Tensor h_n)");
   m.def(
       "rnn_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor y, "
-      "Tensor? batch_sizes, Tensor? lengths, str nonlinearity, bool reverse, bool tf32, bool need_dx, bool need_dh0, "
-      "bool need_dw_ih, bool need_dw_hh, bool need_db_ih, bool need_db_hh) -> (Tensor dx, Tensor dh0, Tensor dw_ih, "
-      "Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
+      "Tensor? batch_sizes, Tensor? lengths, str nonlinearity, bool reverse, bool tf32, "
+      "bool need_dx, bool need_dh0, bool need_dw_ih, bool need_dw_hh, bool need_db_ih, bool need_db_hh) -> "
+      "(Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
   m.def(
-      "gru_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, "
-      "Tensor? lengths, bool reverse, bool tf32, bool needs_autograd) -> (Tensor y, Tensor h_n, Tensor saved)");
+      "gru_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? batch_sizes, Tensor? lengths, bool reverse, bool tf32, bool needs_autograd) -> "
+      "(Tensor y, Tensor h_n, Tensor saved)");
   m.def(
       "gru_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor y, "
-      "Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool tf32, bool need_dx, bool need_dh0, "
-      "bool need_dw_ih, bool need_dw_hh, bool need_db_ih, bool need_db_hh) -> (Tensor dx, Tensor dh0, Tensor dw_ih, "
-      "Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
+      "Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool tf32, "
+      "bool need_dx, bool need_dh0, bool need_dw_ih, bool need_dw_hh, bool need_db_ih, bool need_db_hh) -> "
+      "(Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
   m.def(
       "lstm_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? batch_sizes, Tensor? lengths, bool reverse, bool tf32, bool needs_autograd) -> "
@@ -25,10 +28,11 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
   m.def(
       "lstm_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor y, Tensor saved, Tensor? batch_sizes, Tensor? lengths, "
-      "bool reverse, bool tf32, bool need_dx, bool need_dh0, bool need_dc0, bool need_dw_ih, bool need_dw_hh, bool "
-      "need_db_ih, "
-      "bool need_db_hh, bool need_dw_hr) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, "
-      "Tensor db_ih, Tensor db_hh, Tensor dw_hr)");
+      "bool reverse, bool tf32, bool need_dx, bool need_dh0, bool need_dc0, bool need_dw_ih, bool need_dw_hh, "
+      "bool need_db_ih, bool need_db_hh, bool need_dw_hr) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, "
+      "Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)");
+
+  // Both directions of one layer (CUDA), and all layers, for inference: llm_ext/ops/recurrence.py.
   m.def(
       "bidirectional_forward(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bias, "
       "Tensor? batch_sizes, Tensor? lengths, bool tf32, bool needs_autograd) -> "
@@ -40,16 +44,17 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
       "multilayer_rnn_forward(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bias, "
-      "bool bidirectional, Tensor[] input_projections, Tensor? batch_sizes, bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n)");
-  m.def(
-      "attention_step(str mode, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, bool bias, Tensor? input_projection, "
-      "Tensor w_query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, Tensor w_out, Tensor? b_out) -> "
-      "(Tensor out, Tensor h_n, Tensor c_n)");
+      "bool bidirectional, Tensor[] input_projections, Tensor? batch_sizes, bool tf32) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n)");
+
+  // llm_ext/ops/linear.py
   m.def("linear_forward(Tensor x, Tensor w, Tensor? b) -> Tensor y");
-  m.def("linear_argmax(Tensor x, Tensor w, Tensor? b) -> Tensor");
   m.def(
       "linear_backward(Tensor grad_y, Tensor x, Tensor w, bool need_dx, bool need_dw, bool need_db) -> "
       "(Tensor dx, Tensor dw, Tensor db)");
+  m.def("linear_argmax(Tensor x, Tensor w, Tensor? b) -> Tensor");
+
+  // llm_ext/ops/pooling.py
   m.def(
       "attention_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask) -> "
       "(Tensor c, Tensor lse)");
@@ -64,12 +69,18 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "prefix_pool_backward(Tensor? grad_c, Tensor? grad_l_n, Tensor? grad_c_n, Tensor e, Tensor? u, Tensor? c0, "
       "Tensor c, Tensor share, bool need_de, bool need_du, bool need_dscores, bool need_dstate) -> "
       "(Tensor de, Tensor du, Tensor dscores, Tensor dl0, Tensor dc0)");
+
+  // llm_ext/ops/attention.py
   m.def(
       "additive_attention_forward(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, "
       "Tensor? mask, bool need_weights) -> (Tensor context, Tensor lse, Tensor weights)");
   m.def(
       "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v, "
-      "Tensor values, Tensor? key_lengths, Tensor? mask, Tensor context, Tensor lse, Tensor weights, bool need_dquery, "
-      "bool need_dkeys, bool need_dv, bool need_dvalues) -> "
+      "Tensor values, Tensor? key_lengths, Tensor? mask, Tensor context, Tensor lse, Tensor weights, "
+      "bool need_dquery, bool need_dkeys, bool need_dv, bool need_dvalues) -> "
       "(Tensor dquery, Tensor dkeys, Tensor dv, Tensor dvalues)");
+  m.def(
+      "attention_step(str mode, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, bool bias, "
+      "Tensor? input_projection, Tensor w_query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, "
+      "Tensor w_out, Tensor? b_out) -> (Tensor out, Tensor h_n, Tensor c_n)");
 }

@@ -11,9 +11,9 @@
 namespace llm_ext {
 namespace {
 
-// Cores that a quota is worth, rounded up; 0: no limit, or no such file. `file` holds "quota period" in microseconds,
-// or the first of them where `period_file` holds the other; a quota may be "max" or -1.
-int quota_of(const std::string& file, const std::string& period_file = "") {
+// Quota in cores, rounded up; 0: no limit, or no such file. `file` holds "quota period" in microseconds, or only the
+// quota if `period_file` holds the period. No limit is written as "max" or -1.
+int read_quota(const std::string& file, const std::string& period_file = "") {
   std::ifstream in(file);
   double quota = 0, period = 0;
   if (!(in >> quota)) return 0;
@@ -25,33 +25,33 @@ int quota_of(const std::string& file, const std::string& period_file = "") {
   return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
 }
 
-// The smallest quota of the control groups that this process is in, from its own up to the root.
-int read_quota() {
+// The smallest quota of this process's control groups, from its own up to the root.
+int smallest_quota() {
   const std::string root = "/sys/fs/cgroup";
-  int least = 0;
-  const auto take = [&](int cores) {
-    if (cores > 0 && (least == 0 || cores < least)) least = cores;
+  int smallest = 0;
+  const auto consider = [&](int cores) {
+    if (cores > 0 && (smallest == 0 || cores < smallest)) smallest = cores;
   };
-  take(quota_of(root + "/cpu/cpu.cfs_quota_us", root + "/cpu/cpu.cfs_period_us"));
+  consider(read_quota(root + "/cpu/cpu.cfs_quota_us", root + "/cpu/cpu.cfs_period_us"));
   std::ifstream groups("/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {
     if (line.rfind("0::", 0) != 0) continue;
     std::string path = line.substr(3);
     if (path == "/") path.clear();
     for (;;) {
-      take(quota_of(root + path + "/cpu.max"));
+      consider(read_quota(root + path + "/cpu.max"));
       if (path.empty()) break;
       path.erase(path.rfind('/'));
     }
   }
-  return least;
+  return smallest;
 }
 
 }  // namespace
 
 int usable_cores() {
 #ifdef __linux__
-  static const int quota = read_quota();  // affinities change from time to time, quotas do not
+  static const int quota = smallest_quota();  // affinities change while a process runs; quotas do not
   cpu_set_t set;
   const int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 0;
   if (cores == 0 || quota == 0) return std::max(cores, quota);

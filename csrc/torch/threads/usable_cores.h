@@ -1,9 +1,9 @@
-// How many cores this process may use.
+// CPU only: the number of cores that this process may use.
 #pragma once
 
 namespace llm_ext {
 
-// Those its affinity allows, or fewer where a quota of a Linux control group is smaller; 0 where nobody can say.
+// The cores of its affinity mask, or fewer if a Linux control group has a smaller quota; 0 if unknown.
 int usable_cores();
 
 }  // namespace llm_ext

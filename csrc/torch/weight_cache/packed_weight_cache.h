@@ -1,11 +1,9 @@
-// Weights as a kernel wants them, remembered from call to call.
+// CPU only: packed weights, cached from call to call.
 //
-// They are found again by a hash of the bytes that they were packed from, taken anew in every call. So there is
-// nothing to invalidate: however weights change (an optimizer, load_state_dict, a write through .data, numpy or another
-// process, a functional call with other tensors), they are other bytes, and are packed anew. Reading them takes half of
-// the time of packing them, or less.
-//
-// What the hash cannot tell apart would go unnoticed: two sets of weights in 2^128.
+// Entries are found by a hash of the weights' content, which every call computes anew. So nothing has to be
+// invalidated: after any change of the weights (by an optimizer, load_state_dict, .data, numpy, another process or a
+// functional call) the hash differs, and they are packed anew. Hashing takes at most half the time of packing
+// (docs/lab/packed-weight-cache.md). Two sets of weights collide with a probability of 2^-128.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +13,7 @@
 #include <mutex>
 
 #include "cpu/kernels.h"
-#include "torch/tensor_args.h"
+#include "torch/tensor.h"
 
 namespace llm_ext {
 
@@ -24,18 +22,18 @@ struct Bytes {
   int64_t size;
 };
 
-// Of some pieces of memory and of numbers, read by so many threads.
-Hash128 hash_of(std::initializer_list<Bytes> pieces, std::initializer_list<int64_t> numbers, int threads);
+// The hash of some ranges of memory and some numbers, computed by a team of `threads` threads.
+Hash128 hash_of(std::initializer_list<Bytes> ranges, std::initializer_list<int64_t> numbers, int threads);
 
-class PackedWeightsStore {
+class PackedWeightCache {
  public:
-  // The packed form of the weights with this hash, if it is remembered.
+  // The packed form of the weights with this hash, if it is cached.
   OptionalTensor find(const Hash128& hash);
-  // Whether weights with this hash, not found, have been packed before and are worth remembering (in training each
-  // set of weights is packed once); if not, takes note that they have been now. `bytes`: of their packed form.
-  bool expects(const Hash128& hash, int64_t bytes);
-  // Whoever remembers must have seen the hash before and after packing: the weights may belong to other threads, too.
-  void remember(const Hash128& hash, const Tensor& packed, int64_t bytes);
+  // Records that weights with this hash were packed because find() failed. True if that happened before, so that
+  // inserting them pays; in training each set of weights is packed once. `bytes` is the size of the packed form.
+  bool record_miss(const Hash128& hash, int64_t bytes);
+  // The caller must have seen the same hash before and after packing: other threads may write to the weights.
+  void insert(const Hash128& hash, const Tensor& packed, int64_t bytes);
   void clear();
   int64_t bytes();
 
@@ -46,15 +44,15 @@ class PackedWeightsStore {
     int64_t bytes;
   };
 
-  // The ops never wait for it: whoever does not get it packs for himself. So a process forked while it was held goes
-  // on.
+  // Ops never wait for the lock: without it they pack for themselves. A process that is forked while another thread
+  // holds the lock can therefore go on.
   std::mutex mutex_;
-  std::list<Entry> entries_;  // the one used last comes first
-  std::deque<Hash128> seen_;   // packed lately, but not remembered
+  std::list<Entry> entries_;    // most recently used first
+  std::deque<Hash128> missed_;  // most recent first
   int64_t bytes_ = 0;
 };
 
-// That of the process.
-PackedWeightsStore& packed_weights();
+// The cache of the process.
+PackedWeightCache& packed_weight_cache();
 
 }  // namespace llm_ext

@@ -1,0 +1,20 @@
+// CPU only: shared by the ops that run recurrences.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace llm_ext {
+
+// Without steps the last state is the initial state; likewise for gradients. `from` null: zeros; `to` null: not wanted.
+template <typename S>
+void copy_state(int64_t elements, const S* from, S* to) {
+  if (to == nullptr) return;
+  if (from != nullptr) {
+    std::memcpy(to, from, elements * sizeof(S));
+  } else {
+    std::memset(to, 0, elements * sizeof(S));
+  }
+}
+
+}  // namespace llm_ext
