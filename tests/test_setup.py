@@ -64,14 +64,14 @@ def test_reason_for_a_build_without_cuda(nvcc: str, run_setup: Callable[..., Run
     run = run_setup(nvcc)
     assert run.error == ""
     assert "llm_ext: building for the CPU only: " in run.err
-    reason = "nvcc is of CUDA 1" if CUDA_TORCH else f"torch {torch.__version__} has no CUDA"
+    reason = "nvcc has CUDA 1" if CUDA_TORCH else f"torch {torch.__version__} has no CUDA"
     assert reason in run.err
 
 
 def test_cuda_is_required_but_impossible(nvcc: str, run_setup: Callable[..., Run]) -> None:
     run = run_setup(nvcc, LLM_EXT_CUDA="1")
-    assert "LLM_EXT_CUDA=1 asks for the CUDA half, which cannot be built: " in run.error
-    assert ("nvcc is of CUDA 1" if CUDA_TORCH else "has no CUDA") in run.error
+    assert "LLM_EXT_CUDA=1, but the CUDA half cannot be built: " in run.error
+    assert ("nvcc has CUDA 1" if CUDA_TORCH else "has no CUDA") in run.error
 
 
 def test_nvcc_is_missing(tmp_path: Path, run_setup: Callable[..., Run]) -> None:

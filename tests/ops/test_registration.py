@@ -74,7 +74,7 @@ def test_autocast_of_recurrences(recurrence: Recurrence, dtype: torch.dtype) -> 
     ("failure", "error", "message"),
     [
         (NotImplementedError("Could not run"), NotImplementedError, "no kernel of this op for cpu; built with"),
-        (RuntimeError("out of memory: no 8 bytes to be had on cuda:0"), torch.OutOfMemoryError, "no 8 bytes"),
+        (RuntimeError("out of memory: cannot allocate 8 bytes on cuda:0"), torch.OutOfMemoryError, "8 bytes on cuda:0"),
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],
 )
