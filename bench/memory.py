@@ -66,7 +66,7 @@ def _infer(forward: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]
 
 
 def main() -> int:
-    """Print a row for each shape and mode."""
+    """Print a row for each shape and phase."""
     if (reason := unavailable()) is not None:
         print(f"python -m bench.memory: {reason}", file=sys.stderr)
         return 1
@@ -78,11 +78,11 @@ def main() -> int:
         query, keys, values = (torch.randn(B, T, A, requires_grad=True) for T in (Tq, Tk, Tk))
         v = torch.randn(A, requires_grad=True)
         inputs, g = [query, keys, v, values], torch.randn(B, Tq, A)
-        for mode, run in (("inference", _infer), ("training", functools.partial(_train, g=g))):
+        for phase, run in (("inference", _infer), ("training", functools.partial(_train, g=g))):
             own_peak, returned = peak(functools.partial(run, _ours, inputs))
             torch_peak, _ = peak(functools.partial(run, torch_attention.additive_projected, inputs))
             results = sum(tensor.nbytes for tensor in returned)
-            row = f"{f'{B}, {Tq}, {Tk}, {A}':<24}{mode:<12}{results / 1e6:>10.1f}"
+            row = f"{f'{B}, {Tq}, {Tk}, {A}':<24}{phase:<12}{results / 1e6:>10.1f}"
             print(f"{row}{(own_peak - results) / 1e6:>10.1f}{(torch_peak - results) / 1e6:>10.1f}")
     return 0
 

@@ -105,8 +105,8 @@ def pool_comparison(
     )
 
 
-def _pool_case(group: str, causal: bool, mode: str, B: int, T: int, D: int, targets: Targets) -> Case:
-    training = mode == "training"
+def _pool_case(group: str, causal: bool, phase: str, B: int, T: int, D: int, targets: Targets) -> Case:
+    training = phase == "training"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
         e = torch.randn(B, T, D, dtype=dtype, requires_grad=training)
@@ -118,22 +118,22 @@ def _pool_case(group: str, causal: bool, mode: str, B: int, T: int, D: int, targ
     names = PREFIX_FORMULAS if causal else POOL_FORMULAS
     by_name = given_targets({f"torch, {name}": target for name, target in zip(names, targets, strict=False)})
     work = B * T * D * 4 * arrays / 1e9
-    return Case(f"{group}/{mode}/{size_name(B=B, T=T, D=D)}", build, training, work, "GB", by_name, memory=True)
+    return Case(f"{group}/{phase}/{size_name(B=B, T=T, D=D)}", build, training, work, "GB", by_name, memory=True)
 
 
-def pooling(mode: str, B: int, T: int, D: int, targets: Targets = (None, None)) -> Case:
+def pooling(phase: str, B: int, T: int, D: int, targets: Targets = (None, None)) -> Case:
     """Attention pooling of a whole sequence; `targets` apply to the formula as written and the folded one."""
-    return _pool_case("pooling", False, mode, B, T, D, targets)
+    return _pool_case("pooling", False, phase, B, T, D, targets)
 
 
-def prefix(mode: str, B: int, T: int, D: int, targets: Targets = (None, None)) -> Case:
+def prefix(phase: str, B: int, T: int, D: int, targets: Targets = (None, None)) -> Case:
     """Causal prefix pooling; `targets` apply to the form by cumulative sums and the T × T mask."""
-    return _pool_case("prefix", True, mode, B, T, D, targets)
+    return _pool_case("prefix", True, phase, B, T, D, targets)
 
 
 def streaming(
     group: str,
-    direction: str,
+    pass_name: str,
     B: int,
     T: int,
     D: int,
@@ -144,7 +144,7 @@ def streaming(
 
     `target` is the fraction to reach of the speed of a copy that moves the same number of bytes.
     """
-    causal, training = group == "prefix", direction == "backward"
+    causal, training = group == "prefix", pass_name == "backward"
     # Arrays of the size of e that must be read or written once: e, and c if causal; backward: e and its gradient, and
     # the gradient of c if causal.
     arrays = (3 if training else 2) if causal else (2 if training else 1)
@@ -169,7 +169,7 @@ def streaming(
         own = Candidate(f"llm_ext.{op.__name__}", OURS, lambda: pass_call(op, [e, u], g))
         return Comparison(expected, own, [limit(COPY, lambda: limits.copy(work * dtype.itemsize / 4))])
 
-    kind = direction if dtype is None else f"{dtype_name(dtype)}-{direction}"
+    kind = pass_name if dtype is None else f"{dtype_name(dtype)}-{pass_name}"
     name = f"{group}/{kind}/{size_name(B=B, T=T, D=D)}"
     return Case(name, build, training, work, "GB", given_targets({COPY: target}), dtype=dtype)
 
@@ -214,16 +214,16 @@ def additive_comparison(
     )
 
 
-def additive(mode: str, B: int, Tq: int, Tk: int, A: int, targets: Targets = (None, None)) -> Case:
+def additive(phase: str, B: int, Tq: int, Tk: int, A: int, targets: Targets = (None, None)) -> Case:
     """Additive attention with its projections, queries and keys of size A.
 
     `targets` apply to torch and torch.compile.
     """
-    training = mode == "training"
+    training = phase == "training"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
         return additive_comparison(B, Tq, Tk, A, training, dtype=dtype)
 
     by_name = given_targets(dict(zip(ADDITIVE_NAMES, targets, strict=True)))
-    name = f"additive/{mode}/{size_name(B=B, Tq=Tq, Tk=Tk, A=A)}"
+    name = f"additive/{phase}/{size_name(B=B, Tq=Tq, Tk=Tk, A=A)}"
     return Case(name, build, training, B * Tq * Tk * A / 1e9, "G tanh", by_name)

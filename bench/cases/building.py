@@ -1,5 +1,7 @@
 """Shared parts of the cases.
 
+`phase` is "inference" or "training", which computes gradients as well.
+
 Letters of sizes: B batch, T steps, I input, H hidden, L layers, D size of pooled vectors, A attention size, Tq queries,
 Tk keys, N rows, O outputs, V vocabulary, E embedding, S tokens of a source.
 """

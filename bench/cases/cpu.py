@@ -62,11 +62,11 @@ def _recurrent_cases(cell: Cell) -> Iterator[Case]:
     yield sequence(cell, "training", 32, 128, 256, 512, layers=2, targets={name: training_target})
     for H in (64, 128):
         yield multilayer(cell, 1, 256, H, targets={name: 1.0})
-    for mode in ("inference", "training"):
-        yield packed(cell, mode, 32, 128, 256, 512)
-    for mode in ("inference", "training"):
+    for phase in ("inference", "training"):
+        yield packed(cell, phase, 32, 128, 256, 512)
+    for phase in ("inference", "training"):
         for B, H in ((1, 512), (8, 512), (32, 512), (32, 1024)):
-            yield bfloat16(cell, mode, B, 128, H, H, target=1.6 if B >= 8 else None)
+            yield bfloat16(cell, phase, B, 128, H, H, target=1.6 if B >= 8 else None)
     for B, H in ((8, 512), (32, 512), (64, 512), (32, 1024)):
         yield input_free(cell, B, 128, H, target=0.85)
     if cell is RNN:
@@ -106,10 +106,10 @@ def _attention_cases() -> Iterator[Case]:
         for T in (64, 256, 1024, 4096):  # the curves of time and memory against T
             yield case("training", 4, T, 512)
     for group in ("pooling", "prefix"):
-        for direction, target in (("forward", 0.7), ("backward", 0.6)):
-            yield streaming(group, direction, 8, 8192, 512, target)
-            yield streaming(group, direction, 1, 65536, 512, target)
-            yield streaming(group, direction, 8, 16384, 512, dtype=torch.bfloat16)
+        for pass_name, target in (("forward", 0.7), ("backward", 0.6)):
+            yield streaming(group, pass_name, 8, 8192, 512, target)
+            yield streaming(group, pass_name, 1, 65536, 512, target)
+            yield streaming(group, pass_name, 8, 16384, 512, dtype=torch.bfloat16)
     yield additive("inference", 32, 1, 64, 512)
     yield additive("inference", 32, 32, 32, 512, targets=(5, 2))
     yield additive("inference", 16, 64, 64, 512, targets=(8, 2))
@@ -121,12 +121,12 @@ def _attention_cases() -> Iterator[Case]:
 
 
 def _linear_cases() -> Iterator[Case]:
-    for mode in ("inference", "training"):
+    for phase in ("inference", "training"):
         for N in (1, 8, 32, 33, 128, 1024):
-            yield linear(mode, N, 512, 512)
-    for mode in ("inference", "training"):
+            yield linear(phase, N, 512, 512)
+    for phase in ("inference", "training"):
         for N in (1, 32, 1024):
-            yield linear(mode, N, 256, 4096)
+            yield linear(phase, N, 256, 4096)
     yield linear("inference", 4096, 64, 64)
     yield linear("training", 4096, 64, 64)
 
@@ -148,15 +148,15 @@ CASES: tuple[Case, ...] = (
 
 
 def _means() -> Iterator[Mean]:
-    def patterns(mode: str, *cells: Cell) -> tuple[str, ...]:
-        return tuple(f"recurrence/{kind_name(cell, mode)}/*" for cell in cells)
+    def patterns(phase: str, *cells: Cell) -> tuple[str, ...]:
+        return tuple(f"recurrence/{kind_name(cell, phase)}/*" for cell in cells)
 
     yield Mean(patterns("inference", *CELLS), _ALL_PEERS, target=1.3)
     for cell in CELLS:
         yield Mean(patterns("inference", cell), _ALL_PEERS)
-    for i, mode in ((0, "inference"), (2, "training")):
+    for i, phase in ((0, "inference"), (2, "training")):
         for cell in CELLS:
-            yield Mean(patterns(mode, cell), (f"torch.nn.{cell.name}",), target=_TARGETS[cell.name][i])
+            yield Mean(patterns(phase, cell), (f"torch.nn.{cell.name}",), target=_TARGETS[cell.name][i])
 
 
 MEANS: tuple[Mean, ...] = tuple(_means())

@@ -26,7 +26,7 @@ _COPY = "copy of the same size"
 
 def sequence(
     cell: Cell,
-    mode: str,
+    phase: str,
     dtype: torch.dtype,
     B: int,
     T: int,
@@ -45,7 +45,7 @@ def sequence(
 
     `all_peers` adds candidates that take long to prepare or are rarely installed.
     """
-    training = mode == "training"
+    training = phase == "training"
     name = f"torch.nn.{cell.name}"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
@@ -74,7 +74,7 @@ def sequence(
         return Comparison(expected, Candidate(f"llm_ext.{cell.name}", OURS, layer_call(ours, x, g)), others)
 
     suffix = (f"-L{layers}" if layers > 1 else "") + ("-bidirectional" if bidirectional else "")
-    kind = kind_name(cell, *words, "tf32" if tf32 else dtype_name(dtype), mode)
+    kind = kind_name(cell, *words, "tf32" if tf32 else dtype_name(dtype), phase)
     work = gflop(cell, T * B, I, H, layers, bidirectional=bidirectional, training=training)
     targets = given_targets({name: target})
     case_name = f"cuda/{kind}/{size_name(B=B, T=T, I=I, H=H)}{suffix}"
@@ -83,7 +83,7 @@ def sequence(
 
 def lengths(
     cell: Cell,
-    mode: str,
+    phase: str,
     dtype: torch.dtype,
     B: int,
     T: int,
@@ -94,7 +94,7 @@ def lengths(
     device: str = "cuda",
 ) -> Case:
     """Unsorted lengths T/4 to T: llm_ext gets padded input and the lengths, torch input packed beforehand."""
-    training = mode == "training"
+    training = phase == "training"
     name = f"torch.nn.{cell.name}, packed"
     sizes = torch.linspace(T // 4, T, B).round().long()[torch.randperm(B, generator=torch.Generator().manual_seed(0))]
     tokens = int(sizes.sum())
@@ -137,7 +137,7 @@ def lengths(
             [Candidate(name, "torch", torch_call, outputs=unpack)],
         )
 
-    case_name = f"cuda/{kind_name(cell, 'lengths', dtype_name(dtype), mode)}/{size_name(B=B, T=T, I=I, H=H)}"
+    case_name = f"cuda/{kind_name(cell, 'lengths', dtype_name(dtype), phase)}/{size_name(B=B, T=T, I=I, H=H)}"
     work = gflop(cell, tokens, I, H, training=training)
     return Case(case_name, build, training, work, "GFLOP", {name: target}, dtype=dtype)
 
@@ -169,7 +169,7 @@ def _arrays(causal: bool, training: bool) -> int:
 
 def pool_op(
     causal: bool,
-    mode: str,
+    phase: str,
     dtype: torch.dtype,
     B: int,
     T: int,
@@ -179,7 +179,7 @@ def pool_op(
     device: str = "cuda",
 ) -> Case:
     """The op alone; `target` is the fraction to reach of the speed of a copy that moves the same number of bytes."""
-    training = mode == "training"
+    training = phase == "training"
     gb = B * T * D * dtype.itemsize * _arrays(causal, training) / 1e9
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
@@ -194,7 +194,7 @@ def pool_op(
             [_copy(gb, device)],
         )
 
-    kind = f"{'prefix' if causal else 'pooling'}-op-{dtype_name(dtype)}-{mode}"
+    kind = f"{'prefix' if causal else 'pooling'}-op-{dtype_name(dtype)}-{phase}"
     # The work of a case in GB is that of float32.
     work = gb * 4 / dtype.itemsize
     targets = given_targets({_COPY: target})
@@ -203,7 +203,7 @@ def pool_op(
 
 def pool_layer(
     causal: bool,
-    mode: str,
+    phase: str,
     dtype: torch.dtype,
     B: int,
     T: int,
@@ -213,18 +213,18 @@ def pool_layer(
     device: str = "cuda",
 ) -> Case:
     """The layer, which computes u = Wᵀ v in each call, against the formulas in torch."""
-    training = mode == "training"
+    training = phase == "training"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
         e = torch.randn(B, T, D, device=device, dtype=dtype, requires_grad=training)
         return pool_comparison(causal, e, training, compiled=compiled, with_jax=False)
 
-    name = f"cuda/{'prefix' if causal else 'pooling'}-{dtype_name(dtype)}-{mode}/{size_name(B=B, T=T, D=D)}"
+    name = f"cuda/{'prefix' if causal else 'pooling'}-{dtype_name(dtype)}-{phase}/{size_name(B=B, T=T, D=D)}"
     return Case(name, build, training, B * T * D * 4 * _arrays(causal, training) / 1e9, "GB", dtype=dtype)
 
 
 def additive(
-    mode: str,
+    phase: str,
     dtype: torch.dtype,
     B: int,
     Tq: int,
@@ -236,11 +236,11 @@ def additive(
     device: str = "cuda",
 ) -> Case:
     """Additive attention with its projections, queries and keys of size A; `target` applies to torch.compile."""
-    training = mode == "training"
+    training = phase == "training"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
         return additive_comparison(B, Tq, Tk, A, training, dtype=dtype, device=device, compiled=compiled)
 
-    name = f"cuda/additive-{dtype_name(dtype)}-{mode}/{size_name(B=B, Tq=Tq, Tk=Tk, A=A)}"
+    name = f"cuda/additive-{dtype_name(dtype)}-{phase}/{size_name(B=B, Tq=Tq, Tk=Tk, A=A)}"
     targets = given_targets({ADDITIVE_NAMES[1]: target})
     return Case(name, build, training, B * Tq * Tk * A / 1e9, "G tanh", targets, dtype=dtype)

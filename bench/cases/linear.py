@@ -16,9 +16,9 @@ from bench.timing import Call
 __all__ = ["linear"]
 
 
-def linear(mode: str, N: int, I: int, O: int) -> Case:  # noqa: E741
+def linear(phase: str, N: int, I: int, O: int) -> Case:  # noqa: E741
     """An affine map of N rows; training computes its three gradients as well."""
-    training = mode == "training"
+    training = phase == "training"
     work = 2 * N * I * O * (3 if training else 1) / 1e9
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
@@ -43,4 +43,4 @@ def linear(mode: str, N: int, I: int, O: int) -> Case:  # noqa: E741
             ],
         )
 
-    return Case(f"linear/{mode}/{size_name(N=N, I=I, O=O)}", build, training, work, "GFLOP")
+    return Case(f"linear/{phase}/{size_name(N=N, I=I, O=O)}", build, training, work, "GFLOP")

@@ -138,7 +138,7 @@ def _onnx_candidates(
 
 def sequence(
     cell: Cell,
-    mode: str,
+    phase: str,
     B: int,
     T: int,
     I: int,  # noqa: E741
@@ -154,7 +154,7 @@ def sequence(
 
     `libraries` selects the candidates; `LIMIT` is the limit of the machine.
     """
-    training = mode == "training"
+    training = phase == "training"
     work = gflop(cell, T * B, I, H, layers, training=training)
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
@@ -178,13 +178,13 @@ def sequence(
         )
 
     sizes = size_name(B=B, T=T, I=I, H=H) + (f"-L{layers}" if layers > 1 else "")
-    name = f"{group}/{kind or kind_name(cell, mode)}/{sizes}"
+    name = f"{group}/{kind or kind_name(cell, phase)}/{sizes}"
     return Case(name, build, training, work, "GFLOP", given_targets(targets or {}))
 
 
-def odd_sizes(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
+def odd_sizes(cell: Cell, phase: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
     """Sizes that fill neither vectors nor tiles."""
-    return sequence(cell, mode, B, T, I, H, kind=kind_name(cell, "odd", mode))
+    return sequence(cell, phase, B, T, I, H, kind=kind_name(cell, "odd", phase))
 
 
 def multilayer(cell: Cell, B: int, T: int, H: int, targets: Targets) -> Case:
@@ -208,7 +208,7 @@ def scaling(cell: Cell, B: int, T: int, H: int) -> Case:
 
 def bfloat16(
     cell: Cell,
-    mode: str,
+    phase: str,
     B: int,
     T: int,
     I: int,  # noqa: E741
@@ -219,7 +219,7 @@ def bfloat16(
 
     Larger cases take torch seconds on machines without bfloat16 arithmetic.
     """
-    training = mode == "training"
+    training = phase == "training"
     float32_name = f"llm_ext.{cell.name}, float32"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
@@ -235,19 +235,19 @@ def bfloat16(
         own = Candidate(f"llm_ext.{cell.name}", OURS, layer_call(ours, x, g))
         return Comparison(reference_outputs(other, x, g), own, others)
 
-    name = f"recurrence/{kind_name(cell, 'bfloat16', mode)}/{size_name(B=B, T=T, I=I, H=H)}"
+    name = f"recurrence/{kind_name(cell, 'bfloat16', phase)}/{size_name(B=B, T=T, I=I, H=H)}"
     work = gflop(cell, T * B, I, H, training=training)
     targets = given_targets({float32_name: target})
     return Case(name, build, training, work, "GFLOP", targets, dtype=torch.bfloat16)
 
 
-def packed(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
+def packed(cell: Cell, phase: str, B: int, T: int, I: int, H: int) -> Case:  # noqa: E741
     """Lengths T/4 to T as a PackedSequence; the ONNX libraries get padded input and the lengths.
 
     The layer of llm_ext is also a candidate without packing: on the same tokens padded to T, and on the same number of
     tokens in sequences of one length. The latter must not be faster.
     """
-    training = mode == "training"
+    training = phase == "training"
     lengths = torch.linspace(T, T // 4, B).round().long()
     tokens = int(lengths.sum())
     same_number = f"llm_ext.{cell.name}, same number of tokens"
@@ -290,7 +290,7 @@ def packed(cell: Cell, mode: str, B: int, T: int, I: int, H: int) -> Case:  # no
         )
 
     work = gflop(cell, tokens, I, H, training=training)
-    name = f"recurrence/{kind_name(cell, 'packed', mode)}/{size_name(B=B, T=T, I=I, H=H)}"
+    name = f"recurrence/{kind_name(cell, 'packed', phase)}/{size_name(B=B, T=T, I=I, H=H)}"
     return Case(name, build, training, work, "GFLOP", {same_number: 1.0})
 
 

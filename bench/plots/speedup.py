@@ -12,24 +12,24 @@ from bench.plots.style import COLOURS, LIBRARY_NAMES, pyplot, save, title
 __all__ = ["draw_speedup", "mean_speedups"]
 
 _CELLS = {"RNN": "", "GRU": "gru-", "LSTM": "lstm-"}
-_MODES = ("inference", "training")
+_PHASES = ("inference", "training")
 
 
-def _groups(run: dict[str, Any], mode: str, cell: str) -> list[list[dict[str, Any]]]:
+def _groups(run: dict[str, Any], phase: str, cell: str) -> list[list[dict[str, Any]]]:
     """The measured peers of each case of whole sequences."""
-    prefix = f"recurrence/{_CELLS[cell]}{mode}/"
+    prefix = f"recurrence/{_CELLS[cell]}{phase}/"
     cases = [case for case in run["cases"] if case["case"].startswith(prefix)]
     return [[entry for entry in case["others"] if is_peer(entry) and "ratio" in entry] for case in cases]
 
 
-def mean_speedups(run: dict[str, Any], mode: str, cell: str) -> tuple[float, float] | None:
+def mean_speedups(run: dict[str, Any], phase: str, cell: str) -> tuple[float, float] | None:
     """Return the geometric means over whole-sequence cases of the speed-up over torch and the fastest other library.
 
     None if a case has no such ratio.
     """
     over_torch: list[float] = []
     over_others: list[float] = []
-    for peers in _groups(run, mode, cell):
+    for peers in _groups(run, phase, cell):
         for ratios, of_torch in ((over_torch, True), (over_others, False)):
             found = [entry["ratio"] for entry in peers if (entry["library"] == "torch") == of_torch]
             if not found:
@@ -43,13 +43,13 @@ def mean_speedups(run: dict[str, Any], mode: str, cell: str) -> tuple[float, flo
 def draw_speedup(run: dict[str, Any], path: Path) -> None:
     """Draw the means of `mean_speedups` for each cell, in a panel each for inference and training."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(_MODES), figsize=(8, 3.4), sharey=True, layout="constrained")
-    for mode, axes in zip(_MODES, panels, strict=True):
-        cells = {cell: means for cell in _CELLS if (means := mean_speedups(run, mode, cell)) is not None}
+    figure, panels = plt.subplots(1, len(_PHASES), figsize=(8, 3.4), sharey=True, layout="constrained")
+    for phase, axes in zip(_PHASES, panels, strict=True):
+        cells = {cell: means for cell in _CELLS if (means := mean_speedups(run, phase, cell)) is not None}
         libraries = {
             entry["library"]: None
             for cell in cells
-            for peers in _groups(run, mode, cell)
+            for peers in _groups(run, phase, cell)
             for entry in peers
             if entry["library"] != "torch"
         }
@@ -64,7 +64,7 @@ def draw_speedup(run: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(cells)), list(cells), fontsize=11)
         axes.tick_params(axis="x", length=0)
         axes.tick_params(axis="y", labelsize=9)
-        axes.set_title(f"{mode.capitalize()}, {len(_groups(run, mode, 'RNN'))} shapes", fontsize=11)
+        axes.set_title(f"{phase.capitalize()}, {len(_groups(run, phase, 'RNN'))} shapes", fontsize=11)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False, fontsize=9.5, alignment="left")
         for side in ("right", "top"):
             axes.spines[side].set_visible(False)

@@ -12,7 +12,7 @@ from bench.cases import attention, cpu, cuda_builders, linear, models, recurrenc
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.comparison import LIMIT, Case, Settings
 
-MODES = ("inference", "training")
+PHASES = ("inference", "training")
 CPU_CASES = [
     *(
         case
@@ -32,11 +32,11 @@ CPU_CASES = [
     recurrence.scaling(GRU, 2, 3, 4),
     recurrence.bfloat16(LSTM, "inference", 1, 3, 4, 4),
     recurrence.bfloat16(GRU, "training", 2, 3, 4, 4),
-    *(linear.linear(mode, 3, 5, 4) for mode in MODES),
-    *(attention.pooling(mode, 2, 5, 4) for mode in MODES),
+    *(linear.linear(phase, 3, 5, 4) for phase in PHASES),
+    *(attention.pooling(phase, 2, 5, 4) for phase in PHASES),
     attention.prefix("inference", 2, 5, 4),
     attention.prefix("training", 2, 70, 4),
-    *(attention.additive(mode, 2, 3, 5, 4) for mode in MODES),
+    *(attention.additive(phase, 2, 3, 5, 4) for phase in PHASES),
     attention.streaming("pooling", "forward", 2, 70, 4),
     attention.streaming("pooling", "backward", 2, 70, 4),
     attention.streaming("prefix", "forward", 2, 70, 4),
@@ -55,7 +55,11 @@ CUDA_CASES = [
     cuda_builders.sequence(GRU, "training", FP32, 3, 5, 2, 4, all_peers=True, tf32=True, device="cpu"),
     cuda_builders.lengths(GRU, "inference", FP32, 5, 8, 2, 4, target=5, device="cpu"),
     cuda_builders.lengths(LSTM, "training", FP32, 5, 8, 2, 4, target=5, device="cpu"),
-    *(cuda_builders.pool_op(causal, mode, FP32, 2, 9, 4, device="cpu") for causal in (False, True) for mode in MODES),
+    *(
+        cuda_builders.pool_op(causal, phase, FP32, 2, 9, 4, device="cpu")
+        for causal in (False, True)
+        for phase in PHASES
+    ),
     *(cuda_builders.pool_layer(causal, "training", FP32, 2, 9, 4, device="cpu") for causal in (False, True)),
     cuda_builders.additive("training", FP32, 2, 3, 5, 4, device="cpu"),
 ]

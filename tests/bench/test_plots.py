@@ -33,10 +33,10 @@ def _fill(record: dict[str, Any]) -> dict[str, Any]:
 
 def test_speedup_is_the_geometric_mean_over_whole_sequences(record: dict[str, Any], tmp_path: Path) -> None:
     run = _fill(record)
-    for mode, shapes in (("inference", 7), ("training", 8)):
+    for phase, shapes in (("inference", 7), ("training", 8)):
         for cell in ("RNN", "GRU", "LSTM"):
             expected = statistics.geometric_mean([8.0] + [2.0] * (shapes - 1)), 3.0
-            assert plots.mean_speedups(run, mode, cell) == pytest.approx(expected)
+            assert plots.mean_speedups(run, phase, cell) == pytest.approx(expected)
     plots.draw_speedup(run, tmp_path / "speedup.svg")
     drawn = (tmp_path / "speedup.svg").read_text(encoding="utf-8")
     for words in ("Inference, 7 shapes", "Training, 8 shapes", "over torch.nn", "over JAX", "2.44×", "a CPU, AVX2"):
