@@ -137,16 +137,17 @@ static inline void row_gradients(const AdditiveAttentionBackwardParams<S>& p, co
   int64_t k = 0;
   for (int64_t position = 0; position < in.keys; ++position) {
     const bool attended = k < row.count && w.attended[k] == position;
-    const int64_t at = row.b * in.keys + position;
+    const int64_t offset = row.b * in.keys + position;
     for (int64_t vector = vectors.begin; p.dkey != nullptr && vector < vectors.end; ++vector) {
       const int64_t a = vector * kLanes<T>;
       const int lanes = static_cast<int>(in.attn_dim - a < kLanes<T> ? in.attn_dim - a : kLanes<T>);
       const Vec<T> sum = attended ? T(4) * load(w.v + a) * load(w.dkeys + a * w.rows + k * kLanes<T>) : Vec<T>{};
-      store_partial(p.dkey + at * in.attn_dim + a, sum, lanes);
+      store_partial(p.dkey + offset * in.attn_dim + a, sum, lanes);
     }
     for_each_vector<T>(p.dvalues == nullptr ? 0 : columns.size(), [&](int64_t i, int lanes) {
       const int64_t d = columns.begin + i;
-      store_partial(p.dvalues + at * in.value_dim + d, attended ? load(w.dvalues + k * w.width + d) : Vec<T>{}, lanes);
+      store_partial(p.dvalues + offset * in.value_dim + d, attended ? load(w.dvalues + k * w.width + d) : Vec<T>{},
+                    lanes);
     });
     k += attended;
   }
@@ -173,17 +174,17 @@ static void additive_backward(const AdditiveAttentionBackwardParams<S>& p, const
     for (int64_t first = 0; first < in.queries; first += kQueryTile) {
       if (first > 0) row.team.sync();  // other threads may still read the previous tile's
       row.begin_tile(first, in.queries - first < kQueryTile ? in.queries - first : kQueryTile);
-      const int64_t at = row.b * in.queries + first;
+      const int64_t offset = row.b * in.queries + first;
       for (int64_t q = row.team.rank; q < row.queries; q += row.team.size) {
         T* grad = w.grad + q * w.width;
         zero(grad, w.width);
-        if (p.grad_context != nullptr) convert(p.grad_context + (at + q) * in.value_dim, grad, in.value_dim);
+        if (p.grad_context != nullptr) convert(p.grad_context + (offset + q) * in.value_dim, grad, in.value_dim);
       }
       row.team.sync();
       row.score();
       tile_dweights(p, row);
       row.team.sync();
-      if (row.team.rank == 0) tile_softmax_backward(row, p.lse + at);
+      if (row.team.rank == 0) tile_softmax_backward(row, p.lse + offset);
       row.team.sync();
       if (p.dvalues != nullptr) {
         for_each_block<kWideBlock>(row.count, [&](int64_t k, auto size) {

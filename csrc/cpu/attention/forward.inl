@@ -76,13 +76,13 @@ static void additive_forward(const AdditiveAttentionForwardParams<S>& p, const T
       row.team.sync();
       row.score();
       row.team.sync();
-      const int64_t at = row.b * in.queries + first;
-      if (row.team.rank == 0) tile_softmax(row, p.lse + at);
+      const int64_t offset = row.b * in.queries + first;
+      if (row.team.rank == 0) tile_softmax(row, p.lse + offset);
       row.team.sync();
       for_each_block<kWideBlock>(row.queries, [&](int64_t q, auto size) {
         // With fewer queries, more columns: values are read in longer runs.
         constexpr int kVectors = kColumnSums / size.value;
-        S* context = p.context + (at + q) * in.value_dim;
+        S* context = p.context + (offset + q) * in.value_dim;
         int64_t d = columns.begin;
         for (; d + kVectors * kLanes<T> <= columns.end; d += kVectors * kLanes<T>) {
           weighted_means<size.value, kVectors>(row, q, d, kLanes<T>, context);
@@ -91,7 +91,7 @@ static void additive_forward(const AdditiveAttentionForwardParams<S>& p, const T
                            [&](int64_t i, int lanes) { weighted_means<size.value, 1>(row, q, d + i, lanes, context); });
       });
       if (p.weights != nullptr && row.team.rank == 0) {
-        zero(p.weights + at * in.keys, row.queries * in.keys);
+        zero(p.weights + offset * in.keys, row.queries * in.keys);
         for (int64_t q = 0; q < row.queries; ++q) {
           for (int64_t k = 0; k < row.count; ++k) {
             store_partial(p.weights + row.pair(q, k), broadcast(row.w.scores[k * kQueryTile + q]), 1);

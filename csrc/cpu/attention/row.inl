@@ -160,7 +160,8 @@ class AdditiveRow {
   const AdditiveAttentionInput<S>& in;
   const AdditiveWorkspace<T> w;
   const ThreadTeam team;
-  // A single query: each pair takes its own exponential, since exponentials of the keys would be used once.
+  // A forward pass with a single query: each pair takes its own exponential, since those of the keys would be used
+  // once.
   const bool single_query;
   int64_t b = 0;
   int64_t count = 0;    // attended keys
@@ -194,7 +195,7 @@ class AdditiveRow {
 
 // Whether the whole team works on one batch row at a time, instead of each thread on its own batch rows.
 template <typename S>
-static inline bool shares_rows(const AdditiveAttentionInput<S>& in, int threads) {
+static inline bool splits_rows(const AdditiveAttentionInput<S>& in, int threads) {
   return in.batch % threads != 0 && in.batch < 4 * threads;
 }
 
@@ -202,7 +203,7 @@ static inline bool shares_rows(const AdditiveAttentionInput<S>& in, int threads)
 template <typename S, typename Row>
 static inline void for_each_row(const AdditiveAttentionInput<S>& in, bool backward, Compute<S>* workspace,
                                 const ThreadTeam& team, const Row& run) {
-  const bool shared = shares_rows(in, team.size);
+  const bool shared = splits_rows(in, team.size);
   const int64_t size = AdditiveWorkspace<Compute<S>>(in, backward).size();
   Compute<S>* own = workspace + team.rank * size;
   AdditiveRow<S> row(in, {in, backward, shared ? workspace : own, own}, shared ? team : ThreadTeam{0, 1, team.barrier},

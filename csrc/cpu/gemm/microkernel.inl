@@ -1,4 +1,4 @@
-// The micro-kernel: M <= MR rows of A times one panel of B.
+// The micro-kernel: M <= kMaxMR rows of A times one panel of B.
 //
 // It stores its sums to memory, and the caller finishes them (bias, activation, derivative). So there is one
 // micro-kernel per shape, not one per shape and way to finish, at the cost of a few stores and loads per hundreds of

@@ -73,10 +73,10 @@ static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, R* 
       for (int v = 0; v < vectors; ++v) {
         const int64_t left = width - v * kLanes<T>;
         const int lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
-        const int64_t at = first + v * kLanes<T>;
-        Vec<T> value = source == nullptr ? Vec<T>{} : load_partial(source + at, lanes);
+        const int64_t offset = first + v * kLanes<T>;
+        Vec<T> value = source == nullptr ? Vec<T>{} : load_partial(source + offset, lanes);
         if constexpr (kPair<R> == 2) {
-          value = make_pairs(value, partner == nullptr ? Vec<T>{} : load_partial(partner + at, lanes));
+          value = make_pairs(value, partner == nullptr ? Vec<T>{} : load_partial(partner + offset, lanes));
         }
         store_exact(target + v * kLanes<T>, value);
       }

@@ -38,9 +38,9 @@ static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_ro
   Range side_panels[kSides];  // of each side among all panels
   Range panels = {0, 0};
   for (int j = 0; j < kSides; ++j) {
-    const int64_t wanted = sides[j].dw == nullptr ? 0 : panels_of<T>(sides[j].width);
-    side_panels[j] = {panels.end, panels.end + wanted};
-    panels.end += wanted;
+    const int64_t count = sides[j].dw == nullptr ? 0 : panels_of<T>(sides[j].width);
+    side_panels[j] = {panels.end, panels.end + count};
+    panels.end += count;
   }
   Range heights = {0, height};
   if (panels.end >= 2 * team.size) {
@@ -74,8 +74,8 @@ static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_ro
           body(sides[j], Range{0, own.size()}, columns, right + (own.begin - group.begin) * kNR<T> * padded<L>(depth));
         }
       };
-      for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, L* packed) {
-        for (int64_t j = some.begin; j < some.end; ++j) {
+      for_each_side([&](const WeightGradient<S>& side, Range packed_panels, Range columns, L* packed) {
+        for (int64_t j = packed_panels.begin; j < packed_panels.end; ++j) {
           auto gathered = gather(rows.begin + i);
           const auto row = [&](int64_t k) -> const S* {
             const S* source = side.gathered ? gathered(k) : side.right + (rows.begin + i + k) * side.stride;
@@ -86,14 +86,14 @@ static void weight_gradients(Gather gather, Range rows, const Factor<S>* left_ro
       });
       for (int b = 0; b < blocks; ++b) {
         for (int64_t r = heights.begin; r < heights.end; r += kGradientMC) {
-          const Range some_height = intersect({r, r + kGradientMC}, heights);
+          const Range block = intersect({r, r + kGradientMC}, heights);
           pack_columns(left_rows + i * left_width, left_width, depth,
-                       {b * height + some_height.begin, b * height + some_height.end}, left);
-          for_each_side([&](const WeightGradient<S>& side, Range some, Range columns, const L* packed) {
+                       {b * height + block.begin, b * height + block.end}, left);
+          for_each_side([&](const WeightGradient<S>& side, Range packed_panels, Range columns, const L* packed) {
             if (side.gates[b] < 0) return;
             T* target = side.dw + (side.gates[b] * height + r) * side.width + columns.begin;
             product(
-                PackedColumns<L>{left}, some_height.size(), depth, packed, columns.size(), Panels{some},
+                PackedColumns<L>{left}, block.size(), depth, packed, columns.size(), Panels{packed_panels},
                 [&](int64_t m, int64_t col) { __builtin_prefetch(target + m * side.width + col, 1); },
                 [&](int64_t m, int64_t col, Vec<T> value, int lanes) {
                   T* out = target + m * side.width + col;

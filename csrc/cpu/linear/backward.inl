@@ -62,7 +62,7 @@ static int64_t linear_backward_workspace(const LinearSizes& s, int threads) {
 template <typename S>
 static void linear_backward(const LinearBackwardParams<S>& p, const ThreadTeam& team) {
   const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
-  const LinearBackwardWorkspace<S> space(p.sizes, team.size);
+  const LinearBackwardWorkspace<S> sizes(p.sizes, team.size);
   if (p.dx != nullptr && N <= kUnpackedGradientRows) {
     input_gradient_unpacked(p, team.slice(I, kLanes<S>));
   } else if (p.dx != nullptr) {
@@ -75,9 +75,9 @@ static void linear_backward(const LinearBackwardParams<S>& p, const ThreadTeam& 
         [&](int64_t row, int64_t col, Vec<S> value, int lanes) { store_partial(dx + row * I + col, value, lanes); });
   }
   const auto nothing_gathered = [](int64_t) { return [](int64_t) { return static_cast<const S*>(nullptr); }; };
-  const WeightGradient<S> of_weight = {p.dw, I, {0}, false, p.x, I};
-  weight_gradients<S>(nothing_gathered, {0, N}, p.grad_y, O, 1, {of_weight}, false,
-                      p.workspace + space.packed + team.rank * kGradientWorkspace<S>, team);
+  const WeightGradient<S> dw = {p.dw, I, {0}, false, p.x, I};
+  weight_gradients<S>(nothing_gathered, {0, N}, p.grad_y, O, 1, {dw}, false,
+                      p.workspace + sizes.packed + team.rank * kGradientWorkspace<S>, team);
   const Range columns = team.slice(O, kLanes<S>);
   if (p.db != nullptr) {
     column_sums(p.grad_y + columns.begin, N, O, columns.size(), p.db + columns.begin, static_cast<S*>(nullptr), false);

@@ -226,9 +226,9 @@ class BackwardPass {
     to_state(
         i, r, [](int64_t, int64_t) {},
         [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-          const int64_t at = (r.begin + row) * P + col;
-          if (C::kCarries && !C::kHasCell) value += load_partial(carry_ + at, lanes);
-          store_partial(p_.dh0 + at, value, lanes);
+          const int64_t offset = (r.begin + row) * P + col;
+          if (C::kCarries && !C::kHasCell) value += load_partial(carry_ + offset, lanes);
+          store_partial(p_.dh0 + offset, value, lanes);
         });
   }
 

@@ -4,7 +4,6 @@
 #include "cpu/gemm/blocking.inl"
 #include "cpu/isa/isa.h"
 #include "cpu/ranges.inl"
-#include "cpu/rnn/cells.inl"
 #include "cpu/rnn/steps.inl"
 #include "cpu/simd/float16.inl"
 #include "cpu/simd/load_store.inl"
@@ -75,11 +74,11 @@ class States {
     }
   }
 
-  // The state of row r before position i; null: zeros. Valid for the rows from r on that continue, or that join, with
-  // r: they are P apart.
+  // The state of row r before position i; null: zeros. The states of the following rows are P apart, as long as all of
+  // them continue or all join.
   const T* before(int64_t i, int64_t r) const {
     if constexpr (kIsNarrow<S>) {
-      return r >= order_.rows(i - 1) && p_.h0 == nullptr ? nullptr : next_state(i + 1, r);
+      return r >= order_.rows(i - 1) && p_.h0 == nullptr ? nullptr : step_buffer(i + 1, r);
     } else {
       return stored_before(i, r);
     }
@@ -107,7 +106,7 @@ class States {
       if constexpr (kIsNarrow<S>) store_partial(next + r * width + col, h, lanes);
     }
   };
-  Target target(int64_t i) const { return {p_.y + order_.first_row(i) * s_.output, next_state(i, 0), s_.output}; }
+  Target target(int64_t i) const { return {p_.y + order_.first_row(i) * s_.output, step_buffer(i, 0), s_.output}; }
 
   // After position i: copies the states of rows that end there to h_n.
   void end(int64_t i, Range rows, Range output_columns) const {
@@ -128,7 +127,8 @@ class States {
     return p_.h0 == nullptr ? nullptr : p_.h0 + r * s_.output;
   }
 
-  T* next_state(int64_t i, int64_t r) const {
+  // The state of row r after position i in the two-step buffer.
+  T* step_buffer(int64_t i, int64_t r) const {
     return kIsNarrow<S> ? two_steps_ + (i % 2 * s_.batch + r) * s_.output : nullptr;
   }
 
