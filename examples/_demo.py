@@ -1,4 +1,4 @@
-"""What both demos do: options, a training from the start, exit codes."""
+"""The common half of the demos: options, a new training run, exit codes."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        path: its directory.
-        step: the training step at which it was saved.
-        config: contents of its `config.json`.
+        path: Its directory.
+        step: The training step at which it was saved.
+        config: Contents of its `config.json`.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Checkpoint:
         """Read one of its files, `WEIGHTS` or `STATE`.
 
         Raises:
-            CommandError: the file is missing, damaged, or not the one that was saved.
+            CommandError: The file is missing, damaged, or not the one that was saved.
         """
         path = self.path / name
         try:
@@ -76,7 +76,7 @@ class Checkpoint:
         """Build the model and load its weights.
 
         Raises:
-            CommandError: the files are damaged or do not match.
+            CommandError: The files are damaged or do not match.
         """
         weights = self.tensors(WEIGHTS)
         try:
@@ -95,11 +95,11 @@ class Run:
     """A run directory.
 
     Args:
-        path: the directory.
+        path: The directory.
 
     Attributes:
-        vocabulary: file of the tokenizer; of a translator with two vocabularies, that of the sources.
-        target_vocabulary: file of the tokenizer of the targets.
+        vocabulary: File of the tokenizer; of a translator with two vocabularies, that of the sources.
+        target_vocabulary: File of the tokenizer of the targets.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class Run:
             which: "last" or "best".
 
         Raises:
-            CommandError: there is no checkpoint, or its description is damaged.
+            CommandError: There is no checkpoint, or its description is damaged.
         """
         if not self.path.is_dir():
             raise CommandError(f"{self.path}: no such run directory")
@@ -141,7 +141,7 @@ class Run:
             which: "last" or "best".
 
         Raises:
-            CommandError: a file is missing, damaged, or does not match, or the model is a translator.
+            CommandError: A file is missing, damaged, or does not match, or the model is a translator.
         """
         model = self.checkpoint(which).model()
         if not isinstance(model, LLM):
@@ -153,7 +153,7 @@ class Run:
         """Load the tokenizer of a language model, or those of a translator: source and target, possibly the same.
 
         Raises:
-            CommandError: a file is missing, damaged, or does not fit the model.
+            CommandError: A file is missing, damaged, or does not fit the model.
         """
         if isinstance(model, LLM):
             return (load_tokenizer(self.vocabulary, model.vocab_size),)
@@ -176,16 +176,16 @@ class Run:
         """Save a checkpoint as the last one, and as the best one if `best`.
 
         Args:
-            step: of the training.
-            model: arguments of `LLM` or `Seq2Seq`.
-            weights: of the model.
+            step: Step of the training.
+            model: Arguments of `LLM` or `Seq2Seq`.
+            weights: Parameters of the model.
             training: JSON values needed to continue.
-            state: tensors needed to continue.
-            best: whether this is the best model so far.
+            state: Tensors needed to continue.
+            best: Whether this is the best model so far.
             task: "lm" or "translate".
 
         Raises:
-            OSError: the checkpoint could not be written; earlier ones are unchanged.
+            OSError: The checkpoint could not be written; earlier ones are unchanged.
         """
         pointers = read_json(self._pointers, RUN) if self.exists() else {}
         self._remove_unnamed(pointers)

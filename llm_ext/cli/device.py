@@ -18,7 +18,7 @@ def find_device(name: str) -> torch.device:
     """Return a device by its name in torch; "auto" is the default device.
 
     Raises:
-        CommandError: torch does not know the device, or it is not available.
+        CommandError: Torch does not know the device, or it is not available.
     """
     try:
         device = torch.device(default_device() if name == "auto" else name)

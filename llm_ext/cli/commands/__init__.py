@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: without the name of the program; by default those of this process.
+        arguments: Arguments without the name of the program; by default those of this process.
 
     Returns:
         The exit code: 0 success; 1 failure, with a message on standard error; 128 + the number of a signal, 130 for

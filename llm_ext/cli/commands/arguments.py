@@ -56,7 +56,9 @@ def add_pair_files(parser: argparse.ArgumentParser, prefix: str = "", purpose: s
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
     """Add --cache."""
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="directory for encoded text (default: DIR/cache)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="directory for encoded text (default: cache in the run directory)"
+    )
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +85,8 @@ def check(options: argparse.Namespace, rules: Iterable[tuple[str, bool, str]]) -
     """Fail with a usage error if an option is out of range.
 
     Args:
-        options: the parsed command line.
-        rules: name of the option, whether its value is valid, and what is expected.
+        options: The parsed command line.
+        rules: Name of the option, whether its value is valid, and what is expected.
     """
     for name, valid, expected in rules:
         if not valid:

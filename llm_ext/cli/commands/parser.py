@@ -15,7 +15,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a wrong one exits the process with 2.
 
     Args:
-        arguments: without the name of the program; None for those of this process.
+        arguments: Arguments without the name of the program; None for those of this process.
 
     Returns:
         The options. Their `run` is the function that runs the command, `fail` reports a wrong command line and exits.

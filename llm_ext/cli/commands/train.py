@@ -26,6 +26,10 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model on text files",
+        usage="llm-ext train FILE [FILE ...] --out DIR [options]\n"
+        "       llm-ext train --task translate FILE.tsv --out DIR [options]\n"
+        "       llm-ext train --task translate --source FILE --target FILE --out DIR [options]\n"
+        "       llm-ext train --resume --out DIR [options]",
         description="Train a language model on text, or a translator on pairs of lines.",
     )
     parser.set_defaults(run=run, fail=parser.error)
@@ -131,7 +135,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if meta["type"] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         else:
-            metavar = None if meta["choices"] else {int: "N", float: "X", str: "NAME"}[meta["type"]]
+            metavar = None if meta["choices"] else meta["metavar"] or {int: "N", float: "X", str: "NAME"}[meta["type"]]
             kind = {"type": meta["type"], "choices": meta["choices"], "metavar": metavar}
         groups[meta["group"]].add_argument(
             _option(name),

@@ -28,8 +28,8 @@ class PairBatch(NamedTuple):
         target: [B, T] int64, each row begins with an end id.
         source_lengths: [B] int64, or None if all sources have S tokens.
         target_lengths: [B] int64, or None if all targets have T tokens.
-        keep: positions that have a token to predict, [B, T] bool.
-        expected: the tokens to predict, [N] int64, N = keep.sum().
+        keep: Positions that have a token to predict, [B, T] bool.
+        expected: The tokens to predict, [N] int64, N = keep.sum().
     """
 
     source: Tensor
@@ -44,9 +44,9 @@ def make_batch(pairs: EncodedPairs, indices: Indices, ends: tuple[int, int]) -> 
     """Read pairs into a batch.
 
     Args:
-        pairs: all pairs.
-        indices: the pairs to read, [B].
-        ends: the ids that end a source and a target.
+        pairs: All pairs.
+        indices: The pairs to read, [B].
+        ends: The ids that end a source and a target.
     """
     source, source_lengths = pad_lines([pairs.source(i) for i in indices.tolist()], ends[0])
     expected, target_lengths = pad_lines([pairs.target(i) for i in indices.tolist()], ends[1])
@@ -61,8 +61,8 @@ def pad_lines(lines: Sequence[Ids | Sequence[int]], end: int) -> tuple[Tensor, T
     """Put lines side by side.
 
     Args:
-        lines: ids of B lines.
-        end: the id appended to each line and used as padding.
+        lines: Ids of B lines.
+        end: The id appended to each line and used as padding.
 
     Returns:
         Ids [B, S] int64, and lengths [B] int64 with the end included, or None if all lines have S ids.
@@ -81,14 +81,14 @@ class PairBatches:
     last batch of a pass is completed with the first pairs of its shuffle.
 
     Args:
-        pairs: all pairs.
-        chosen: indices of the pairs to train on.
+        pairs: All pairs.
+        chosen: Indices of the pairs to train on.
         size: B, pairs per batch of all processes together.
-        seed: seed of the shuffles.
-        ends: the ids that end a source and a target.
+        seed: Seed of the shuffles.
+        ends: The ids that end a source and a target.
 
     Raises:
-        CommandError: there are fewer pairs than one batch needs.
+        CommandError: There are fewer pairs than one batch needs.
     """
 
     def __init__(self, pairs: EncodedPairs, chosen: Indices, size: int, seed: int, ends: tuple[int, int]) -> None:

@@ -31,8 +31,8 @@ class Corpus:
     """Token ids in a memory-mapped file.
 
     Args:
-        path: the file, as `encode_text` wrote it.
-        dtype: type of one id.
+        path: The file, as `encode_text` wrote it.
+        dtype: Type of one id.
     """
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
@@ -77,15 +77,15 @@ class Streams:
     stream is a function of the step alone.
 
     Args:
-        corpus: the text.
-        begin: first token of the range.
-        end: one past the last token of the range.
+        corpus: The text.
+        begin: First token of the range.
+        end: One past the last token of the range.
         count: B, the number of streams of all processes together.
         chunk: T, tokens per step.
-        mine: the streams that this process reads.
+        mine: The streams that this process reads.
 
     Raises:
-        CommandError: the range is too short.
+        CommandError: The range is too short.
     """
 
     def __init__(self, corpus: Corpus, begin: int, end: int, count: int, chunk: int, mine: slice) -> None:
@@ -109,13 +109,13 @@ def encode_text(files: Sequence[Path], tokenizer: Tokenizer, cache: Path) -> Cor
     """Encode files, one after the other, into one corpus, or open the corpus of an earlier call.
 
     Args:
-        files: the text.
-        tokenizer: its tokenizer.
-        cache: directory of encoded texts. The name of a file depends on the vocabulary and on the path, size and
+        files: The text.
+        tokenizer: Its tokenizer.
+        cache: Directory of encoded texts. The name of a file depends on the vocabulary and on the path, size and
             modification time of each text.
 
     Raises:
-        CommandError: a file is missing, empty, or cannot be encoded.
+        CommandError: A file is missing, empty, or cannot be encoded.
     """
     check_files(files)
     path, dtype = cache_path(cache, files, tokenizer.size, [tokenizer.kind, tokenizer.contents()])
@@ -137,11 +137,11 @@ def cache_path(
     """Return the path of an encoded text and the smallest type that holds its ids.
 
     Args:
-        cache: directory of encoded texts.
-        files: the text.
-        vocab_size: number of ids.
-        tokenizer: contents of the tokenizer, JSON values.
-        options: other numbers on which the encoded text depends.
+        cache: Directory of encoded texts.
+        files: The text.
+        vocab_size: Number of ids.
+        tokenizer: Contents of the tokenizer, JSON values.
+        options: Other numbers on which the encoded text depends.
     """
     dtype = next(np.dtype(d) for d in (np.uint8, np.uint16, np.uint32) if vocab_size - 1 <= np.iinfo(d).max)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -52,12 +52,12 @@ def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
     """Read a JSON object and check its format name and version.
 
     Args:
-        path: the file.
-        kind: expected value of its key "format".
-        version: expected value of its key "version".
+        path: The file.
+        kind: Expected value of its key "format".
+        version: Expected value of its key "version".
 
     Raises:
-        CommandError: the file is missing, is not JSON, or has another format or version.
+        CommandError: The file is missing, is not JSON, or has another format or version.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -87,7 +87,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their numbers, starting at 1.
 
     Raises:
-        CommandError: a line is not UTF-8.
+        CommandError: A line is not UTF-8.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -98,11 +98,11 @@ def decode_line(line: bytes, where: str) -> str:
     """Return the text of a line without its line ending and without a byte order mark.
 
     Args:
-        line: the bytes of the line.
-        where: file and line number, for the error message.
+        line: The bytes of the line.
+        where: File and line number, for the error message.
 
     Raises:
-        CommandError: the line is not UTF-8.
+        CommandError: The line is not UTF-8.
     """
     try:
         return line.decode().removeprefix("\ufeff").rstrip("\r\n")

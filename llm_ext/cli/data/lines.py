@@ -29,7 +29,7 @@ class LineTokenizer(NamedTuple):
         """Return the ids of a line without its end.
 
         Raises:
-            CommandError: the vocabulary cannot represent the line.
+            CommandError: The vocabulary cannot represent the line.
         """
         # The space makes the first word of a line the same token as inside a line.
         return self.tokenizer.encode(f" {line}" if self._leading_space else line)

@@ -28,8 +28,8 @@ class PairFiles:
     """Pairs in two files, line by line, or in one file whose first two tab-separated columns are source and target.
 
     Attributes:
-        source: file of the sources, or of both.
-        target: file of the targets, or None.
+        source: File of the sources, or of both.
+        target: File of the targets, or None.
     """
 
     source: Path
@@ -44,7 +44,7 @@ class PairFiles:
         """Yield line number (starting at 1), source and target, without surrounding spaces.
 
         Raises:
-            CommandError: a file is missing, empty or not UTF-8, a line has no tab, or the files differ in length.
+            CommandError: A file is missing, empty or not UTF-8, a line has no tab, or the files differ in length.
         """
         check_files(self.paths)
         if self.target is None:
@@ -72,14 +72,14 @@ def tokenizer_from_pairs(
     """Build the tokenizer of one side of pairs, or of both.
 
     Args:
-        kind: one of `KINDS` of the tokenizer module.
-        files: the pairs.
+        kind: One of `KINDS` of the tokenizer module.
+        files: The pairs.
         vocab_size: V, for BPE.
         sides: 0 for the source, 1 for the target.
-        val: validation pairs, whose characters a character tokenizer must know as well.
+        val: Validation pairs, whose characters a character tokenizer must know as well.
 
     Raises:
-        CommandError: the pairs cannot be read.
+        CommandError: The pairs cannot be read.
     """
     every = sum(path.stat().st_size for path in files.paths if path.exists()) // BPE_SAMPLE + 1
 
@@ -98,8 +98,8 @@ class EncodedPairs:
     """Encoded pairs in memory-mapped files.
 
     Args:
-        path: the file of ids; the offsets of each pair are in a file with the suffix `.pairs`.
-        dtype: type of one id.
+        path: The file of ids; the offsets of each pair are in a file with the suffix `.pairs`.
+        dtype: Type of one id.
     """
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
@@ -155,16 +155,16 @@ def encode_pairs(
     """Encode pairs, or open the encoded pairs of an earlier call.
 
     Args:
-        files: the pairs.
-        source: tokenizer of the sources.
-        target: tokenizer of the targets.
-        cache: directory of encoded pairs. The name of a file depends on the vocabularies and on the path, size and
+        files: The pairs.
+        source: Tokenizer of the sources.
+        target: Tokenizer of the targets.
+        cache: Directory of encoded pairs. The name of a file depends on the vocabularies and on the path, size and
             modification time of each file.
-        longest: pairs with a side of more tokens are left out.
-        notify: receives a message about pairs that were left out.
+        longest: Pairs with a side of more tokens are left out.
+        notify: Receives a message about pairs that were left out.
 
     Raises:
-        CommandError: a file cannot be read or encoded, or no pair is left.
+        CommandError: A file cannot be read or encoded, or no pair is left.
     """
     check_files(files.paths)
     tokenizers = [[side.tokenizer.kind, side.tokenizer.contents()] for side in (source, target)]

@@ -53,8 +53,8 @@ class Tokenizer(ABC):
     """Maps text to token ids 0 .. size - 1; each id represents some bytes of UTF-8.
 
     Attributes:
-        kind: one of `KINDS`.
-        pieces: the bytes of each id.
+        kind: One of `KINDS`.
+        pieces: The bytes of each id.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Tokenizer(ABC):
         """Return the ids [N] of a text.
 
         Raises:
-            CommandError: the vocabulary cannot represent the text.
+            CommandError: The vocabulary cannot represent the text.
         """
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Tokenizer(ABC):
         """Yield the ids of a file block by block, so that memory use does not depend on its size.
 
         Raises:
-            CommandError: the file is not UTF-8 where it has to be, or the vocabulary cannot represent it.
+            CommandError: The file is not UTF-8 where it has to be, or the vocabulary cannot represent it.
         """
 
     @abstractmethod
@@ -124,7 +124,7 @@ class CharTokenizer(Tokenizer):
     """The characters of the training text, in Unicode order.
 
     Args:
-        characters: the vocabulary.
+        characters: The vocabulary.
     """
 
     kind = "chars"
@@ -248,12 +248,12 @@ def tokenizer_from_files(kind: str, files: Sequence[Path], vocab_size: int) -> T
     """Build a tokenizer from the files of a training text.
 
     Args:
-        kind: one of `KINDS`.
-        files: the text.
+        kind: One of `KINDS`.
+        files: The text.
         vocab_size: V, for BPE.
 
     Raises:
-        CommandError: a file is not UTF-8 where it has to be.
+        CommandError: A file is not UTF-8 where it has to be.
     """
     if kind == "bytes":
         return ByteTokenizer()
@@ -273,11 +273,11 @@ def load_tokenizer(path: Path, size: int | None = None) -> Tokenizer:
     """Load a tokenizer that `Tokenizer.save` wrote.
 
     Args:
-        path: the file.
-        size: the number of tokens it must have, or None to accept any.
+        path: The file.
+        size: The number of tokens it must have, or None to accept any.
 
     Raises:
-        CommandError: the file is missing, damaged, or has another number of tokens.
+        CommandError: The file is missing, damaged, or has another number of tokens.
     """
     value = read_json(path, FORMAT)
     kind = value.get("tokens")

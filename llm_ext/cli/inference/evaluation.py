@@ -30,10 +30,10 @@ class Score:
     """The loss over a text.
 
     Attributes:
-        nats: sum over all predicted tokens.
-        tokens: number of predicted tokens.
-        characters: length of their text in characters.
-        bytes: length of their text in bytes.
+        nats: Sum over all predicted tokens.
+        tokens: Number of predicted tokens.
+        characters: Length of their text in characters.
+        bytes: Length of their text in bytes.
     """
 
     nats: float
@@ -65,10 +65,10 @@ class Processes:
     """The processes that share an evaluation.
 
     Attributes:
-        rank: of this process.
-        count: number of processes.
-        sum: adds a tensor over the processes.
-        stop: called before each batch; the evaluation stops if it returns True.
+        rank: Rank of this process.
+        count: Number of processes.
+        sum: Adds a tensor over the processes.
+        stop: Called before each batch; the evaluation stops if it returns True.
     """
 
     rank: int = 0
@@ -92,13 +92,13 @@ def evaluate_text(
     model alone.
 
     Args:
-        model: a `StatefulLLM` without a state, possibly wrapped by Fabric; in evaluation mode.
-        corpus: the text.
-        begin: first token of the range.
-        end: one past the last token of the range.
-        tokenizer: of the text.
-        device: of the model.
-        processes: that share the work.
+        model: A `StatefulLLM` without a state, possibly wrapped by Fabric; in evaluation mode.
+        corpus: The text.
+        begin: First token of the range.
+        end: One past the last token of the range.
+        tokenizer: Tokenizer of the text.
+        device: Device of the model.
+        processes: The processes that share the work.
 
     Raises:
         EvaluationStoppedError: `processes.stop` returned True.
@@ -134,13 +134,13 @@ def evaluate_pairs(
     """Measure the loss of targets given their sources; the end of a target counts as a token.
 
     Args:
-        model: a `Seq2Seq`, possibly wrapped by Fabric; in evaluation mode.
-        pairs: all pairs.
-        indices: the pairs to measure.
-        ends: the ids that end a source and a target.
-        tokenizer: of the targets.
-        device: of the model.
-        processes: that share the work.
+        model: A `Seq2Seq`, possibly wrapped by Fabric; in evaluation mode.
+        pairs: All pairs.
+        indices: The pairs to measure.
+        ends: The ids that end a source and a target.
+        tokenizer: Tokenizer of the targets.
+        device: Device of the model.
+        processes: The processes that share the work.
 
     Raises:
         EvaluationStoppedError: `processes.stop` returned True.

@@ -34,14 +34,14 @@ def explain_translation(
     """Return how much each written word attended to each word of the source.
 
     Args:
-        translator: the model.
-        text: the source.
-        target: the translation to explain; None for the translation of the model.
-        warn: receives messages about an unusual source.
-        options: of the search.
+        translator: The model.
+        text: The source.
+        target: The translation to explain; None for the translation of the model.
+        warn: Receives messages about an unusual source.
+        options: Options of the search.
 
     Raises:
-        CommandError: a text is empty, or has characters that the vocabulary lacks.
+        CommandError: A text is empty, or has characters that the vocabulary lacks.
     """
     for name, value in (("text", text), ("target", target)):
         if value is not None and not value.strip():
@@ -80,12 +80,12 @@ def explain_language_model(model: LLM, tokenizer: Tokenizer, text: str) -> Atten
     """Return how much the prediction of each word attended to each earlier word.
 
     Args:
-        model: in evaluation mode, with attention.
-        tokenizer: of the model.
-        text: at least two words.
+        model: Language model with attention, in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        text: At least two words.
 
     Raises:
-        CommandError: the model has no attention, or the text is too short or has characters that the vocabulary lacks.
+        CommandError: The model has no attention, or the text is too short or has characters that the vocabulary lacks.
     """
     if model.pool is None:
         raise CommandError("the model has no attention to look at; train one with --attention hidden or embedding")
@@ -125,7 +125,7 @@ def group_into_words(pieces: Sequence[str]) -> list[Word]:
     """Group the tokens of a text into words.
 
     Args:
-        pieces: text of each token, in order.
+        pieces: Text of each token, in order.
 
     Returns:
         Each word with the range of its tokens. A word begins at a token that begins with a space or follows one.

@@ -27,18 +27,18 @@ def generate(
     """Continue a prompt, yielding text as soon as each character is complete.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of the model.
-        prompt: at least one token; it is not yielded.
-        length: number of tokens to sample.
-        temperature: divides the scores; 0 always takes the most likely token.
-        top_k: sample among the k most likely tokens.
-        top_p: sample among the fewest most likely tokens whose probabilities sum to at least p.
-        seed: of the random generator; None for a different text each time.
+        model: Language model in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        prompt: At least one token; it is not yielded.
+        length: Number of tokens to sample.
+        temperature: Divides the scores; 0 always takes the most likely token.
+        top_k: Sample among the k most likely tokens.
+        top_p: Sample among the fewest most likely tokens whose probabilities sum to at least p.
+        seed: Seed of the random generator; None for a different text each time.
 
     Raises:
-        CommandError: the prompt is empty or has characters that the vocabulary lacks.
-        ValueError: a number is out of range.
+        CommandError: The prompt is empty or has characters that the vocabulary lacks.
+        ValueError: A number is out of range.
     """
     ids = tokenizer.encode(prompt)
     if not ids.size:

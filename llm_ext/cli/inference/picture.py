@@ -27,13 +27,13 @@ class AttentionMap:
     """Attention weights between words.
 
     Attributes:
-        title: above the picture.
-        rows: the words that attend.
-        row_label: what the rows are.
-        columns: the words attended to.
-        column_label: what the columns are.
+        title: Above the picture.
+        rows: The words that attend.
+        row_label: What the rows are.
+        columns: The words attended to.
+        column_label: What the columns are.
         weights: [rows, columns], 0 to 1; NaN where a row cannot attend.
-        summary: one line for the terminal.
+        summary: One line for the terminal.
     """
 
     title: str
@@ -49,7 +49,7 @@ def draw(attention: AttentionMap, path: Path) -> None:
     """Write a picture, as HTML if `path` ends in `.html`, else as PNG.
 
     Raises:
-        OSError: the file could not be written; a previous one stays.
+        OSError: The file could not be written; a previous one stays.
     """
     content = _html(attention).encode() if path.suffix == ".html" else _png(attention)
     with atomic_write(path) as file:

@@ -19,10 +19,10 @@ class StatefulLLM(nn.Module):
     training.
 
     Args:
-        model: the language model.
+        model: The language model.
 
     Attributes:
-        state: state after the last call; None before the first chunk.
+        state: State after the last call; None before the first chunk.
     """
 
     def __init__(self, model: LLM) -> None:

@@ -36,10 +36,10 @@ class Translator:
     """A trained model with its tokenizers: translates line by line.
 
     Args:
-        model: in evaluation mode.
-        source: tokenizer of the sources.
-        target: tokenizer of the targets.
-        longest: tokens of the longest source of the training, its end included; None if unknown.
+        model: Model in evaluation mode.
+        source: Tokenizer of the sources.
+        target: Tokenizer of the targets.
+        longest: Tokens of the longest source of the training, its end included; None if unknown.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Translator:
         """Load a checkpoint of a run.
 
         Args:
-            run: the run directory.
+            run: The run directory.
             which: "last" or "best".
-            device: of the model.
+            device: Device of the model.
 
         Raises:
-            CommandError: a file is missing, damaged, or does not match, or the model is a language model.
+            CommandError: A file is missing, damaged, or does not match, or the model is a language model.
         """
         checkpoint = run.checkpoint(which)
         model = checkpoint.model()
@@ -76,12 +76,12 @@ class Translator:
         """Return the ids of a source.
 
         Args:
-            line: the source.
-            where: its file and line number, for messages.
-            warn: receives a message if the source is much longer than those of the training.
+            line: The source.
+            where: Its file and line number, for messages.
+            warn: Receives a message if the source is much longer than those of the training.
 
         Raises:
-            CommandError: the vocabulary cannot represent the source.
+            CommandError: The vocabulary cannot represent the source.
         """
         try:
             ids: list[int] = self.source.encode(line).tolist()
@@ -154,16 +154,16 @@ class Translator:
         """Translate lines in their order, in batches of lines of similar length.
 
         Args:
-            lines: file and line number, for messages, and text of each line.
-            batch: lines per batch.
-            warn: receives messages about unusual lines.
-            options: of the search.
+            lines: File and line number, for messages, and text of each line.
+            batch: Lines per batch.
+            warn: Receives messages about unusual lines.
+            options: Options of the search.
 
         Yields:
             The targets of each line, as `translate` returns them.
 
         Raises:
-            CommandError: a line cannot be read or encoded; translations of the lines before it are yielded first.
+            CommandError: A line cannot be read or encoded; translations of the lines before it are yielded first.
         """
         failure: CommandError | None = None
 
@@ -210,8 +210,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) 
     """Return the BLEU of lines, 0 to 100, and the signature of its measurement by sacrebleu.
 
     Args:
-        hypotheses: the lines.
-        references: one or more lists with a reference for each line; None for a missing reference.
+        hypotheses: The lines.
+        references: One or more lists with a reference for each line; None for a missing reference.
 
     Source: Post, "A call for clarity in reporting BLEU scores", arXiv 1804.08771.
     """

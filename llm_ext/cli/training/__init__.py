@@ -1,8 +1,8 @@
 """Training: settings, tasks and the loop that trains them."""
 
 from llm_ext.cli.training.config import Config, LanguageConfig, TranslationConfig
-from llm_ext.cli.training.report import read_log
 from llm_ext.cli.training.pipeline import Outcome, resume, train
+from llm_ext.cli.training.report import read_log
 from llm_ext.cli.training.trainer import Progress
 
 __all__ = [

@@ -31,10 +31,11 @@ def _setting(
     most: float = math.inf,
     choices: tuple[str, ...] | None = None,
     resume: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """Return a field with the metadata of its command line option; `resume`: a resumed run may change it."""
     metadata = {"help": help, "group": group, "type": type or default.__class__}
-    metadata |= {"least": least, "most": most, "choices": choices, "resume": resume}
+    metadata |= {"least": least, "most": most, "choices": choices, "resume": resume, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -50,14 +51,12 @@ class Config:
     task: ClassVar[str]
 
     tokens: str = _setting(
-        "bytes", "what a token is: bytes, characters, or byte pairs learned from the text", group="data", choices=KINDS
+        "bytes", "kind of tokens: bytes, characters, or byte pairs learned from the text", group="data", choices=KINDS
     )
-    vocab_size: int = _setting(
-        4096, "vocabulary size for --tokens bpe, the most tokens to learn", group="data", least=256, most=1 << 24
-    )
+    vocab_size: int = _setting(4096, "largest vocabulary of --tokens bpe", group="data", least=256, most=1 << 24)
     val_fraction: float = _setting(
         0.1,
-        "fraction held out for validation without --val: the end of the text, or all pairs of some sources",
+        "without --val, fraction held out for validation: the end of the text, or all pairs of some sources",
         group="data",
         least=0,
         most=0.9,
@@ -66,11 +65,11 @@ class Config:
     cell: str = _setting("rnn", "recurrent layer; rnn is the Elman network", group="model", choices=CELLS)
     nonlinearity: str = _setting("tanh", "nonlinearity of --cell rnn", group="model", choices=NONLINEARITIES)
     layers: int = _setting(1, "number of recurrent layers", group="model", least=1)
-    hidden: int = _setting(512, "size of the hidden state", group="model", least=1)
+    hidden: int = _setting(512, "hidden size", group="model", least=1)
     embedding: int = _setting(128, "size of a token embedding", group="model", least=1)
     attn_dim: int | None = _setting(
         None,
-        "size of the attention space (default: size of what is attended to; for lm at most 128)",
+        "size of the attention space (default: size of the vectors attended to, for lm at most 128)",
         group="model",
         type=int,
         least=1,
@@ -82,6 +81,7 @@ class Config:
         "run directory whose best checkpoint provides initial weights, matched by token (default: none)",
         group="initialization",
         type=str,
+        metavar="DIR",
     )
     init: str = _setting(
         "all", "weights to take from --init-from", group="initialization", choices=("all", "encoder", "embedding")
@@ -90,6 +90,7 @@ class Config:
         "",
         f"parts of the model to exclude from training, separated by commas: {', '.join(PARTS)} (default: none)",
         group="initialization",
+        metavar="PARTS",
     )
 
     # With the defaults of batch, chunk, lr, schedule and clip an Elman network reaches 1.517 nats per character on the
@@ -118,7 +119,9 @@ class Config:
     warmup: float = _setting(
         0.3, "fraction of the training in which the learning rate rises", group="training", least=0, most=1
     )
-    clip: float = _setting(1.0, "largest gradient norm; 0: no clipping", group="training", least=0)
+    clip: float = _setting(
+        1.0, "gradient norm above which gradients are scaled down; 0 disables clipping", group="training", least=0
+    )
     validate_every: int = _setting(
         250, "steps between validations; each one saves a checkpoint", group="training", least=1, resume=True
     )
@@ -137,7 +140,7 @@ class Config:
         "auto", "device to train on: cpu, cuda or auto; auto is the CPU", group="hardware", resume=True
     )
     devices: int = _setting(
-        1, "number of devices, each with its own process; torchrun sets it", group="hardware", least=1, resume=True
+        1, "number of devices, one process each; set by torchrun", group="hardware", least=1, resume=True
     )
     nodes: int = _setting(1, "number of machines, with torchrun", group="hardware", least=1, resume=True)
     precision: str = _setting("32-true", "numeric precision", group="hardware", choices=PRECISIONS)
@@ -166,8 +169,8 @@ class Config:
         """Build a config from what `to_saved` returned.
 
         Raises:
-            TypeError: a setting is unknown.
-            ValueError: a setting is out of range.
+            TypeError: A setting is unknown.
+            ValueError: A setting is out of range.
         """
         return cls(**{"device" if name == "accelerator" else name: value for name, value in dict(settings).items()})
 
@@ -210,13 +213,13 @@ class LanguageConfig(Config):
     """Settings to train a language model.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: A setting is out of range.
     """
 
     task: ClassVar[str] = "lm"
 
     attention: str = _setting(
-        "hidden", "what causal attention pools over", group="model", choices=("hidden", "embedding", "none")
+        "hidden", "vectors that causal attention pools", group="model", choices=("hidden", "embedding", "none")
     )
     score: str = _setting("linear", "score function of the attention", group="model", choices=("linear", "tanh"))
     chunk: int = _setting(64, "tokens per stream and step; gradients reach back one chunk", group="training", least=1)
@@ -227,7 +230,7 @@ class TranslationConfig(Config):
     """Settings to train a translator.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: A setting is out of range.
     """
 
     task: ClassVar[str] = "translate"
@@ -243,7 +246,7 @@ class TranslationConfig(Config):
     vocabularies: str = _setting(
         "shared", "one vocabulary and embedding for both sides, or two", group="data", choices=("shared", "two")
     )
-    longest: int = _setting(200, "leave out pairs with a side of more tokens", group="data", least=1)
+    longest: int = _setting(200, "longest source or target in tokens; longer pairs are left out", group="data", least=1)
     input_feeding: bool = _setting(
         False, "feed the output of each decoder step into the next one; slower", group="model"
     )

@@ -28,9 +28,9 @@ class LanguageData:
     """An encoded text with its tokenizer.
 
     Attributes:
-        tokenizer: of the text.
-        texts: the training text, and the validation text if it has files of its own.
-        split: end of the training text in `texts[0]`.
+        tokenizer: Tokenizer of the text.
+        texts: The training text, and the validation text if it has files of its own.
+        split: End of the training text in `texts[0]`.
     """
 
     tokenizer: Tokenizer
@@ -44,14 +44,14 @@ class LanguageData:
         """Encode the text; the first process does it for all of them.
 
         Args:
-            fabric: the processes.
-            config: the settings.
-            run: directory of the tokenizer.
-            files: the text.
-            new_vocabulary: build and save the tokenizer first.
+            fabric: The processes.
+            config: The settings.
+            run: Directory of the tokenizer.
+            files: The text.
+            new_vocabulary: Build and save the tokenizer first.
 
         Raises:
-            CommandError: a file cannot be used.
+            CommandError: A file cannot be used.
         """
         with fabric.rank_zero_first():
             if new_vocabulary and fabric.is_global_zero:
@@ -69,13 +69,13 @@ class LanguageTask(Task):
     """A language model and its text.
 
     Args:
-        fabric: the processes.
-        config: the settings.
-        data: the text.
-        model: the model to train.
+        fabric: The processes.
+        config: The settings.
+        data: The text.
+        model: The model to train.
 
     Raises:
-        CommandError: the text is too short.
+        CommandError: The text is too short.
     """
 
     model: LLM
@@ -109,7 +109,7 @@ class LanguageTask(Task):
         """Prepare the data and build the model, or continue with a saved `model` and its tokenizer.
 
         Raises:
-            CommandError: a file cannot be used, or the text is too short.
+            CommandError: A file cannot be used, or the text is too short.
         """
         data = LanguageData.prepare(fabric, config, run, files, new_vocabulary=model is None)
         return cls(fabric, config, data, model or cls._new_model(config, data.tokenizer.size))

@@ -22,7 +22,7 @@ def launch(config: Config) -> Fabric:
     gloo threads, which may need Python's lock, while holding that lock.
 
     Raises:
-        CommandError: the device cannot be used.
+        CommandError: The device cannot be used.
     """
     devices = config.devices
     if TorchElasticEnvironment.detect():

@@ -34,9 +34,9 @@ class Outcome:
     """The end of a training.
 
     Attributes:
-        progress: the steps and losses so far.
-        signal: number of the signal that stopped the training early; 0 if none did.
-        first: whether this is the first process, which reports to the user.
+        progress: The steps and losses so far.
+        signal: Number of the signal that stopped the training early; 0 if none did.
+        first: Whether this is the first process, which reports to the user.
     """
 
     progress: Progress
@@ -55,14 +55,14 @@ def train(
     """Train a model.
 
     Args:
-        config: a `LanguageConfig` or a `TranslationConfig`.
-        files: the text; for a translator one file of tab-separated pairs, or a file of sources and one of targets.
-        out: run directory for tokenizers, checkpoints, log and plot; it must not hold a run.
-        val: the same for validation; empty to hold out a part of `files`.
-        cache: directory for the encoded text; by default inside `out`.
+        config: A `LanguageConfig` or a `TranslationConfig`.
+        files: The text; for a translator one file of tab-separated pairs, or a file of sources and one of targets.
+        out: Run directory for tokenizers, checkpoints, log and plot; it must not hold a run.
+        val: The same for validation; empty to hold out a part of `files`.
+        cache: Directory for the encoded text; by default inside `out`.
 
     Raises:
-        CommandError: a file cannot be used, the loss is not finite, or a checkpoint cannot be saved.
+        CommandError: A file cannot be used, the loss is not finite, or a checkpoint cannot be saved.
     """
     run = Run(out)
     if run.exists():
@@ -84,12 +84,12 @@ def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> 
     """Continue a training from its last checkpoint, with the results of an uninterrupted one.
 
     Args:
-        out: the run directory.
-        changes: settings to change, such as more steps.
-        cache: directory for the encoded text; by default inside `out`.
+        out: The run directory.
+        changes: Settings to change, such as more steps.
+        cache: Directory for the encoded text; by default inside `out`.
 
     Raises:
-        CommandError: the checkpoint or the text is missing, damaged or changed; and as `train`.
+        CommandError: The checkpoint or the text is missing, damaged or changed; and as `train`.
     """
     run = Run(out)
     checkpoint = run.checkpoint("last")

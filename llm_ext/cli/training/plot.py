@@ -15,8 +15,8 @@ def plot_loss(records: Iterable[dict[str, Any]], path: Path) -> None:
     """Plot the training and validation loss over the steps.
 
     Args:
-        records: records of the log.
-        path: the picture, SVG or PNG by its suffix.
+        records: Records of the log.
+        path: The picture, SVG or PNG by its suffix.
     """
     # Imported here because it takes a second and is needed only at the end of a training.
     from matplotlib.figure import Figure

@@ -32,10 +32,10 @@ class Report:
     """Writes the progress of one training.
 
     Args:
-        log: file of the log; its records of later steps than `step` are removed, at step 0 all of them.
-        step: step at which the training starts or continues.
-        progress: fraction of the training that is done, 0 to 1.
-        silent: write nothing, in all processes but the first.
+        log: File of the log; its records of later steps than `step` are removed, at step 0 all of them.
+        step: Step at which the training starts or continues.
+        progress: Fraction of the training that is done, 0 to 1.
+        silent: Write nothing, in all processes but the first.
     """
 
     def __init__(self, log: Path, step: int, progress: float, silent: bool) -> None:

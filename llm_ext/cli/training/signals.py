@@ -14,7 +14,7 @@ class StopRequest:
     """Context manager that records SIGINT and SIGTERM instead of handling them.
 
     Attributes:
-        number: of the signal that arrived; 0 if none did.
+        number: Number of the signal that arrived, or 0.
     """
 
     def __init__(self) -> None:

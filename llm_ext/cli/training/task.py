@@ -22,9 +22,9 @@ class InputFiles:
     """The files that a training reads.
 
     Attributes:
-        training: the text, or one or two files of pairs.
-        val: the same for validation; empty to hold out a part of `training`.
-        cache: directory for the encoded text.
+        training: The text, or one or two files of pairs.
+        val: The same for validation; empty to hold out a part of `training`.
+        cache: Directory for the encoded text.
     """
 
     training: Sequence[Path]
@@ -48,13 +48,13 @@ class Task(ABC):
     """A model with its data, for the loop of `Trainer`.
 
     Attributes:
-        model: the model to train.
-        module: what Fabric wraps: the model, or a module around it.
-        tokenizers: that of a language model, or those of source and target.
-        fingerprints: of the texts, to detect changes when a run is resumed.
-        batch: rows per step of all processes together.
-        unit: what a row is, in words.
-        notes: messages about the data for the user.
+        model: The model to train.
+        module: What Fabric wraps: the model, or a module around it.
+        tokenizers: One tokenizer of a language model; two of a translator, source and target.
+        fingerprints: Hashes of the texts, to detect changes when a run is resumed.
+        batch: Rows per step of all processes together.
+        unit: What a row is, in words.
+        notes: Messages about the data for the user.
     """
 
     model: Model
@@ -75,7 +75,7 @@ class Task(ABC):
 
         Args:
             module: `self.module` as wrapped by Fabric.
-            step: number of steps before this one.
+            step: Number of steps before this one.
 
         Returns:
             A loss whose mean over the processes is that of the step, and the number of tokens of all processes.
@@ -87,7 +87,7 @@ class Task(ABC):
 
         Args:
             module: `self.module` as wrapped by Fabric, in evaluation mode.
-            processes: that share the work.
+            processes: The processes that share the work.
 
         Raises:
             EvaluationStoppedError: `processes.stop` returned True.
@@ -102,8 +102,8 @@ class Task(ABC):
         """Continue from what `state_tensors` returned.
 
         Raises:
-            KeyError: a tensor is missing.
-            CommandError: the tensors do not fit.
+            KeyError: A tensor is missing.
+            CommandError: The tensors do not fit.
         """
 
     def metadata(self) -> dict[str, int]:

@@ -32,14 +32,14 @@ class Progress:
     """The progress of a training; checkpoints store it.
 
     Attributes:
-        step: number of steps done.
-        seconds: time spent, validation included.
-        validated: step of the last validation.
-        best_step: step of the best validation, or None.
-        best_loss: its loss in nats per token, or None.
-        misses: validations since the best one.
-        losses: sum of the training losses since the last record of the log.
-        recent: mean training loss in that record, or None.
+        step: Number of steps done.
+        seconds: Time spent, validation included.
+        validated: Step of the last validation.
+        best_step: Step of the best validation, or None.
+        best_loss: Its loss in nats per token, or None.
+        misses: Validations since the best one.
+        losses: Sum of the training losses since the last record of the log.
+        recent: Mean training loss in that record, or None.
     """
 
     step: int = 0
@@ -56,15 +56,15 @@ class Trainer:
     """Trains a task: steps, validation, checkpoints, log.
 
     Args:
-        fabric: devices and processes.
-        config: the settings.
-        run: the run directory.
-        task: model and data.
-        names: paths of the data, stored in checkpoints.
-        progress: where to start or continue.
+        fabric: Devices and processes.
+        config: The settings.
+        run: The run directory.
+        task: Model and data.
+        names: Paths of the data, stored in checkpoints.
+        progress: The progress so far, from which to continue.
 
     Attributes:
-        adam: the optimizer, not wrapped by Fabric.
+        adam: The optimizer, not wrapped by Fabric.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Trainer:
         """Load the optimizer and task state of a checkpoint; the model has its weights already.
 
         Raises:
-            CommandError: the checkpoint is damaged, or has another number of rows per step.
+            CommandError: The checkpoint is damaged, or has another number of rows per step.
         """
         self.saved_step = checkpoint.step
         tensors = checkpoint.tensors(STATE)
@@ -109,7 +109,7 @@ class Trainer:
             The number of the signal, or 0.
 
         Raises:
-            CommandError: the loss or the gradient is not finite, or a checkpoint cannot be saved.
+            CommandError: The loss or the gradient is not finite, or a checkpoint cannot be saved.
         """
         config, progress = self.config, self.progress
         self._started = time.perf_counter() - progress.seconds
@@ -135,11 +135,12 @@ class Trainer:
     def _introduce(self) -> None:
         for note in self.task.notes:
             self.report.say(note)
+        processes = "1 process" if self.fabric.world_size == 1 else f"{self.fabric.world_size} processes"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         frozen = size - sum(parameter.numel() for _, parameter in self.trained)
         self.report.say(
             f"{size:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}, {self.task.summary()}; "
-            f"{self.fabric.device}, {self.fabric.world_size} process(es), {self.task.batch} {self.task.unit}"
+            f"{self.fabric.device}, {processes}, {self.task.batch} {self.task.unit}"
         )
 
     def _step(self, done: float) -> None:
@@ -222,7 +223,7 @@ class Trainer:
         """Save a checkpoint; all processes take part.
 
         Raises:
-            CommandError: the checkpoint could not be written.
+            CommandError: The checkpoint could not be written.
         """
         config, progress = self.config, self.progress
         # Before the first step Adam has no moments, and there is nothing to continue from.

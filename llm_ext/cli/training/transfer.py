@@ -33,7 +33,7 @@ def freeze(model: Model, parts: Sequence[str]) -> None:
     """Exclude the parameters of some parts from training; tied parameters belong to the embedding.
 
     Raises:
-        CommandError: the model has no such part, or no parameter is left to train.
+        CommandError: The model has no such part, or no parameter is left to train.
     """
     prefixes = _PREFIXES[type(model)]
     for part in parts:
@@ -54,16 +54,16 @@ def initialize_from(model: Model, tokenizers: Sequence[Tokenizer], path: Path, p
     have keep their new weights.
 
     Args:
-        model: the model to initialize.
-        tokenizers: one of a language model, or those of source and target.
-        path: directory of the other run.
+        model: The model to initialize.
+        tokenizers: One of a language model, or those of source and target.
+        path: Directory of the other run.
         part: "embedding"; "encoder", which includes the embedding it reads; or "all", for a run of the same task.
 
     Returns:
         What was copied, in words.
 
     Raises:
-        CommandError: the other run cannot be read, or does not fit.
+        CommandError: The other run cannot be read, or does not fit.
     """
     run = Run(path)
     other = run.checkpoint("best").model()

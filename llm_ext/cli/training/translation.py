@@ -30,10 +30,10 @@ class TranslationData:
     """Encoded pairs with their tokenizers.
 
     Attributes:
-        source: tokenizer of the sources.
-        target: tokenizer of the targets.
-        pairs: the training pairs, and the validation pairs if they have files of their own.
-        notes: messages about pairs that were left out.
+        source: Tokenizer of the sources.
+        target: Tokenizer of the targets.
+        pairs: The training pairs, and the validation pairs if they have files of their own.
+        notes: Messages about pairs that were left out.
     """
 
     source: LineTokenizer
@@ -48,14 +48,14 @@ class TranslationData:
         """Encode the pairs; the first process does it for all of them.
 
         Args:
-            fabric: the processes.
-            config: the settings.
-            run: directory of the tokenizers.
-            files: the pairs.
-            new_vocabulary: build and save the tokenizers first.
+            fabric: The processes.
+            config: The settings.
+            run: Directory of the tokenizers.
+            files: The pairs.
+            new_vocabulary: Build and save the tokenizers first.
 
         Raises:
-            CommandError: a file cannot be used.
+            CommandError: A file cannot be used.
         """
         shared = config.vocabularies == "shared"
         parts = [PairFiles(*part) for part in files.parts]
@@ -78,13 +78,13 @@ class TranslationTask(Task):
     """A translator and its pairs.
 
     Args:
-        fabric: the processes.
-        config: the settings.
-        data: the pairs.
-        model: the model to train.
+        fabric: The processes.
+        config: The settings.
+        data: The pairs.
+        model: The model to train.
 
     Raises:
-        CommandError: there are too few pairs.
+        CommandError: There are too few pairs.
     """
 
     model: Seq2Seq
@@ -120,7 +120,7 @@ class TranslationTask(Task):
         """Prepare the data and build the model, or continue with a saved `model` and its tokenizers.
 
         Raises:
-            CommandError: a file cannot be used, or there are too few pairs.
+            CommandError: A file cannot be used, or there are too few pairs.
         """
         data = TranslationData.prepare(fabric, config, run, files, new_vocabulary=model is None)
         return cls(fabric, config, data, model or cls._new_model(config, data.source.size, data.target.size))
