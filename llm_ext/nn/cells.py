@@ -56,9 +56,12 @@ class _Cell(RecurrentBase, Generic[Hidden]):
             TypeError: An argument has the wrong type.
         """
         batched = input.dim() == 2
-        state: Any = hx if hx is None or isinstance(hx, tuple) else (hx,)
-        if not batched and state is not None:
-            state = tuple([tensor.unsqueeze(0) for tensor in state])
+        state: Any = tuple(hx) if isinstance(hx, (tuple, list)) else None if hx is None else (hx,)
+        if state is not None:
+            if state[0].dim() != input.dim():  # the op also takes [1, B, H]
+                self._check_arguments(input, hx)
+            if not batched:
+                state = tuple([tensor.unsqueeze(0) for tensor in state])
         try:
             x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
             _, last = run(self.mode, x, state, self._weights(), (False,), 0.0, None, None)

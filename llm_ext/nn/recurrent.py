@@ -128,7 +128,9 @@ class _Layers(RecurrentBase, Generic[Hidden]):
             return self._forward_packed(input, hx, lengths)
         batched = input.dim() != 2
         x = input
-        state: Any = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        state: Any = tuple(hx) if isinstance(hx, (tuple, list)) else None if hx is None else (hx,)
+        if state is not None and state[0].dim() != input.dim():  # the op of one layer also takes [B, H]
+            self._check_arguments(input, hx)
         if not batched:
             if lengths is not None:
                 raise ArgumentError(f"{type(self).__name__}: lengths belong to a batch, got input {list(input.shape)}")
