@@ -57,7 +57,7 @@ def test_resuming_gives_the_results_of_an_uninterrupted_run(
 ) -> None:
     assert train(config, files, tmp_path / "whole").signal == 0
     out = tmp_path / "parts"
-    # Within a record of the log, during a validation, and in the second pass over the data.
+    # Within a record of the log, during a validation, and after it.
     signal_at(7)
     assert train(config, files, out).signal == signal.SIGINT
     assert last_step(out) == 8
