@@ -45,7 +45,7 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	touch $@
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
 
 test-isa: $(BUILT)
 	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest tests/ops tests/cpu/test_packed_weight_cache.py $(PYTEST)
