@@ -31,7 +31,7 @@ __all__ = ["EncoderOutput", "InputProjections", "Seq2Seq", "Seq2SeqState"]
 
 
 class EncoderOutput(NamedTuple):
-    """What the decoder attends to: the encoder's output, projected.
+    """Output of the encoder, projected to the keys and values that the decoder attends to.
 
     Attributes:
         keys: Projected keys, ``[B, S, A]``.

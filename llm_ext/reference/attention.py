@@ -24,19 +24,22 @@ def additive_attention(
     mask: Tensor | None = None,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Additive attention, `s_qk = v·tanh(query_q + keys_k)`, `α_q = softmax_k(s_qk)`, `c_q = Σ_k α_qk values_k`.
+    """Additive attention over keys.
+
+    ``s_qk = v · tanh(query_q + keys_k)``, ``α_q = softmax_k(s_qk)``, ``c_q = Σ_k α_qk values_k``.
 
     Args:
-        query: projected queries, [B, Tq, A].
-        keys: projected keys, [B, Tk, A]; a bias is part of either of the two.
-        v: [A].
-        values: [B, Tk, Dv].
-        key_lengths: [B] int64; key k of row b takes part in the softmax if k < key_lengths[b].
-        mask: [B, Tk] or [B, Tq, Tk] bool; a key takes part where it is True. With both, it must satisfy both.
-        need_weights: return α as well.
+        query: Projected queries, ``[B, Tq, A]``.
+        keys: Projected keys, ``[B, Tk, A]``. A bias is part of either of the two.
+        v: ``[A]``.
+        values: ``[B, Tk, Dv]``.
+        key_lengths: int64 ``[B]``; keys ``k >= key_lengths[b]`` are masked.
+        mask: bool ``[B, Tk]`` or ``[B, Tq, Tk]``, False for masked keys. A key is attended to if both lengths and mask
+            allow it.
+        need_weights: Return α as well.
 
     Returns:
-        c [B, Tq, Dv], and α [B, Tq, Tk] or None; 0 for a query without an unmasked key.
+        c ``[B, Tq, Dv]``, and α ``[B, Tq, Tk]`` or None; 0 for a query whose keys are all masked.
 
     Source: "Neural machine translation by jointly learning to align and translate", arXiv 1409.0473.
     """
@@ -70,26 +73,26 @@ def attention_step(
     input_projections: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One step of a decoder with attention: recurrent layers, then `out = tanh(W_out y + b_out + context)`.
+    """One step of a decoder with attention: recurrent layers, then ``out = tanh(W_out y + b_out + context)``.
 
-    The context is that of `additive_attention` with the query `W_query y`.
+    The context is that of `additive_attention` with the query ``W_query y``.
 
     Args:
-        mode: as in `multilayer_rnn`.
-        x: [1, N, I]; with `input_projections` row indices into it, [1, N] int64.
-        state: (h0,), or (h0, c0) of an LSTM, each [L, N, H].
-        weights: of each layer, as in `multilayer_rnn`.
-        w_query: W_query, [A, H].
-        keys: projected keys of B sources, [B, Tk, A]; N / B consecutive rows attend to each source.
-        v: [A].
-        values: [B, Tk, D].
-        w_out: W_out, [D, H].
-        b_out: [D], or None for zeros.
-        input_projections: `W_ih x_v + b_ih` of every possible input, [V, G H], or None.
-        key_lengths: [B] int64; key k of source b takes part in the softmax if k < key_lengths[b].
+        mode: See `multilayer_rnn`.
+        x: Input of N rows, ``[1, N, I]``. With `input_projections`, int64 ids ``[1, N]``.
+        state: ``(h0,)``, or ``(h0, c0)`` for an LSTM, each ``[L, N, H]``.
+        weights: ``(w_ih, w_hh[, b_ih, b_hh])`` of each layer.
+        w_query: W_query, ``[A, H]``.
+        keys: Projected keys of B sources, ``[B, Tk, A]``; N / B consecutive rows attend to each source.
+        v: ``[A]``.
+        values: ``[B, Tk, D]``.
+        w_out: W_out, ``[D, H]``.
+        b_out: ``[D]``. None means zeros.
+        input_projections: ``W_ih x + b_ih`` of every id for the first layer, ``[V, G H]``, or None.
+        key_lengths: int64 ``[B]``; keys ``k >= key_lengths[b]`` of source b are masked.
 
     Returns:
-        out [N, D], and the new state, each tensor [L, N, H].
+        out ``[N, D]``, and the new state, each ``[L, N, H]``.
 
     Source: attention after the recurrence: Luong et al., arXiv 1508.04025.
     """

@@ -2,13 +2,13 @@
 
 Both functions share these arguments:
 
-- `e`: the vectors to pool, [B, T, D].
-- `u`: [D], for the scores `s_t = u·e_t`, or `scores`: s, [B, T]. Exactly one of them is given.
-- `lengths`: [B] int64; position t of row b takes part in the softmax if t < lengths[b].
-- `mask`: [B, T] bool; a position takes part where it is True. With both, a position must satisfy both.
+- `e`: Vectors ``[B, T, D]``.
+- `u`: ``[D]``, for the scores ``s_t = u · e_t``, or `scores`: s, ``[B, T]``. Exactly one of them must be given.
+- `lengths`: int64 ``[B]``; positions ``t >= lengths[b]`` are masked.
+- `mask`: bool ``[B, T]``, False for masked positions. A position is attended to if both lengths and mask allow it.
 
-Values of `e` and `scores` at the other positions, even NaN, reach no result and no gradient. A score of -inf does not
-take part either.
+Values of `e` and `scores` at masked positions, even NaN, reach no result and no gradient. A score of -inf masks its
+position, too.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def attention_pool(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention pooling, `α = softmax(s)`, `c = Σ_t α_t e_t`, over the unmasked positions.
+    """Attention pooling, ``α = softmax(s)``, ``c = Σ_t α_t e_t``, over the unmasked positions.
 
     Returns:
-        c [B, D], and the log-sum-exp of the unmasked scores, [B]; 0 and -inf in a row without any.
+        c ``[B, D]``, and the log-sum-exp of the unmasked scores ``[B]``; 0 and -inf in a fully masked row.
     """
     e, s, unmasked = _mask_positions(e, u, scores, lengths, mask)
     s = s.masked_fill(~unmasked, -math.inf)
@@ -53,13 +53,13 @@ def prefix_pool(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Causal attention pooling: c_t pools over the unmasked positions up to t, as a recurrence of (L, c).
 
-    `a_t = sigmoid(s_t - L_{t-1})`, `L_t = logaddexp(L_{t-1}, s_t)`, `c_t = c_{t-1} + a_t (e_t - c_{t-1})`.
+    ``a_t = sigmoid(s_t - L_{t-1})``, ``L_t = logaddexp(L_{t-1}, s_t)``, ``c_t = c_{t-1} + a_t (e_t - c_{t-1})``.
     No exponential of a score is formed, so none overflows. A masked position leaves the state unchanged.
 
-    `state` is (L [B], c [B, D]) of the positions before e; None for (-inf, 0).
+    `state` is ``(L [B], c [B, D])`` of the positions before e. None means ``(-inf, 0)``.
 
     Returns:
-        c [B, T, D], and the state (L [B], c [B, D]) after the last position.
+        c ``[B, T, D]``, and the state ``(L [B], c [B, D])`` after the last position.
 
     Source: "Attention as an RNN", arXiv 2405.13956.
     """
@@ -80,7 +80,7 @@ def prefix_pool(
 def _mask_positions(
     e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return e with 0 at excluded positions, the scores, and the unmasked positions, [B, T] bool."""
+    """Return e with 0 at masked positions, the scores, and the unmasked positions, bool ``[B, T]``."""
     unmasked = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
     if lengths is not None:
         unmasked &= torch.arange(e.shape[1], device=e.device) < lengths[:, None]

@@ -2,14 +2,16 @@
 
 The functions share these arguments and results:
 
-- `x`: input, [T, B, I]; with `batch_sizes` the rows of a packed sequence, [N, I], step after step.
-- `w_ih`: W, [G H, I], the blocks of the G gates one below the other; `w_hh`: U, [G H, H]; `b_ih`, `b_hh`: b, [G H].
-- `batch_sizes`: rows of each step, [T] int64, positive and not increasing; N is their sum.
-- `lengths`: steps of each row, [B] int64, from 0 to T. Values of `x` beyond them are ignored, and `y` is 0 there.
-- `reverse`: run from the last step of a row to its first; y[t] still belongs to x[t].
-- A state is [B, H] or, as torch.nn lays out the state of one layer, [1, B, H]; None stands for zeros.
-- Returned are every hidden state, in the layout of `x`, and the state after the last step of each row, in the layout of
-  the given one.
+- `x`: Input ``[T, B, I]``, or the rows ``[N, I]`` of a packed sequence, step after step, if `batch_sizes` is given.
+- `w_ih`: W, ``[G H, I]``, the blocks of G gates one below the other. `w_hh`: U, ``[G H, H]``. `b_ih`, `b_hh`: b,
+  ``[G H]``, or None for zeros.
+- `batch_sizes`: Rows of each step, int64 ``[T]``, positive and not increasing; N is their sum.
+- `lengths`: Steps of each row, int64 ``[B]``, from 0 to T. Values of `x` beyond them are ignored, and y is 0 there.
+- `reverse`: Run from the last step of a row to its first; ``y[t]`` still belongs to ``x[t]``.
+- A state is ``[B, H]`` or, as torch.nn lays out the state of one layer, ``[1, B, H]``; None means zeros.
+
+They return every hidden state in the layout of `x`, and the state after the last step of each row in the layout of the
+given one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Elman recurrence, `h_t = f(W x_t + b_ih + U h_{t-1} + b_hh)`.
+    """Elman recurrence, ``h_t = f(W x_t + b_ih + U h_{t-1} + b_hh)``.
 
     `nonlinearity` is f: "tanh", "relu" or "sigmoid". The other arguments are described at the top of the module.
 
@@ -65,8 +67,9 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit, with the gates r, z, n of torch.nn.GRU.
 
-    `r_t = sigmoid(W_r x_t + b_ih_r + U_r h_{t-1} + b_hh_r)`, `z_t` likewise,
-    `n_t = tanh(W_n x_t + b_ih_n + r_t (U_n h_{t-1} + b_hh_n))`, `h_t = (1 - z_t) n_t + z_t h_{t-1}`.
+    ``r_t = sigmoid(W_r x_t + b_ih_r + U_r h_{t-1} + b_hh_r)``, z_t likewise,
+    ``n_t = tanh(W_n x_t + b_ih_n + r_t (U_n h_{t-1} + b_hh_n))``, ``h_t = (1 - z_t) n_t + z_t h_{t-1}``.
+
     The arguments are described at the top of the module; G = 3.
 
     Source: Cho et al., arXiv 1406.1078. Here, as in torch.nn.GRU, r is applied after the product with U_n.
@@ -91,10 +94,11 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Long short-term memory, with the gates i, f, g, o of torch.nn.LSTM.
 
-    `i_t = sigmoid(W_i x_t + b_ih_i + U_i h_{t-1} + b_hh_i)`, `f_t` and `o_t` likewise, `g_t` with tanh,
-    `c_t = f_t c_{t-1} + i_t g_t`, `h_t = o_t tanh(c_t)`, or with a projection `h_t = R (o_t tanh(c_t))`.
-    `state` is (h0, c0). `w_hr` is R, [P, H]; h then has P features, and U is [4 H, P]. The other arguments are
-    described at the top of the module; G = 4.
+    ``i_t = sigmoid(W_i x_t + b_ih_i + U_i h_{t-1} + b_hh_i)``, f_t and o_t likewise, g_t with tanh,
+    ``c_t = f_t c_{t-1} + i_t g_t``, ``h_t = o_t tanh(c_t)``, or with a projection ``h_t = R (o_t tanh(c_t))``.
+
+    `state` is ``(h0, c0)``. `w_hr` is R, ``[P, H]``: h then has P features, and U is ``[4 H, P]``. The other arguments
+    are described at the top of the module; G = 4.
 
     Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; the forget gate: Gers et al., "Learning to
     forget", 2000; the projection: Sak et al., arXiv 1402.1128.
@@ -120,19 +124,20 @@ def multilayer_rnn(
 
     Args:
         mode: "RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "GRU" or "LSTM".
-        x: [T, B, I] or packed [N, I]; with `input_projections` row indices into them, [T, B] or [N] int64.
-        state: (h0,), or (h0, c0) of an LSTM, each [R, B, *] with R = layers · directions; None for zeros.
-        weights: (w_ih, w_hh[, b_ih, b_hh][, w_hr]) of each layer and direction; the directions of a layer are adjacent.
-        bidirectional: a second direction runs in reverse; the outputs of both are concatenated.
-        dropout: probability of zeroing a feature between layers; applied whenever it is above 0.
-        batch_sizes: see the top of the module.
-        lengths: see the top of the module.
-        input_projections: `W_ih x_v + b_ih` of every possible input, [V, G H], one tensor per direction of the first
-            layer, whose w_ih and b_ih are then ignored.
+        x: Input ``[T, B, I]`` or packed ``[N, I]``. With `input_projections`, int64 ids ``[T, B]`` or ``[N]``.
+        state: ``(h0,)``, or ``(h0, c0)`` for an LSTM, each ``[R, B, *]`` with R = layers * directions. None means
+            zeros.
+        weights: ``(w_ih, w_hh[, b_ih, b_hh][, w_hr])`` of each layer and direction, layer by layer.
+        bidirectional: A second direction runs in reverse; the outputs of both are concatenated.
+        dropout: Probability of dropout on the output of every layer but the last, applied whenever it is above 0.
+        batch_sizes: See the top of the module.
+        lengths: See the top of the module.
+        input_projections: For each direction of the first layer ``W_ih x + b_ih`` of every id, ``[V, G H]``; w_ih and
+            b_ih of the first layer are then not read.
 
     Returns:
-        y [T, B, D P] of the last layer (packed: [N, D P]; D directions, P = H without w_hr), and the state after the
-        last step of each row, each tensor [R, B, *].
+        The output y of the last layer, ``[T, B, D P]`` with D directions and P = H without w_hr (packed: ``[N, D P]``),
+        and the state after the last step of every layer and direction, each ``[R, B, *]``.
     """
     directions = 2 if bidirectional else 1
     last: list[State] = []
@@ -183,7 +188,7 @@ def _run(
     lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, State]:
-    """Run one direction of one layer over `wx`, W x + b_ih of every step: [T, B, G H] or packed [N, G H]."""
+    """Run one direction of one layer over wx, W x + b_ih of every step: ``[T, B, G H]`` or packed ``[N, G H]``."""
     P = w_hh.shape[1]
     if state is None:
         B = wx.shape[1] if batch_sizes is None else int(batch_sizes[0])
