@@ -38,11 +38,10 @@ def _to_markdown(text: str, package: str) -> str:
         if literal < 0:
             if line.rstrip().endswith("::"):
                 literal, line = indent, line.rstrip()[:-1]
-            line = _ROLE.sub(lambda role: _link(role, package), line)
-            # Every second piece between backticks is prose.
+            # Every second piece between backticks is prose. "][" would be a link.
             pieces = re.split(r"(`+[^`]*`+)", line)
-            pieces[::2] = [_SHAPE.sub(lambda shape: f"`{shape[0]}`", piece) for piece in pieces[::2]]
-            line = "".join(pieces)
+            pieces[::2] = [_SHAPE.sub(r"`\g<0>`", piece.replace("][", r"]\[")) for piece in pieces[::2]]
+            line = _ROLE.sub(lambda role: _link(role, package), "".join(pieces))
             if line.strip() == "Example:":
                 literal, line = indent, line.replace("Example:", "Examples:")
             # An admonition of griffe shows its title only.
