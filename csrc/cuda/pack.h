@@ -1,4 +1,4 @@
-// A few numbers side by side, read and written by one instruction. Plain C++.
+// Adjacent numbers that one instruction reads or writes. Plain C++.
 #pragma once
 
 namespace llm_ext {

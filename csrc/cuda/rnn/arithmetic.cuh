@@ -1,8 +1,8 @@
-// How tiles of weights and states are multiplied: numbers of 16 bits and TF32 by matrix fragments, float by multiply-
-// adds that are shared in the same way.
+// Products of weight and state tiles: 16-bit types and TF32 by matrix fragments, float32 by multiply-adds with the same
+// distribution over lanes.
 //
-// Everywhere lane 4 r + q of a warp holds of a tile of weights [16 x 16] four columns from 4 q of rows r and r + 8, and
-// comes to own of the product [16 x 8] the sums of rows r and r + 8 with states 2 q and 2 q + 1.
+// Lane 4 r + q of a warp holds columns 4 q to 4 q + 3 of rows r and r + 8 of a weight tile [16, 16]. Of the product
+// [16, 8] it receives rows r and r + 8 for states 2 q and 2 q + 1.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -13,14 +13,14 @@ namespace cuda {
 
 using Words = Pack<uint32_t, 4>;  // 16 bytes
 
-// bfloat16 or float16: 2048 multiply-adds an instruction, sums in float.
+// bfloat16 or float16: 2048 multiply-adds per instruction, sums in float.
 template <typename S>
 struct HalfArithmetic {
   using Stored = S;
   using Operand = S;
   static constexpr Type kType = Type::kBFloat16;
-  static constexpr int kPacks = 1;  // of 16 bytes, a lane's part of a tile of weights
-  static constexpr int kSums = 4;   // a lane and tile, until finish()
+  static constexpr int kPacks = 1;  // 16-byte packs per lane and weight tile
+  static constexpr int kSums = 4;   // partial sums per lane and tile before finish()
 
   LLM_EXT_DEVICE static Operand operand(float x) { return narrow<S>(x); }
 
@@ -31,7 +31,7 @@ struct HalfArithmetic {
     weights[0].at[3] = high[2].bits | static_cast<uint32_t>(high[3].bits) << 16;
   }
 
-  // Adds the products of `tiles` tiles of weights with a tile of states, of which `rows` rows matter.
+  // Adds the products of `tiles` weight tiles with a state tile of `rows` rows.
   template <int tiles>
   LLM_EXT_DEVICE static void multiply(float (&sums)[tiles][kSums], const Words (&weights)[tiles][kPacks],
                                       const Operand* states, int stride, int /*rows*/) {
@@ -47,7 +47,7 @@ struct HalfArithmetic {
   }
 };
 
-// float, multiplied as TF32: weights and states are rounded to 10 bits of mantissa.
+// float, multiplied as TF32: weights and states are rounded to 10 mantissa bits.
 struct Tf32Arithmetic {
   using Stored = float;
   using Operand = float;
@@ -80,8 +80,8 @@ struct Tf32Arithmetic {
   }
 };
 
-// float, multiplied as float. A lane adds up its own four columns for all states, 64 multiply-adds for 16 numbers of
-// weights and states read; the four lanes of the same rows then share out the sums.
+// float, multiplied as float. A lane sums its own four columns for all states: 64 multiply-adds per 16 numbers read.
+// finish() then distributes the sums over the four lanes that have the same rows.
 struct FloatArithmetic {
   using Stored = float;
   using Operand = float;
@@ -99,7 +99,7 @@ struct FloatArithmetic {
   LLM_EXT_DEVICE static void multiply(float (&sums)[tiles][kSums], const Words (&weights)[tiles][kPacks],
                                       const Operand* states, int stride, int rows) {
     const Operand* at = states + 4 * (lane_index() % 4);
-    // Two states at a time, and none that are not there: here, other than with fragments, they would cost.
+    // Two states at a time, without the unused ones: unlike with fragments, they would cost time.
 #pragma unroll
     for (int n = 0; n < kTileRows; n += 2) {
       if (n >= rows) break;
@@ -121,7 +121,7 @@ struct FloatArithmetic {
   }
 
   LLM_EXT_DEVICE static void finish(const float (&sums)[kSums], float (&own)[4]) {
-    // Lanes that differ in bit 1 of q exchange halves of the states, then those that differ in bit 0.
+    // Lanes that differ in bit 1 of q exchange halves of the states; then lanes that differ in bit 0 do.
     const int q = lane_index() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,20 +1,17 @@
-// Cells: what one step does to its gates, forward and backward, for one unit of one row. The loops over time know no
-// cell. The formulas, and the names, are those of csrc/cpu/rnn/cells.inl.
+// The cells: the step of one unit of one row, forward and backward. The loops over time are the same for all cells.
+// Formulas and names are those of csrc/cpu/rnn/cells.inl.
 //
-// Pre-activations come in blocks: block b is the sum of the products of the input (if b < kGates), of the state (if
-// b >= kBlocks - kGates) and of their biases.
+// Pre-activations come in blocks: block b is the sum of the products of the input (if b < kGates) and of the state (if
+// b >= kBlocks - kGates), with their biases.
 #pragma once
 
 #include "cuda/device.cuh"
-#include "params/attention.h"
-#include "params/linear.h"
-#include "params/pooling.h"
 #include "params/rnn.h"
 
 namespace llm_ext {
 namespace cuda {
 
-// The gate in the order of torch.nn that input block b, or state block b, belongs to.
+// The gate, in the order of torch.nn, of input block b and of state block b.
 template <typename C>
 LLM_EXT_DEVICE constexpr int input_gate(int b) {
   return (b + C::kInputTurn) % C::kGates;
@@ -25,8 +22,8 @@ LLM_EXT_DEVICE constexpr int state_gate(int b) {
 }
 
 LLM_EXT_DEVICE float tanh_of(float x) {
-  // x P(x^2) / Q(x^2), as in csrc/cpu/simd/vec_math.inl: relative error 4e-7, a dozen multiply-adds and no branch. Beyond
-  // 7.91 tanh is within 2.8e-7 of 1. NaN stays NaN.
+  // x P(x^2) / Q(x^2), as in csrc/cpu/simd/vec_math.inl: relative error 4e-7, a dozen multiply-adds, no branch. For
+  // |x| > 7.91, |tanh(x)| is within 2.8e-7 of 1. NaN stays NaN.
   constexpr float kClamp = 7.91f;
   x = x > kClamp ? kClamp : x;
   x = x < -kClamp ? -kClamp : x;
@@ -47,21 +44,21 @@ LLM_EXT_DEVICE T sigmoid_of(T x) {
   return quotient(T(1), T(1) + exp_of(-x));
 }
 
-// h = f(z). The derivative needs only the output: tanh' = 1 - h^2, relu' = (h > 0), sigmoid' = h (1 - h). Which f is
-// decided when it runs, without a branch, since compiled apart the three would be three times the kernels: sigmoid is
-// tanh of half its argument, halved and raised.
+// h = f(z). The derivative depends on the output alone: tanh' = 1 - h^2, relu' = (h > 0), sigmoid' = h (1 - h). f is
+// selected at run time without a branch, which avoids three copies of each kernel: sigmoid(z) = tanh(z / 2) / 2 + 1
+// / 2.
 struct Elman {
   static constexpr int kGates = 1;
   static constexpr int kBlocks = 1;
-  static constexpr int kKept = 0;  // blocks saved for the backward pass, but for an LSTM's output before projection
+  static constexpr int kSaved = 0;  // blocks of saved activations, without an LSTM's output before its projection
   static constexpr int kInputTurn = 0;
-  static constexpr bool kReadsState = false;  // a step needs the state besides its product
-  static constexpr bool kHasCell = false;     // there is a second state c
-  static constexpr bool kCarries = false;     // gradients pass from step to step besides the product
+  static constexpr bool kReadsState = false;  // a step needs the previous state besides its product
+  static constexpr bool kHasCell = false;     // has a second state c
+  static constexpr bool kCarries = false;     // backward: a gradient passes from step to step besides the product
 
   Mode mode;
 
-  // Blocks in: pre-activations; out: what the backward pass needs. Returns h.
+  // Blocks in: pre-activations; out: saved activations. Returns h.
   template <typename T>
   LLM_EXT_DEVICE T forward(T (&z)[1], T, T&) const {
     const T scale = mode == Mode::kRnnSigmoid ? T(0.5) : T(1);
@@ -71,7 +68,7 @@ struct Elman {
     return mode == Mode::kRnnRelu ? rectified : squashed;
   }
 
-  // Blocks in: what the forward pass saved; out: gradients of the pre-activations. `carry` passes from step to step.
+  // Blocks in: saved activations; out: gradients of the pre-activations. `carry` passes from step to step.
   template <typename T>
   LLM_EXT_DEVICE void backward(T (&z)[1], T h, T, T, T, T dh, T&) const {
     const T squashed = dh * ((mode == Mode::kRnnSigmoid ? h : T(1)) - h * h);
@@ -80,12 +77,12 @@ struct Elman {
   }
 };
 
-// r = sigmoid(.), z = sigmoid(.), new = tanh(n + r m), h = (1 - z) new + z h_before, n from the input, m from the
-// state. Blocks n r z m, and new in place of n once it is known.
+// r = sigmoid(.), z = sigmoid(.), new = tanh(n + r m), h = (1 - z) new + z h_before; n comes from the input, m from the
+// state. Blocks n r z m; `new` replaces n.
 struct Gru {
   static constexpr int kGates = 3;
   static constexpr int kBlocks = 4;
-  static constexpr int kKept = 4;
+  static constexpr int kSaved = 4;
   static constexpr int kInputTurn = 2;  // torch's order is r z n
   static constexpr bool kReadsState = true;
   static constexpr bool kHasCell = false;
@@ -118,7 +115,7 @@ struct Gru {
 struct Lstm {
   static constexpr int kGates = 4;
   static constexpr int kBlocks = 4;
-  static constexpr int kKept = 5;
+  static constexpr int kSaved = 5;
   static constexpr int kInputTurn = 0;
   static constexpr bool kReadsState = false;
   static constexpr bool kHasCell = true;
@@ -149,7 +146,7 @@ struct Lstm {
   }
 };
 
-// Calls run(C{}) with the description of the cell; on the host, to choose a kernel.
+// Calls run(C{}) with the cell of a mode, on the host.
 template <typename Run>
 int with_cell(Mode mode, Run run) {
   switch (mode) {

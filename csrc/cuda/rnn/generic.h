@@ -1,4 +1,4 @@
-// The generic kernels as launchers and the plan see them. Plain C++.
+// The generic kernels' interface to launchers and plan. Plain C++.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 namespace llm_ext {
 namespace cuda {
 
-constexpr int kGenericRows = 4;  // rows of the batch a block; not measured yet
+constexpr int kGenericRows = 4;  // batch rows per block; not tuned
 
-// Numbers of workspace a block, of the type that is computed in. States of a block lie in one piece.
+// Workspace per block, in elements of Compute<S>. Each block's states are contiguous.
 constexpr int64_t generic_forward_scratch(int64_t hidden, int64_t output) {
   return kGenericRows * (2 * output + 2 * hidden);
 }

@@ -1,20 +1,19 @@
-// The launchers of the recurrence on NVIDIA GPUs, and what each promises. Plain C++: no header of CUDA is needed.
+// The contracts of the recurrence's launchers on NVIDIA GPUs. Plain C++: no CUDA header is needed.
 //
-// A call covers one layer, one or both directions, in one launch. Products over the whole sequence are the caller's:
-// before the forward pass gates_x = x W_ih^T + b_ih, after the backward pass the gradients of weights, biases and x
-// from dz. The launchers queue work on a stream and never wait. They return a cudaError_t (0: queued), and leave no
-// error behind. Pointers are to the memory of the current device. The workspace is aligned to 256 bytes and tensors to
-// 16, but y, grad_y and what belongs to the second direction only to two elements where H is even, and so are strides;
-// to one where it is odd. What is written overlaps nothing else. Letters are those of params.h; rows of a sequence lie
-// one after the other, N of them: row t B + b of step t where nothing is packed, row_offsets[t] + b where it is.
+// A call runs one layer, one or both directions, in one launch. The caller computes the products over the whole
+// sequence: gates_x = x W_ih^T + b_ih before the forward pass, and the gradients of weights, biases and x from dz after
+// the backward pass. Launchers queue work on a stream and never wait. They return a cudaError_t (0: queued) and clear
+// CUDA's last error.
+//
+// Pointers are to memory of the current device. The workspace is aligned to 256 bytes and tensors to 16. Exception: y,
+// grad_y, their strides and the tensors of the second direction are aligned to two elements if H is even, to one if it
+// is odd. Outputs overlap nothing else. Letters are those of params/types.h. The N rows of a sequence are adjacent: row
+// t B + b for padded sequences, row_offsets[t] + b for packed ones.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/rnn/plan.h"
-#include "params/attention.h"
-#include "params/linear.h"
-#include "params/pooling.h"
 #include "params/rnn.h"
 
 namespace llm_ext {
@@ -25,7 +24,7 @@ constexpr int kMaxDirections = 2;
 struct RecurrenceShape {
   Mode mode;
   int64_t steps;               // T, at least 1, below 2^31
-  int64_t batch;               // B: rows of the longest step, at least 1
+  int64_t batch;               // B, at least 1; packed: the rows of the first step
   int64_t hidden;              // H, at least 1
   int64_t output;              // P; smaller than H where an LSTM projects
   int directions;              // 1 or 2
@@ -39,21 +38,21 @@ struct ForwardDirection {
   const S* gates_x;  // [N, G H] x W_ih^T + b_ih, gates in the order of the weights; not read beyond a row's length
   const S* w_hh;     // [G H, P]
   const S* w_hr;     // [P, H] LSTM: the projection; null exactly where P = H
-  const S* b_hh;     // [G H] added to the product of the state; null: zeros, or, of Elman and LSTM, in gates_x already
+  const S* b_hh;     // [G H] added to the product of the state; null: zeros, or (Elman, LSTM) already in gates_x
   const S* h0;       // [B, P]; null: zeros
   const S* c0;       // [B, H] LSTM; null: zeros
   S* y;              // [N, P] out, rows y_stride apart: every state; 0 beyond a row's length
-  int64_t y_stride;  // elements, at least P: both directions may write side by side
+  int64_t y_stride;  // elements, at least P: both directions may share one y
   S* h_n;            // [B, P] out: the state after each row's last step
   S* c_n;            // [B, H] LSTM, out; null for others
-  S* saved;           // [N, saved_blocks H] out, for the backward pass, undefined beyond a row's length; null: not wanted
+  S* saved;          // [N, saved_blocks H] out: saved activations, undefined beyond a row's length; null: not wanted
 };
 
 template <typename S>
 struct RecurrenceForward {
   RecurrenceShape shape;
   ForwardDirection<S> direction[kMaxDirections];
-  void* workspace;  // workspace_bytes(); contents do not matter; null where that is 0
+  void* workspace;  // workspace_bytes(); contents do not matter; null if that is 0
 };
 
 template <typename S>
@@ -69,10 +68,11 @@ struct BackwardDirection {
   const S* c0;            // [B, H] LSTM; null: zeros
   const S* y;             // [N, P], rows y_stride apart: what the forward returned
   int64_t y_stride;       // elements
-  const S* saved;          // [N, saved_blocks H] what the forward returned; null where that is 0
-  S* dz;  // [N, blocks_of(mode) H] out: gradients of the pre-activations, blocks in the order of params.h (GRU n r z m,
-          // LSTM i f g o); 0 beyond a row's length
-  S* dh;  // [N, P] out: gradients of all states, for that of w_hr; null exactly where P = H; 0 beyond a row's length
+  const S* saved;         // [N, saved_blocks H] what the forward returned; null if saved_blocks is 0
+  S* dz;   // [N, blocks_of(mode) H] out: gradients of the pre-activations, blocks in the order of params/rnn.h (GRU n r
+           // z m, LSTM i f g o); 0 beyond a row's length
+  S* dh;   // [N, P] out: gradients of all states, for the gradient of w_hr; 0 beyond a row's length; null exactly where
+           // P = H
   S* dh0;  // [B, P] out; null: not wanted
   S* dc0;  // [B, H] LSTM, out; null: not wanted
 };
@@ -81,24 +81,15 @@ template <typename S>
 struct RecurrenceBackward {
   RecurrenceShape shape;
   BackwardDirection<S> direction[kMaxDirections];
-  void* workspace;  // workspace_bytes(); contents do not matter; null where that is 0
+  void* workspace;  // workspace_bytes(); contents do not matter; null if that is 0
 };
 
-// Both exist for S = float, double, BFloat16, Float16. `plan` is make_plan() of the same shape, pass and type, and says
-// whether TF32 is allowed. T = 0 or B = 0 or H = 0 is not for a kernel: the caller passes the states on.
+// Both exist for S = float, double, BFloat16, Float16. `plan` is make_plan() of the same shape, pass and type; it says
+// whether TF32 is allowed. T, B and H are not 0: the caller handles empty sequences.
 template <typename S>
 int recurrence_forward(const RecurrenceForward<S>& params, const Plan& plan, void* stream);
 template <typename S>
 int recurrence_backward(const RecurrenceBackward<S>& params, const Plan& plan, void* stream);
-
-// What make_plan() has to know about a device, which must be the current one. Slow: once for each device.
-int device_facts(int device, DeviceFacts* facts);
-
-// What an error of a launcher means, for a message.
-const char* error_text(int error);
-
-// Whether a CUDA graph is being captured from the stream.
-bool is_capturing(void* stream);
 
 }  // namespace cuda
 }  // namespace llm_ext

@@ -1,6 +1,6 @@
-// Rows moved by one step, and padding made zero: reads and writes each row once, so that memory is the limit.
+// Reads and writes each row once: memory bandwidth is the limit.
 //
-// Blocks along x take steps in turn, those along y parts of a step; the threads of a block move neighbouring words.
+// Blocks along x take the steps cyclically, blocks along y share a step. Adjacent threads copy adjacent words.
 #include "cuda/device.cuh"
 #include "cuda/rnn/shift_rows.h"
 
@@ -9,24 +9,23 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kWordsOfThread = 4;  // of one step, before it is shared by more blocks; not measured yet
+constexpr int64_t kWordsPerThread = 4;  // of one step, before more blocks share it; not tuned
 
 template <typename Word>
-struct RowCopyParams {
-  RowCopy copy;
-  int64_t words;  // a row
+struct RowShiftParams {
+  RowShift call;
+  int64_t words;  // per row
 };
 
 template <typename Word>
 LLM_EXT_KERNEL(kThreads)
-void copy_rows_kernel(LLM_EXT_PARAMS RowCopyParams<Word> p) {
-  const RowCopy& c = p.copy;
+void shift_rows_kernel(LLM_EXT_PARAMS RowShiftParams<Word> p) {
+  const RowShift& c = p.call;
   const auto offset = [&](int64_t t) { return c.row_offsets != nullptr ? c.row_offsets[t] : t * c.batch; };
   for (int64_t t = block_x(); t < c.steps; t += grid_x()) {
     const int64_t begin = offset(t), rows = offset(t + 1) - begin;
     const int64_t other = t + c.shift;
     const bool inside = other >= 0 && other < c.steps;
-    // Of the other step, those rows that are there.
     const int64_t other_begin = inside ? offset(other) : 0;
     const int64_t other_rows = inside ? offset(other + 1) - other_begin : 0;
     for (int64_t i = static_cast<int64_t>(block_y()) * thread_count() + thread_index(); i < rows * p.words;
@@ -48,30 +47,30 @@ void copy_rows_kernel(LLM_EXT_PARAMS RowCopyParams<Word> p) {
 }
 
 template <typename Word>
-bool fits(const RowCopy& c) {
-  const auto whole = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Word) == 0; };
-  return whole(c.from) && whole(c.first) && whole(c.to) && c.row_bytes % sizeof(Word) == 0 &&
+bool fits(const RowShift& c) {
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Word) == 0; };
+  return aligned(c.from) && aligned(c.first) && aligned(c.to) && c.row_bytes % sizeof(Word) == 0 &&
          c.from_stride % sizeof(Word) == 0;
 }
 
 template <typename Word>
-int launch_copy(const RowCopy& c, void* stream) {
-  const RowCopyParams<Word> p = {c, c.row_bytes / static_cast<int64_t>(sizeof(Word))};
-  const int64_t parts = c.batch * p.words / (kThreads * kWordsOfThread) + 1;
+int launch_words(const RowShift& c, void* stream) {
+  const RowShiftParams<Word> p = {c, c.row_bytes / static_cast<int64_t>(sizeof(Word))};
+  const int64_t blocks = c.batch * p.words / (kThreads * kWordsPerThread) + 1;
   LaunchShape shape;
   shape.grid_x = static_cast<unsigned>(c.steps < (1 << 16) ? c.steps : 1 << 16);
-  shape.grid_y = static_cast<unsigned>(parts < 64 ? parts : 64);
+  shape.grid_y = static_cast<unsigned>(blocks < 64 ? blocks : 64);
   shape.threads = kThreads;
-  return launch(copy_rows_kernel<Word>, shape, p, stream);
+  return launch(shift_rows_kernel<Word>, shape, p, stream);
 }
 
 }  // namespace
 
-int copy_rows(const RowCopy& copy, void* stream) {
-  if (fits<Pack<uint32_t, 4>>(copy)) return launch_copy<Pack<uint32_t, 4>>(copy, stream);
-  if (fits<uint64_t>(copy)) return launch_copy<uint64_t>(copy, stream);
-  if (fits<uint32_t>(copy)) return launch_copy<uint32_t>(copy, stream);
-  return launch_copy<uint16_t>(copy, stream);
+int shift_rows(const RowShift& call, void* stream) {
+  if (fits<Pack<uint32_t, 4>>(call)) return launch_words<Pack<uint32_t, 4>>(call, stream);
+  if (fits<uint64_t>(call)) return launch_words<uint64_t>(call, stream);
+  if (fits<uint32_t>(call)) return launch_words<uint32_t>(call, stream);
+  return launch_words<uint16_t>(call, stream);
 }
 
 }  // namespace cuda

@@ -1,9 +1,9 @@
-// One step of n neighbouring units of one row: what it reads, does and writes, around the product of the state. Common
-// to all kernels, which differ in how they come to the product.
+// One step of n adjacent units of one row: its loads, arithmetic and stores, given the product of the state. Shared by
+// all kernels, which differ in how they compute the product.
 #pragma once
 
-#include "cuda/rnn/cells.cuh"
 #include "cuda/device.cuh"
+#include "cuda/rnn/cells.cuh"
 #include "cuda/rnn/launchers.h"
 
 namespace llm_ext {
@@ -14,7 +14,7 @@ LLM_EXT_DEVICE Pack<S, n> load(const S* from) {
   return *reinterpret_cast<const Pack<S, n>*>(from);
 }
 
-// n numbers, or zeros where there are none.
+// n numbers; zeros if base is null.
 template <int n, typename S>
 LLM_EXT_DEVICE Pack<S, n> load_or_zeros(const S* base, int64_t index) {
   if (base != nullptr) return load<n>(base + index);
@@ -29,7 +29,7 @@ LLM_EXT_DEVICE void store(S* to, const Compute<S> (&values)[n]) {
   *reinterpret_cast<Pack<S, n>*>(to) = rounded;
 }
 
-// Steps of row b of the batch. A length out of range is cut, so that it cannot lead out of any array.
+// Steps of batch row b. Lengths out of range are clamped, so that no access leaves an array.
 LLM_EXT_DEVICE int length_of(const RecurrenceShape& shape, int64_t b) {
   const int steps = static_cast<int>(shape.steps);
   if (shape.lengths != nullptr) {
@@ -37,7 +37,7 @@ LLM_EXT_DEVICE int length_of(const RecurrenceShape& shape, int64_t b) {
     return length < 0 ? 0 : (length > steps ? steps : static_cast<int>(length));
   }
   if (shape.row_offsets == nullptr) return steps;
-  int low = 0, high = steps;  // the first step that has no row b; steps never have more rows than the one before
+  int low = 0, high = steps;  // binary search for the first step without row b: batch sizes never increase
   while (low < high) {
     const int middle = (low + high) / 2;
     if (shape.row_offsets[middle + 1] - shape.row_offsets[middle] > b) {
@@ -49,9 +49,9 @@ LLM_EXT_DEVICE int length_of(const RecurrenceShape& shape, int64_t b) {
   return low;
 }
 
-// Where in the sequence the row of the batch is at its s-th step in order of its own time. In this order all rows start
-// together, in both directions, whatever their lengths, and one row after another ends.
-LLM_EXT_DEVICE int64_t place_of(const RecurrenceShape& shape, bool reverse, int64_t b, int length, int s) {
+// The row of the sequence in which batch row b has its s-th step, counted in the row's own time: all rows start at s =
+// 0 in both directions, and end at their lengths.
+LLM_EXT_DEVICE int64_t sequence_row(const RecurrenceShape& shape, bool reverse, int64_t b, int length, int s) {
   const int t = reverse ? length - 1 - s : s;
   return (shape.row_offsets != nullptr ? shape.row_offsets[t] : t * shape.batch) + b;
 }
@@ -60,14 +60,14 @@ template <typename C, typename S, int n>
 struct ForwardStep {
   Pack<S, n> gates[C::kGates];
 
-  LLM_EXT_DEVICE void load_at(const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t place, int unit) {
-    const S* at = d.gates_x + place * (C::kGates * shape.hidden) + unit;
+  LLM_EXT_DEVICE void load_at(const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t row, int unit) {
+    const S* at = d.gates_x + row * (C::kGates * shape.hidden) + unit;
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) gates[g] = load<n>(at + g * shape.hidden);
   }
 
-  // From the product of the state, [gate][unit], to gates and the state h, before its projection if there is one; c in
-  // and out. Touches no memory, so that several steps are computed side by side.
+  // Computes gates and the state h (before its projection, if any) from the product of the state, [gate][unit]; c is in
+  // and out. Accesses no memory, so that several steps can be interleaved.
   LLM_EXT_DEVICE void compute(const C& cell, const Compute<S> (&product)[C::kGates][n], const Compute<S> (&h_before)[n],
                               Compute<S> (&c)[n], Compute<S> (&blocks)[C::kBlocks][n], Compute<S> (&h)[n]) const {
     using T = Compute<S>;
@@ -85,47 +85,47 @@ struct ForwardStep {
     }
   }
 
-  // Writes what is saved.
-  LLM_EXT_DEVICE static void keep(const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t place, int unit,
+  // Writes the saved activations.
+  LLM_EXT_DEVICE static void save(const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t row, int unit,
                                   const Compute<S> (&blocks)[C::kBlocks][n], const Compute<S> (&c)[n],
                                   const Compute<S> (&h)[n]) {
-    if constexpr (C::kKept > 0) {
+    if constexpr (C::kSaved > 0) {
       if (d.saved == nullptr) return;
       const bool projected = shape.output != shape.hidden;
-      S* at = d.saved + place * ((C::kKept + projected) * shape.hidden) + unit;
+      S* at = d.saved + row * ((C::kSaved + projected) * shape.hidden) + unit;
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) store<n>(at + b * shape.hidden, blocks[b]);
       if constexpr (C::kHasCell) store<n>(at + C::kBlocks * shape.hidden, c);
-      if (projected) store<n>(at + C::kKept * shape.hidden, h);
+      if (projected) store<n>(at + C::kSaved * shape.hidden, h);
     }
   }
 };
 
 template <typename C, typename S, int n>
 struct BackwardStep {
-  Pack<S, n> saved[C::kKept > 0 ? C::kKept : 1];  // of an Elman cell: its output
-  Pack<S, n> before;                             // GRU: the state before; LSTM: the cell state before
+  Pack<S, n> saved[C::kSaved > 0 ? C::kSaved : 1];  // Elman: the output
+  Pack<S, n> before;                                // GRU: the previous state; LSTM: the previous cell state
 
   LLM_EXT_DEVICE void load_at(const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t b, int length, int s,
-                              int64_t place, int unit) {
+                              int64_t row, int unit) {
     const int64_t hidden = shape.hidden;
-    if constexpr (C::kKept > 0) {
-      const int64_t width = (C::kKept + (shape.output != shape.hidden)) * hidden;
+    if constexpr (C::kSaved > 0) {
+      const int64_t width = (C::kSaved + (shape.output != shape.hidden)) * hidden;
 #pragma unroll
-      for (int k = 0; k < C::kKept; ++k) saved[k] = load<n>(d.saved + place * width + k * hidden + unit);
-      const int64_t place_before = s > 0 ? place_of(shape, d.reverse, b, length, s - 1) : 0;
+      for (int k = 0; k < C::kSaved; ++k) saved[k] = load<n>(d.saved + row * width + k * hidden + unit);
+      const int64_t row_before = s > 0 ? sequence_row(shape, d.reverse, b, length, s - 1) : 0;
       if constexpr (C::kHasCell) {
-        before = s > 0 ? load<n>(d.saved + place_before * width + C::kBlocks * hidden + unit)
+        before = s > 0 ? load<n>(d.saved + row_before * width + C::kBlocks * hidden + unit)
                        : load_or_zeros<n>(d.c0, b * hidden + unit);
       } else {
-        before = s > 0 ? load<n>(d.y + place_before * d.y_stride + unit) : load_or_zeros<n>(d.h0, b * hidden + unit);
+        before = s > 0 ? load<n>(d.y + row_before * d.y_stride + unit) : load_or_zeros<n>(d.h0, b * hidden + unit);
       }
     } else {
-      saved[0] = load<n>(d.y + place * d.y_stride + unit);
+      saved[0] = load<n>(d.y + row * d.y_stride + unit);
     }
   }
 
-  // From dh, gradient of the state before its projection, to dz; carry in and out. Touches no memory.
+  // Computes dz from dh, the gradient of the state before its projection; carry is in and out. Accesses no memory.
   LLM_EXT_DEVICE void compute(const C& cell, const Compute<S> (&dh)[n], Compute<S> (&carry)[n],
                               Compute<S> (&dz)[C::kBlocks][n]) const {
     using T = Compute<S>;
@@ -134,24 +134,23 @@ struct BackwardStep {
       T blocks[C::kBlocks];
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) blocks[b] = widen(saved[b].at[e]);
-      const T last = widen(saved[C::kKept > 0 ? C::kKept - 1 : 0].at[e]);  // Elman: h, LSTM: c
-      const T previous = C::kKept > 0 ? widen(before.at[e]) : T(0);
+      const T last = widen(saved[C::kSaved > 0 ? C::kSaved - 1 : 0].at[e]);  // Elman: h, LSTM: c
+      const T previous = C::kSaved > 0 ? widen(before.at[e]) : T(0);
       cell.backward(blocks, last, previous, last, previous, dh[e], carry[e]);
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) dz[b][e] = blocks[b];
     }
   }
 
-  LLM_EXT_DEVICE static void write(const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t place, int unit,
+  LLM_EXT_DEVICE static void write(const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t row, int unit,
                                    const Compute<S> (&dz)[C::kBlocks][n]) {
-    S* at = d.dz + place * (C::kBlocks * shape.hidden) + unit;
+    S* at = d.dz + row * (C::kBlocks * shape.hidden) + unit;
 #pragma unroll
     for (int b = 0; b < C::kBlocks; ++b) store<n>(at + b * shape.hidden, dz[b]);
   }
 };
 
-// Zeros in columns [from, to) of the rows of the sequence that are beyond the length of row b; each warp of the block
-// has some of them.
+// Zeroes columns [from, to) of batch row b's rows beyond its length; the warps of the block share the rows.
 template <typename S>
 LLM_EXT_DEVICE void clear_beyond(const RecurrenceShape& shape, int64_t b, int length, S* out, int64_t stride,
                                  int64_t from, int64_t to) {

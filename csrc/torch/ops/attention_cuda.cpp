@@ -1,6 +1,7 @@
-// Attention on NVIDIA GPUs: workspace, plan, launch. All of it is queued on torch's current stream: nothing here waits
-// for the device.
+// Pooling and attention on NVIDIA GPUs: plan, workspace, launch. All work is queued on torch's current stream: nothing
+// here waits for the device.
 #include "cuda/attention/launchers.h"
+#include "cuda/pooling/launchers.h"
 #include "torch/alloc/workspace.h"
 #include "torch/ops/additive_attention.h"
 #include "torch/ops/attention_pool.h"
@@ -9,39 +10,40 @@
 namespace llm_ext {
 namespace {
 
-// Kernels count some of them in int.
+// Kernels use int for some sizes.
 void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
   for (int64_t size : sizes) {
     STD_TORCH_CHECK(size < int64_t{1} << 31, op, ": sizes must be below 2^31 on cuda, got ", size);
   }
 }
 
-// An op of pooling on its device.
+// A pooling op on its device.
 class Pooling {
  public:
   template <typename S>
-  Pooling(const char* op, const PoolInput<S>& in, const Device& device) : op_(op), device_(device), on_(op, device.index) {
+  Pooling(const char* op, const PoolInput<S>& in, const Device& device)
+      : op_(op), device_(device), on_(op, device.index) {
     check_sizes(op, {in.batch, in.steps, in.dim});
   }
 
-  const cuda::DeviceFacts& facts() const { return on_.facts; }
+  const cuda::DeviceFacts& facts() const { return on_.facts(); }
   template <typename S>
   cuda::PoolPlan plan(const PoolInput<S>& in) const {
-    return cuda::make_pool_plan(in.batch, in.steps, in.dim, sizeof(S), on_.facts.sm_count);
+    return cuda::make_pool_plan(in.batch, in.steps, in.dim, sizeof(S), on_.facts().sm_count);
   }
   template <template <typename> class Params, typename S>
   int launch(Params<S>& p, const cuda::PoolPlan& plan, int64_t elements,
              int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
     const Workspace<Compute<S>> workspace(elements, device_);
     p.workspace = workspace.get();
-    return run(p, plan, on_.stream);
+    return run(p, plan, on_.stream());
   }
   void check(int error) const { check_queued(op_, error); }
 
  private:
   const char* op_;
   const Device& device_;
-  const OnDevice on_;
+  const CudaDevice on_;
 };
 
 struct Cuda {
@@ -65,7 +67,7 @@ struct Cuda {
       return on.launch(p, plan, elements, cuda::prefix_pool_forward<S>);
     };
     int error = with(cuda::make_prefix_plan(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts()));
-    // A process may have less of the device than there is (MPS, green contexts), which shows when it is asked for.
+    // A plan without rounds needs fewer resources.
     if (is_too_large(error)) error = with(on.plan(p.in));
     on.check(error);
   }
@@ -92,11 +94,11 @@ struct Cuda {
                        int (*launch)(const Params<S>&, int64_t, void*)) {
     const AdditiveAttentionInput<S>& in = p.in;
     check_sizes(op, {in.batch, in.queries, in.keys, in.attn_dim, in.value_dim});
-    const OnDevice on(op, device.index);
+    const CudaDevice on(op, device.index);
     const int64_t slab = cuda::additive_slab(in.queries, in.keys, in.attn_dim);
     const Workspace<Compute<S>> workspace(cuda::AdditiveWorkspace<S>(in, slab, backward, nullptr).elements, device);
     p.workspace = workspace.get();
-    check_queued(op, launch(p, slab, on.stream));
+    check_queued(op, launch(p, slab, on.stream()));
   }
 };
 

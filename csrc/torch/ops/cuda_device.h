@@ -1,26 +1,28 @@
-// The GPU of a call: its facts, its current stream, and what is said when it refuses something.
+// The GPU of a call: its properties, its current stream, and the errors of launches.
 #pragma once
 
 #include <deque>
 #include <mutex>
 #include <optional>
 
-#include "cuda/rnn/launchers.h"
-#include "torch/tensor_args.h"
+#include "cuda/device_facts.h"
+#include "torch/stable.h"
 
 namespace llm_ext {
 
+// Throws if a launcher returned an error.
 inline void check_queued(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": CUDA reports: ", cuda::error_text(error));
 }
 
-// cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize.
+// Whether a launch failed with cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge or
+// cudaErrorInvalidClusterSize: a process may have less of the device than device_facts() reports (MPS, green contexts).
 inline bool is_too_large(int error) { return error == 701 || error == 720 || error == 912; }
 
-// Of a device, asked for once.
+// The properties of a device, which must be current. They are queried once per device.
 inline const cuda::DeviceFacts& facts_of(const char* op, int device) {
   static std::mutex mutex;
-  static std::deque<std::optional<cuda::DeviceFacts>> known;  // does not move what it holds
+  static std::deque<std::optional<cuda::DeviceFacts>> known;  // a deque: references stay valid
   const std::lock_guard<std::mutex> lock(mutex);
   while (static_cast<int>(known.size()) <= device) known.emplace_back();
   std::optional<cuda::DeviceFacts>& facts = known[device];
@@ -30,23 +32,26 @@ inline const cuda::DeviceFacts& facts_of(const char* op, int device) {
     facts = found;
   }
   STD_TORCH_CHECK(facts->sm >= 80, op, ": cuda:", device, " has compute capability ", facts->sm / 10, ".",
-                  facts->sm % 10, ", but 8.0 is the least that llm_ext has kernels for");
+                  facts->sm % 10, ", but llm_ext needs at least 8.0");
   return *facts;
 }
 
-// Makes a device current as long as it lives, and knows its current stream.
-class OnDevice {
+// Makes a device current for its lifetime. Ops create it after all checks of their arguments.
+class CudaDevice {
  public:
-  OnDevice(const char* op, int32_t device) : guard_(device), facts(facts_of(op, device)) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  CudaDevice(const char* op, int32_t device) {
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
+    facts_ = &facts_of(op, device);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
   }
 
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  const cuda::DeviceFacts& facts() const { return *facts_; }
+  void* stream() const { return stream_; }
 
- public:
-  const cuda::DeviceFacts& facts;
-  void* stream = nullptr;
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  const cuda::DeviceFacts* facts_ = nullptr;
+  void* stream_ = nullptr;
 };
 
 }  // namespace llm_ext

@@ -1,6 +1,6 @@
-// The recurrence on NVIDIA GPUs: check, allocate, multiply, launch. The loop over time is a kernel of csrc/cuda, which
-// covers one or both directions of a layer in one launch; products over the whole sequence are torch's, hence cuBLAS's.
-// All of it is queued on torch's current stream: nothing here waits for the device.
+// The recurrence on NVIDIA GPUs: check, allocate, multiply, launch. One kernel launch of csrc/cuda/rnn runs the loop
+// over time for one or both directions of a layer; products over the whole sequence are torch's. All work is queued on
+// torch's current stream: nothing here waits for the device.
 #include <algorithm>
 #include <deque>
 #include <optional>
@@ -12,6 +12,7 @@
 #include "cuda/rnn/launchers.h"
 #include "cuda/rnn/shift_rows.h"
 #include "torch/ops/cuda_device.h"
+#include "torch/ops/cuda_matrix.h"
 #include "torch/ops/rnn.h"
 
 namespace llm_ext {
@@ -26,48 +27,14 @@ inline constexpr cuda::Type kType<BFloat16> = cuda::Type::kBFloat16;
 template <>
 inline constexpr cuda::Type kType<Float16> = cuda::Type::kFloat16;
 
-// An op comes here as soon as one of its arguments is on such a device.
-int32_t cuda_index_of(const char* op, const Tensor& x) {
+// The dispatcher calls this backend if any argument is on a GPU.
+void check_on_cuda(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda(), op, ": x must be on the device of the others");
-  return x.get_device_index();
 }
-
-// ---- matrices, which are views of tensors
-
-struct Strides {
-  int64_t row, column;
-};
-
-// From `offset` elements into t.
-Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, Strides strides, int64_t offset = 0) {
-  const int64_t sizes[] = {rows, columns}, steps[] = {strides.row, strides.column};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, steps, offset, &handle));
-  return Tensor(handle);
-}
-Tensor matrix(const Tensor& t, int64_t rows, int64_t columns) { return matrix(t, rows, columns, {columns, 1}); }
-Tensor transposed(const Tensor& m) { return matrix(m, m.size(1), m.size(0), {m.stride(1), m.stride(0)}); }
-Tensor rows_of(const Tensor& m, int64_t begin, int64_t rows) {
-  return matrix(m, rows, m.size(1), {m.stride(0), m.stride(1)}, begin * m.stride(0));
-}
-Tensor columns_of(const Tensor& m, int64_t begin, int64_t columns) {
-  return matrix(m, m.size(0), columns, {m.stride(0), m.stride(1)}, begin * m.stride(1));
-}
-
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-}
-// out = a b + c; c may be a row, which is added to all, or `out`.
-void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& c) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), c.get(), a.get(), b.get(), 1, 1));
-}
-
-void zero(Tensor t) { torch::stable::zero_(t); }
-void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 
 // ---- a layer
 
-// What makes one direction: its arguments and biases, or the gradients that come in and those that are to go out.
+// The arguments of one direction.
 struct ForwardArguments {
   RnnArguments common;
   OptionalTensor b_ih, b_hh;
@@ -77,8 +44,8 @@ struct BackwardArguments {
   OptionalTensor grad_h_n, grad_c_n;
 };
 
-// One or two directions of a layer, the second of which is the other way round. What two have in common lies side by
-// side (y [N, 2 P] and its gradient), what each has of its own one after the other (states, what is saved).
+// One or two directions of a layer; the second runs in reverse. Both share the rows of y [N, 2 P] and of its gradient.
+// Their states and saved activations are adjacent, [2, ...].
 template <typename S>
 class Layer {
  public:
@@ -86,9 +53,9 @@ class Layer {
   explicit Layer(const std::vector<DirectionArguments>& directions)
       : op_(directions[0].common.op),
         tf32_(directions[0].common.tf32),
-        on_(op_, cuda_index_of(op_, *directions[0].common.x)) {
-    for (const DirectionArguments& d : directions) r_.emplace_back(d.common);
-    // Kernels count each of them in int.
+        r_(checked(directions)),
+        device_(op_, common().device().index) {
+    // Kernels use int for each of these.
     for (int64_t size : {sizes().steps, sizes().batch, sizes().hidden}) {
       STD_TORCH_CHECK(size < int64_t{1} << 31, op_, ": T, B and H must be below 2^31 on cuda, got ", size);
     }
@@ -99,7 +66,8 @@ class Layer {
     const RecurrenceSizes& s = sizes();
     RnnForwardResults out = {common().empty_rows(directions() * s.output), new_states(s.output), {}, {}};
     if (s.mode == Mode::kLstm) out.c_n = new_states(s.hidden);
-    if (saved_blocks(s.mode, false) > 0) out.saved = new_matrix(needs_autograd ? directions() * rows() : 0, saved_width());
+    if (saved_blocks(s.mode, false) > 0)
+      out.saved = new_matrix(needs_autograd ? directions() * rows() : 0, saved_width());
 
     cuda::RecurrenceForward<S> call = {shape(), {}, nullptr};
     std::deque<Input<S>> biases;
@@ -138,9 +106,9 @@ class Layer {
     return out;
   }
 
-  // Of each direction; dx, dh0 and dc0 are those of all, in every one of them.
+  // Returns the gradients per direction; dx, dh0 and dc0 are those of all directions, repeated in each element.
   std::vector<RnnBackwardResults> backward(const std::vector<BackwardArguments>& given, const OptionalTensor& grad_y,
-                                        const Tensor& y, const OptionalTensor& saved) const {
+                                           const Tensor& y, const OptionalTensor& saved) const {
     const RecurrenceSizes& s = sizes();
     const Tensor y_in = common().dense_rows("y", y, directions() * s.output);
     OptionalTensor grad_y_in;
@@ -161,14 +129,15 @@ class Layer {
       const RnnBackwardArguments& need = given[d].common;
       const Input<S>& grad_h_n = states.emplace_back(r.state_input("grad_h_n", given[d].grad_h_n, s.output));
       const Input<S>& grad_c_n = states.emplace_back(r.state_input("grad_c_n", given[d].grad_c_n, s.hidden));
-      const auto place_for = [&](bool wanted, std::initializer_list<int64_t> shape) {
+      const auto output_for = [&](bool wanted, std::initializer_list<int64_t> shape) {
         return r.output(wanted, shape).tensor();
       };
-      out.push_back({dx, dh0, dc0, place_for(need.need_dw_ih, {r.gates(), s.input}),
-                     place_for(need.need_dw_hh, {r.gates(), s.output}), place_for(need.need_db_ih, {r.gates()}),
-                     place_for(need.need_db_hh, {r.gates()}), place_for(need.need_dw_hr && s.projected(), {s.output, s.hidden})});
+      out.push_back({dx, dh0, dc0, output_for(need.need_dw_ih, {r.gates(), s.input}),
+                     output_for(need.need_dw_hh, {r.gates(), s.output}), output_for(need.need_db_ih, {r.gates()}),
+                     output_for(need.need_db_hh, {r.gates()}),
+                     output_for(need.need_dw_hr && s.projected(), {s.output, s.hidden})});
       if (nothing_to_do()) {
-        // Without steps the gradients of the last states are those of the first ones, and all others are zero.
+        // Without steps, the last state is the first one: pass its gradient on. All other gradients are zero.
         if (need_dh0) pass_state(grad_h_n.tensor(), dh0, d, s.output);
         if (need_dc0) pass_state(grad_c_n.tensor(), dc0, d, s.hidden);
         for (const Tensor& t : {dx, out[d].dw_ih, out[d].dw_hh, out[d].db_ih, out[d].db_hh, out[d].dw_hr}) zero(t);
@@ -204,16 +173,16 @@ class Layer {
       if (need.need_dx) input_gradient(r_[d], dz[d], matrix(dx, rows(), s.input), d > 0);
       if (need.need_dw_ih) {
         if (!x_in) x_in = without_padding(x());
-        for (const Part& p : input_parts()) {
+        for (const RowRange& p : input_ranges()) {
           multiply(rows_of(out[d].dw_ih, p.row, p.rows), transposed(columns_of(dz[d], p.column, p.rows)), *x_in);
         }
       }
       if (need.need_dw_hh)
-        state_weight_gradient(r_[d], state_part(dz[d]), columns_of(all_y, d * s.output, s.output), out[d].dw_hh);
+        state_weight_gradient(r_[d], state_columns(dz[d]), columns_of(all_y, d * s.output, s.output), out[d].dw_hh);
       if (need.need_dw_hr && s.projected()) {
-        // The last block that is saved is the output before its projection.
-        const Tensor m =
-            matrix(*saved_in.tensor(), rows(), s.hidden, {saved_width(), 1}, (d * rows() + 1) * saved_width() - s.hidden);
+        // The last saved block is the output before its projection.
+        const Tensor m = matrix(*saved_in.tensor(), rows(), s.hidden, {saved_width(), 1},
+                                (d * rows() + 1) * saved_width() - s.hidden);
         multiply(out[d].dw_hr, transposed(dh[d]), without_padding(m));
       }
       if (need.need_db_ih || need.need_db_hh) bias_gradients(dz[d], need, out[d]);
@@ -232,12 +201,12 @@ class Layer {
   Tensor x() const { return matrix(common().x_tensor(), rows(), sizes().input); }
   Tensor w_ih_of(const CheckedRnnArguments<S>& r) const { return matrix(r.w_ih_tensor(), r.gates(), sizes().input); }
 
-  // In place of a result that is not wanted; no two results may be the same tensor.
+  // A result that is not wanted. Each is a tensor of its own: an op must not return the same tensor twice.
   Tensor nothing() const { return llm_ext::empty({0}, kScalarType<S>, common().device()); }
   Tensor new_matrix(int64_t rows, int64_t columns) const {
     return llm_ext::empty({rows, columns}, kScalarType<S>, common().device());
   }
-  // The states of all directions, [2, B, *]; of one in the shape that its initial state has.
+  // The states of both directions, [2, B, *]; the state of one, in the shape of its initial state.
   Tensor new_states(int64_t width) const {
     if (directions() == 1) return common().state_output(true, width).tensor();
     return llm_ext::empty({directions(), sizes().batch, width}, kScalarType<S>, common().device());
@@ -276,86 +245,86 @@ class Layer {
       OptionalTensor workspace;
       if (bytes > 0) workspace = llm_ext::empty({bytes}, ScalarType::Byte, common().device());
       call.workspace = workspace ? workspace->data_ptr() : nullptr;
-      return run(call, plan, on_.stream);
+      return run(call, plan, device_.stream());
     };
-    int error = with(cuda::make_plan(p, on_.facts));
-    // A process may have less of the device than there is (MPS, green contexts), which shows when it is asked for.
-    if (is_too_large(error)) error = with(cuda::make_plan(p, on_.facts, cuda::Route::kGeneric));
+    int error = with(cuda::make_plan(p, device_.facts()));
+    // The generic kernel needs the fewest resources.
+    if (is_too_large(error)) error = with(cuda::make_plan(p, device_.facts(), cuda::Route::kGeneric));
     check_queued(op_, error);
   }
 
-  // From memory that is pinned, so that nobody waits; the allocator of torch keeps it until the copy is done.
+  // Copies from pinned memory, without waiting; torch's allocator keeps the memory until the copy is done.
   Tensor offsets_on_device() const {
-    // The graph would read that memory again when it is replayed, and others have it by then.
-    STD_TORCH_CHECK(!cuda::is_capturing(on_.stream), op_,
+    // A replay of the graph would read the pinned memory again, which is reused by then.
+    STD_TORCH_CHECK(!cuda::is_capturing(device_.stream()), op_,
                     ": batch_sizes cannot be captured in a CUDA graph; give padded sequences with lengths");
     const std::vector<int64_t>& offsets = common().offsets();
     const int64_t sizes[] = {static_cast<int64_t>(offsets.size())};
     const Tensor pinned = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Long,
                                                std::nullopt, std::nullopt, true);
     std::copy(offsets.begin(), offsets.end(), mutable_data<int64_t>(pinned));
-    Tensor there = llm_ext::empty({sizes[0]}, ScalarType::Long, common().device());
-    torch::stable::copy_(there, pinned, true);
-    return there;
+    Tensor copy = llm_ext::empty({sizes[0]}, ScalarType::Long, common().device());
+    torch::stable::copy_(copy, pinned, true);
+    return copy;
   }
 
   // ---- products over the whole sequence
 
-  // Where the gradients for some rows of W and b_ih stand in dz. The GRU's n r z belong to the rows r z n.
-  struct Part {
+  // Columns of dz that are the gradients of rows of W and b_ih. The GRU's blocks n r z belong to the rows r z n.
+  struct RowRange {
     int64_t column, row, rows;
   };
-  std::vector<Part> input_parts() const {
+  std::vector<RowRange> input_ranges() const {
     const int64_t H = sizes().hidden;
     if (sizes().mode == Mode::kGru) return {{H, 0, 2 * H}, {0, 2 * H, H}};
     return {{0, 0, blocks()}};
   }
-  // Of U and b_hh: the last blocks, which have the order of their rows.
-  Tensor state_part(const Tensor& dz) const {
+  // The columns of dz for U and b_hh: the last blocks, in the order of their rows.
+  Tensor state_columns(const Tensor& dz) const {
     const int64_t gates = common().gates();
     return columns_of(dz, blocks() - gates, gates);
   }
 
-  // Rows that are to be multiplied with zeros: what stands in padding may be anything, also what times zero is not
-  // zero.
+  // Zeroes padding, which may hold NaN: its gradients are 0, and 0 times NaN is NaN.
   Tensor without_padding(const Tensor& m) const {
     if (common().lengths() == nullptr) return m;
-    return moved(m, 0, nullptr);
+    return shifted(m, 0, nullptr);
   }
-  Tensor moved(const Tensor& m, int shift, const S* first) const {
+  Tensor shifted(const Tensor& m, int shift, const S* first) const {
     constexpr int64_t kBytes = sizeof(S);
     const cuda::RecurrenceShape s = shape();
     Tensor to = new_matrix(m.size(0), m.size(1));
     if (m.numel() == 0) return to;
-    const cuda::RowCopy call = {
+    const cuda::RowShift call = {
         s.steps, s.batch,      s.lengths, s.row_offsets, shift, m.size(1) * kBytes, m.data_ptr(), m.stride(0) * kBytes,
         first,   to.data_ptr()};
-    check_queued(op_, cuda::copy_rows(call, on_.stream));
+    check_queued(op_, cuda::shift_rows(call, device_.stream()));
     return to;
   }
 
-  // dx = dz W, or that added to what is there.
+  // dx = dz W, or dx += dz W.
   void input_gradient(const CheckedRnnArguments<S>& r, const Tensor& dz, const Tensor& dx, bool add) const {
     Tensor w_ih = w_ih_of(r);
     if (sizes().mode == Mode::kGru) {
-      // In the order of dz: one product is quicker than two.
+      // W in the order of dz: one product is faster than two.
       const Tensor ordered = new_matrix(w_ih.size(0), w_ih.size(1));
-      for (const Part& p : input_parts()) copy(rows_of(ordered, p.column, p.rows), rows_of(w_ih, p.row, p.rows));
+      for (const RowRange& p : input_ranges()) copy(rows_of(ordered, p.column, p.rows), rows_of(w_ih, p.row, p.rows));
       w_ih = ordered;
     }
-    const Tensor part = columns_of(dz, 0, w_ih.size(0));
-    add ? multiply_add(dx, part, w_ih, dx) : multiply(dx, part, w_ih);
+    const Tensor dz_input = columns_of(dz, 0, w_ih.size(0));
+    add ? multiply_add(dx, dz_input, w_ih, dx) : multiply(dx, dz_input, w_ih);
   }
 
-  // dU = dzᵀ h, h being the states before each step.
-  void state_weight_gradient(const CheckedRnnArguments<S>& r, const Tensor& dz, const Tensor& y, const Tensor& dw_hh) const {
+  // dU = dzᵀ h, where h is the state before each step.
+  void state_weight_gradient(const CheckedRnnArguments<S>& r, const Tensor& dz, const Tensor& y,
+                             const Tensor& dw_hh) const {
     const RecurrenceSizes& s = r.sizes();
     const bool ends_vary = r.packed() || r.lengths() != nullptr;
     if (ends_vary) {
-      multiply(dw_hh, transposed(dz), moved(y, s.reverse ? 1 : -1, r.h0()));
+      multiply(dw_hh, transposed(dz), shifted(y, s.reverse ? 1 : -1, r.h0()));
       return;
     }
-    // All steps but the first one find their states in y, a step away.
+    // All steps but the first find their states in y, one step away.
     const int64_t B = s.batch, rest = rows() - B;
     const Tensor later = rows_of(dz, s.reverse ? 0 : B, rest), states = rows_of(y, s.reverse ? B : 0, rest);
     const Tensor first = rows_of(dz, s.reverse ? rest : 0, B);
@@ -368,17 +337,26 @@ class Layer {
     const Tensor sums = torch::stable::sum(dz, torch::headeronly::IntHeaderOnlyArrayRef(&dimension, 1));
     const Tensor row = matrix(sums, 1, blocks());
     const int64_t gates = common().gates();
-    if (need.need_db_hh) copy(matrix(out.db_hh, 1, gates), state_part(row));
+    if (need.need_db_hh) copy(matrix(out.db_hh, 1, gates), state_columns(row));
     if (!need.need_db_ih) return;
-    for (const Part& p : input_parts()) {
+    for (const RowRange& p : input_ranges()) {
       copy(columns_of(matrix(out.db_ih, 1, gates), p.row, p.rows), columns_of(row, p.column, p.rows));
     }
   }
 
+  template <typename DirectionArguments>
+  static std::deque<CheckedRnnArguments<S>> checked(const std::vector<DirectionArguments>& directions) {
+    check_on_cuda(directions[0].common.op, *directions[0].common.x);
+    std::deque<CheckedRnnArguments<S>> result;
+    for (const DirectionArguments& d : directions) result.emplace_back(d.common);
+    return result;
+  }
+
+  // In this order: the device is entered after the arguments were checked.
   const char* op_;
   const bool tf32_;
-  const OnDevice on_;
-  std::deque<CheckedRnnArguments<S>> r_;
+  const std::deque<CheckedRnnArguments<S>> r_;
+  const CudaDevice device_;
   OptionalTensor offsets_;  // first row of each step, on the device
 };
 
@@ -396,13 +374,13 @@ class Directions {
     check_states(op, mode_ == Mode::kLstm ? h0 : kNone, c0);
     for (const Tensor& w : weights) weights_.emplace_back(w);
     for (int d = 0; d < count; ++d) {
-      h0_.push_back(half("h0", h0, d));
-      c0_.push_back(half("c0", c0, d));
+      h0_.push_back(state_of_direction("h0", h0, d));
+      c0_.push_back(state_of_direction("c0", c0, d));
     }
   }
 
-  // The part [B, *] of a direction.
-  OptionalTensor half(const char* name, const OptionalTensor& state, int d) const {
+  // The state [B, *] of a direction.
+  OptionalTensor state_of_direction(const char* name, const OptionalTensor& state, int d) const {
     if (!state.has_value()) return std::nullopt;
     STD_TORCH_CHECK(state->dim() == 3 && state->size(0) == count_, op_, ": ", name, " must be [", count_,
                     ", B, *], got ", shape_text(*state));
@@ -410,16 +388,16 @@ class Directions {
   }
 
   RnnArguments arguments(int d, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool tf32) const {
-    const OptionalTensor* of = &weights_[d * each_];
+    const OptionalTensor* own = &weights_[d * each_];
     RnnArguments a;
     a.op = op_;
     a.mode = mode_;
     a.x = &x_;
     a.h0 = &h0_[d];
     a.c0 = &c0_[d];
-    a.w_ih = &*of[0];
-    a.w_hh = &*of[1];
-    a.w_hr = projected_ ? &of[each_ - 1] : &kNone;
+    a.w_ih = &*own[0];
+    a.w_hh = &*own[1];
+    a.w_hr = projected_ ? &own[each_ - 1] : &kNone;
     a.batch_sizes = &batch_sizes;
     a.lengths = &lengths;
     a.reverse = d == 1;
@@ -427,14 +405,14 @@ class Directions {
     return a;
   }
   ForwardArguments forward(int d, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool tf32) const {
-    const OptionalTensor* of = &weights_[d * each_];
-    return {arguments(d, batch_sizes, lengths, tf32), bias_ ? of[2] : kNone, bias_ ? of[3] : kNone};
+    const OptionalTensor* own = &weights_[d * each_];
+    return {arguments(d, batch_sizes, lengths, tf32), bias_ ? own[2] : kNone, bias_ ? own[3] : kNone};
   }
-  // The gradients of the weights in their order.
-  void collect(const RnnBackwardResults& of, std::vector<Tensor>& to) const {
-    to.insert(to.end(), {of.dw_ih, of.dw_hh});
-    if (bias_) to.insert(to.end(), {of.db_ih, of.db_hh});
-    if (projected_) to.push_back(of.dw_hr);
+  // Appends the gradients of a direction's weights.
+  void append_gradients(const RnnBackwardResults& r, std::vector<Tensor>& to) const {
+    to.insert(to.end(), {r.dw_ih, r.dw_hh});
+    if (bias_) to.insert(to.end(), {r.db_ih, r.db_hh});
+    if (projected_) to.push_back(r.dw_hr);
   }
 
  private:
@@ -443,7 +421,7 @@ class Directions {
   const Tensor& x_;
   const int count_;
   const bool bias_;
-  int each_;  // tensors of a direction
+  int each_;  // tensors per direction
   bool projected_;
   std::vector<OptionalTensor> weights_, h0_, c0_;
 };
@@ -452,7 +430,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(const std::stri
                                                                  const OptionalTensor& h0, const OptionalTensor& c0,
                                                                  const std::vector<Tensor>& weights, bool bias,
                                                                  const OptionalTensor& batch_sizes,
-                                                                 const OptionalTensor& lengths, bool tf32, bool needs_autograd) {
+                                                                 const OptionalTensor& lengths, bool tf32,
+                                                                 bool needs_autograd) {
   const Directions both("bidirectional_forward", mode, x, h0, c0, weights, bias, 2);
   return with_type<float, double, BFloat16, Float16>(x, "bidirectional_forward", "x", [&](auto type) {
     const std::vector<ForwardArguments> given = {both.forward(0, batch_sizes, lengths, tf32),
@@ -482,23 +461,28 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> bidirectional_backward(
       a.need_dh0 = need_dh0;
       a.need_dc0 = need_dc0;
       a.need_dw_ih = a.need_dw_hh = a.need_db_ih = a.need_db_hh = a.need_dw_hr = need_dweights;
-      given.push_back({a, both.half("grad_h_n", grad_h_n, d), both.half("grad_c_n", grad_c_n, d)});
+      given.push_back(
+          {a, both.state_of_direction("grad_h_n", grad_h_n, d), both.state_of_direction("grad_c_n", grad_c_n, d)});
     }
-    const OptionalTensor saved_rows = saved_blocks(given[0].common.mode, false) > 0 ? OptionalTensor(saved) : std::nullopt;
+    const OptionalTensor saved_rows =
+        saved_blocks(given[0].common.mode, false) > 0 ? OptionalTensor(saved) : std::nullopt;
     const std::vector<RnnBackwardResults> r = Layer<decltype(type)>(given).backward(given, grad_y, y, saved_rows);
     std::vector<Tensor> dweights;
-    for (const RnnBackwardResults& of : r) both.collect(of, dweights);
+    for (const RnnBackwardResults& of : r) both.append_gradients(of, dweights);
     return std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>{r[0].dx, r[0].dh0, r[0].dc0, std::move(dweights)};
   });
 }
 
 // Layer by layer: on a GPU each has all of the device.
-std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mode, const Tensor& x, const OptionalTensor& h0,
-                                                 const OptionalTensor& c0, const std::vector<Tensor>& weights,
-                                                 bool bias, bool bidirectional, const std::vector<Tensor>& input_projections,
-                                                 const OptionalTensor& batch_sizes, bool tf32) {
+std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mode, const Tensor& x,
+                                                          const OptionalTensor& h0, const OptionalTensor& c0,
+                                                          const std::vector<Tensor>& weights, bool bias,
+                                                          bool bidirectional,
+                                                          const std::vector<Tensor>& input_projections,
+                                                          const OptionalTensor& batch_sizes, bool tf32) {
   constexpr const char* kOp = "multilayer_rnn_forward";
-  STD_TORCH_CHECK(input_projections.empty() && !batch_sizes.has_value(), kOp, ": input_projections and batch_sizes are for cpu only");
+  STD_TORCH_CHECK(input_projections.empty() && !batch_sizes.has_value(), kOp,
+                  ": input_projections and batch_sizes are for cpu only");
   const int directions = bidirectional ? 2 : 1, each = bias ? 4 : 2;
   const int rows = static_cast<int>(weights.size()) / each, layers = rows / directions;
   STD_TORCH_CHECK(x.dim() == 3, kOp, ": x must be [T, B, I], got ", shape_text(x));
