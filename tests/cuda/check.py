@@ -1,0 +1,163 @@
+"""Compile every CUDA kernel for every target and report its resources: `make cuda-check`.
+
+Fails if a hot kernel spills registers or has an array in local memory: both would access global memory at every step.
+Needs nvcc, no GPU and no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# The defaults of setup.py: machine code for two targets, and PTX for later devices.
+TARGETS = ("sm_80", "sm_90a")
+PTX = "compute_90"
+# Kernels that run where no other fits, or once per call: they may spill.
+COLD = re.compile(r"generic|reset|clear|zero")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    source: str
+    name: str
+    target: str
+    registers: int
+    shared: int  # bytes, static
+    stack: int  # bytes of local memory per thread, spills included
+    spills: int  # bytes stored and loaded
+
+    @property
+    def hot(self) -> bool:
+        return not COLD.search(self.name)
+
+    @property
+    def faulty(self) -> bool:
+        return self.hot and (self.stack > 0 or self.spills > 0)
+
+
+def parse(source: str, report: str) -> list[Kernel]:
+    """The kernels in a report of `ptxas -v`."""
+    kernels = []
+    for entry in re.split(r"Compiling entry function ", report)[1:]:
+        head = re.match(r"'(\S+)' for '(\S+)'", entry)
+        used = re.search(r"Used (\d+) registers", entry)
+        # The first properties are those of the kernel; functions that were not inlined have their own.
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        if head is None or used is None or not frames:
+            raise ValueError(f"the report of ptxas has an unknown format:\n{entry}")
+        shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", entry)
+        kernels.append(
+            Kernel(
+                source,
+                head[1],
+                head[2],
+                int(used[1]),
+                int(shared[1]) if shared else 0,
+                sum(int(stack) for stack, _, _ in frames),
+                sum(int(stores) + int(loads) for _, stores, loads in frames),
+            )
+        )
+    return kernels
+
+
+def compile_one(nvcc: str, source: Path, folder: Path) -> list[Kernel]:
+    gencode = [f"-gencode=arch={t.replace('sm', 'compute')},code={t}" for t in TARGETS]
+    name = str(source.relative_to(ROOT))
+    command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc'}", *gencode]
+    command += [f"-gencode=arch={PTX},code={PTX}", "-Xptxas=-v", "-c", str(source)]
+    done = subprocess.run(
+        [*command, "-o", str(folder / f"{source.stem}.o")], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} does not compile:\n{done.stdout}{done.stderr}")
+    return parse(name, done.stdout + done.stderr)
+
+
+def demangle(kernels: list[Kernel]) -> list[Kernel]:
+    """The kernels with demangled names, if c++filt exists."""
+    tool = shutil.which("c++filt")
+    if tool is None or not kernels:
+        return kernels
+    said = subprocess.run(
+        [tool], input="\n".join(kernel.name for kernel in kernels), capture_output=True, text=True, check=True
+    )
+    names = [readable(line) for line in said.stdout.splitlines()]
+    return [Kernel(k.source, name, *list(vars(k).values())[2:]) for k, name in zip(kernels, names, strict=True)]
+
+
+def readable(name: str) -> str:
+    """A demangled name without arguments, namespaces and casts of enumerators."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = re.sub(r"\b\w+::", "", name)
+    name = re.sub(r"\((?:unsigned )?\w+\)(?=-?\d)", "", name)
+    depth = 0
+    for i, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def table(kernels: list[Kernel]) -> str:
+    """One line per kernel: registers, and bytes of static shared memory, local memory and spills, per target."""
+    by_name: dict[tuple[str, str], dict[str, Kernel]] = {}
+    for kernel in kernels:
+        by_name.setdefault((kernel.source, kernel.name), {})[kernel.target] = kernel
+    width = max(len(name) for _, name in by_name)
+    lines = [" " * width + "".join(f"  {target:>26}" for target in TARGETS)]
+    lines.append(
+        f"{'kernel':{width}}" + "  {:>5} {:>6} {:>6} {:>6}".format("regs", "shared", "local", "spill") * len(TARGETS)
+    )
+    source = None
+    for (file, name), row in sorted(by_name.items()):
+        if file != source:
+            source = file
+            lines.append(file)
+        cells = [row.get(target) for target in TARGETS]
+        lines.append(
+            f"{name:{width}}"
+            + "".join(f"  {k.registers:5} {k.shared:6} {k.stack:6} {k.spills:6}" if k else " " * 28 for k in cells)
+        )
+    return "\n".join(lines)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which(str(Path(home, "bin", "nvcc")))
+
+
+def main() -> int:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("cuda-check: no nvcc found, the kernels were not compiled")
+        return 0
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            reports = list(pool.map(lambda source: compile_one(nvcc, source, Path(folder)), sources))
+        except RuntimeError as error:
+            print(f"cuda-check: {error}")
+            return 1
+    kernels = demangle([kernel for report in reports for kernel in report])
+    if not kernels:
+        print("cuda-check: no kernel found")
+        return 1
+    print(table(kernels))
+    print("shared: static; plans (csrc/cuda/rnn/plan.h) request more at launch")
+    faulty = [kernel for kernel in kernels if kernel.faulty]
+    for kernel in faulty:
+        print(f"cuda-check: {kernel.name} on {kernel.target} spills or uses local memory")
+    print(f"cuda-check: {len(sources)} files, {len(kernels)} kernels on {' and '.join(TARGETS)}, {len(faulty)} faulty")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""The CUDA kernels of attention in the emulator, against the reference: every op, type and plan, both passes.
+
+Each case runs with several seeds, so in several orders of its threads, and must give the same bits in all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.comparison import assert_close
+from support.emulator import DTYPES, EMULATOR, ROOT, KernelError, build, run, tensor, without_call
+from support.tolerances import HALF_DTYPES
+from torch import Tensor
+
+from llm_ext import reference
+
+KERNELS = ROOT / "csrc" / "cuda"
+SEEDS = 3
+NAN = float("nan")
+
+
+def sources() -> list[Path]:
+    """The kernels and the program that runs them."""
+    patterns = ("pooling/*.cu", "pooling/*.cpp", "attention/*.cu", "attention/*.cpp", "reduce_partial_sums.cu")
+    return [*sorted(path for name in patterns for path in KERNELS.glob(name)), EMULATOR / "attention.cpp"]
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    return build("attention", sources())
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of this type are computed."""
+    return torch.float32 if dtype in HALF_DTYPES else dtype
+
+
+# ---- pooling
+
+
+@dataclass(frozen=True)
+class Pool:
+    prefix: bool
+    dtype: torch.dtype
+    B: int = 3
+    T: int = 21
+    D: int = 24
+    scored: bool = False  # scores are given, not u
+    rows: str = "both"  # "full", "lengths", "mask"
+    state: bool = True
+    bare: bool = False  # no gradients but that of c; prefix form: no gradients but that of the last state
+    time_major: bool = False
+    # A given plan: packs per thread, threads per thread group, positions per chunk.
+    plan: tuple[int, int, int] | None = None
+    round_groups: int = 0  # prefix form forward, in rounds: thread groups per row
+    sm_count: int = 132
+    shared_bytes: int = 227 * 1024
+
+    def __str__(self) -> str:
+        options = [name for name in ("scored", "state", "bare", "time_major") if getattr(self, name)]
+        options += ["plan" + "_".join(map(str, self.plan))] if self.plan else [f"sm{self.sm_count}"]
+        options += [f"rounds{self.round_groups}"] * (self.round_groups > 0)
+        sizes = f"B{self.B}-T{self.T}-D{self.D}"
+        op = "prefix" if self.prefix else "pool"
+        return "-".join([op, str(self.dtype).removeprefix("torch."), sizes, self.rows, *options])
+
+
+def pool_inputs(case: Pool) -> dict[str, Tensor]:
+    """The tensors of a request by name. Masked positions are NaN."""
+    B, T, D = case.B, case.T, case.D
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    tensors = {"e": normal(B, T, D), "grad_c": normal(B, T, D) if case.prefix else normal(B, D)}
+    if case.scored:
+        tensors["scores"] = normal(B, T, scale=3)
+    else:
+        tensors["u"] = normal(D, scale=2 * max(D, 1) ** -0.5)
+    wide = computed(case.dtype)
+    if case.prefix:
+        if case.state:
+            tensors |= {"l0": normal(B, dtype=wide), "c0": normal(B, D, dtype=wide)}
+        tensors |= {"grad_l_n": normal(B, dtype=wide), "grad_c_n": normal(B, D, dtype=wide)}
+        if case.bare:
+            del tensors["grad_c"], tensors["grad_l_n"]
+    elif not case.bare:
+        tensors["grad_lse"] = normal(B, dtype=wide)
+    attended = torch.ones(B, T, dtype=torch.bool)
+    if case.rows in ("lengths", "both"):
+        # Lengths out of range are clamped.
+        lengths = torch.tensor([(T + 3, -2, T // 2, 1)[b % 4] for b in range(B)])
+        tensors["lengths"] = lengths
+        attended &= torch.arange(T) < lengths[:, None]
+    if case.rows in ("mask", "both"):
+        tensors["mask"] = torch.rand(B, T, generator=generator) < 0.6
+        attended &= tensors["mask"]
+    tensors["e"][~attended] = NAN
+    if case.scored:
+        tensors["scores"][~attended] = NAN
+    return tensors
+
+
+@functools.cache
+def pool_expected(case: Pool) -> dict[str, Tensor]:
+    """Results and gradients of the float64 reference."""
+    given = {n: t.double() if t.is_floating_point() else t for n, t in pool_inputs(case).items()}
+    names = [n for n in ("e", "u", "scores", "l0", "c0") if n in given]
+    wanted = {n: given[n].nan_to_num().requires_grad_() for n in names}
+    e, u, scores = wanted["e"], wanted.get("u"), wanted.get("scores")
+    options = {"scores": scores, "lengths": given.get("lengths"), "mask": given.get("mask")}
+    if case.prefix:
+        state = (wanted["l0"], wanted["c0"]) if case.state else None
+        c, (l_n, c_n) = reference.prefix_pool(e, u, state=state, **options)
+        results = {"c": c, "l_n": l_n, "c_n": c_n}
+    else:
+        c, lse = reference.attention_pool(e, u, **options)
+        results = {"c": c, "lse": lse}
+    loss = torch.zeros((), dtype=torch.float64)
+    for name, result in results.items():
+        if f"grad_{name}" in given:
+            loss = loss + (result * given[f"grad_{name}"]).masked_fill(result.isinf(), 0).sum()
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True, allow_unused=True)
+    else:
+        gradients = tuple(torch.zeros_like(t) for t in wanted.values())
+    return {n: t.detach() for n, t in results.items()} | {"d" + n: g for n, g in zip(wanted, gradients, strict=True)}
+
+
+def check_pool(program: Path, case: Pool) -> None:
+    """Run a case in the emulator and compare all results and gradients with the reference."""
+    tensors = pool_inputs(case)
+    request = dict(tensors)
+    if case.time_major:
+        request |= {n: tensors[n].transpose(0, 1) for n in ("e", "grad_c") if n in tensors and tensors[n].dim() == 3}
+    if case.plan is not None:
+        request |= dict(zip(("packs", "group_threads", "chunk"), case.plan, strict=True))
+    answer = run(
+        program,
+        request
+        | {
+            "op": int(case.prefix),
+            "type": DTYPES[case.dtype],
+            "batch": case.B,
+            "steps": case.T,
+            "dim": case.D,
+            "time_major": int(case.time_major),
+            "round_groups": case.round_groups,
+            "sm_count": case.sm_count,
+            "shared_bytes": case.shared_bytes,
+            "seed": sum(map(ord, str(case))),
+            "seeds": SEEDS,
+        },
+    )
+    op = "prefix_pool" if case.prefix else "attention_pool"
+    wide = ("lse", "l_n", "c_n", "dl0", "dc0")
+    for name, expected in pool_expected(
+        replace(case, plan=None, round_groups=0, sm_count=0, shared_bytes=0, time_major=False)
+    ).items():
+        dtype, shape = computed(case.dtype) if name in wide else case.dtype, expected.shape
+        if case.time_major and len(shape) == 3:
+            found = tensor(answer[name], dtype, shape[1], shape[0], shape[2]).transpose(0, 1)
+        else:
+            found = tensor(answer[name], dtype, *shape)
+        assert_close(op if name in ("c", *wide[:3]) else f"{op}_backward", found, expected, name, case.dtype)
+
+
+def pack(dtype: torch.dtype) -> int:
+    """Numbers in 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def pool_cases() -> list[Pool]:
+    cases = []
+    for prefix in (False, True):
+        for i, dtype in enumerate(DTYPES):
+            some = Pool(prefix, dtype, D=3 * pack(dtype))
+            # Thread groups below a warp, of one warp and of several; several packs per thread; several chunks per
+            # row, one, and one that is longer than the row.
+            cases += [
+                replace(some, plan=(1, 4, 8)),
+                replace(some, plan=(1, 64, 16), scored=i % 2 == 0, rows="lengths"),
+                replace(some, plan=(2, 2, 4), state=False, rows="mask", time_major=True),
+                replace(some, plan=(4, 1, 6), rows="full", bare=True),
+                replace(some, plan=(1, 32, 24), scored=i % 2 == 1),
+                replace(some, plan=(1, 128, 32), B=2, T=9, state=False),
+            ]
+            # One number at a time.
+            cases += [
+                replace(some, D=17, plan=(0, 256, 8)),
+                replace(some, D=300, T=5, plan=(0, 256, 8), scored=i % 2 == 0, rows="full", state=False),
+            ]
+        # Plans of make_pool_plan(), down to empty tensors.
+        for i, (B, T, D) in enumerate([(1, 1, 1), (2, 0, 3), (2, 3, 0), (1, 70, 40), (40, 5, 16), (2, 130, 8)]):
+            for dtype in (torch.float32, list(DTYPES)[i % 4]):
+                cases.append(Pool(prefix, dtype, B=B, T=T, D=D, sm_count=2, rows="full" if i % 2 else "both"))
+    # Rounds: several thread groups per block and one; rounds without positions; the last state from the first round.
+    for i, dtype in enumerate(DTYPES):
+        some = Pool(True, dtype, D=3 * pack(dtype), T=30)
+        cases += [
+            replace(some, plan=(1, 4, 3), round_groups=3 * pack(dtype) // 4 + 1),
+            replace(some, plan=(1, 64, 2), round_groups=3, scored=i % 2 == 0, rows="lengths", state=False),
+            replace(some, plan=(2, 8, 4), round_groups=5, rows="mask", time_major=True),
+            replace(some, B=2, plan=(1, 32, 5), round_groups=11, rows="full"),
+            replace(some, B=2, plan=(1, 128, 4), round_groups=3),
+        ]
+    # A plan of make_prefix_plan().
+    cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
+    return list(dict.fromkeys(cases))
+
+
+@pytest.mark.parametrize("case", pool_cases(), ids=str)
+def test_pool(program: Path, case: Pool) -> None:
+    check_pool(program, case)
+
+
+# ---- additive attention
+
+
+@dataclass(frozen=True)
+class Additive:
+    dtype: torch.dtype
+    B: int = 2
+    Tq: int = 5
+    Tk: int = 37
+    A: int = 70
+    Dv: int = 9
+    rows: str = "both"  # "full", "lengths", "mask", "by_query"
+    size: float = 1.0  # scale of queries and keys
+    cancel: bool = False  # queries and keys are nearly opposite
+    bare: bool = False  # only the weights have a gradient
+    slab: int | None = None
+
+    def __str__(self) -> str:
+        options = [name for name in ("cancel", "bare") if getattr(self, name)]
+        options += [f"size{self.size:g}"] * (self.size != 1) + [f"slab{self.slab}"] * (self.slab is not None)
+        sizes = f"B{self.B}-Tq{self.Tq}-Tk{self.Tk}-A{self.A}-Dv{self.Dv}"
+        return "-".join(["additive", str(self.dtype).removeprefix("torch."), sizes, self.rows, *options])
+
+
+def additive_inputs(case: Additive) -> dict[str, Tensor]:
+    """The tensors of a request by name. Keys and values that no query attends to are NaN."""
+    B, Tq, Tk, A, Dv = case.B, case.Tq, case.Tk, case.A, case.Dv
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(case.dtype)
+
+    tensors = {"query": normal(B, Tq, A, scale=case.size), "key": normal(B, Tk, A, scale=case.size)}
+    if case.cancel:
+        tensors["key"] = (normal(B, Tk, A).double() - tensors["query"][:, :1].double()).to(case.dtype)
+    tensors |= {"v": normal(A, scale=2 * max(A, 1) ** -0.5), "values": normal(B, Tk, Dv)}
+    if not case.bare:
+        tensors["grad_context"] = normal(B, Tq, Dv)
+    if case.bare or Tk % 2:
+        tensors["grad_weights"] = normal(B, Tq, Tk)
+    attended = torch.ones(B, Tq, Tk, dtype=torch.bool)
+    if case.rows in ("lengths", "both"):
+        # Lengths out of range are clamped.
+        tensors["key_lengths"] = torch.tensor([(Tk + 3, Tk // 2, -2)[b % 3] for b in range(B)])
+        attended &= torch.arange(Tk) < tensors["key_lengths"][:, None, None]
+    if case.rows in ("mask", "both"):
+        tensors["mask"] = torch.rand(B, Tk, generator=generator) < 0.6
+        attended &= tensors["mask"][:, None]
+    elif case.rows == "by_query":
+        tensors["mask"] = torch.rand(B, Tq, Tk, generator=generator) < 0.4
+        tensors["mask"][:, -1:] = False
+        attended &= tensors["mask"]
+    unseen = ~attended.any(1)
+    tensors["key"][unseen] = NAN
+    tensors["values"][unseen] = NAN
+    return tensors
+
+
+@functools.cache
+def additive_expected(case: Additive) -> dict[str, Tensor]:
+    """Results and gradients of the float64 reference."""
+    given = {n: t.double() if t.is_floating_point() else t for n, t in additive_inputs(case).items()}
+    wanted = {n: given[n].nan_to_num().requires_grad_() for n in ("query", "key", "v", "values")}
+    context, weights = reference.additive_attention(
+        *wanted.values(), key_lengths=given.get("key_lengths"), mask=given.get("mask"), need_weights=True
+    )
+    assert weights is not None
+    results = {"context": context, "weights": weights}
+    loss = torch.zeros((), dtype=torch.float64)
+    for name, result in results.items():
+        if f"grad_{name}" in given:
+            loss = loss + (result * given[f"grad_{name}"]).sum()
+    gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True, allow_unused=True)
+    return {n: t.detach() for n, t in results.items()} | {"d" + n: g for n, g in zip(wanted, gradients, strict=True)}
+
+
+def check_additive(program: Path, case: Additive) -> None:
+    """Run a case in the emulator and compare all results and gradients with the reference."""
+    answer = run(
+        program,
+        additive_inputs(case)
+        | {
+            "op": 2,
+            "type": DTYPES[case.dtype],
+            "batch": case.B,
+            "queries": case.Tq,
+            "keys": case.Tk,
+            "attn_dim": case.A,
+            "value_dim": case.Dv,
+            "by_query": int(case.rows == "by_query"),
+            "slab": case.slab,
+            "seed": sum(map(ord, str(case))),
+            "seeds": SEEDS,
+        },
+    )
+    op = "additive_attention"
+    for name, expected in additive_expected(replace(case, slab=None)).items():
+        found = tensor(answer[name], case.dtype, *expected.shape)
+        assert_close(f"{op}_backward" if name.startswith("d") else op, found, expected, name)
+    expected = additive_expected(replace(case, slab=None))["weights"]
+    lse = tensor(answer["lse"], computed(case.dtype), case.B, case.Tq)
+    assert torch.equal(lse == -float("inf"), expected.sum(2) == 0)
+
+
+def additive_cases() -> list[Additive]:
+    cases = []
+    for i, dtype in enumerate(DTYPES):
+        some = Additive(dtype)
+        # One query, few and many; A of one chunk and more, of whole packs and not; masks of each kind; several slabs.
+        cases += [
+            replace(some, rows=("both", "lengths", "mask", "full")[i]),
+            replace(some, Tq=1, Tk=66, A=64, rows=("mask", "full", "both", "lengths")[i]),
+            replace(some, B=1, Tq=33, Tk=17, A=20, Dv=70, rows="by_query", slab=32),
+            replace(some, B=1, Tq=50, Tk=30, A=66, Dv=5, rows=("by_query", "full", "both", "lengths")[i]),
+            replace(some, B=2, Tq=52, Tk=27, A=4, Dv=5, rows="both", slab=32),
+            replace(some, Tq=40, Tk=1, A=3, rows="full", bare=True),
+            # Large numbers, some of which cancel; with exponentials that would overflow.
+            replace(some, Tq=3, Tk=9, A=8, size=20.0, cancel=True),
+            replace(some, Tq=3, Tk=9, A=8, size=300.0, cancel=True, rows="full"),
+        ]
+    for sizes in ((0, 3, 4, 5, 2), (2, 0, 4, 5, 2), (2, 3, 0, 5, 2), (2, 3, 4, 0, 2), (2, 3, 4, 5, 0), (1, 1, 1, 1, 1)):
+        cases.append(Additive(torch.float32, *sizes, rows="full"))
+    return cases
+
+
+@pytest.mark.parametrize("case", additive_cases(), ids=str)
+def test_additive(program: Path, case: Additive) -> None:
+    check_additive(program, case)
+
+
+def test_plans_fit(program: Path) -> None:
+    """Every plan covers all positions and columns, and the device has room for it."""
+    pools = [
+        (B, T, D, size, *device)
+        for B in (0, 1, 7, 64, 1000)
+        for T in (0, 1, 100, 4096, 100_000)
+        for D in (0, 1, 8, 40, 512, 768, 1024, 4096, 9000)
+        for size in (2, 4, 8)
+        for device in ((132, 227 << 10), (108, 163 << 10), (7, 48 << 10))
+    ]
+    slabs = [(Tq, Tk, A) for Tq in (0, 1, 31, 50, 3000) for Tk in (0, 1, 50, 5000) for A in (0, 1, 64, 1024)]
+    answer = run(program, {"pools": torch.tensor(pools), "slabs": torch.tensor(slabs)})
+    for i, (B, T, D, size, multiprocessors, room) in enumerate(pools):
+        packs, group_threads, chunk, chunks, round_groups, shared = tensor(answer[f"pool{i}"], torch.int64, 6).tolist()
+        what = f"{pools[i]} by {(packs, group_threads, chunk, chunks, round_groups, shared)}"
+        assert group_threads in (1, 2, 4, 8, 16, 32, 64, 128, 256), what
+        assert packs == 0 or (D * size % 16 == 0 and packs * group_threads * 16 >= D * size), what
+        assert chunks >= 1, what
+        if round_groups == 0:
+            assert chunk * chunks >= T, what
+        else:  # all thread groups are resident
+            assert packs > 0, what
+            assert B * round_groups <= multiprocessors * (256 // group_threads), what
+            assert shared <= room, what
+            assert round_groups * group_threads >= D, what
+    assert any(tensor(answer[f"pool{i}"], torch.int64, 6)[4] > 0 for i in range(len(pools)))
+    for i, (Tq, Tk, A) in enumerate(slabs):
+        slab = int.from_bytes(answer[f"slab{i}"], "little")
+        assert slab == Tq or slab % 32 == 0, slabs[i]
+        assert slab * Tk <= max(32 * Tk, (Tq + Tk) * max(A, 1)), slabs[i]
+
+
+# A call that is removed from a real kernel, and a case that must find the fault.
+LINES = [
+    ("pooling/prefix_rounds.cu", "await_flag", Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2), round_groups=3)),
+    ("attention/scores.cuh", "block_barrier", Additive(torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("file", "call", "case"), LINES, ids=[line[0] for line in LINES])
+def test_a_kernel_without_a_line(tmp_path: Path, file: str, call: str, case: Pool | Additive) -> None:
+    """The last call of this name in the file is removed."""
+    program = build("changed_attention", without_call(sources(), file, call, tmp_path), changed=tmp_path)
+    with pytest.raises(KernelError, match="race: "):
+        (check_pool if isinstance(case, Pool) else check_additive)(program, case)  # type: ignore[operator]

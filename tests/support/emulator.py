@@ -1,0 +1,211 @@
+"""Programs of the CUDA emulator: built with the system's g++, run with named tensors in and out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Container, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EMULATOR = ROOT / "tests" / "cuda" / "emulator"
+BUILD = ROOT / "build" / "cuda_emulator"
+# The emulator's device.cuh is found before that of csrc. A GPU rounds a * b + c once only where the source says fma.
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fmax-errors=5", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+# Every access of a kernel is a call, which the linker redirects to races.cpp.
+KERNEL = [*ASAN, "--param=asan-instrumentation-with-call-threshold=0"]
+WRAPPED = [f"__asan_{access}{size}" for access in ("load", "store") for size in (1, 2, 4, 8, 16, "N")]
+WRAP = [f"-Wl,--wrap={name}" for name in (*WRAPPED, "memcpy", "memset")]
+RUNTIME = [EMULATOR / f"{name}.cpp" for name in ("scheduler", "races", "device")]
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=4:redzone=1024:max_redzone=2048"
+    ":allocator_may_return_null=0:abort_on_error=0:color=never"
+}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class KernelError(Exception):
+    """A fault of a kernel that the emulator or AddressSanitizer found."""
+
+
+@functools.cache
+def _compiler() -> tuple[str | None, str]:
+    """The g++ to build with; None and the reason if there is none."""
+    found = shutil.which("g++")
+    if found is None:
+        return None, "the CUDA emulator needs g++"
+    if os.uname().machine != "x86_64":
+        return None, "the CUDA emulator switches fibers in the assembly of x86-64"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [found, *ASAN, "-x", "c++", "-", "-o", str(Path(folder, "program"))]
+        if subprocess.run(command, input=b"int main() {}", capture_output=True, check=False).returncode != 0:
+            return None, "the CUDA emulator needs a g++ with AddressSanitizer"
+    return found, ""
+
+
+def compiler() -> str:
+    """The g++ to build with; skips the test if there is none."""
+    found, reason = _compiler()
+    if found is None:
+        pytest.skip(reason)
+    return found
+
+
+@functools.cache
+def _launcher() -> list[str]:
+    """The command that turns off address randomization: some versions of AddressSanitizer fail with it."""
+    setarch = shutil.which("setarch")
+    works = setarch and subprocess.run([setarch, "-R", "true"], capture_output=True, check=False).returncode == 0
+    return [str(setarch), "-R"] if works else []
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+def _object(source: Path, flags: list[str], headers: bytes, folder: Path) -> Path:
+    """The object of `source`, compiled unless it exists for the same flags, text and headers."""
+    key = hashlib.sha256(headers + source.read_bytes() + repr((str(source), flags)).encode()).hexdigest()[:20]
+    target = folder / f"{source.name}-{key}.o"
+    if not target.exists():
+        for stale in folder.glob(f"{source.name}-" + "?" * 20 + ".o"):
+            stale.unlink()
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        _run([compiler(), *flags, *language, "-c", str(source), "-o", str(partial)])
+        partial.rename(target)
+    return target
+
+
+def _headers(*folders: Path) -> bytes:
+    paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh")]
+    return b"".join(path.read_bytes() for path in paths)
+
+
+def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Path:
+    """The program `name` of `sources` and the emulator, built at most once for the same text.
+
+    Sources in the folder `changed` find headers there first.
+    """
+    common = _headers(ROOT / "csrc" / "cuda", ROOT / "csrc" / "params", EMULATOR)
+    jobs = []
+    # The largest first, so that all cores finish together.
+    for source in sorted(sources, key=lambda path: -path.stat().st_size):
+        if changed is not None and source.is_relative_to(changed):
+            headers = common + _headers(changed)
+            jobs.append((source, [f"-I{changed}", *FLAGS, *KERNEL], headers, BUILD / "changed"))
+        else:
+            jobs.append((source, [*FLAGS, *KERNEL], common, BUILD))
+    jobs += [(source, [*FLAGS, "-O2"], common, BUILD) for source in RUNTIME]
+    for folder in {job[-1] for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    program = BUILD / f"{name}-{key}"
+    if not program.exists():
+        for stale in BUILD.glob(f"{name}-" + "?" * 20):
+            stale.unlink()
+        partial = program.with_suffix(f".{os.getpid()}.partial")
+        _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
+        partial.rename(program)
+    return program
+
+
+def without_call(
+    sources: Iterable[Path], file: str, call: str, folder: Path, only: Container[str] | None = None
+) -> list[Path]:
+    """The sources with the last call of this name removed from `file` of csrc/cuda, copied to `folder`.
+
+    If `file` is a header, the sources that include it are copied, too; of these those named in `only`, if given.
+    """
+    text = (ROOT / "csrc" / "cuda" / file).read_text()
+    last = list(re.finditer(rf"\b{call}\([^;]*\);", text))[-1]
+    changed = folder / "cuda" / file
+    changed.parent.mkdir(parents=True)
+    changed.write_text(text[: last.start()] + ";" + text[last.end() :])
+    result = []
+    for source in sources:
+        if source == ROOT / "csrc" / "cuda" / file:
+            result.append(changed)
+        elif (only is None or source.name in only) and f'"cuda/{file}"' in source.read_text():
+            copy = folder / "cuda" / source.relative_to(ROOT / "csrc" / "cuda")
+            copy.write_text(source.read_text())
+            result.append(copy)
+        else:
+            result.append(source)
+    return result
+
+
+def _with_lines(report: str) -> str:
+    """The report with addresses as source lines, inlined frames from the innermost to the outermost."""
+
+    def lines(address: re.Match[str]) -> str:
+        command = ["addr2line", "--basenames", "--inlines", "--exe", address[1], address[2]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = re.findall(r"^\w\S*:\d+", done.stdout, re.MULTILINE)
+        return " < ".join(found) if found else address[0]
+
+    # addr2line comes with the linker.
+    return re.sub(r"\((/[^()\s]+)\+(0x[0-9a-f]+)\)", lines, report) if shutil.which("addr2line") else report
+
+
+def _bytes(value: Tensor | int) -> bytes:
+    if isinstance(value, Tensor):
+        return value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return struct.pack("<q", value)
+
+
+def run(program: Path, request: Mapping[str, Tensor | int | None], timeout: float = 120) -> dict[str, bytes]:
+    """The answer of the program: bytes by name. Raises KernelError for a fault.
+
+    Request and answer are files of records: length of the name, name, length of the data, data. Lengths have 64 bits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "request"), Path(folder, "answer")
+        with asked.open("wb") as file:
+            for name, value in request.items():
+                if value is not None:
+                    data = _bytes(value)
+                    file.write(struct.pack("<q", len(name)) + name.encode() + struct.pack("<q", len(data)) + data)
+        done = subprocess.run(
+            [*_launcher(), str(program), str(asked), str(answered)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env=os.environ | ENVIRONMENT,
+        )
+        if done.returncode != 0:
+            raise KernelError(f"{program.name} ended with {done.returncode}\n{_with_lines(done.stderr)}")
+        data, answer = answered.read_bytes(), {}
+    offset = 0
+    while offset < len(data):
+        (length,) = struct.unpack_from("<q", data, offset)
+        name = data[offset + 8 : offset + 8 + length].decode()
+        offset += 8 + length
+        (length,) = struct.unpack_from("<q", data, offset)
+        answer[name] = data[offset + 8 : offset + 8 + length]
+        offset += 8 + length
+    return answer
+
+
+def tensor(data: bytes, dtype: torch.dtype, *shape: int) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
