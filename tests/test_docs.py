@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -125,27 +124,24 @@ def test_tolerances_are_those_of_the_tests() -> None:
     found = {dtype: (float(forward), float(backward)) for dtype, forward, backward in rows}
     assert len(found) == 4, "the search finds the table of the recurrences"
     for dtype, values in found.items():
-        expected = tuple(TOLERANCE[op, getattr(torch, dtype)] for op in ("lstm", "lstm_backward"))
+        expected = TOLERANCE["lstm", getattr(torch, dtype)], TOLERANCE["lstm_backward", getattr(torch, dtype)]
         assert values == expected, f"recurrences, {dtype}"
     columns = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     for op in ("attention_pool", "prefix_pool", "additive_attention"):
         row = re.search(rf"^\| `{op}` \|(.+)\|$", cpu, re.MULTILINE)
         assert row is not None
         for dtype, cell in zip(columns, row[1].split("|"), strict=True):
-            values = tuple(float(value) for value in cell.split("/"))
-            assert values == (TOLERANCE[op, dtype], TOLERANCE[f"{op}_backward", dtype]), f"{op}, {dtype}"
-    for name, forward, backward in re.findall(r"^\| (\w+16) \| (\S+) \| (\S+) \|", cuda, re.MULTILINE):
+            forward, backward = (float(value) for value in cell.split("/"))
+            assert (forward, backward) == (TOLERANCE[op, dtype], TOLERANCE[f"{op}_backward", dtype]), f"{op}, {dtype}"
+    for name, *numbers in re.findall(r"^\| (\w+16) \| (\S+) \| (\S+) \|", cuda, re.MULTILINE):
         dtype = getattr(torch, name)
         on_cuda = {**TOLERANCE, **TOLERANCE_ON["cuda"]}
-        assert (float(forward), float(backward)) == (on_cuda["lstm", dtype], on_cuda["lstm_backward", dtype])
+        assert [float(number) for number in numbers] == [on_cuda["lstm", dtype], on_cuda["lstm_backward", dtype]]
 
 
 def test_makefile_names_the_packages_of_pyproject() -> None:
     """`make` installs the extras by name; only the packages that come before the build are listed again."""
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib needs Python 3.11")
-    import tomllib
-
+    tomllib = pytest.importorskip("tomllib", reason="tomllib needs Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     makefile = (ROOT / "Makefile").read_text()
 
