@@ -38,7 +38,7 @@ def sources(lengths: Tensor = LENGTHS) -> Tensor:
 
 
 def expected_scores(m: llm_ext.Seq2Seq, source: Tensor, target: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [B, T, V] and weights [B, T, S] of the model with torch.nn and formulas, one decoder step after another."""
+    """Scores [B, T, V] and weights [B, T, S] of the model with torch.nn and formulas, step by step."""
     config = m.config()
     L = int(config["n_layers"])
     layers = getattr(nn, str(config["cell"]).upper())

@@ -1,0 +1,322 @@
+"""llm_ext.Seq2Seq: its layers together, decoder steps, padding, dropout, input projections and configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from support.comparison import assert_close
+from support.pairwise import parametrize_pairwise
+from support.seq2seq import (
+    CELLS,
+    END,
+    LENGTHS,
+    SOURCE_VOCAB,
+    VOCAB,
+    E,
+    H,
+    expected_scores,
+    model,
+    search_model,
+    sources,
+)
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import llm_ext
+
+feeding = pytest.mark.parametrize("input_feeding", [False, True])
+every_model = parametrize_pairwise(cell=CELLS, input_feeding=(False, True))
+
+
+@every_model
+def test_scores_and_gradients_are_those_of_torch_nn(cell: str, input_feeding: bool) -> None:
+    m = model(cell=cell, input_feeding=input_feeding, nonlinearity="relu" if cell == "rnn" else "tanh")
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    expected, _ = expected_scores(m, source, target, LENGTHS)
+    scores = m(source, target, LENGTHS)
+    assert_close("model", scores, expected)
+    parameters = list(m.parameters())
+    expected_gradients = torch.autograd.grad(expected.square().sum(), parameters)
+    gradients = torch.autograd.grad(scores.square().sum(), parameters)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_close("model", gradient, expected_gradient, "gradient")
+
+
+@parametrize_pairwise(
+    cell=CELLS,
+    input_feeding=(False, True),
+    with_lengths=(False, True),
+    how=("with gradients", "inference", "input projections"),
+)
+def test_decoder_steps(cell: str, input_feeding: bool, with_lengths: bool, how: str) -> None:
+    """K targets of each source, step by step, with and without the attention weights."""
+    m, K = model(cell=cell, input_feeding=input_feeding).eval(), 3
+    source, target = sources(), torch.randint(VOCAB, (4, K, 5))
+    lengths = LENGTHS if with_lengths else None
+    projections = m.input_projections() if how == "input projections" else None
+    if projections is not None:
+        assert [tensor.shape for tensor in projections.source or ()] == [
+            (SOURCE_VOCAB, len(m.encoder.all_weights[0][1]))
+        ] * 2
+        assert (projections.target is None) == input_feeding
+    with torch.set_grad_enabled(how == "with gradients"):
+        encoder_output, state = m.encode(source, lengths, projections)
+        state = state.repeat(K)
+        for t in range(5):
+            scores, state, weights = m.step(target[:, :, t], state, encoder_output, t % 2 == 0, projections)
+            assert scores.requires_grad == (how == "with gradients")
+            assert (weights is None) == (t % 2 == 1)
+            for k in range(K):
+                full = torch.full((4,), source.shape[1])
+                expected, expected_weights = expected_scores(m, source, target[:, k], LENGTHS if with_lengths else full)
+                assert_close("model", scores[:, k], expected[:, t])
+                if weights is not None:
+                    assert_close("model", weights[:, k], expected_weights[:, t])
+
+
+@feeding
+def test_scores_of_selected_positions(input_feeding: bool) -> None:
+    m = model(input_feeding=input_feeding)
+    source, target, lengths = sources(), torch.randint(VOCAB, (4, 5)), torch.tensor([5, 2, 0, 4])
+    keep = torch.arange(5) < lengths[:, None]
+    scores = m(source, target, LENGTHS, lengths, keep)
+    assert scores.shape == (11, VOCAB)
+    assert_close("model", scores, m(source, target, LENGTHS)[keep])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_has_no_effect(cell: str) -> None:
+    """The ids in it change no bit of a score, and its width does not matter."""
+    m = model(cell=cell)
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    scores = m(source, target, LENGTHS)
+    for row, length in enumerate(LENGTHS.tolist()):
+        source[row, length:] = (source[row, length:] + 1) % SOURCE_VOCAB
+    assert torch.equal(m(source, target, LENGTHS), scores)
+    wider = torch.cat((source, sources()[:, :3]), 1)
+    assert_close("model", m(wider, target, LENGTHS), scores)
+    for row, length in enumerate(LENGTHS.tolist()):
+        assert_close("model", m(source[row : row + 1, :length], target[row : row + 1])[0], scores[row])
+
+
+@feeding
+@pytest.mark.parametrize(("B", "S", "T"), [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)])
+def test_empty_input(B: int, S: int, T: int, input_feeding: bool) -> None:
+    m = model(input_feeding=input_feeding)
+    source, target = torch.zeros(B, S, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int64)
+    scores = m(source, target, torch.full((B,), S))
+    assert scores.shape == (B, T, VOCAB)
+    assert scores.isfinite().all()
+    assert len(m.search(source, END)) == B
+    assert all(len(ids) == B for ids in m.stream(source, END))
+
+
+@pytest.mark.parametrize(("cell", "input_feeding"), [("gru", False), ("lstm", True)])
+def test_learns_to_reverse(cell: str, input_feeding: bool) -> None:
+    """A training loop in float32, on a task that needs attention."""
+    torch.manual_seed(0)
+    m = llm_ext.Seq2Seq(
+        VOCAB, VOCAB, 16, 32, cell=cell, input_feeding=input_feeding, share_embedding=True, dropout=0.05
+    )
+    optimizer = torch.optim.Adam(m.parameters(), lr=0.01)
+    lengths = torch.randint(1, 7, (64,))
+    source = torch.randint(END, (64, 6))
+    target = torch.full((64, 7), END)
+    for row, n in enumerate(lengths.tolist()):
+        target[row, :n] = source[row, :n].flip(0)
+    inputs = torch.cat((torch.full((64, 1), END), target[:, :-1]), 1)
+    keep = torch.arange(7) <= lengths[:, None]
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss: Any = nn.functional.cross_entropy(m(source, inputs, lengths, lengths + 1, keep), target[keep])
+        loss.backward()
+        nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        optimizer.step()
+    m.eval()
+    found = torch.stack(list(m.stream(source, END, lengths)), 1)
+    right = [torch.equal(found[row, : n + 1], target[row, : n + 1]) for row, n in enumerate(lengths.tolist())]
+    assert sum(right) >= 60
+
+
+def test_dropout_masks() -> None:
+    """Dropout is off in evaluation mode; in training mode a row drops the same features at all positions."""
+    m = model(dropout=0.5, n_layers=1).train()
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    assert not torch.equal(m(source, target, LENGTHS), m(source, target, LENGTHS))
+    inputs: list[Any] = []
+    layers: list[Any] = [m.encoder, m.value, m.decoder, m.readout]
+    hooks = [layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for layer in layers]
+    full = torch.full((4,), source.shape[1])
+    for lengths in (full, None):
+        inputs.clear()
+        m(source, target, lengths)
+        # The input of the encoder, of W_v and of the decoder has time first.
+        for features, time in zip(inputs, (0, 0, 0, 1), strict=True):
+            dropped = features == 0
+            first = dropped.narrow(time, 0, 1)
+            assert 0.2 < dropped.double().mean() < 0.8
+            assert torch.equal(dropped, first.expand_as(dropped))
+    inputs.clear()
+    m(source, target, LENGTHS)
+    packed = inputs[0]
+    assert isinstance(packed, PackedSequence)
+    for features in (packed.data, inputs[1]):  # the longest rows first
+        steps = torch.split(features == 0, packed.batch_sizes.tolist())
+        assert 0.2 < (features == 0).double().mean() < 0.8
+        assert all(torch.equal(step, steps[0][: len(step)]) for step in steps)
+    for hook in hooks:
+        hook.remove()
+    m.eval()
+    assert torch.equal(m(source, target, LENGTHS), m(source, target, LENGTHS))
+
+
+def test_input_projections_are_for_inference() -> None:
+    m = model(dropout=0.5)
+    projections = m.input_projections()
+    for train, gradients in ((True, False), (False, True), (True, True)):
+        m.train(train)
+        message = "Seq2Seq: input_projections are for inference: call eval"
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match=message):
+            m.encode(sources(), LENGTHS, projections)
+    with pytest.raises(IndexError, match=r"ids must be from 0 to V - 1 = 10, got .* to 15"):
+        next(m.eval().stream(sources() * 0 + 15, END, input_projections=projections))
+
+
+def test_input_projections_that_do_not_apply() -> None:
+    half = model(dtype=torch.bfloat16).eval()
+    assert half.input_projections() == (None, None)
+    assert len(list(half.stream(sources(), END, LENGTHS, 3, half.input_projections()))) <= 3
+    m = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m.input_projections() == (None, None)
+    m.encoder.register_forward_hook(lambda *_: None)
+    assert m.input_projections().source is None
+    assert m.input_projections().target is not None
+
+
+def test_hooked_and_replaced_layers_are_called() -> None:
+    m = search_model()
+    source = sources()
+    expected = torch.stack(list(m.stream(source, END, LENGTHS)), 1)
+    layers: list[Any] = [m.decoder, m.attention, m.readout, m.head]
+    for layer in layers:
+        calls: list[object] = []
+        for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            calls.clear()
+            hook = register(lambda *_, calls=calls: calls.append(1))
+            assert torch.equal(torch.stack(list(m.stream(source, END, LENGTHS)), 1), expected)
+            assert len(calls) == expected.shape[1]
+            hook.remove()
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            doubled: Tensor = 2 * self.inner(x)
+            return doubled
+
+    m.head = Doubled(m.head)  # type: ignore[assignment]
+    assert torch.equal(torch.stack(list(m.stream(source, END, LENGTHS)), 1), expected)
+    m.readout = Doubled(m.readout)  # type: ignore[assignment]
+    with torch.no_grad():
+        encoder_output, state = m.encode(source, LENGTHS)
+        begin = torch.full((4, 1), END)
+        scores = m.step(begin, state, encoder_output)[0]
+    assert_close("model", scores, m(source, begin, LENGTHS))
+
+
+def test_reorder_is_in_place() -> None:
+    m = model(cell="lstm", input_feeding=True)
+    with torch.no_grad():
+        _, state = m.encode(sources(), LENGTHS)
+        tensors = [tensor for tensor in state if tensor is not None]
+        before = [tensor.clone() for tensor in tensors]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        state.reorder_(torch.tensor([3, 0, 0, 2]))
+    assert [tensor.data_ptr() for tensor in tensors] == pointers
+    for tensor, old, dim in zip(tensors, before, (1, 1, 0), strict=True):
+        assert torch.equal(tensor, old.index_select(dim, torch.tensor([3, 0, 0, 2])))
+
+
+# ---- configuration and arguments
+
+
+def test_sharing_and_tying() -> None:
+    shared = llm_ext.Seq2Seq(VOCAB, VOCAB, E, H, share_embedding=True, tie_head=True)
+    assert shared.source_embedding is shared.target_embedding
+    assert shared.head.weight is shared.target_embedding.weight
+    separate = llm_ext.Seq2Seq(VOCAB, VOCAB, E, H)
+    sizes = [sum(parameter.numel() for parameter in m.parameters()) for m in (shared, separate)]
+    assert sizes[1] - sizes[0] == 2 * VOCAB * E + E
+    with pytest.raises(ValueError, match="share_embedding needs one vocabulary, got sizes 3 and 4"):
+        llm_ext.Seq2Seq(3, 4, E, H, share_embedding=True)
+
+
+def test_config_and_state_dict() -> None:
+    m = model(cell="lstm", input_feeding=True, tie_head=True)
+    rebuilt = llm_ext.Seq2Seq(**json.loads(json.dumps(m.config()))).double()
+    rebuilt.load_state_dict(m.state_dict())
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    assert torch.equal(rebuilt(source, target, LENGTHS), m(source, target, LENGTHS))
+    assert rebuilt.config() == m.config()
+
+
+BAD_CONSTRUCTORS: list[tuple[dict[str, Any], str]] = [
+    ({"cell": "elman"}, "Seq2Seq: cell must be one of rnn, gru, lstm"),
+    ({"dropout": 1.5}, "Seq2Seq: dropout must be a probability"),
+    ({"n_layers": 0}, "Seq2Seq: n_layers must be at least 1"),
+    ({"attn_dim": 0}, "Seq2Seq: attn_dim must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CONSTRUCTORS)
+def test_bad_constructor(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm_ext.Seq2Seq(3, 3, E, H, **options)
+
+
+def test_bad_call() -> None:
+    m = model().eval()
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    calls: list[tuple[Any, Any, type[Exception], str]] = [
+        (source[0], target, ValueError, r"source must be \[B, S\], got \[9\]"),
+        (source, target[0], ValueError, r"target must be \[B, T\], got \[5\]"),
+        (source, target[:3], ValueError, "target must have the 4 rows of source, got 3"),
+        (source.double(), target, TypeError, "source must be int64, got float64"),
+        (source + 5, target, IndexError, "ids must be from 0 to 10"),
+    ]
+    for source_ids, target_ids, error, message in calls:
+        with pytest.raises(error, match=message):
+            m(source_ids, target_ids)
+
+
+def test_nan_scores() -> None:
+    m = model().eval()
+    weights = (m.readout.weight, m.head.weight, m.decoder.weight_hh_l0, m.encoder.weight_ih_l1, m.head.bias)
+    for weight in weights:
+        assert isinstance(weight, Tensor)
+        finite = weight.detach().clone()
+        with torch.no_grad():
+            weight[3] = math.nan
+        for projections in (None, m.input_projections()):
+            with pytest.raises(RuntimeError, match="not a number"):
+                next(m.stream(sources(), END, input_projections=projections))
+            with pytest.raises(RuntimeError, match="not a number"):
+                m.search(sources(), END, input_projections=projections)
+        with torch.no_grad():
+            weight.copy_(finite)
+    next(m.stream(sources(), END))
+
+
+@feeding
+def test_compiles_without_graph_breaks(input_feeding: bool) -> None:
+    m = model(input_feeding=input_feeding)
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    assert_close("model", compiled(source, target), m(source, target))
