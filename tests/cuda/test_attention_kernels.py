@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,14 +136,15 @@ def pool_expected(case: Pool) -> dict[str, Tensor]:
 def check_pool(program: Path, case: Pool) -> None:
     """Run a case in the emulator and compare all results and gradients with the reference."""
     tensors = pool_inputs(case)
-    request = dict(tensors)
+    request, plan = dict(tensors), dict[str, int]()
     if case.time_major:
         request |= {n: tensors[n].transpose(0, 1) for n in ("e", "grad_c") if n in tensors and tensors[n].dim() == 3}
     if case.plan is not None:
-        request |= dict(zip(("packs", "group_threads", "chunk"), case.plan, strict=True))
+        plan |= zip(("packs", "group_threads", "chunk"), case.plan, strict=True)
     answer = run(
         program,
         request
+        | plan
         | {
             "op": int(case.prefix),
             "type": DTYPES[case.dtype],
@@ -392,5 +394,6 @@ LINES = [
 def test_a_kernel_without_a_line(tmp_path: Path, file: str, call: str, case: Pool | Additive) -> None:
     """The last call of this name in the file is removed."""
     program = build("changed_attention", without_call(sources(), file, call, tmp_path), changed=tmp_path)
+    run_case = partial(check_pool, program, case) if isinstance(case, Pool) else partial(check_additive, program, case)
     with pytest.raises(KernelError, match="race: "):
-        (check_pool if isinstance(case, Pool) else check_additive)(program, case)  # type: ignore[operator]
+        run_case()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cuda_rnn import Case, check, program_sources
-from support.emulator import EMULATOR, KernelError, build, run, tensor, without_call
+from support.emulator import EMULATOR, KernelError, Request, build, run, tensor, without_call
 
 BLOCKS, THREADS = 4, 64
 NUMBERS = torch.arange(BLOCKS * THREADS, dtype=torch.float32)
@@ -53,7 +53,7 @@ def number_of(program: Path, name: str) -> int:
 
 
 def launch(program: Path, name: str, *, faulty: bool, seed: int, races: bool = True) -> torch.Tensor:
-    request = {
+    request: Request = {
         "test": number_of(program, name),
         "faulty": int(faulty),
         "seed": seed,
@@ -120,7 +120,7 @@ def test_products_of_fragments(program: Path) -> None:
 
     halves = [(row, column) for first in (0, 2) for row in (0, 8) for column in (first, first + 1)]
     for number, dtype in enumerate((torch.bfloat16, torch.float16)):
-        request = {
+        request: Request = {
             "test": -2,
             "a": lanes(weights.to(dtype), *halves),
             "b": lanes(states.to(dtype), *((0, k) for k in range(4))),

@@ -107,7 +107,7 @@ def test_graph_capture(H: int, bidirectional: bool, kind: str) -> None:
         y, last = layer(x, lengths=lengths)
         return [y, *flatten(last), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -147,11 +147,11 @@ def test_streams(H: int, recurrence: Recurrence) -> None:
     inputs = [recurrence_inputs(recurrence, (40, 8, 32), 8, H, torch.float32, device="cuda") for _ in range(4)]
     expected = [trained(recurrence, each) for each in inputs]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]  # type: ignore[no-untyped-call]
     results = []
     for each, stream in zip(inputs, streams, strict=True):
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(1_000_000)
+            torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
             late = {name: t.detach().clone().requires_grad_() for name, t in each.items()}
             results.append(trained(recurrence, late))
     torch.cuda.synchronize()

@@ -23,7 +23,7 @@ if not ON_CUDA:
 def pooled(prefix: bool, inputs: Mapping[str, Tensor], **options: Any) -> list[Tensor]:
     """Results and gradients."""
     results = pool_functions(prefix, **options)[0](**inputs)
-    loss = sum(t.masked_fill(t.isinf(), 0).square().sum() for t in results)
+    loss = torch.stack([t.masked_fill(t.isinf(), 0).square().sum() for t in results]).sum()
     return [*results, *torch.autograd.grad(loss, list(inputs.values()))]
 
 
@@ -66,9 +66,10 @@ def test_prefix_pool_in_rounds(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("sizes", ADDITIVE_SIZES)
-def test_every_additive_plan(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    inputs = additive_inputs(*sizes, dtype, device="cuda")
-    options = key_selection("both", *sizes[:3], "cuda")
+def test_every_additive_plan(sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    B, Tq, Tk, A, Dv = sizes
+    inputs = additive_inputs(B, Tq, Tk, A, Dv, dtype, device="cuda")
+    options = key_selection("both", B, Tq, Tk, "cuda")
     compare("additive_attention", additive_functions(need_weights=True, **options), inputs)
     first, second = (attended(inputs, **options) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -78,7 +79,9 @@ def test_every_additive_plan(sizes: tuple[int, ...], dtype: torch.dtype) -> None
 def attention_calls() -> dict[str, Callable[[], list[Tensor]]]:
     """A call of each op, forward and backward, with lengths on the device."""
     lengths = torch.tensor([300, 17, 0], device="cuda")
-    pools = [pool_inputs(3, 300, 256, torch.float32, folded=True, state=prefix, device="cuda") for prefix in (0, 1)]
+    pools = [
+        pool_inputs(3, 300, 256, torch.float32, folded=True, state=prefix, device="cuda") for prefix in (False, True)
+    ]
     both = additive_inputs(3, 20, 300, 128, 64, torch.float32, device="cuda")
     return {
         "pool": lambda: pooled(False, pools[0], lengths=lengths),
@@ -98,7 +101,7 @@ def test_attention_does_not_wait(name: str) -> None:
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()

@@ -22,9 +22,8 @@ from support.cuda_rnn import (
     rows_in_time,
     rows_of,
 )
-from support.emulator import DTYPES, EMULATOR, ROOT, build, run, tensor
+from support.emulator import DTYPES, EMULATOR, ROOT, Request, build, run, tensor
 from support.tolerances import HALF_DTYPES
-from torch import Tensor
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +177,12 @@ def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, sha
         for directions in (1, 2)
         for route in (-1, *range(len(ROUTES)))
     ]
-    request = {"sm": sm, "sm_count": sm_count, "shared_bytes": shared_bytes * 1024, "problems": torch.tensor(problems)}
+    request: Request = {
+        "sm": sm,
+        "sm_count": sm_count,
+        "shared_bytes": shared_bytes * 1024,
+        "problems": torch.tensor(problems),
+    }
     answer = run(plans_program, request)
     for i, problem in enumerate(problems):
         _, _, type_, _, B, H, P, directions, allow_tf32, wanted = problem
@@ -231,7 +235,7 @@ def test_shift_rows(shift_rows_program: Path, rows: str, shift: int) -> None:
                     expected[n] = source[row[t + shift], :width]
                 elif with_first:
                     expected[n] = first[b]
-        request: dict[str, Tensor | int | None] = {
+        request: Request = {
             "seed": seed,
             "steps": case.T,
             "batch": case.B,

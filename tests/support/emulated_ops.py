@@ -45,11 +45,12 @@ def _run(command: list[str]) -> None:
 def build_library() -> Path:
     """The ops as a library of their own, built at most once for the same text and torch."""
     torch_root = Path(torch.__file__).parent
-    flags = ["-O1", "-g1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+    flags = ["-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
     flags += [f"-Dllm_ext={NAME}", '-DLLM_EXT_CUDA_VERSION="0"', f"-I{HOST}", f"-I{EMULATOR}"]
     flags += [f"-I{CSRC}", f"-isystem{torch_root / 'include'}"]
     folders = (CSRC / "cuda", CSRC / "torch", CSRC / "params", EMULATOR, HOST)
-    texts = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    suffixes = (".h", ".cuh", ".cpp", ".cu")
+    texts = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in suffixes]
     read = b"".join(path.read_bytes() for path in texts)
     key = hashlib.sha256(read + repr((flags, torch.__version__)).encode()).hexdigest()[:20]
     library = BUILD / f"{NAME}-{key}.so"
@@ -79,7 +80,7 @@ def build_library() -> Path:
 
 def load(folder: Path) -> Any:
     """llm_ext.ops over this library, which takes the CPU for a GPU; its sources are written to `folder`."""
-    torch.ops.load_library(str(build_library()))
+    torch.ops.load_library(str(build_library()))  # type: ignore[no-untyped-call]
     package = folder / NAME
     package.mkdir()
     replacements = (

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=4:redzone=1024:max_redzone=2048"
     ":allocator_may_return_null=0:abort_on_error=0:color=never"
 }
+Request = Mapping[str, Tensor | int | None]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -81,9 +82,10 @@ def _run(command: list[str]) -> None:
 def _object(source: Path, flags: list[str], headers: bytes, folder: Path) -> Path:
     """The object of `source`, compiled unless it exists for the same flags, text and headers."""
     key = hashlib.sha256(headers + source.read_bytes() + repr((str(source), flags)).encode()).hexdigest()[:20]
-    target = folder / f"{source.name}-{key}.o"
+    name = f"{source.parent.name}-{source.name}"  # several folders have a plan.cpp
+    target = folder / f"{name}-{key}.o"
     if not target.exists():
-        for stale in folder.glob(f"{source.name}-" + "?" * 20 + ".o"):
+        for stale in folder.glob(f"{name}-" + "?" * 20 + ".o"):
             stale.unlink()
         partial = target.with_suffix(f".{os.getpid()}.partial")
         language = ["-x", "c++"] if source.suffix == ".cu" else []
@@ -171,7 +173,7 @@ def _bytes(value: Tensor | int) -> bytes:
     return struct.pack("<q", value)
 
 
-def run(program: Path, request: Mapping[str, Tensor | int | None], timeout: float = 120) -> dict[str, bytes]:
+def run(program: Path, request: Request, timeout: float = 120) -> dict[str, bytes]:
     """The answer of the program: bytes by name. Raises KernelError for a fault.
 
     Request and answer are files of records: length of the name, name, length of the data, data. Lengths have 64 bits.
