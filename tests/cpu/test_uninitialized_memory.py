@@ -9,4 +9,3 @@ def test_fresh_memory_holds_nan() -> None:
     """If this fails, torch has renamed the flag that tests/support/memory.py sets."""
     assert torch.empty(1000).isnan().all()
     assert torch.empty(1000, dtype=torch.bfloat16).isnan().any()
-    assert torch.ops.llm_ext.linear_forward(torch.ones(2, 3), torch.ones(4, 3), None).eq(3).all()
