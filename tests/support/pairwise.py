@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 
 def pairwise(allowed: Callable[..., bool] | None = None, **parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -84,5 +85,14 @@ def parametrize_pairwise(
     """pytest.mark.parametrize with the rows of `pairwise`."""
     rows = pairwise(allowed, **parameters)
     if len(parameters) == 1:
-        return pytest.mark.parametrize(next(iter(parameters)), [row[0] for row in rows], ids=str)
-    return pytest.mark.parametrize(tuple(parameters), rows, ids=str)
+        return pytest.mark.parametrize(next(iter(parameters)), [row[0] for row in rows], ids=short_id)
+    return pytest.mark.parametrize(tuple(parameters), rows, ids=short_id)
+
+
+def short_id(value: object) -> str:
+    """A test id without spaces: 4x13x64, float32."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (tuple, list)):
+        return "x".join(map(str, value)) if len(value) <= 6 else f"{len(value)}_rows"
+    return str(value)
