@@ -126,10 +126,11 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths)
-        batched = input.dim() != 2
+        dim = input.dim()
+        batched = dim != 2
         x = input
-        state: Any = tuple(hx) if isinstance(hx, (tuple, list)) else None if hx is None else (hx,)
-        if state is not None and state[0].dim() != input.dim():  # the op of one layer also takes [B, H]
+        state: Any = None if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        if state is not None and state[0].dim() != dim:  # the op of one layer also takes [B, H]
             self._check_arguments(input, hx)
         if not batched:
             if lengths is not None:

@@ -288,8 +288,8 @@ def run(
     if lengths is not None and not is_on_cuda(x):
         return _run_packed(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
     if len(weights) == 1 and not input_projections:
-        y, last = _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
-        return y, last if state is not None else tuple([tensor.unsqueeze(0) for tensor in last])
+        result = _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
+        return result if state is not None else (result[0], tuple([tensor.unsqueeze(0) for tensor in result[1]]))
     if input_projections or (
         lengths is None
         and not dropout
