@@ -246,5 +246,5 @@ def test_shift_rows(shift_rows_program: Path, rows: str, shift: int) -> None:
             "from_stride": 2 * (width + gap),
             "first": first if with_first else None,
         }
-        found = tensor(run(shift_rows_program, request | rows_of(case, lengths))["to"], torch.int16, N, width)
+        found = tensor(run(shift_rows_program, {**request, **rows_of(case, lengths)})["to"], torch.int16, N, width)
         assert torch.equal(found, expected), f"width {width}"
