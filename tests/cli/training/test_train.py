@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from llm_ext.cli import CommandError
 from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.cli.data import encode_text
 from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text
-from llm_ext.cli.training import Config, language, resume, train
+from llm_ext.cli.training import Config, language, resume, train, trainer
 from llm_ext.cli.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
@@ -191,17 +192,23 @@ def test_patience_stops_and_the_best_checkpoint_is_kept(
     assert resume(out, {}).progress.step == 50
 
 
-def test_minutes_end_the_training_and_determine_the_schedule(text: Path, tmp_path: Path) -> None:
-    started = time.perf_counter()
-    outcome = train(language_config(steps=None, minutes=0.01, validate_every=10**6), [text], tmp_path / "run")
-    assert 0.6 <= outcome.progress.seconds < time.perf_counter() - started < 20
+def test_minutes_end_the_training_and_determine_the_schedule(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.01 * next(readings))
+    monkeypatch.setattr(trainer, "time", clock)
+    config = language_config(steps=None, minutes=0.02, validate_every=10**6, log_every=1)
+    outcome = train(config, [text], tmp_path / "run")
+    assert 1.2 <= outcome.progress.seconds < 1.3
     records = log_without_times(tmp_path / "run")
     rates = [record["rate"] for record in records if record["event"] == "training"]
-    assert rates[-1] < 0.05 * max(rates)  # the last step may begin a little before the end
+    assert rates[-1] < 0.05 * max(rates)
     assert max(rates) > 1.9e-3
     assert records[-1]["event"] == "validation"
-    more = resume(tmp_path / "run", {"minutes": 0.012})
+    more = resume(tmp_path / "run", {"minutes": 0.025})
     assert more.progress.step > outcome.progress.step
+    assert 1.5 <= more.progress.seconds < 1.6
 
 
 def test_more_steps_on_resuming(text: Path, tmp_path: Path) -> None:
