@@ -42,6 +42,16 @@ class Input {
   OptionalTensor tensor_;
 };
 
+// Checks that every length is from 0 to `most`. Lengths on a GPU are not read here: its kernels clamp them.
+inline void check_lengths(const Tensor& lengths, const char* op, const char* name, int64_t most) {
+  if (!lengths.is_cpu()) return;
+  const int64_t* length = data<int64_t>(lengths);
+  for (int64_t b = 0; b < lengths.size(0); ++b) {
+    STD_TORCH_CHECK(length[b] >= 0 && length[b] <= most, op, ": ", name, " must be from 0 to ", most, ", got ",
+                    length[b], " in row ", b);
+  }
+}
+
 // An output. If the caller does not want it, the tensor has no elements and the kernel gets null.
 template <typename T>
 class Output {

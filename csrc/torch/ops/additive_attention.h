@@ -36,12 +36,7 @@ class CheckedAdditiveAttentionArguments {
         per_query_(mask.has_value() && mask->dim() == 3),
         mask_(per_query_ ? mask_input(mask, {sizes_.batch, sizes_.queries, sizes_.keys})
                          : mask_input(mask, {sizes_.batch, sizes_.keys})) {
-    // Lengths on a GPU are not read here: its kernels clamp them.
-    for (int64_t b = 0; device_.is_cpu() && key_lengths.has_value() && b < sizes_.batch; ++b) {
-      const int64_t length = key_lengths_.get()[b];
-      STD_TORCH_CHECK(length >= 0 && length <= sizes_.keys, op, ": key_lengths must be from 0 to ", sizes_.keys,
-                      ", got ", length, " in row ", b);
-    }
+    if (key_lengths.has_value()) check_lengths(*key_lengths_.tensor(), op, "key_lengths", sizes_.keys);
   }
 
   const Device& device() const { return device_; }

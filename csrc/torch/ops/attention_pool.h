@@ -40,12 +40,7 @@ class CheckedPoolArguments {
         scores_(input("scores", scores, {e.size(0), e.size(1)})),
         lengths_(lengths, op, "lengths", {e.size(0)}, device_),
         mask_(mask, op, "mask", {e.size(0), e.size(1)}, device_) {
-    // Lengths on a GPU are not read here: its kernels clamp them.
-    for (int64_t b = 0; device_.is_cpu() && lengths.has_value() && b < e.size(0); ++b) {
-      const int64_t length = lengths_.get()[b];
-      STD_TORCH_CHECK(length >= 0 && length <= e.size(1), op, ": lengths must be from 0 to ", e.size(1), ", got ",
-                      length, " in row ", b);
-    }
+    if (lengths.has_value()) check_lengths(*lengths_.tensor(), op, "lengths", e.size(1));
     in_.batch = e.size(0);
     in_.steps = e.size(1);
     in_.dim = e.size(2);

@@ -36,8 +36,8 @@ class CheckedLinearArguments {
                     " must have as many dimensions as x");
     for (int64_t i = 0; i < t.dim(); ++i) {
       const int64_t size = i + 1 < t.dim() ? shape_[i] : width;
-      STD_TORCH_CHECK(t.size(i) == size, op_, ": ", name, " must have the sizes of x, and ", width, " at last, got ",
-                      shape_text(t));
+      STD_TORCH_CHECK(t.size(i) == size, op_, ": ", name, " must have the sizes of x, but ", width,
+                      " as the last one, got ", shape_text(t));
     }
     return dense(t);
   }
@@ -69,11 +69,12 @@ class CheckedLinearArguments {
     return shape;
   }
 
+  // In this order: each is initialized from those above it.
   const char* op_;
   LinearSizes sizes_{};
-  std::vector<int64_t> shape_;
-  Tensor x_;
-  Tensor w_;
+  const std::vector<int64_t> shape_;
+  const Tensor x_;
+  const Tensor w_;
 };
 
 Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b) {

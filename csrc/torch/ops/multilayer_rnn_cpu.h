@@ -24,7 +24,8 @@
 
 namespace llm_ext {
 
-// Steps of a layer after which the next layer may follow. 17 to 64 are equally fast on Zen 3.
+// Steps of a layer after which the next layer may follow. 17 to 64 are equally fast (Zen 3,
+// docs/lab/multilayer-rnn.md).
 constexpr int64_t kWavefrontSteps = 32;
 
 struct MultilayerRnnArguments {
