@@ -84,6 +84,23 @@ def test_kernels_include_no_other_room(room: str) -> None:
         assert rooms <= {own, "params", "sys"}, f"{rule}: {name} includes from {rooms}"
 
 
+def test_cuda_bindings_include_nothing_of_the_cpu() -> None:
+    rule = "rule 2: files of csrc/torch for CUDA include, directly or not, no file that is for the CPU only"
+    texts = dict(sources("csrc", *CPP))
+    reached = {name for name in texts if name.startswith("csrc/torch/") and "cuda" in Path(name).name}
+    assert reached, "the search finds the CUDA bindings"
+    pending = [*reached]
+    while pending:
+        for header in INCLUDE.findall(texts[pending.pop()]):
+            name = f"csrc/{header}"
+            if name in texts and name not in reached:
+                reached.add(name)
+                pending.append(name)
+    cpu_only = ("csrc/cpu/", "csrc/torch/threads/", "csrc/torch/weight_cache/")
+    found = {name for name in reached if name.startswith(cpu_only) or "_cpu" in Path(name).name}
+    assert found == set(), f"{rule}: {found}"
+
+
 def test_only_device_cuh_uses_cuda() -> None:
     rule = "rule 3: only csrc/cuda/device.cuh includes CUDA's headers and holds PTX, intrinsics and launches"
     cuda = re.compile(
