@@ -77,7 +77,7 @@ def test_names(name: str) -> None:
 
 @every_module
 def test_nothing_is_public_by_accident(name: str) -> None:
-    """What is not in __all__ begins with an underscore, or is a submodule."""
+    """A name outside __all__ begins with an underscore, or is a submodule."""
     module = importlib.import_module(name)
     submodules = {info.name for info in pkgutil.iter_modules(module.__path__)}
     accidental = {

@@ -1,4 +1,4 @@
-"""What setup.py decides about the CUDA half from torch, nvcc and LLM_EXT_CUDA; nothing is compiled."""
+"""setup.py decides about the CUDA half from torch, nvcc and LLM_EXT_CUDA; nothing is compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the families of ops share: registration of fake kernels, autograd and autocast, and explanations of failures."""
+"""Helpers of all families of ops: registration of autograd and autocast, and explanations of failures."""
 
 from __future__ import annotations
 

@@ -513,7 +513,7 @@ class _Inputs(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """What the registration of a cell's ops depends on.
+    """The facts about a cell that the registration of its ops needs.
 
     Attributes:
         name: prefix of its ops.

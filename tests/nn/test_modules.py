@@ -1,4 +1,4 @@
-"""What layers and cells share as modules: constructors, names, copies, replaced parameters, autocast, compilation."""
+"""Layers and cells as modules: constructors, names, copies, replaced parameters, autocast, compilation."""
 
 from __future__ import annotations
 

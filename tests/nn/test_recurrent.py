@@ -459,7 +459,7 @@ BAD_CALLS = [
 
 
 def assert_refused(layers: tuple[Any, Any], x: Any, hx: Any, message: str) -> None:
-    """What torch.nn refuses is refused with an exception that the same handler catches."""
+    """Arguments that torch.nn refuses raise an exception that the same handler catches."""
     layer, torch_layer = layers
     with pytest.raises((RuntimeError, ValueError)) as torch_error:
         torch_layer(x, hx)

@@ -1,4 +1,4 @@
-"""What every op in torch.ops.llm_ext must have: a fake kernel, autograd or a stated refusal, and an autocast rule."""
+"""Every op in torch.ops.llm_ext has a fake kernel, autograd or a stated refusal, and an autocast rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// What a recurrence stores besides its results: packed weights and the workspaces of both passes.
+// Memory of a recurrence besides its results: packed weights and the workspaces of both passes.
 #pragma once
 
 #include "cpu/gemm/blocking.inl"

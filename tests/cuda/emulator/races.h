@@ -16,12 +16,12 @@ namespace emulator {
 struct Block;
 struct Thread;
 
-// For each block of the grid, and each of its threads, the last of its times that is known; null where none is. Never
-// changed once it is shared, so that what many know the same is there once.
+// The vector clock of a thread: for each block of the grid and each of its threads the last known time; null if none is
+// known. It is immutable once shared, so that threads with equal knowledge share one copy.
 using Times = std::shared_ptr<const std::vector<uint32_t>>;
 using Known = std::shared_ptr<const std::vector<Times>>;
 
-// Of a thread that has arrived at a barrier: what it knew, and its time.
+// The clock of a thread that has arrived at a barrier, and its time.
 struct Arrival {
   uint32_t number;
   uint32_t time;
