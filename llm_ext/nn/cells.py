@@ -57,7 +57,7 @@ class _Cell(RecurrentBase, Generic[Hidden]):
         """
         batched = input.dim() == 2
         state: Any = tuple(hx) if isinstance(hx, (tuple, list)) else None if hx is None else (hx,)
-        if state is not None:
+        if state:
             if state[0].dim() != input.dim():  # the op also takes [1, B, H]
                 self._check_arguments(input, hx)
             if not batched:

@@ -130,7 +130,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         batched = dim != 2
         x = input
         state: Any = None if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-        if state is not None and state[0].dim() != dim:  # the op of one layer also takes [B, H]
+        if state and state[0].dim() != dim:  # the op of one layer also takes [B, H]
             self._check_arguments(input, hx)
         if not batched:
             if lengths is not None:

@@ -404,11 +404,12 @@ def _layer_by_layer(
     lengths: Tensor | None,
 ) -> tuple[Tensor, State]:
     """Run the layers one after the other."""
-    count, tensors = len(directions), 2 if mode == "LSTM" else 1
-    if len(weights) % count or (state is not None and [len(tensor) for tensor in state] != [len(weights)] * tensors):
+    count, R = len(directions), len(weights)
+    expected = [R, R] if mode == "LSTM" else [R]
+    if R % count or (state is not None and [len(tensor) for tensor in state] != expected):
         _check(mode, x, state, weights, directions, batch_sizes, lengths, None)
     last: list[State] = []
-    for row in range(0, len(weights), count):
+    for row in range(0, R, count):
         if row > 0 and dropout > 0:
             x = F.dropout(x, dropout)
         if count == 2 and is_on_cuda(x):

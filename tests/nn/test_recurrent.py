@@ -530,3 +530,11 @@ def test_complex_weights_are_refused(name: str) -> None:
     layer = getattr(llm_ext, name)(3, 5).to(torch.complex64)
     with pytest.raises(TypeError, match=f"{op_of(name)}: w_ih must be .*float16, got complex64"):
         layer(Z(4, 2, 3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_an_empty_tuple_is_not_a_state(name: str) -> None:
+    layer = getattr(llm_ext, name)(2, 3)
+    x = torch.randn(4, 2) if name.endswith("Cell") else torch.randn(5, 4, 2)
+    with pytest.raises(TypeError, match=f"{name}: hx must be a "):
+        layer(x, ())

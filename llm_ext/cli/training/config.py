@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llm_ext.cli.data.tokenizer import KINDS
+from llm_ext.models.recurrent_layers import CELLS
+from llm_ext.ops.argument_checks import NONLINEARITIES
 
 __all__ = ["CONFIGS", "Config", "LanguageConfig", "TranslationConfig"]
 
-CELLS = ("rnn", "gru", "lstm")
-NONLINEARITIES = ("tanh", "relu", "sigmoid")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
 # Parts of a model, as --freeze names them.
