@@ -33,6 +33,16 @@ struct RecurrenceKernels {
   void (*backward)(const RecurrenceBackwardParams<S>&, const ThreadTeam&);
 };
 
+// Kernels of the linear system of a recurrence's tangents. Workspaces are in elements of S.
+template <typename S>
+struct LinearizedRecurrenceKernels {
+  int (*threads)(const RecurrenceSizes&, int threads);
+  int64_t (*tangent_workspace)(const RecurrenceSizes&);
+  int64_t (*adjoint_workspace)(const RecurrenceSizes&);
+  void (*tangent)(const RecurrenceTangentParams<S>&, const ThreadTeam&);
+  void (*adjoint)(const RecurrenceAdjointParams<S>&, const ThreadTeam&);
+};
+
 // Kernels of a linear layer. Workspaces are in elements of S.
 template <typename S>
 struct LinearKernels {
@@ -82,6 +92,7 @@ struct Kernels {
   std::tuple<RecurrenceKernels<float>, RecurrenceKernels<double>, RecurrenceKernels<BFloat16>,
              RecurrenceKernels<Float16>>
       recurrences;
+  std::tuple<LinearizedRecurrenceKernels<float>, LinearizedRecurrenceKernels<double>> linearized_recurrences;
   std::tuple<LinearKernels<float>, LinearKernels<double>> linears;
   std::tuple<PoolKernels<float>, PoolKernels<double>, PoolKernels<BFloat16>, PoolKernels<Float16>> pools;
   std::tuple<AdditiveAttentionKernels<float>, AdditiveAttentionKernels<double>, AdditiveAttentionKernels<BFloat16>,
@@ -91,6 +102,10 @@ struct Kernels {
   template <typename S>
   const RecurrenceKernels<S>& recurrence() const {
     return std::get<RecurrenceKernels<S>>(recurrences);
+  }
+  template <typename S>
+  const LinearizedRecurrenceKernels<S>& linearized_recurrence() const {
+    return std::get<LinearizedRecurrenceKernels<S>>(linearized_recurrences);
   }
   template <typename S>
   const LinearKernels<S>& linear() const {

@@ -84,4 +84,47 @@ struct RecurrenceBackwardParams {
   Compute<S>* workspace;  // backward_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
+// The linear system that the tangents (a, h, c) of a recurrence solve: a of the pre-activations, h of the states, c of
+// the cell states. docs/math/recurrence.md.
+template <typename S>
+struct LinearizedRecurrence {
+  RecurrenceSizes sizes;  // input is 0
+  const S* h0;            // [B, P] initial state of the recurrence
+  const S* c0;            // [B, H] LSTM: initial cell state
+  const S* w_hh;          // [G H, P]
+  const S* w_hr;          // [P, H]; null exactly if P = H
+  const S* y;             // [N, P] from the forward pass
+  const S* saved;         // [N, saved_blocks H] from the forward pass; null if saved_blocks is 0
+};
+
+// Solves the system forwards in time for its right side (v_a, v_h, v_c).
+template <typename S>
+struct RecurrenceTangentParams {
+  LinearizedRecurrence<S> at;
+  const S* v_a;  // [N, blocks H]; null: zeros
+  const S* v_h;  // [N, P]; null: zeros
+  const S* v_c;  // [N, H] LSTM; null: zeros
+  const S* h0;   // [B, P] tangents of the initial state; null: zeros
+  const S* c0;   // [B, H] LSTM, likewise
+  S* a;          // [N, blocks H] out
+  S* h;          // [N, P] out
+  S* c;          // [N, H] LSTM, out
+  S* workspace;  // tangent_workspace() elements, aligned to 64 bytes, uninitialized
+};
+
+// Solves the transposed system backwards in time for its right side (g_a, g_h, g_c).
+template <typename S>
+struct RecurrenceAdjointParams {
+  LinearizedRecurrence<S> at;
+  const S* g_a;  // [N, blocks H]; null: zeros
+  const S* g_h;  // [N, P]; null: zeros
+  const S* g_c;  // [N, H] LSTM; null: zeros
+  S* a;          // [N, blocks H] out
+  S* h;          // [N, P] out
+  S* c;          // [N, H] LSTM, out
+  S* dh0;        // [B, P] out: gradient of the initial state
+  S* dc0;        // [B, H] LSTM, out
+  S* workspace;  // adjoint_workspace() elements, aligned to 64 bytes, uninitialized
+};
+
 }  // namespace llm_ext

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 import llm_ext._C  # importing it registers the ops
 
@@ -28,8 +31,10 @@ def explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoRet
         check(*args)
     except Exception as explanation:
         raise explanation from None
-    if isinstance(failure, NotImplementedError):
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    # Torch also raises NotImplementedError for sparse and quantized tensors, and names their backend.
+    missing = re.match(r"Could not run 'llm_ext::\w+' with arguments from the '(\w+)' backend", str(failure))
+    device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "")
+    if isinstance(failure, NotImplementedError) and missing is not None and missing[1].lower() == device:
         built = "without CUDA" if llm_ext._C.build_info()["cuda"] is None else "with CUDA"
         raise NotImplementedError(f"llm_ext: no kernel of this op for {device}; built {built}") from None
     if "out of memory" in str(failure):
@@ -44,19 +49,36 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
 
-    torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup)
+    # torch.library.register_autograd registers the same kernel, which loses tangents without a word.
+    differentiate = make_autograd_impl(getattr(torch_ops, op).default, Info(backward, setup))
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
+            raise NotImplementedError(
+                f"llm_ext: torch.ops.llm_ext.{op} has no forward-mode derivative; the functions of llm_ext.ops have one"
+            )
+        return differentiate(keyset, *args)
+
+    _library.impl(op, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-def refuse_derivative(op: str, why: str = "second derivatives are not implemented") -> None:
+def _has_tangent(arg: Any) -> bool:
+    """Return whether an argument of an op has a tangent."""
+    if isinstance(arg, list):
+        return any(_has_tangent(item) for item in arg)
+    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+
+
+def refuse_derivative(op: str, why: str = "differentiate the function of llm_ext.ops") -> None:
     """Make differentiation of `op` an error instead of a silently missing gradient."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise RuntimeError(f"llm_ext: {op} has no derivative; {why}")
+        raise RuntimeError(f"llm_ext: torch.ops.llm_ext.{op} has no derivative; {why}")
 
-    torch.library.register_autograd(f"llm_ext::{op}", backward, setup_context=setup_context)
+    register_autograd(op, backward, setup_context)
 
 
 def register_autocast(op: Any, float32_arguments: tuple[int, ...] = ()) -> None:
@@ -86,6 +108,15 @@ def register_autocast(op: Any, float32_arguments: tuple[int, ...] = ()) -> None:
     name = op.name().removeprefix("llm_ext::")
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(name, cast_on(device), key)  # type: ignore[no-untyped-call]
+
+
+def autocast_arguments(*tensors: Tensor | None) -> Any:
+    """Return `tensors` as autocast passes them to an op; for paths that do not call the registered op."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    lower = torch.get_autocast_dtype(device)
+    return tuple(t.to(lower) if t is not None and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)
 
 
 def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_ext import reference
 from llm_ext.ops import argument_checks
 from llm_ext.ops._registration import (
     FAILURES,
+    autocast_arguments,
     explain,
     fake_gradients,
     needed,
@@ -19,6 +21,7 @@ from llm_ext.ops._registration import (
     register_autograd,
     torch_ops,
 )
+from llm_ext.ops._transforms import differentiable_gradients, transforms_active
 from llm_ext.ops.recurrence import State, Weights
 
 __all__ = ["additive_attention", "attention_step"]
@@ -72,6 +75,10 @@ def additive_attention(
         >>> context.shape, weights.shape
         (torch.Size([8, 5, 32]), torch.Size([8, 5, 20]))
     """
+    if transforms_active():
+        argument_checks.additive_attention(query, keys, v, values, key_lengths, mask)
+        context, weights = _plain_additive_attention(query, keys, v, values, key_lengths, mask)
+        return context, weights if need_weights else None
     try:
         context, _lse, weights = _additive_attention_forward(query, keys, v, values, key_lengths, mask, need_weights)
     except FAILURES as failure:
@@ -124,9 +131,26 @@ def _additive_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output:
 def _additive_attention_autograd(
     ctx: Any, grad_context: Tensor | None, _grad_lse: None, grad_weights: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() or transforms_active():
+        inputs, needs = ctx.saved_tensors[:6], ctx.needs_input_grad[:6]
+        grads = (grad_context, grad_weights)
+        return *differentiable_gradients(_plain_additive_attention, inputs, needs, grads), None
     needs = ctx.needs_input_grad[:4]
     gradients = _additive_attention_backward(grad_context, grad_weights, *ctx.saved_tensors, *needs)
     return *needed(gradients, needs), None, None, None
+
+
+def _plain_additive_attention(
+    query: Tensor, keys: Tensor, v: Tensor, values: Tensor, key_lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return context and weights from torch's own ops, which have rules for every transform."""
+    query, keys, v, values = autocast_arguments(query, keys, v, values)
+    compute = argument_checks.compute_dtype(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        inputs = (tensor.to(compute) for tensor in (query, keys, v, values))
+        context, weights = reference.additive_attention(*inputs, key_lengths=key_lengths, mask=mask, need_weights=True)
+    assert weights is not None
+    return context.to(query.dtype), weights.to(query.dtype)
 
 
 torch.library.register_fake("llm_ext::additive_attention_forward", _additive_attention_forward_fake)
@@ -195,6 +219,10 @@ def attention_step(
         >>> out.shape, h_n.shape
         (torch.Size([4, 8]), torch.Size([1, 4, 32]))
     """
+    if transforms_active():
+        given = (mode, x, state, weights, w_query, keys, v, values, w_out, b_out)
+        argument_checks.attention_step(*given, input_projections, key_lengths)
+        return reference.attention_step(*given, input_projections=input_projections, key_lengths=key_lengths)
     try:
         h0, c0 = state if mode == "LSTM" else (*state, None)
         flat = [tensor for row in weights for tensor in row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from llm_ext.ops._registration import (
     register_autograd,
     torch_ops,
 )
+from llm_ext.ops._transforms import transforms_active
 
 __all__ = ["linear", "linear_argmax"]
 
@@ -29,13 +31,14 @@ _linear_argmax = torch_ops.linear_argmax.default
 def use_native_gemm(x: Tensor) -> bool:
     """Return whether products with x run on the native GEMM: on a CPU in float32 and float64, outside autocast.
 
-    In 16 bits and on CUDA torch has products that are at least as fast.
+    In 16 bits and on CUDA torch has products that are at least as fast. Torch's products have rules for every transform.
     """
     return (
         isinstance(x, Tensor)
         and x.dtype in argument_checks.NATIVE_GEMM_DTYPES
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
+        and not transforms_active()
     )
 
 
@@ -89,7 +92,14 @@ def _linear_autograd(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ..
     if grad_y is None:
         return None, None, None
     needs = ctx.needs_input_grad
-    return needed(_linear_backward(grad_y, *ctx.saved_tensors, *needs), needs)
+    x, w = ctx.saved_tensors
+    if torch.is_grad_enabled() or transforms_active():
+        N = math.prod(x.shape[:-1])
+        rows = grad_y.reshape(N, w.shape[0])
+        gradients: tuple[Tensor, ...] = grad_y @ w, rows.mT @ x.reshape(N, w.shape[1]), rows.sum(0)
+    else:
+        gradients = _linear_backward(grad_y, x, w, *needs)
+    return needed(gradients, needs)
 
 
 torch.library.register_fake("llm_ext::linear_forward", _linear_forward_fake)

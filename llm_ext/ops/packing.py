@@ -25,6 +25,10 @@ class Packing(NamedTuple):
     steps: Tensor
     batch_rows: Tensor
 
+    def to(self, device: torch.device) -> Packing:
+        """Return the index tensors on `device`; batch_sizes stay on the CPU."""
+        return Packing(self.rows.to(device), self.batch_sizes, self.steps.to(device), self.batch_rows.to(device))
+
     def pack(self, x: Tensor) -> Tensor:
         """Return the packed rows [N, *] of x [T, B, *]."""
         T, B = x.shape[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from llm_ext.ops import argument_checks
 from llm_ext.ops._registration import (
     FAILURES,
+    autocast_arguments,
     explain,
     refuse_derivative,
     register_autocast,
     register_autograd,
     torch_ops,
 )
+from llm_ext.ops._transforms import differentiable_gradients, transforms_active
 
 __all__ = ["attention_pool", "prefix_pool"]
 
@@ -69,6 +72,9 @@ def attention_pool(
         >>> c.shape, lse.shape
         (torch.Size([8, 256]), torch.Size([8]))
     """
+    if transforms_active():
+        argument_checks.pool("attention_pool", e, u, scores, lengths, mask)
+        return _plain_attention_pool(e, u, scores, lengths, mask)
     try:
         c, lse = _attention_pool_forward(e, u, scores, lengths, mask)
     except FAILURES as failure:
@@ -112,8 +118,41 @@ def _attention_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tup
 
 def _attention_pool_autograd(ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     need_e, need_u, need_scores = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled() or transforms_active():
+        inputs, needs = ctx.saved_tensors[:5], ctx.needs_input_grad
+        return tuple(differentiable_gradients(_plain_attention_pool, inputs, needs, (grad_c, grad_lse)))
     de, du, dscores = _attention_pool_backward(grad_c, grad_lse, *ctx.saved_tensors, need_e, need_u, need_scores)
     return de if need_e else None, du if need_u else None, dscores if need_scores else None, None, None
+
+
+def _plain_attention_pool(
+    e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the results of the op from torch's own ops, which have rules for every transform."""
+    dtype, (e, s, unmasked) = _mask_positions(e, u, scores, lengths, mask)
+    with torch.autocast(e.device.type, enabled=False):
+        empty = ~unmasked.any(1)
+        s = s.masked_fill(~unmasked, -math.inf).masked_fill(empty[:, None], 0)
+        alpha = torch.softmax(s, 1).masked_fill(empty[:, None], 0)
+        c = torch.einsum("bt,btd->bd", alpha, e)
+        return c.to(dtype), torch.logsumexp(s, 1).masked_fill(empty, -math.inf)
+
+
+def _mask_positions(
+    e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[torch.dtype, tuple[Tensor, Tensor, Tensor]]:
+    """Return the dtype of c; and e with 0 at masked positions, the scores, and the unmasked positions [B, T]."""
+    e, u, scores = autocast_arguments(e, u, scores)
+    dtype, compute = e.dtype, argument_checks.compute_dtype(e.dtype)
+    unmasked = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
+    if lengths is not None:
+        unmasked = unmasked & (torch.arange(e.shape[1], device=e.device) < lengths[:, None])
+    if mask is not None:
+        unmasked = unmasked & mask
+    e = e.to(compute).masked_fill(~unmasked[..., None], 0)
+    with torch.autocast(e.device.type, enabled=False):
+        s = scores.to(compute) if u is None else e @ u.to(compute)
+    return dtype, (e, s, unmasked & (s != -math.inf))
 
 
 torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
@@ -164,6 +203,10 @@ def prefix_pool(
         (torch.Size([8, 20, 256]), torch.Size([8]), torch.Size([8, 256]))
     """
     l0, c0 = (None, None) if state is None else state
+    if transforms_active():
+        argument_checks.pool("prefix_pool", e, u, scores, lengths, mask, state)
+        c, l_n, c_n = _plain_prefix_pool(e, u, scores, lengths, mask, l0, c0)
+        return c, (l_n, c_n)
     try:
         c, _share, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
     except FAILURES as failure:
@@ -211,9 +254,9 @@ def _prefix_pool_backward_fake(
 
 
 def _prefix_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    e, u, _scores, _lengths, _mask, _l0, c0 = inputs
+    e, u, scores, lengths, mask, l0, c0 = inputs
     c, share, _l_n, _c_n = output
-    ctx.save_for_backward(e, u, c0, c, share)
+    ctx.save_for_backward(e, u, c0, c, share, scores, lengths, mask, l0)
     ctx.mark_non_differentiable(share)
 
 
@@ -221,8 +264,12 @@ def _prefix_pool_autograd(
     ctx: Any, grad_c: Tensor | None, _grad_share: None, grad_l_n: Tensor | None, grad_c_n: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     need_e, need_u, need_scores, _, _, need_l0, need_c0 = ctx.needs_input_grad
+    e, u, c0, c, share, scores, lengths, mask, l0 = ctx.saved_tensors
+    if torch.is_grad_enabled() or transforms_active():
+        inputs, grads = (e, u, scores, lengths, mask, l0, c0), (grad_c, grad_l_n, grad_c_n)
+        return tuple(differentiable_gradients(_plain_prefix_pool, inputs, ctx.needs_input_grad, grads))
     de, du, dscores, dl0, dc0 = _prefix_pool_backward(
-        grad_c, grad_l_n, grad_c_n, *ctx.saved_tensors, need_e, need_u, need_scores, need_l0 or need_c0
+        grad_c, grad_l_n, grad_c_n, e, u, c0, c, share, need_e, need_u, need_scores, need_l0 or need_c0
     )
     return (
         de if need_e else None,
@@ -233,6 +280,35 @@ def _prefix_pool_autograd(
         dl0 if need_l0 else None,
         dc0 if need_c0 else None,
     )
+
+
+def _plain_prefix_pool(
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    l0: Tensor | None,
+    c0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of the op from torch's own ops, by the softmax of each prefix: a T × T matrix per row."""
+    dtype, (e, s, unmasked) = _mask_positions(e, u, scores, lengths, mask)
+    B, T, D = e.shape
+    if l0 is None or c0 is None:
+        l0, c0 = e.new_full((B,), -math.inf), e.new_zeros(B, D)
+    with torch.autocast(e.device.type, enabled=False):
+        # The state is one more position, before the others; row t of the matrix has the positions up to t.
+        e = torch.cat((c0[:, None], e), 1)
+        s = torch.cat((l0[:, None], s.masked_fill(~unmasked, -math.inf)), 1)
+        later = torch.ones(T + 1, T + 1, dtype=torch.bool, device=e.device).triu(1)
+        matrix = s[:, None].masked_fill(later, -math.inf)
+        empty = (matrix == -math.inf).all(2, keepdim=True)
+        matrix = matrix.masked_fill(empty, 0)
+        alpha = torch.softmax(matrix, 2).masked_fill(empty, 0)
+        # Where nothing has been attended to, the state has passed unchanged.
+        c = torch.where(empty, c0[:, None], alpha @ e)
+        l_n = torch.logsumexp(matrix[:, -1], 1).masked_fill(empty[:, -1, 0], -math.inf)
+    return c[:, 1:].to(dtype), l_n, c[:, -1]
 
 
 torch.library.register_fake("llm_ext::prefix_pool_forward", _prefix_pool_forward_fake)

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_ext import reference
+from llm_ext.ops import _recurrence_derivatives as derivatives
 from llm_ext.ops import argument_checks, packing
 from llm_ext.ops._registration import (
     FAILURES,
     allows_tf32,
+    autocast_arguments,
     explain,
     fake_gradients,
     is_on_cuda,
@@ -27,6 +31,7 @@ from llm_ext.ops._registration import (
     register_autograd,
     torch_ops,
 )
+from llm_ext.ops._transforms import differentiable_gradients, is_mapped, is_recorded, transforms_active, unwrapped
 from llm_ext.ops.argument_checks import gates_of, unpack_weights
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
@@ -280,16 +285,19 @@ def run(
 
     The new state is [R, B, *], or [B, *] if a state of one direction was given in that shape.
 
-    1. Lengths on the CPU: the rows are packed once for all layers and directions.
-    2. One direction of one layer: its op.
-    3. No derivative, dropout or projection: one op for all layers and directions.
-    4. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
+    1. A transform of torch is active: layer by layer, each direction with rules for all transforms.
+    2. Lengths on the CPU: the rows are packed once for all layers and directions. A graph that is recorded must not
+       depend on their values, so there each op packs.
+    3. One direction of one layer: its op.
+    4. No derivative, dropout or projection: one op for all layers and directions.
+    5. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
     """
-    if lengths is not None and not is_on_cuda(x):
-        return _run_packed(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
+    if transforms_active():
+        return _run_transformed(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
+    if lengths is not None and not is_on_cuda(x) and not is_recorded(lengths):
+        return _run_packed(run, mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
     if len(weights) == 1 and not input_projections:
-        result = _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
-        return result if state is not None else (result[0], tuple([tensor.unsqueeze(0) for tensor in result[1]]))
+        return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
     if input_projections or (
         lengths is None
         and not dropout
@@ -301,7 +309,59 @@ def run(
     return _layer_by_layer(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
 
 
+def _run_transformed(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    directions: tuple[bool, ...],
+    dropout: float,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    input_projections: Sequence[Tensor] | None,
+) -> tuple[Tensor, State]:
+    """Run a call under a transform of torch."""
+    _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
+    if input_projections or (lengths is not None and is_mapped(lengths)):
+        # Mapped lengths cannot be read, and precomputed input projections are an optimization of inference.
+        return reference.multilayer_rnn(
+            mode,
+            x,
+            state,
+            [[tensor for tensor in row if tensor is not None] for row in weights],
+            bidirectional=len(directions) == 2,
+            dropout=dropout,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            input_projections=input_projections,
+        )
+    x, *tensors = autocast_arguments(x, *(state or ()))
+    state = tuple(tensors) if state is not None else None
+    weights = [autocast_arguments(*row) for row in weights]
+    if lengths is not None:
+        lengths = unwrapped(lengths)
+        return _run_packed(_run_transformed, mode, x, state, weights, directions, dropout, None, lengths, None)
+    outputs: list[Tensor] = []
+    last: list[State] = []
+    for row, row_weights in enumerate(weights):
+        d = row % len(directions)
+        if d == 0 and row > 0:
+            x = torch.cat(outputs, -1)
+            outputs = []
+            if dropout > 0:
+                x = F.dropout(x, dropout)
+        given = state
+        if state is not None and len(weights) > 1:
+            given = tuple([tensor[row : row + 1] for tensor in state])
+        y, after = derivatives.one_direction(mode, x, given, unpack_weights(row_weights), batch_sizes, directions[d])
+        outputs.append(y)
+        last.append(after)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    return y, last[0] if len(last) == 1 else tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
+
+
 def _run_packed(
+    run: Callable[..., tuple[Tensor, State]],
     mode: str,
     x: Tensor,
     state: State | None,
@@ -312,7 +372,7 @@ def _run_packed(
     lengths: Tensor,
     input_projections: Sequence[Tensor] | None,
 ) -> tuple[Tensor, State]:
-    """Run a padded batch [T, B, *] on the CPU as packed rows, since the kernels there do not read lengths."""
+    """Run a padded batch [T, B, *] as packed rows, since the CPU kernels and the derivatives do not read lengths."""
     w_hh = weights[0][1]
     assert w_hh is not None
     x, *tensors = match_dtype(w_hh, x, *(state or ()))
@@ -324,7 +384,7 @@ def _run_packed(
     if state is None:
         sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if mode == "LSTM" else (w_hh.shape[1],)
         state = tuple(w_hh.new_zeros((len(weights), B, size)) for size in sizes)
-    rows = packing.pack_lengths(lengths, T)
+    rows = packing.pack_lengths(lengths.cpu(), T).to(x.device)
     first = tuple(tensor.index_select(-2, rows.rows) for tensor in state)
     data, packed_sizes = rows.pack(x), rows.batch_sizes
     y, last = run(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
@@ -342,7 +402,7 @@ def _one_direction(
     lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, State]:
-    """Run one direction of one layer; its state may be [B, *] or [1, B, *], and comes back in the same shape."""
+    """Run one direction of one layer; its state may be [B, *], and then comes back as [B, *], else as [1, B, *]."""
     if len(weights) == 4:
         w_ih, w_hh, b_ih, b_hh = weights
         w_hr = None
@@ -415,16 +475,16 @@ def _layer_by_layer(
         if count == 2 and is_on_cuda(x):
             given = None if state is None else tuple([tensor[row : row + 2] for tensor in state])
             x, after = _both_directions(mode, x, given, weights[row : row + 2], batch_sizes, lengths)
-            last += [tuple([tensor[d] for tensor in after]) for d in range(2)]
+            last.append(after)
             continue
         outputs = []
         for d, reverse in enumerate(directions):
-            given = None if state is None else tuple([tensor[row + d] for tensor in state])
+            given = None if state is None else tuple([tensor[row + d : row + d + 1] for tensor in state])
             y, after = _one_direction(mode, x, given, weights[row + d], batch_sizes, lengths, reverse)
             outputs.append(y)
             last.append(after)
         x = outputs[0] if count == 1 else torch.cat(outputs, -1)
-    return x, tuple([torch.stack(tensors) for tensors in zip(*last, strict=True)])
+    return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
 
 
 def _both_directions(
@@ -561,14 +621,14 @@ def _register_cell(cell: _Cell) -> None:
         H, P = w_ih.shape[0] // gates_of(mode), w_hh.shape[1]
         y = x.new_empty((*x.shape[:-1], P))
         last = [
-            x.new_empty((x.shape[1], size) if given is None else given.shape)
+            x.new_empty((1, x.shape[1], size) if given is None else given.shape)
             for given, size in zip(state, (P, H), strict=False)
         ]
         if not cell.saved_blocks:
             return y, *last
         save = options[-1]
         blocks = cell.saved_blocks + (w_hr is not None)
-        return y, *last, x.new_empty((x.shape[:-1].numel() if save else 0, blocks * H))
+        return y, *last, x.new_empty((math.prod(x.shape[:-1]) if save else 0, blocks * H))
 
     def backward_fake(*args: Any) -> tuple[Tensor, ...]:
         grads = 1 + cell.state
@@ -583,19 +643,36 @@ def _register_cell(cell: _Cell) -> None:
         return fake_gradients(*zip((x, *state, *weights), args[-cell.differentiable :], strict=True))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, state, (w_ih, w_hh, _, _, w_hr), batch_sizes, lengths, options = cell.inputs(inputs)
+        x, state, (w_ih, w_hh, b_ih, b_hh, w_hr), batch_sizes, lengths, options = cell.inputs(inputs)
         projection = (w_hr,) if cell.name == "lstm" else ()
         if cell.saved_blocks:
             options = options[:-1]
             ctx.mark_non_differentiable(output[-1])
         saved = output[-1:] if cell.saved_blocks else ()
-        ctx.save_for_backward(x, *state, w_ih, w_hh, *projection, output[0], *saved, batch_sizes, lengths)
+        ctx.save_for_backward(x, *state, w_ih, w_hh, *projection, output[0], *saved, batch_sizes, lengths, b_ih, b_hh)
         ctx.options = options
 
     def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[: cell.differentiable]
-        gradients = backward(*grads[: 1 + cell.state], *ctx.saved_tensors, *ctx.options, *needs)
-        return *needed(gradients, needs), *[None] * (len(ctx.needs_input_grad) - cell.differentiable)
+        others = [None] * (len(ctx.needs_input_grad) - cell.differentiable)
+        *tensors, b_ih, b_hh = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not transforms_active():
+            gradients = backward(*grads[: 1 + cell.state], *tensors, *ctx.options, *needs)
+            return *needed(gradients, needs), *others
+        n = 3 + cell.state
+        inputs = [*tensors[:n], b_ih, b_hh, *tensors[n : len(needs) - 2]]
+        *results, batch_sizes, lengths = tensors[len(needs) - 2 :]
+
+        def call(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            state = None if others[0] is None else others[: cell.state]
+            mode, reverse, weights = cell.mode(ctx.options), ctx.options[-2], unpack_weights(others[cell.state :])
+            if lengths is None:
+                y, last = derivatives.one_direction(mode, x, state, weights, batch_sizes, reverse, results)
+            else:
+                y, last = _run_transformed(mode, x, state, (weights,), (reverse,), 0.0, None, lengths, None)
+            return y, *last
+
+        return *differentiable_gradients(call, inputs, needs, grads[: 1 + cell.state]), *others
 
     torch.library.register_fake(f"llm_ext::{cell.name}_forward", forward_fake)
     torch.library.register_fake(f"llm_ext::{cell.name}_backward", backward_fake)
@@ -634,7 +711,7 @@ def _bidirectional_forward_fake(
         x.new_empty((*x.shape[:-1], 2 * P)),
         x.new_empty((2, B, P)),
         x.new_empty((2, B, H) if mode == "LSTM" else 0),
-        x.new_empty((2 * x.shape[:-1].numel() if needs_autograd else 0, blocks * H) if blocks else 0),
+        x.new_empty((2 * math.prod(x.shape[:-1]) if needs_autograd else 0, blocks * H) if blocks else 0),
     )
 
 
@@ -675,6 +752,19 @@ def _bidirectional_autograd(
     x, h0, c0, y, saved, batch_sizes, lengths, *weights = ctx.saved_tensors
     mode, bias, tf32 = ctx.options
     _, *needs, need_weights, _, _, _, _, _ = ctx.needs_input_grad
+    if torch.is_grad_enabled() or transforms_active():
+        half = len(weights) // 2
+
+        def call(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+            state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
+            rows = (weights[:half], weights[half:])
+            y, last = _run_transformed(mode, x, state, rows, (False, True), 0.0, batch_sizes, lengths, None)
+            return y, *last
+
+        gradients = differentiable_gradients(
+            call, (x, h0, c0, *weights), (*needs, *need_weights), (grad_y, grad_h_n, grad_c_n)
+        )
+        return None, *gradients[:3], gradients[3:], None, None, None, None, None
     *gradients, dweights = _bidirectional_backward(
         *(grad_y, grad_h_n, grad_c_n if mode == "LSTM" else None),
         *(mode, x, h0, c0, weights, bias, y, saved, batch_sizes, lengths, tf32),

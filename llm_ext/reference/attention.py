@@ -46,9 +46,9 @@ def additive_attention(
     (B, Tq, _), Tk = query.shape, keys.shape[1]
     unmasked = torch.ones(B, Tq, Tk, dtype=torch.bool, device=query.device)
     if mask is not None:
-        unmasked &= mask[:, None] if mask.dim() == 2 else mask
+        unmasked = unmasked & (mask[:, None] if mask.dim() == 2 else mask)
     if key_lengths is not None:
-        unmasked &= torch.arange(Tk, device=query.device) < key_lengths[:, None, None]
+        unmasked = unmasked & (torch.arange(Tk, device=query.device) < key_lengths[:, None, None])
     # Values of keys that no query attends to, even NaN, reach no result and no gradient.
     unused = ~unmasked.any(1)[..., None]
     keys, values = keys.masked_fill(unused, 0), values.masked_fill(unused, 0)

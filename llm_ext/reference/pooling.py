@@ -83,9 +83,9 @@ def _mask_positions(
     """Return e with 0 at masked positions, the scores, and the unmasked positions, bool ``[B, T]``."""
     unmasked = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
     if lengths is not None:
-        unmasked &= torch.arange(e.shape[1], device=e.device) < lengths[:, None]
+        unmasked = unmasked & (torch.arange(e.shape[1], device=e.device) < lengths[:, None])
     if mask is not None:
-        unmasked &= mask
+        unmasked = unmasked & mask
     e = e.masked_fill(~unmasked[..., None], 0)
     if u is not None and scores is None:
         s = e @ u

@@ -165,13 +165,6 @@ def test_gradcheck(kind: str) -> None:
     check_gradients(function, additive_inputs(3, 4, 5, 3, 2, torch.float64))
 
 
-def test_second_derivatives_are_refused() -> None:
-    inputs = additive_inputs(2, 3, 4, 5, 6, torch.float64)
-    (gradient,) = torch.autograd.grad(additive_functions()[0](**inputs)[0].sum(), inputs["query"], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.backward(gradient.sum())
-
-
 Z = torch.zeros
 
 

@@ -84,10 +84,35 @@ def attention_step_opcheck_cases() -> list[OpCase]:
     return cases
 
 
+def linearized_opcheck_cases() -> list[OpCase]:
+    cases: list[OpCase] = []
+    sizes = torch.tensor([3, 2])
+    for mode, gates, blocks, saved in (("RNN_TANH", 1, 1, 0), ("GRU", 3, 4, 4), ("LSTM", 4, 4, 5)):
+        H, N, B = 4, 5, 3
+        lstm = mode == "LSTM"
+        at = (
+            torch.randn(gates * H, H),
+            None,
+            torch.rand(N, saved * H) if saved else None,
+            torch.randn(N, H),
+            torch.randn(B, H),
+            torch.randn(B, H) if lstm else None,
+        )
+        right = torch.randn(N, blocks * H), torch.randn(N, H), torch.randn(N, H) if lstm else None
+        state = torch.randn(B, H), torch.randn(B, H) if lstm else None
+        cases += [
+            ("recurrence_tangent", (mode, *at, *right, *state, sizes, False)),
+            ("recurrence_tangent", (mode, *at, None, None, None, None, None, sizes, True)),
+            ("recurrence_adjoint", (mode, *at, *right, sizes, False)),
+        ]
+    return cases
+
+
 CASES = [
     *recurrence_opcheck_cases(),
     *multilayer_opcheck_cases(),
     *attention_step_opcheck_cases(),
+    *linearized_opcheck_cases(),
     *linear_opcheck_cases(),
     *pool_opcheck_cases(),
     *additive_opcheck_cases(),

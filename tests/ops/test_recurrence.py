@@ -296,16 +296,6 @@ def test_gradcheck(recurrence: Recurrence, reverse: bool) -> None:
     check_gradients(recurrence_functions(recurrence, reverse=reverse)[0], inputs)
 
 
-@every_device
-@every_architecture
-def test_second_derivatives_are_refused(recurrence: Recurrence, device: str) -> None:
-    inputs = recurrence_inputs(recurrence, (3, 2, 4), 2, 5, torch.float64, state=False, bias=False, device=device)
-    y = recurrence_functions(recurrence)[0](**inputs)[0]
-    (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.backward(grad.sum())
-
-
 @every_architecture
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads(threads: int, recurrence: Recurrence) -> None:

@@ -19,7 +19,7 @@ every_op = pytest.mark.parametrize("name", NAMES)
 # An index does not depend smoothly on the inputs.
 NOT_DIFFERENTIABLE = {"linear_argmax"}
 # Under autocast their functions take torch's own ops (linear), or the caller does not use them (attention_step).
-WITHOUT_AUTOCAST = {"linear_forward", "linear_argmax", "attention_step"}
+WITHOUT_AUTOCAST = {"linear_forward", "linear_argmax", "attention_step", "recurrence_tangent", "recurrence_adjoint"}
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -73,7 +73,17 @@ def test_autocast_of_recurrences(recurrence: Recurrence, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
-        (NotImplementedError("Could not run"), NotImplementedError, "no kernel of this op for cpu; built with"),
+        (
+            NotImplementedError("Could not run 'llm_ext::rnn_forward' with arguments from the 'CPU' backend"),
+            NotImplementedError,
+            "no kernel of this op for cpu; built with",
+        ),
+        (
+            NotImplementedError("Could not run 'llm_ext::rnn_forward' with arguments from the 'SparseCPU' backend"),
+            NotImplementedError,
+            "'SparseCPU' backend",
+        ),
+        (NotImplementedError("something of torch"), NotImplementedError, "something of torch"),
         (RuntimeError("out of memory: cannot allocate 8 bytes on cuda:0"), torch.OutOfMemoryError, "8 bytes on cuda:0"),
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],

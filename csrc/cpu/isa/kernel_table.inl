@@ -6,6 +6,7 @@
 #include "cpu/isa/isa.h"
 #include "cpu/linear/linear.inl"
 #include "cpu/pooling/pooling.inl"
+#include "cpu/rnn/linearized.inl"
 #include "cpu/rnn/rnn.inl"
 
 namespace llm_ext {
@@ -15,6 +16,7 @@ static constexpr Kernels kKernels = {
     LLM_EXT_ISA_NAME,
     hash,
     {kRecurrenceKernels<float>, kRecurrenceKernels<double>, kRecurrenceKernels<BFloat16>, kRecurrenceKernels<Float16>},
+    {kLinearizedRecurrenceKernels<float>, kLinearizedRecurrenceKernels<double>},
     {kLinearKernels<float>, kLinearKernels<double>},
     {kPoolKernels<float>, kPoolKernels<double>, kPoolKernels<BFloat16>, kPoolKernels<Float16>},
     {kAdditiveAttentionKernels<float>, kAdditiveAttentionKernels<double>, kAdditiveAttentionKernels<BFloat16>,

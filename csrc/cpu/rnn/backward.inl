@@ -197,7 +197,8 @@ class BackwardPass {
       if (before != nullptr) c_before = load_partial(before + col, lanes);
     }
     if (C::kCarries) carried = load_partial(carry_ + r * H + col, lanes);
-    C::template backward<T>(blocks, h, h_before, c, c_before, dh, carried);
+    Vec<T> state;
+    C::template backward<T>(blocks, h, h_before, c, c_before, dh, carried, state);
     if (C::kCarries) store_partial(carry_ + r * H + col, carried, lanes);
     L* dz = dz_of(i, r) + col;
     for (int b = 0; b < C::kBlocks; ++b) store_partial(dz + b * H, blocks[b], lanes);

@@ -42,12 +42,24 @@ struct Elman {
     if constexpr (mode == Mode::kRnnSigmoid) return vec_sigmoid<T>(z[0]);
   }
 
-  // z: saved activations in, gradients of the pre-activations out. `carry` is read and replaced at each step.
+  // z: saved activations in, gradients of the pre-activations out. `carry` is read and replaced at each step. `state`
+  // gets the complete gradient of what carries: h of a GRU, c of an LSTM.
   template <typename T>
-  static inline void backward(Vec<T> (&z)[1], Vec<T> h, Vec<T>, Vec<T>, Vec<T>, Vec<T> dh, Vec<T>&) {
+  static inline void backward(Vec<T> (&z)[1], Vec<T> h, Vec<T>, Vec<T>, Vec<T>, Vec<T> dh, Vec<T>&, Vec<T>& state) {
+    state = dh;
     if constexpr (mode == Mode::kRnnTanh) z[0] = dh * (T(1) - h * h);
     if constexpr (mode == Mode::kRnnRelu) z[0] = h > T(0) ? dh : Vec<T>{};
     if constexpr (mode == Mode::kRnnSigmoid) z[0] = dh * (h * (T(1) - h));
+  }
+
+  // z: saved activations. a: tangents of the pre-activations. dh_before: tangent of the state before. dc: tangent of
+  // the cell state, before in and after out, to which v_c is added. Returns the tangent of h.
+  template <typename T>
+  static inline Vec<T> tangent(const Vec<T> (&)[1], Vec<T> h, Vec<T>, Vec<T>, Vec<T>, const Vec<T> (&a)[1], Vec<T>,
+                               Vec<T>&, Vec<T>) {
+    if constexpr (mode == Mode::kRnnTanh) return a[0] * (T(1) - h * h);
+    if constexpr (mode == Mode::kRnnRelu) return h > T(0) ? a[0] : Vec<T>{};
+    if constexpr (mode == Mode::kRnnSigmoid) return a[0] * (h * (T(1) - h));
   }
 };
 
@@ -71,15 +83,25 @@ struct Gru {
   }
 
   template <typename T>
-  static inline void backward(Vec<T> (&b)[4], Vec<T>, Vec<T> h_before, Vec<T>, Vec<T>, Vec<T> dh, Vec<T>& carry) {
+  static inline void backward(Vec<T> (&b)[4], Vec<T>, Vec<T> h_before, Vec<T>, Vec<T>, Vec<T> dh, Vec<T>& carry,
+                              Vec<T>& state) {
     const Vec<T> new_gate = b[0], r = b[1], z = b[2], m = b[3];
     dh += carry;
+    state = dh;
     carry = dh * z;
     const Vec<T> dn = (dh - carry) * (T(1) - new_gate * new_gate);
     b[0] = dn;
     b[1] = dn * m * (r * (T(1) - r));
     b[2] = dh * (h_before - new_gate) * (z * (T(1) - z));
     b[3] = dn * r;
+  }
+
+  template <typename T>
+  static inline Vec<T> tangent(const Vec<T> (&b)[4], Vec<T>, Vec<T> h_before, Vec<T>, Vec<T>, const Vec<T> (&a)[4],
+                               Vec<T> dh_before, Vec<T>&, Vec<T>) {
+    const Vec<T> new_gate = b[0], r = b[1], z = b[2], m = b[3];
+    const Vec<T> d_new = (T(1) - new_gate * new_gate) * (a[0] + a[1] * (r * (T(1) - r)) * m + a[3] * r);
+    return d_new + z * (dh_before - d_new) + a[2] * (z * (T(1) - z)) * (h_before - new_gate);
   }
 };
 
@@ -105,15 +127,26 @@ struct Lstm {
   }
 
   template <typename T>
-  static inline void backward(Vec<T> (&b)[4], Vec<T>, Vec<T>, Vec<T> c, Vec<T> c_before, Vec<T> dh, Vec<T>& carry) {
+  static inline void backward(Vec<T> (&b)[4], Vec<T>, Vec<T>, Vec<T> c, Vec<T> c_before, Vec<T> dh, Vec<T>& carry,
+                              Vec<T>& state) {
     const Vec<T> i = b[0], f = b[1], g = b[2], o = b[3];
     const Vec<T> tanh_c = vec_tanh<T>(c);
     const Vec<T> dc = carry + dh * o * (T(1) - tanh_c * tanh_c);
+    state = dc;
     carry = dc * f;
     b[0] = dc * g * (i * (T(1) - i));
     b[1] = dc * c_before * (f * (T(1) - f));
     b[2] = dc * i * (T(1) - g * g);
     b[3] = dh * tanh_c * (o * (T(1) - o));
+  }
+
+  template <typename T>
+  static inline Vec<T> tangent(const Vec<T> (&b)[4], Vec<T>, Vec<T>, Vec<T> c, Vec<T> c_before, const Vec<T> (&a)[4],
+                               Vec<T>, Vec<T>& dc, Vec<T> v_c) {
+    const Vec<T> i = b[0], f = b[1], g = b[2], o = b[3];
+    const Vec<T> tanh_c = vec_tanh<T>(c);
+    dc = v_c + f * dc + a[0] * (i * (T(1) - i)) * g + a[1] * (f * (T(1) - f)) * c_before + a[2] * (T(1) - g * g) * i;
+    return dc * (o * (T(1) - tanh_c * tanh_c)) + a[3] * (o * (T(1) - o)) * tanh_c;
   }
 };
 

@@ -149,7 +149,7 @@ class CheckedRnnArguments {
         w_hh_(input("w_hh", *a.w_hh, {gates(), sizes_.output})),
         w_hr_(input("w_hr", *a.w_hr, {sizes_.output, sizes_.hidden})),
         lengths_(*a.lengths, op_, "lengths", {sizes_.batch}, device_),
-        layer_state_(a.h0->has_value() && (*a.h0)->dim() == 3) {
+        layer_state_(!a.h0->has_value() || (*a.h0)->dim() == 3) {
     STD_TORCH_CHECK(!packed_ || !a.lengths->has_value(), op_, ": lengths and batch_sizes exclude each other");
   }
 
@@ -192,7 +192,15 @@ class CheckedRnnArguments {
                  device_);
   }
 
-  // A state is [B, *], or [1, B, *] as torch.nn shapes the state of one layer; results take the shape of h0.
+  // A graph that was traced or exported without gradients keeps needs_autograd=False when it is trained.
+  void check_saved(const Tensor& saved) const {
+    STD_TORCH_CHECK(rows() == 0 || saved.size(0) != 0, op_,
+                    ": the forward pass has saved no activations, because gradients were disabled when the graph was "
+                    "recorded; trace or export it with gradients enabled");
+  }
+
+  // A state is [B, *], or [1, B, *] as torch.nn shapes the state of one layer; results take the shape of h0, and
+  // [1, B, *] without it.
   Input<S> state_input(const char* name, const OptionalTensor& t, int64_t width) const {
     if (t.has_value() && t->dim() == 3) return input(name, t, {1, sizes_.batch, width});
     return input(name, t, {sizes_.batch, width});

@@ -1,8 +1,12 @@
 // rnn_*, gru_* and lstm_* on the CPU.
 #include "torch/ops/rnn_cpu.h"
 
+#include <algorithm>
+#include <optional>
+
 #include "cpu/kernels.h"
 #include "torch/alloc/workspace.h"
+#include "torch/ops/packed_lengths.h"
 #include "torch/ops/rnn.h"
 #include "torch/threads/run_team.h"
 #include "torch/weight_cache/packed_rnn_weights.h"
@@ -25,12 +29,98 @@ void run_forward(RecurrenceForwardParams<S>& p) {
   weights.insert_into_cache();
 }
 
+// Padded sequences with lengths run as packed rows. Their saved activations are those of the packed rows, followed by
+// rows that nothing reads, because the shape of a result must not depend on the values of lengths.
 struct RnnCpu {
+  template <typename S>
+  static Input<S> saved_input(const RnnBackwardArguments& a, const CheckedRnnArguments<S>& args) {
+    if (a.saved == nullptr) return args.input("saved", kNone, {});
+    args.check_saved(*a.saved);
+    const RecurrenceSizes& s = args.sizes();
+    return args.input("saved", *a.saved, {args.rows(), saved_blocks(s.mode, s.projected()) * s.hidden});
+  }
+
+  template <typename S>
+  static RnnForwardResults forward_lengths(const RnnForwardArguments& a, const CheckedRnnArguments<S>& args) {
+    const RecurrenceSizes& s = args.sizes();
+    const bool lstm = s.mode == Mode::kLstm;
+    const PackedLengths<S> packing(a.op, **a.lengths, s.steps, s.batch);
+    const Tensor x = packing.pack(args.x_tensor());
+    const OptionalTensor batch_sizes = packing.batch_sizes();
+    const OptionalTensor h0 = packing.pack_state(args.h0_tensor(), s.output);
+    const OptionalTensor c0 = lstm ? OptionalTensor(packing.pack_state(args.c0_tensor(), s.hidden)) : kNone;
+    RnnForwardArguments packed = a;
+    packed.x = &x;
+    packed.h0 = &h0;
+    packed.c0 = &c0;
+    packed.batch_sizes = &batch_sizes;
+    packed.lengths = &kNone;
+    const RnnForwardResults results = forward(packed);
+
+    const Output<S> h_n = args.state_output(true, s.output);
+    const Output<S> c_n = args.state_output(lstm, s.hidden);
+    packing.pad_state(results.h_n, args.h0_tensor(), h_n.tensor());
+    if (lstm) packing.pad_state(*results.c_n, args.c0_tensor(), c_n.tensor());
+    OptionalTensor saved;
+    if (results.saved.has_value()) {
+      saved = args.empty_saved(a.needs_autograd);
+      const int64_t size = results.saved->numel();
+      std::copy_n(data<S>(*results.saved), size, mutable_data<S>(*saved));
+    }
+    return {packing.pad(results.y), h_n.tensor(), lstm ? OptionalTensor(c_n.tensor()) : std::nullopt, saved};
+  }
+
+  template <typename S>
+  static RnnBackwardResults backward_lengths(const RnnBackwardArguments& a, const CheckedRnnArguments<S>& args) {
+    const RecurrenceSizes& s = args.sizes();
+    const PackedLengths<S> packing(a.op, **a.lengths, s.steps, s.batch);
+    const auto pack_state = [&](const char* name, const OptionalTensor& state, int64_t width) {
+      const Input<S> input = args.state_input(name, state, width);
+      return state.has_value() ? OptionalTensor(packing.pack_state(input.tensor(), width)) : kNone;
+    };
+    const Tensor x = packing.pack(args.x_tensor());
+    const Tensor y = packing.pack(args.dense_rows("y", *a.y, s.output));
+    const OptionalTensor batch_sizes = packing.batch_sizes();
+    const OptionalTensor h0 = packing.pack_state(args.h0_tensor(), s.output);
+    const OptionalTensor c0 =
+        s.mode == Mode::kLstm ? OptionalTensor(packing.pack_state(args.c0_tensor(), s.hidden)) : kNone;
+    const OptionalTensor grad_h_n = pack_state("grad_h_n", *a.grad_h_n, s.output);
+    const OptionalTensor grad_c_n = pack_state("grad_c_n", *a.grad_c_n, s.hidden);
+    OptionalTensor grad_y;
+    if (a.grad_y->has_value()) grad_y = packing.pack(args.dense_rows("grad_y", **a.grad_y, s.output));
+    const Input<S> all_saved = saved_input(a, args);
+    RnnBackwardArguments packed = a;
+    OptionalTensor saved = all_saved.tensor();
+    if (saved.has_value()) {
+      saved = torch::stable::narrow(*saved, 0, 0, packing.rows());
+      packed.saved = &*saved;
+    }
+    packed.x = &x;
+    packed.y = &y;
+    packed.h0 = &h0;
+    packed.c0 = &c0;
+    packed.grad_y = &grad_y;
+    packed.grad_h_n = &grad_h_n;
+    packed.grad_c_n = &grad_c_n;
+    packed.batch_sizes = &batch_sizes;
+    packed.lengths = &kNone;
+    RnnBackwardResults results = backward(packed);
+
+    if (a.need_dx) results.dx = packing.pad(results.dx);
+    const Output<S> dh0 = args.state_output(a.need_dh0 && args.h0() != nullptr, s.output);
+    const Output<S> dc0 = args.state_output(a.need_dc0 && args.c0() != nullptr, s.hidden);
+    if (dh0.get() != nullptr) packing.pad_state(results.dh0, *a.grad_h_n, dh0.tensor());
+    if (dc0.get() != nullptr) packing.pad_state(results.dc0, *a.grad_c_n, dc0.tensor());
+    results.dh0 = dh0.tensor();
+    results.dc0 = dc0.tensor();
+    return results;
+  }
+
   static RnnForwardResults forward(const RnnForwardArguments& a) {
     return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
       using S = decltype(type);
-      STD_TORCH_CHECK(!a.lengths->has_value(), a.op, ": lengths are not supported on cpu; give batch_sizes");
       const CheckedRnnArguments<S> args(a);
+      if (a.lengths->has_value()) return forward_lengths(a, args);
       const RecurrenceSizes& s = args.sizes();
       const Input<S> b_ih = args.input("b_ih", *a.b_ih, {args.gates()});
       const Input<S> b_hh = args.input("b_hh", *a.b_hh, {args.gates()});
@@ -69,15 +159,14 @@ struct RnnCpu {
     return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
       using S = decltype(type);
       const CheckedRnnArguments<S> args(a);
+      if (a.lengths->has_value()) return backward_lengths(a, args);
       const RecurrenceSizes& s = args.sizes();
       const Tensor y = args.dense_rows("y", *a.y, s.output);
       OptionalTensor grad_y;
       if (a.grad_y->has_value()) grad_y = args.dense_rows("grad_y", **a.grad_y, s.output);
       const Input<S> grad_h_n = args.state_input("grad_h_n", *a.grad_h_n, s.output);
       const Input<S> grad_c_n = args.state_input("grad_c_n", *a.grad_c_n, s.hidden);
-      const int64_t saved_width = saved_blocks(s.mode, s.projected()) * s.hidden;
-      const Input<S> saved =
-          args.input("saved", a.saved != nullptr ? OptionalTensor(*a.saved) : kNone, {args.rows(), saved_width});
+      const Input<S> saved = saved_input(a, args);
 
       const Output<S> none(false, {});
       const Tensor dx = a.need_dx ? args.empty_rows(s.input) : none.tensor();

@@ -113,6 +113,7 @@ class Layer {
     const Tensor y_in = common().dense_rows("y", y, directions() * s.output);
     OptionalTensor grad_y_in;
     if (grad_y.has_value()) grad_y_in = common().dense_rows("grad_y", *grad_y, directions() * s.output);
+    if (saved.has_value() && saved_width() > 0) common().check_saved(*saved);
     const Input<S> saved_in = common().input("saved", saved, {directions() * rows(), saved_width()});
     const bool need_dh0 = given[0].common.need_dh0 && common().h0() != nullptr;
     const bool need_dc0 = given[0].common.need_dc0 && common().c0() != nullptr;

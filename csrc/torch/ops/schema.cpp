@@ -47,6 +47,17 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "bool bidirectional, Tensor[] input_projections, Tensor? batch_sizes, bool tf32) -> "
       "(Tensor y, Tensor h_n, Tensor c_n)");
 
+  // The linear system of the tangents of one direction, and its transpose, on rows [N, *]:
+  // llm_ext/ops/_recurrence_derivatives.py.
+  m.def(
+      "recurrence_tangent(str mode, Tensor w_hh, Tensor? w_hr, Tensor? saved, Tensor y, Tensor h0, Tensor? c0, "
+      "Tensor? v_a, Tensor? v_h, Tensor? v_c, Tensor? tangent_h0, Tensor? tangent_c0, Tensor batch_sizes, "
+      "bool reverse) -> (Tensor a, Tensor h, Tensor c)");
+  m.def(
+      "recurrence_adjoint(str mode, Tensor w_hh, Tensor? w_hr, Tensor? saved, Tensor y, Tensor h0, Tensor? c0, "
+      "Tensor? g_a, Tensor? g_h, Tensor? g_c, Tensor batch_sizes, bool reverse) -> "
+      "(Tensor a, Tensor h, Tensor c, Tensor dh0, Tensor dc0)");
+
   // llm_ext/ops/linear.py
   m.def("linear_forward(Tensor x, Tensor w, Tensor? b) -> Tensor y");
   m.def(

@@ -1,0 +1,811 @@
+"""One direction of one layer with rules for every transform of torch: derivatives of any order and mode, and vmap.
+
+Around a solution of the recurrence, its tangents p = (a, h, c) solve a linear system, ``residual(theta, p, p0) = v``
+with p0 the tangents of the initial state. `Tangent` solves this system, forwards in time, and `Adjoint` the transposed
+one, backwards in time. The derivatives of `Recurrence` are one of them and batched products; their own derivatives
+follow from the residual, which has no loop over time. docs/math/recurrence.md has the formulas.
+
+Everything here works on rows [N, *]: the steps of all batch rows, as in a PackedSequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_ext.ops._registration import refuse_derivative, torch_ops
+from llm_ext.ops._transforms import forward_mode_once
+from llm_ext.ops.argument_checks import NATIVE_GEMM_DTYPES, compute_dtype, gates_of
+
+# A vector of the linear system: pre-activations a [N, blocks H], states h [N, P], and cell states c [N, H] of an LSTM.
+System = tuple[Tensor, ...]
+# The same for the initial state: (h0 [B, P],), or (h0, c0 [B, H]) of an LSTM.
+State = tuple[Tensor, ...]
+# One of these as an argument: None means zeros.
+Vector = Sequence[Tensor | None]
+
+
+class Rows:
+    """The steps of a sequence of T steps and B batch rows, whose rows are adjacent in memory.
+
+    Attributes:
+        batch_sizes: rows of each step of a packed sequence, int64 [T]; None if each step has B rows.
+        reverse: whether the steps run from the last to the first.
+    """
+
+    def __init__(self, T: int, B: int, batch_sizes: Tensor | None, reverse: bool) -> None:
+        self.T = T
+        self.B = B
+        self.batch_sizes = batch_sizes
+        self.reverse = reverse
+
+    def repeated(self, times: int) -> Rows:
+        """Return the rows of a batch in which each row is `times` adjacent rows."""
+        batch_sizes = None if self.batch_sizes is None else self.batch_sizes * times
+        return Rows(self.T, self.B * times, batch_sizes, self.reverse)
+
+    def sizes(self) -> list[int]:
+        """Return the number of rows of each step."""
+        return [self.B] * self.T if self.batch_sizes is None else self.batch_sizes.tolist()
+
+    def batch_sizes_tensor(self) -> Tensor:
+        """Return the number of rows of each step as a tensor."""
+        return torch.full((self.T,), self.B) if self.batch_sizes is None else self.batch_sizes
+
+    def previous(self, first: Tensor, rows: Tensor) -> Tensor:
+        """Return for each row the row of the step that runs before it; `first` [B, *] before the first step."""
+        if self.T == 0:
+            return rows
+        if self.batch_sizes is None:
+            return torch.cat((rows[self.B :], first) if self.reverse else (first, rows[: -self.B]))
+        sizes = self.batch_sizes
+        starts = sizes.cumsum(0) - sizes
+        step = torch.arange(self.T).repeat_interleave(sizes)
+        column = torch.arange(len(rows)) - starts[step]
+        if self.reverse:
+            following = torch.cat((sizes[1:], sizes.new_zeros(1)))[step]
+            index = torch.where(column < following, starts[step] + sizes[step] + column + self.B, column)
+        else:
+            index = torch.where(step > 0, starts[step - 1] + column + self.B, column)
+        return torch.cat((first, rows)).index_select(0, index.to(rows.device))
+
+    def last(self, first: Tensor, rows: Tensor) -> Tensor:
+        """Return the row of the last step of each batch row, [B, *]."""
+        if self.T == 0:
+            return first
+        if self.batch_sizes is None:
+            return rows[: self.B] if self.reverse else rows[-self.B :]
+        if self.reverse:
+            return rows[: self.B]
+        sizes = self.batch_sizes
+        column = torch.arange(self.B)
+        steps = (sizes.unsqueeze(1) > column).sum(0)
+        index = (sizes.cumsum(0) - sizes)[steps - 1] + column
+        return rows.index_select(0, index.to(rows.device))
+
+
+class Theta(NamedTuple):
+    """What the linear system depends on.
+
+    Attributes:
+        w_hh: recurrent weights [G H, P].
+        w_hr: projection [P, H], or None.
+        saved: saved activations [N, *]: n r z m of a GRU, i f g o c (and m) of an LSTM, None for Elman.
+        y: states [N, P].
+        h0: initial state [B, P].
+        c0: initial cell state [B, H] of an LSTM.
+    """
+
+    w_hh: Tensor
+    w_hr: Tensor | None
+    saved: Tensor | None
+    y: Tensor
+    h0: Tensor
+    c0: Tensor | None
+
+
+# ---- the linear system, without a loop over time
+
+
+class _Cell(NamedTuple):
+    """The saved activations of some rows by name, and the states before them."""
+
+    saved: tuple[Tensor, ...]
+    h: Tensor
+    h_before: Tensor
+    c_before: Tensor | None
+
+
+def _cell(mode: str, theta: Theta, h_before: Tensor, c_before: Tensor | None) -> _Cell:
+    saved = () if theta.saved is None else theta.saved.split(_hidden(mode, theta), -1)
+    return _Cell(saved, theta.y, h_before, c_before)
+
+
+def _hidden(mode: str, theta: Theta) -> int:
+    return theta.w_hh.shape[0] // gates_of(mode)
+
+
+def _slope(mode: str, h: Tensor) -> Tensor:
+    """Return the derivative of an Elman nonlinearity from its output."""
+    if mode == "RNN_TANH":
+        return 1 - h * h
+    return (h > 0).to(h.dtype) if mode == "RNN_RELU" else h * (1 - h)
+
+
+def _gru_tangent(cell: _Cell, a: Sequence[Tensor], h: Tensor) -> Tensor:
+    """Return the tangent of the state, given those of the pre-activations and of the state before."""
+    n, r, z, m = cell.saved
+    a_n, a_r, a_z, a_m = a
+    new = (1 - n * n) * (a_n + a_r * (r * (1 - r) * m) + a_m * r)
+    return (1 - z) * new + z * h + a_z * (z * (1 - z) * (cell.h_before - n))
+
+
+def _lstm_cell_tangent(cell: _Cell, a: Sequence[Tensor], c: Tensor) -> Tensor:
+    """Return the tangent of the cell state, given those of the pre-activations and of the cell state before."""
+    i, f, g, _o = cell.saved[:4]
+    assert cell.c_before is not None
+    return f * c + a[0] * (i * (1 - i) * g) + a[1] * (f * (1 - f) * cell.c_before) + a[2] * (i * (1 - g * g))
+
+
+def _lstm_output_tangent(cell: _Cell, a: Sequence[Tensor], c: Tensor) -> Tensor:
+    """Return the tangent of the output before the projection, given that of the cell state."""
+    o, tanh_c = cell.saved[3], torch.tanh(cell.saved[4])
+    return c * (o * (1 - tanh_c * tanh_c)) + a[3] * (o * (1 - o) * tanh_c)
+
+
+def residual_of_cells(mode: str, rows: Rows, theta: Theta, p: System, p0: State) -> System:
+    """Return the residual without its product W_hh h_{t-1}, the only term that depends on W_hh."""
+    a, h = p[:2]
+    blocks = a.split(_hidden(mode, theta), -1)
+    if mode == "LSTM":
+        assert theta.c0 is not None
+        assert theta.saved is not None
+        c = p[2]
+        c_values = theta.saved.split(_hidden(mode, theta), -1)[4]
+        cell = _cell(mode, theta, theta.y, rows.previous(theta.c0, c_values))
+        m = _lstm_output_tangent(cell, blocks, c)
+        r_c = c - _lstm_cell_tangent(cell, blocks, rows.previous(p0[1], c))
+        return a, h - (m if theta.w_hr is None else m @ theta.w_hr.T), r_c
+    if mode == "GRU":
+        cell = _cell(mode, theta, rows.previous(theta.h0, theta.y), None)
+        return a, h - _gru_tangent(cell, blocks, rows.previous(p0[0], h))
+    return a, h - _slope(mode, theta.y) * a
+
+
+def residual(mode: str, rows: Rows, theta: Theta, p: System, p0: State) -> System:
+    """Return A(theta) p, with the initial tangents p0: zero where p are tangents of the recurrence."""
+    a, *others = residual_of_cells(mode, rows, theta, p, p0)
+    product = rows.previous(p0[0], p[1]) @ theta.w_hh.T
+    return a - _from_state(mode, product), *others
+
+
+# ---- its solution, a loop over time: a kernel on a CPU, torch's own ops elsewhere
+
+
+def _uses_kernel(rows: Rows, theta: Theta) -> bool:
+    return theta.y.is_cpu and theta.y.dtype in NATIVE_GEMM_DTYPES and rows.T * rows.B > 0
+
+
+def _solve_tangent(mode: str, rows: Rows, theta: Theta, v: Vector, p0: Vector) -> System:
+    """Solve residual(theta, p, p0) = v, forwards in time."""
+    if _uses_kernel(rows, theta):
+        v_a, v_h, v_c = (*v, None)[:3]
+        h0, c0 = (*p0, None)[:2]
+        p = torch_ops.recurrence_tangent(mode, *theta, v_a, v_h, v_c, h0, c0, rows.batch_sizes_tensor(), rows.reverse)
+        return tuple(p) if mode == "LSTM" else tuple(p[:2])
+    filled = [*_filled(v, _zeros(mode, theta)), *_filled(p0, _zero_state(theta))]
+    return _in_compute_dtype(theta, filled, lambda theta, filled: _loop_tangent(mode, rows, theta, filled))
+
+
+def _solve_adjoint(mode: str, rows: Rows, theta: Theta, g: Vector) -> System:
+    """Solve the transposed system for g, backwards in time; also return the gradients of the initial state."""
+    if _uses_kernel(rows, theta):
+        g_a, g_h, g_c = (*g, None)[:3]
+        a, h, c, dh0, dc0 = torch_ops.recurrence_adjoint(
+            mode, *theta, g_a, g_h, g_c, rows.batch_sizes_tensor(), rows.reverse
+        )
+        return (a, h, c, dh0, dc0) if mode == "LSTM" else (a, h, dh0)
+    filled = _filled(g, _zeros(mode, theta))
+    return _in_compute_dtype(theta, filled, lambda theta, filled: _loop_adjoint(mode, rows, theta, filled))
+
+
+def _in_compute_dtype(
+    theta: Theta, tensors: Sequence[Tensor], solve: Callable[[Theta, Sequence[Tensor]], System]
+) -> System:
+    """Run a solution of 16-bit tensors in float32."""
+    dtype = theta.y.dtype
+    compute = compute_dtype(dtype)
+    with torch.autocast(theta.y.device.type, enabled=False):
+        wide = Theta(*(None if tensor is None else tensor.to(compute) for tensor in theta))  # type: ignore[arg-type]
+        return tuple(result.to(dtype) for result in solve(wide, [tensor.to(compute) for tensor in tensors]))
+
+
+def _filled(tensors: Vector, zeros: Sequence[Tensor]) -> list[Tensor]:
+    return [zero if tensor is None else tensor for tensor, zero in zip(tensors, zeros, strict=True)]
+
+
+def _zero_state(theta: Theta) -> list[Tensor]:
+    """Return zero tangents of the initial state."""
+    return [torch.zeros_like(tensor) for tensor in (theta.h0, theta.c0) if tensor is not None]
+
+
+def _step_cells(mode: str, rows: Rows, theta: Theta) -> list[_Cell]:
+    """Return the activations of each step."""
+    sizes = rows.sizes()
+    h_before = rows.previous(theta.h0, theta.y).split(sizes)
+    saved = [()] * rows.T if theta.saved is None else theta.saved.split(sizes)
+    y = theta.y.split(sizes)
+    H = _hidden(mode, theta)
+    cells = [_Cell(s if isinstance(s, tuple) else s.split(H, -1), h, b, None) for s, h, b in zip(saved, y, h_before)]
+    if mode == "LSTM":
+        assert theta.c0 is not None
+        assert theta.saved is not None
+        c_before = rows.previous(theta.c0, theta.saved.split(H, -1)[4]).split(sizes)
+        cells = [cell._replace(c_before=c) for cell, c in zip(cells, c_before, strict=True)]
+    return cells
+
+
+def _loop_tangent(mode: str, rows: Rows, theta: Theta, right_side: Sequence[Tensor]) -> System:
+    """Solve the system in torch's own ops."""
+    v, p0 = _split_system(mode, right_side)
+    sizes, H = rows.sizes(), _hidden(mode, theta)
+    cells = _step_cells(mode, rows, theta)
+    parts = [tensor.split(sizes) for tensor in v]
+    results: list[list[Tensor]] = [[tensor[:0]] * rows.T for tensor in v]
+    now = p0
+    for t in reversed(range(rows.T)) if rows.reverse else range(rows.T):
+        before = tuple(tensor[: sizes[t]] for tensor in now)
+        a = parts[0][t] + _from_state(mode, before[0] @ theta.w_hh.T)
+        blocks, cell = a.split(H, -1), cells[t]
+        new: State
+        if mode == "LSTM":
+            c = parts[2][t] + _lstm_cell_tangent(cell, blocks, before[1])
+            h = _lstm_output_tangent(cell, blocks, c)
+            new = (parts[1][t] + (h if theta.w_hr is None else h @ theta.w_hr.T), c)
+        elif mode == "GRU":
+            new = (parts[1][t] + _gru_tangent(cell, blocks, before[0]),)
+        else:
+            new = (parts[1][t] + _slope(mode, cell.h) * a,)
+        for result, value in zip(results, (a, *new), strict=True):
+            result[t] = value
+        now = tuple(torch.cat((value, old[sizes[t] :])) for value, old in zip(new, now, strict=True))
+    return tuple(torch.cat((tensor[:0], *result)) for tensor, result in zip(v, results, strict=True))
+
+
+def _loop_adjoint(mode: str, rows: Rows, theta: Theta, g: Sequence[Tensor]) -> System:
+    """Solve the transposed system in torch's own ops."""
+    sizes = rows.sizes()
+    cells = _step_cells(mode, rows, theta)
+    parts = [tensor.split(sizes) for tensor in g]
+    results: list[list[Tensor]] = [[tensor[:0]] * rows.T for tensor in g]
+    # Gradients of the states after a step, from the steps that run after it.
+    after = [g[1].new_zeros(rows.B, theta.w_hh.shape[1])]
+    if mode == "LSTM":
+        after.append(g[1].new_zeros(rows.B, _hidden(mode, theta)))
+    for t in range(rows.T) if rows.reverse else reversed(range(rows.T)):
+        n = sizes[t]
+        cell = cells[t]
+        dh = parts[1][t] + after[0][:n]
+        before: list[Tensor]
+        if mode == "LSTM":
+            i, f, g_gate, o, c = cell.saved[:5]
+            assert cell.c_before is not None
+            dm, tanh_c = dh if theta.w_hr is None else dh @ theta.w_hr, torch.tanh(c)
+            dc = parts[2][t] + after[1][:n] + dm * (o * (1 - tanh_c * tanh_c))
+            da = torch.cat(
+                (
+                    dc * (g_gate * i * (1 - i)),
+                    dc * (cell.c_before * f * (1 - f)),
+                    dc * (i * (1 - g_gate * g_gate)),
+                    dm * (tanh_c * o * (1 - o)),
+                ),
+                -1,
+            )
+            before, values = [torch.zeros_like(dh), dc * f], [dh, dc]
+        elif mode == "GRU":
+            new, r, z, m = cell.saved
+            dn = dh * (1 - z) * (1 - new * new)
+            da = torch.cat((dn, dn * (m * r * (1 - r)), dh * (cell.h_before - new) * (z * (1 - z)), dn * r), -1)
+            before, values = [dh * z], [dh]
+        else:
+            da = dh * _slope(mode, cell.h)
+            before, values = [torch.zeros_like(dh)], [dh]
+        da = da + parts[0][t]
+        before[0] = before[0] + _state_blocks(mode, da) @ theta.w_hh
+        for result, value in zip(results, (da, *values), strict=True):
+            result[t] = value
+        after = [torch.cat((value, old[n:])) for value, old in zip(before, after, strict=True)]
+    solution = [torch.cat((tensor[:0], *result)) for tensor, result in zip(g, results, strict=True)]
+    return (*solution, *after)
+
+
+# The blocks of a are those of the kernels: n r z m for a GRU, where W_ih, in the order r z n, multiplies n r z, and
+# W_hh multiplies r z m.
+
+
+def _state_blocks(mode: str, a: Tensor) -> Tensor:
+    """Return the blocks of a that W_hh multiplies, in its order of gates."""
+    return a[..., a.shape[-1] // 4 :] if mode == "GRU" else a
+
+
+def _input_blocks(mode: str, a: Tensor) -> Tensor:
+    """Return the blocks of a that W_ih multiplies, in the order of _in_blocks(W_ih)."""
+    return a[..., : a.shape[-1] // 4 * 3] if mode == "GRU" else a
+
+
+def _from_state(mode: str, product: Tensor) -> Tensor:
+    """Return a, given its blocks that W_hh multiplies."""
+    return F.pad(product, (product.shape[-1] // 3, 0)) if mode == "GRU" else product
+
+
+def _from_input(mode: str, product: Tensor) -> Tensor:
+    """Return a, given its blocks that W_ih multiplies."""
+    return F.pad(product, (0, product.shape[-1] // 3)) if mode == "GRU" else product
+
+
+def _in_blocks(mode: str, w: Tensor) -> Tensor:
+    """Return W_ih or b_ih with the gates in the order of the blocks of a."""
+    return w.roll(w.shape[0] // 3, 0) if mode == "GRU" else w
+
+
+def _in_gates(mode: str, w: Tensor) -> Tensor:
+    """Return the inverse of _in_blocks."""
+    return w.roll(-(w.shape[0] // 3), 0) if mode == "GRU" else w
+
+
+# ---- vmap
+
+
+def _vmap(
+    function: type[torch.autograd.Function],
+    size: int,
+    in_dims: tuple[int | None, ...],
+    args: tuple[Any, ...],
+    weights: slice,
+    *end: Any,
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Map a function of (mode, rows, *tensors, *end) whose arguments `weights` are weights, the others rows or states.
+
+    A mapped dimension becomes part of the batch; only mapped weights need a call each.
+    """
+    mode, rows, *tensors = args
+    dims = list(in_dims[2:])
+    if any(dim is not None for dim in dims[weights]):
+        calls = [
+            function.apply(
+                mode, rows, *[t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)], *end
+            )
+            for i in range(size)
+        ]
+        return tuple(torch.stack(results) for results in zip(*calls, strict=True)), 0
+
+    def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        mapped = tensor.unsqueeze(1).expand(-1, size, -1) if dim is None else tensor.movedim(dim, 1)
+        return mapped.flatten(0, 1)
+
+    kept = range(len(tensors))[weights]
+    folded = [t if i in kept else fold(t, d) for i, (t, d) in enumerate(zip(tensors, dims, strict=True))]
+    results = function.apply(mode, rows.repeated(size), *folded, *end)
+    return tuple(result.unflatten(0, (-1, size)) for result in results), 1
+
+
+# ---- Tangent and Adjoint
+
+
+def _theta_gradients(
+    mode: str, rows: Rows, theta: Theta, needs: Sequence[bool], adjoint: System, p: System, p0: Vector
+) -> list[Tensor | None]:
+    """Return the gradients of -<adjoint, residual(theta, p, p0)> by theta."""
+    first = tuple(_filled(p0, _zero_state(theta)))
+    need_w_hh, *others = needs
+    dw_hh = _state_blocks(mode, adjoint[0]).T @ rows.previous(first[0], p[1]) if need_w_hh else None
+    given = [tensor for tensor, need in zip(theta[1:], others, strict=True) if need]
+    if not given:
+        return [dw_hh, *[None] * len(others)]
+
+    def cells(*changed: Tensor) -> System:
+        values = iter(changed)
+        moved = (next(values) if need else tensor for tensor, need in zip(theta[1:], others, strict=True))
+        return residual_of_cells(mode, rows, Theta(theta.w_hh, *moved), p, first)[1:]
+
+    _, pull = torch.func.vjp(cells, *given)
+    found = iter(pull(tuple(-tensor for tensor in adjoint[1:])))
+    return [dw_hh, *(next(found) if need else None for need in others)]
+
+
+def _theta_tangents(theta: Theta, tangents: Sequence[Tensor | None]) -> tuple[list[int], Callable[..., Theta]]:
+    """Return the indices of the tensors of theta that have tangents, and theta as a function of these tensors."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def moved(*values: Tensor) -> Theta:
+        changed: list[Any] = list(theta)
+        for i, value in zip(moving, values, strict=True):
+            changed[i] = value
+        return Theta(*changed)
+
+    return moving, moved
+
+
+def _jvp(function: Callable[..., System], inputs: Sequence[Any], tangents: Sequence[Any]) -> System:
+    """Return the tangents of a function by two reverse passes, since forward-mode AD does not nest in a dual level."""
+    outputs, pull = torch.func.vjp(function, *inputs)
+    _, pull_tangents = torch.func.vjp(lambda *adjoint: pull(adjoint), *[torch.zeros_like(output) for output in outputs])
+    found: System = pull_tangents(tuple(tangents))
+    return found
+
+
+class Tangent(torch.autograd.Function):
+    """Solve residual(theta, p, p0) = v for p. Arguments: mode, rows, *theta, *v, *p0."""
+
+    @staticmethod
+    def forward(mode: str, rows: Rows, *tensors: Any) -> System:
+        v, p0 = _split_system(mode, tensors[6:])
+        return _solve_tangent(mode, rows, Theta(*tensors[:6]), v, p0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: System) -> None:
+        ctx.mode, ctx.rows, *tensors = inputs
+        _v, p0 = _split_system(ctx.mode, tensors[6:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:6], *output, *p0)
+        ctx.save_for_forward(*tensors[:6], *output, *p0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        mode, rows = ctx.mode, ctx.rows
+        theta, (p, p0) = Theta(*ctx.saved_tensors[:6]), _split_system(mode, ctx.saved_tensors[6:])
+        adjoint, d0 = _split_system(mode, Adjoint.apply(mode, rows, *theta, *grads))
+        gradients = _theta_gradients(mode, rows, theta, ctx.needs_input_grad[2:8], adjoint, p, p0)
+        return None, None, *gradients, *_needed((*adjoint, *d0), ctx.needs_input_grad[8:])
+
+    @staticmethod
+    def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Any) -> System:
+        mode, rows = ctx.mode, ctx.rows
+        theta, (p, p0) = Theta(*ctx.saved_tensors[:6]), _split_system(mode, ctx.saved_tensors[6:])
+        v_dot, p0_dot = _split_system(mode, tangents[6:])
+        moving, moved = _theta_tangents(theta, tangents[:6])
+        if moving:
+            first = tuple(_filled(p0, _zero_state(theta)))
+            change = _jvp(
+                lambda *values: residual(mode, rows, moved(*values), p, first),
+                [theta[i] for i in moving],
+                [tangents[i] for i in moving],
+            )
+            v_dot = _differences(v_dot, change)
+        found: System = Tangent.apply(mode, rows, *theta, *v_dot, *p0_dot)
+        return found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[System, Any]:
+        return _vmap(Tangent, info.batch_size, in_dims, args, slice(0, 2))
+
+
+class Adjoint(torch.autograd.Function):
+    """Solve the transposed system for g: returns the adjoint of v, then the gradients of the initial state.
+
+    Arguments: mode, rows, *theta, *g.
+    """
+
+    @staticmethod
+    def forward(mode: str, rows: Rows, *tensors: Any) -> System:
+        return _solve_adjoint(mode, rows, Theta(*tensors[:6]), tensors[6:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: System) -> None:
+        ctx.mode, ctx.rows, *tensors = inputs
+        adjoint, _ = _split_system(ctx.mode, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:6], *adjoint)
+        ctx.save_for_forward(*tensors[:6], *adjoint)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        mode, rows = ctx.mode, ctx.rows
+        theta, adjoint = Theta(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+        q, q0 = _split_system(mode, grads)
+        p = Tangent.apply(mode, rows, *theta, *q, *q0)
+        gradients = _theta_gradients(mode, rows, theta, ctx.needs_input_grad[2:8], adjoint, p, q0)
+        return None, None, *gradients, *_needed(p, ctx.needs_input_grad[8:])
+
+    @staticmethod
+    def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Any) -> System:
+        mode, rows = ctx.mode, ctx.rows
+        theta, adjoint = Theta(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+        g_dot = tangents[6:]
+        moving, moved = _theta_tangents(theta, tangents[:6])
+        found: System
+        if not moving:
+            found = Adjoint.apply(mode, rows, *theta, *g_dot)
+            return found
+        n = len(adjoint)
+        zeros = [*(torch.zeros_like(tensor) for tensor in adjoint), *_zero_state(theta)]
+
+        def transposed(*values: Tensor) -> System:
+            at = moved(*values)
+            _, pull = torch.func.vjp(lambda *p: residual(mode, rows, at, p[:n], p[n:]), *zeros)
+            changes: System = pull(tuple(adjoint))
+            return changes
+
+        changes = _jvp(transposed, [theta[i] for i in moving], [tangents[i] for i in moving])
+        found = Adjoint.apply(mode, rows, *theta, *_differences(g_dot, changes[:n]))
+        return *found[:n], *(d - change for d, change in zip(found[n:], changes[n:], strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[System, Any]:
+        return _vmap(Adjoint, info.batch_size, in_dims, args, slice(0, 2))
+
+
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+def _differences(tensors: Vector, changes: Sequence[Tensor]) -> list[Tensor]:
+    return [-change if t is None else t - change for t, change in zip(tensors, changes, strict=True)]
+
+
+def _split_system(mode: str, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Split a vector of the system from the state that follows it."""
+    n = 3 if mode == "LSTM" else 2
+    return tuple(tensors[:n]), tuple(tensors[n:])
+
+
+# ---- Recurrence
+
+
+def _saved_tangents(mode: str, saved: Tensor, w_hr: Tensor | None, a: Tensor, c: Tensor | None) -> Tensor:
+    """Return the tangents of the saved activations."""
+    values = saved.split(a.shape[-1] // 4, -1)
+    blocks = a.split(a.shape[-1] // 4, -1)
+    if mode == "GRU":
+        n, r, z, m = values
+        a_n, a_r, a_z, a_m = blocks
+        r_dot = r * (1 - r) * a_r
+        return torch.cat(((1 - n * n) * (a_n + r_dot * m + r * a_m), r_dot, z * (1 - z) * a_z, a_m), -1)
+    assert c is not None
+    i, f, g, o = values[:4]
+    changes = [i * (1 - i) * blocks[0], f * (1 - f) * blocks[1], (1 - g * g) * blocks[2], o * (1 - o) * blocks[3], c]
+    if w_hr is not None:
+        changes.append(_lstm_output_tangent(_Cell(values, saved, saved, None), blocks, c))
+    return torch.cat(changes, -1)
+
+
+class _Call:
+    """What a call of Recurrence does not differentiate.
+
+    Attributes:
+        results: y and the saved activations, if the registered op has computed them; else None.
+        once: whether the call is differentiated forwards and only once. Its saved activations then need no tangents.
+    """
+
+    def __init__(self, results: tuple[Tensor, ...] | None, once: bool) -> None:
+        self.results = results
+        self.once = once
+
+
+class Recurrence(torch.autograd.Function):
+    """One direction of one layer: returns y [N, P], but for Elman the saved activations [N, *], and of an LSTM c [N, H].
+
+    Arguments: mode, rows, x [N, I], h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, call.
+    """
+
+    @staticmethod
+    def forward(
+        mode: str,
+        rows: Rows,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        w_hr: Tensor | None,
+        call: _Call,
+    ) -> tuple[Tensor, ...]:
+        if rows.batch_sizes is None:
+            x = x.unflatten(0, (rows.T, rows.B))
+        weights, end = (w_ih, w_hh, b_ih, b_hh), (rows.batch_sizes, None)
+        results = call.results
+        if results is None and mode == "LSTM":
+            y, _, _, saved = torch_ops.lstm_forward(x, h0, c0, *weights, w_hr, *end, rows.reverse, False, True)
+            results = y, saved
+        elif results is None and mode == "GRU":
+            y, _, saved = torch_ops.gru_forward(x, h0, *weights, *end, rows.reverse, False, True)
+            results = y, saved
+        elif results is None:
+            y, _ = torch_ops.rnn_forward(x, h0, *weights, *end, mode[4:].lower(), rows.reverse, False)
+            results = (y,)
+        y, *others = [result.detach() for result in results]
+        if mode == "LSTM":
+            H = w_ih.shape[0] // 4
+            others.append(others[0][:, 4 * H : 5 * H].clone())
+        return y.flatten(0, -2), *others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mode, ctx.rows, x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr, ctx.call = inputs
+        y, saved = (*output, None)[:2]
+        ctx.set_materialize_grads(False)
+        if ctx.call.once and saved is not None:
+            ctx.mark_non_differentiable(saved)
+        ctx.save_for_backward(x, w_ih, w_hh, w_hr, saved, y, h0, c0)
+        ctx.save_for_forward(x, w_ih, w_hh, w_hr, saved, y, h0, c0)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_saved: Tensor | None = None, grad_c: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        mode, rows = ctx.mode, ctx.rows
+        x, w_ih, *values = ctx.saved_tensors
+        theta = Theta(*values)
+        _, _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr, _ = ctx.needs_input_grad
+        g = _system_gradients(mode, theta, grad_y, grad_saved, grad_c)
+        solved, d0 = _split_system(mode, Adjoint.apply(mode, rows, *theta, *g))
+        by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
+        return (
+            None,
+            None,
+            by_input @ _in_blocks(mode, w_ih) if need_x else None,
+            d0[0] if need_h0 else None,
+            d0[1] if need_c0 else None,
+            _in_gates(mode, by_input.T @ x) if need_w_ih else None,
+            by_state.T @ rows.previous(theta.h0, theta.y) if need_w_hh else None,
+            _in_gates(mode, by_input.sum(0)) if need_b_ih else None,
+            by_state.sum(0) if need_b_hh else None,
+            solved[1].T @ _projected(theta) if need_w_hr else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        mode, rows = ctx.mode, ctx.rows
+        x, w_ih, *values = ctx.saved_tensors
+        theta = Theta(*values)
+        dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, _ = tangents
+        by_input = _sum(
+            None if dx is None else dx @ _in_blocks(mode, w_ih).T,
+            None if dw_ih is None else x @ _in_blocks(mode, dw_ih).T,
+            None if db_ih is None else _in_blocks(mode, db_ih).expand(len(x), -1),
+        )
+        by_state = _sum(
+            None if dw_hh is None else rows.previous(theta.h0, theta.y) @ dw_hh.T,
+            None if db_hh is None else db_hh.expand(len(x), -1),
+        )
+        v_a = _sum(
+            None if by_input is None else _from_input(mode, by_input),
+            None if by_state is None else _from_state(mode, by_state),
+        )
+        v = [v_a, None if dw_hr is None else _projected(theta) @ dw_hr.T, None]
+        p = Tangent.apply(mode, rows, *theta, *(v + [dh0, dc0] if mode == "LSTM" else v[:2] + [dh0]))
+        if theta.saved is None:
+            return (p[1],)
+        c = p[2] if mode == "LSTM" else None
+        changes = None if ctx.call.once else _saved_tangents(mode, theta.saved, theta.w_hr, p[0], c)
+        return (p[1], changes) if c is None else (p[1], changes, c)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        *others, call = args
+        return _vmap(Recurrence, info.batch_size, in_dims[:-1], tuple(others), slice(3, 8), call)
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def _projected(theta: Theta) -> Tensor:
+    """Return the output of a projected LSTM's cell before the projection."""
+    assert theta.saved is not None
+    return theta.saved[:, -theta.w_hh.shape[0] // 4 :]
+
+
+def _zeros(mode: str, theta: Theta) -> list[Tensor]:
+    """Return a zero vector of the system."""
+    N, H = theta.y.shape[0], _hidden(mode, theta)
+    blocks = {"GRU": 4, "LSTM": 4}.get(mode, 1)
+    a = torch.zeros(N, blocks * H, dtype=theta.y.dtype, device=theta.y.device)
+    states = [torch.zeros_like(theta.y)]
+    if mode == "LSTM":
+        states.append(a[:, :H])
+    return [a, *states]
+
+
+def _system_gradients(
+    mode: str, theta: Theta, grad_y: Tensor | None, grad_saved: Tensor | None, grad_c: Tensor | None
+) -> Vector:
+    """Return the gradients of the system's vector (a, h, c), given those of the results."""
+    g: list[Tensor | None] = [None, grad_y, grad_c][: 2 + (mode == "LSTM")]
+    if grad_saved is not None:
+        assert theta.saved is not None
+        saved, (a, _, *cells) = theta.saved, _zeros(mode, theta)
+        _, pull = torch.func.vjp(lambda a, c=None: _saved_tangents(mode, saved, theta.w_hr, a, c), a, *cells)
+        g[0], *cells = pull(grad_saved)
+        if mode == "LSTM":
+            g[2] = _sum(grad_c, *cells)
+    return g
+
+
+def one_direction(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    results: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, State]:
+    """Run one direction of one layer; x is [T, B, I] or packed rows [N, I], a state [B, *] or [1, B, *].
+
+    The new state is [B, *] if the given one is, else [1, B, *].
+    `results` are y and the saved activations, if the registered op has computed them.
+    """
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    assert w_ih is not None
+    assert w_hh is not None
+    H, P = w_ih.shape[0] // gates_of(mode), w_hh.shape[1]
+    if batch_sizes is None:
+        T, B = x.shape[:2]
+    else:
+        assert state is not None
+        T, B = batch_sizes.shape[0], int(batch_sizes[0]) if len(batch_sizes) else state[0].shape[-2]
+    rows = Rows(T, B, batch_sizes, reverse)
+    widths = (P, H)[: 1 + (mode == "LSTM")]
+    if state is None:
+        first = [torch.zeros(B, width, dtype=w_hh.dtype, device=x.device) for width in widths]
+    else:
+        first = [tensor.reshape(tensor.shape[-2:]) for tensor in state]
+    h0, c0 = first if mode == "LSTM" else (first[0], None)
+    data = x.flatten(0, 1) if batch_sizes is None else x
+    tensors = (data, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    call = _Call(results, forward_mode_once(tensors))
+    y, *saved = Recurrence.apply(mode, rows, *tensors, call)
+    last = [rows.last(h0, y)]
+    if mode == "LSTM":
+        last.append(rows.last(c0, saved[1]))
+    if state is None or state[0].dim() == 3:
+        last = [tensor.unsqueeze(0) for tensor in last]
+    return y.unflatten(0, (T, B)) if batch_sizes is None else y, tuple(last)
+
+
+# ---- recurrence_tangent and recurrence_adjoint, the kernels
+
+
+def _fake_system(mode: str, w_hh: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    N, H = y.shape[0], w_hh.shape[0] // gates_of(mode)
+    blocks = 1 if mode.startswith("RNN") else 4
+    c = y.new_empty((N, H)) if mode == "LSTM" else y.new_empty(0)
+    return y.new_empty((N, blocks * H)), y.new_empty(y.shape), c
+
+
+def _tangent_fake(
+    mode: str, w_hh: Tensor, w_hr: Tensor | None, saved: Tensor | None, y: Tensor, *others: Any
+) -> System:
+    return _fake_system(mode, w_hh, y)
+
+
+def _adjoint_fake(
+    mode: str,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    saved: Tensor | None,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    *others: Any,
+) -> System:
+    dc0 = y.new_empty(0) if c0 is None else y.new_empty(c0.shape)
+    return *_fake_system(mode, w_hh, y), y.new_empty(h0.shape), dc0
+
+
+torch.library.register_fake("llm_ext::recurrence_tangent", _tangent_fake)
+torch.library.register_fake("llm_ext::recurrence_adjoint", _adjoint_fake)
+# Autocast needs no rule: their callers have cast.
+refuse_derivative("recurrence_tangent")
+refuse_derivative("recurrence_adjoint")

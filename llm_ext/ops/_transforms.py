@@ -1,0 +1,91 @@
+"""Detection of torch's function transforms: torch.func (vmap, grad, jvp, ...) and forward-mode AD.
+
+The registered ops have a reverse-mode derivative only. Under a transform the public functions take another path, which
+is built of `torch.autograd.Function` and torch's own ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+_torch_func_is_active = torch._C._are_functorch_transforms_active
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def transforms_active() -> bool:
+    """Return whether a transform of torch.func or forward-mode AD is active."""
+    return bool(_torch_func_is_active()) or forward_ad._current_level >= 0
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Return whether vmap maps over a dimension of `tensor`, at any level."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Return whether a graph is being recorded, which must be right for other values of `tensor`, too."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrappers of all transforms; it must not be mapped."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def forward_mode_once(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether a call on `tensors` is differentiated in forward mode only, and only once."""
+    transforms = [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or []]
+    if _functorch.TransformType.Grad in transforms or transforms.count(_functorch.TransformType.Jvp) > 1:
+        return False
+    recorded = torch.is_grad_enabled() and any(t is not None and unwrapped(t).requires_grad for t in tensors)
+    return forward_ad._current_level >= 0 and not recorded
+
+
+def differentiable_gradients(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return the gradients of a call in a form that can be differentiated and mapped once more.
+
+    Args:
+        function: The call, built of ops that have rules for every transform.
+        inputs: Its arguments.
+        needs: For each input whether its gradient is needed.
+        grads: Gradients of the first outputs; ``None`` means zeros.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases keep apart the gradients of two arguments that are the same tensor.
+        aliases = [
+            tensor.view_as(tensor) if tensor is not None and need else tensor
+            for tensor, need in zip(inputs, needs, strict=True)
+        ]
+        outputs = function(*aliases)
+    given = [(output, grad) for output, grad in zip(outputs, grads, strict=False) if grad is not None]
+    wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+    found: Any = iter(
+        torch.autograd.grad(
+            [output for output, _ in given],
+            wanted,  # type: ignore[arg-type]
+            [grad for _, grad in given],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        if given
+        else [None] * len(wanted)
+    )
+    return [next(found) if need else None for need in needs]
