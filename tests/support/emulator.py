@@ -29,7 +29,7 @@ ASAN = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 KERNEL = [*ASAN, "--param=asan-instrumentation-with-call-threshold=0"]
 WRAPPED = [f"__asan_{access}{size}" for access in ("load", "store") for size in (1, 2, 4, 8, 16, "N")]
 WRAP = [f"-Wl,--wrap={name}" for name in (*WRAPPED, "memcpy", "memset")]
-RUNTIME = [EMULATOR / f"{name}.cpp" for name in ("scheduler", "races", "device")]
+RUNTIME = [EMULATOR / f"{name}.cpp" for name in ("scheduler", "races", "device", "memory")]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=4:redzone=1024:max_redzone=2048"
     ":allocator_may_return_null=0:abort_on_error=0:color=never"
@@ -113,7 +113,7 @@ def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Pa
             jobs.append((source, [f"-I{changed}", *FLAGS, *KERNEL], headers, BUILD / "changed"))
         else:
             jobs.append((source, [*FLAGS, *KERNEL], common, BUILD))
-    jobs += [(source, [*FLAGS, "-O2"], common, BUILD) for source in RUNTIME]
+    jobs += [(source, [*FLAGS, "-O3"], common, BUILD) for source in RUNTIME]
     for folder in {job[-1] for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

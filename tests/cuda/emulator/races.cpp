@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <string>
 #include <unordered_map>
@@ -40,21 +41,42 @@ struct Region {
 
 bool on = true;
 std::map<const void*, Region> regions;  // by their start
-Region* recent = nullptr;
 uint32_t launch_number = 0;
 uint32_t index_bits = 0;  // of a thread's number; above them is that of its block
 size_t block_threads = 0;
 Known nothing;
 std::unordered_map<const void*, Known> flags;
 
+// The region in which a page was accessed last; null for a page without regions, such as those of stacks.
+struct Page {
+  uintptr_t number = 0;
+  Region* region = nullptr;
+};
+constexpr uintptr_t kPage = 4096;
+Page pages[256];
+
+void forget_pages() { std::fill(std::begin(pages), std::end(pages), Page{}); }
+
+bool contains(const Region& region, const unsigned char* p) {
+  return p >= region.start && p < region.start + region.bytes;
+}
+
 Region* region_of(const void* address) {
   const auto* p = static_cast<const unsigned char*>(address);
-  if (recent && p >= recent->start && p < recent->start + recent->bytes) return recent;
-  auto next = regions.upper_bound(address);
-  if (next == regions.begin()) return nullptr;
-  Region& region = std::prev(next)->second;
-  if (p >= region.start + region.bytes) return nullptr;
-  return recent = &region;
+  const uintptr_t number = reinterpret_cast<uintptr_t>(p) / kPage;
+  Page& page = pages[number % std::size(pages)];
+  if (page.number == number && (!page.region || contains(*page.region, p))) return page.region;
+  const auto next = regions.upper_bound(address);
+  Region* before = next == regions.begin() ? nullptr : &std::prev(next)->second;
+  if (before && contains(*before, p)) {
+    page = {number, before};
+    return before;
+  }
+  const auto number_of = [](const unsigned char* at) { return reinterpret_cast<uintptr_t>(at) / kPage; };
+  if ((!before || number_of(before->start + before->bytes) < number) &&
+      (next == regions.end() || number_of(next->second.start) > number))
+    page = {number, nullptr};
+  return nullptr;
 }
 
 // As a site in a module, which program.py turns into lines. It is where the call before the access returns to.
@@ -86,13 +108,15 @@ std::string name_of(uint32_t thread) {
 Times joined(const Times& a, const Times& b) {
   if (!b || a == b) return a;
   if (!a) return b;
-  bool a_has_all = true, b_has_all = true;
-  for (size_t i = 0; i < a->size(); ++i) {
-    a_has_all &= (*a)[i] >= (*b)[i];
-    b_has_all &= (*a)[i] <= (*b)[i];
+  // Words instead of bools, so that the compiler uses vectors.
+  uint32_t a_lacks = 0, b_lacks = 0;
+  const uint32_t *of_a = a->data(), *of_b = b->data();
+  for (size_t i = 0, n = a->size(); i < n; ++i) {
+    a_lacks |= of_a[i] < of_b[i];
+    b_lacks |= of_b[i] < of_a[i];
   }
-  if (a_has_all) return a;
-  if (b_has_all) return b;
+  if (!a_lacks) return a;
+  if (!b_lacks) return b;
   auto both = std::make_shared<std::vector<uint32_t>>(*a);
   for (size_t i = 0; i < both->size(); ++i) (*both)[i] = std::max((*both)[i], (*b)[i]);
   return both;
@@ -137,6 +161,7 @@ void check_end(const Region& region, const Block& block) {
 void watch(const void* start, size_t bytes, const Block* block) {
   regions[start] = {static_cast<const unsigned char*>(start), bytes, block,
                     std::vector<Shadow>((bytes + kGranule - 1) / kGranule)};
+  forget_pages();
 }
 
 void forget(const void* start) {
@@ -148,7 +173,7 @@ void forget(const void* start) {
     flag = offset >= 0 && static_cast<size_t>(offset) < region->second.bytes ? flags.erase(flag) : std::next(flag);
   }
   regions.erase(region);
-  recent = nullptr;
+  forget_pages();
 }
 
 void watching(bool wanted) { on = wanted; }
