@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.process import check_python
+from support.process import check_fork, check_python
 from torch import Tensor
 
 import llm_ext
@@ -157,7 +157,7 @@ def test_threads() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_process_has_its_own_cache() -> None:
-    check_python(
+    check_fork(
         """
 import os, torch
 from llm_ext import ops

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from support.devices import num_threads
-from support.process import check_python
+from support.process import check_fork, check_python
 
 import llm_ext
 
@@ -42,17 +43,19 @@ expected = run()
 """
 
 
-def run_code(code: str) -> None:
-    assert check_python(SETUP + code + "\nprint('done')", timeout=TIMEOUT) == "done\n"
+def run_code(code: str, run: Callable[..., str] = check_fork) -> None:
+    assert run(SETUP + code + "\nprint('done')", timeout=TIMEOUT) == "done\n"
 
 
 def test_number_changes_between_calls() -> None:
+    """In a new process, so that the end of an interpreter with threads is tested, too."""
     run_code(
         """
 for threads in (2, 8, 1, 3, 16, 2, 1, 5):
     torch.set_num_threads(threads)
     check(run(), expected)
-"""
+""",
+        check_python,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.comparison import assert_close
-from support.emulator import DTYPES, EMULATOR, ROOT, KernelError, build, run, tensor, without_call
+from support.emulator import DTYPES, EMULATOR, ROOT, KernelError, build, build_without_call, run, tensor
 from support.tolerances import HALF_DTYPES
 from torch import Tensor
 
@@ -391,9 +391,9 @@ LINES = [
 
 
 @pytest.mark.parametrize(("file", "call", "case"), LINES, ids=[line[0] for line in LINES])
-def test_a_kernel_without_a_line(tmp_path: Path, file: str, call: str, case: Pool | Additive) -> None:
+def test_a_kernel_without_a_line(file: str, call: str, case: Pool | Additive) -> None:
     """The last call of this name in the file is removed."""
-    program = build("changed_attention", without_call(sources(), file, call, tmp_path), changed=tmp_path)
+    program = build_without_call(sources(), file, call)
     run_case = partial(check_pool, program, case) if isinstance(case, Pool) else partial(check_additive, program, case)
     with pytest.raises(KernelError, match="race: "):
         run_case()

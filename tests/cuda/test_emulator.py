@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cuda_rnn import Case, check, program_sources
-from support.emulator import EMULATOR, KernelError, Request, build, run, tensor, without_call
+from support.emulator import EMULATOR, KernelError, Request, build, build_without_call, run, tensor
 
 BLOCKS, THREADS = 4, 64
 NUMBERS = torch.arange(BLOCKS * THREADS, dtype=torch.float32)
@@ -158,10 +158,9 @@ LINES = [
 
 
 @pytest.mark.parametrize(("file", "call", "case", "report"), LINES, ids=[f"{line[0]}-{line[1]}" for line in LINES])
-def test_a_kernel_without_a_call(tmp_path: Path, file: str, call: str, case: Case, report: str) -> None:
+def test_a_kernel_without_a_call(file: str, call: str, case: Case, report: str) -> None:
     """The last call of this name in the file is removed."""
-    sources = without_call(program_sources(), file, call, tmp_path, only=("generic.cu", "tiles_bf16.cu"))
-    program = build("changed", sources, changed=tmp_path)
+    program = build_without_call(program_sources(), file, call, only=("generic.cu", "tiles_bf16.cu"))
     with pytest.raises(KernelError) as found:
         check(program, case)
     assert re.search(report, str(found.value)), str(found.value)

@@ -34,7 +34,7 @@ from support.comparison import (
 )
 from support.devices import every_device, num_threads
 from support.pairwise import parametrize_pairwise
-from support.process import check_python
+from support.process import check_fork
 from support.tolerances import ALL_DTYPES, DTYPES, HALF_DTYPES
 
 from llm_ext import ops
@@ -156,7 +156,7 @@ def test_memory_is_linear_in_queries_and_keys(B: int, Tq: int, Tk: int) -> None:
     """Forward and backward need a few tensors of the projected queries and keys, and none of Tq x Tk x A."""
     A = 256
     # Inputs and their gradients count 4, the workspace some more; the allocator adds a few MB.
-    assert int(check_python(PEAK, B, Tq, Tk, A, A)) <= 12 * 4 * B * (Tq + Tk) * A + (16 << 20)
+    assert int(check_fork(PEAK, B, Tq, Tk, A, A)) <= 12 * 4 * B * (Tq + Tk) * A + (16 << 20)
 
 
 @pytest.mark.parametrize("kind", SELECTIONS)

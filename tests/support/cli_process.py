@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import multiprocessing
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,11 +13,7 @@ from pathlib import Path
 import torch
 
 from llm_ext.cli import main
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["llm_ext.cli.commands.parser", "lightning_fabric", "matplotlib.figure", "support.cli_process"]
-)
+from support.process import CONTEXT, redirect
 
 
 class CommandProcess:
@@ -47,7 +40,7 @@ class CommandProcess:
         self._stdout, self._stderr = stdout or folder / f"stdout.{number}", folder / f"stderr.{number}"
         self._stderr.touch()
         streams = [str(path) for path in (stdin, self._stdout, self._stderr)]
-        self._process = _CONTEXT.Process(
+        self._process = CONTEXT.Process(
             target=_run, args=([str(argument) for argument in arguments], streams, environment or {})
         )
         self._process.start()
@@ -79,23 +72,16 @@ class CommandProcess:
 
 
 def _run(arguments: list[str], streams: list[str], environment: dict[str, str]) -> None:
-    flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
-    for descriptor, (path, flag) in enumerate(zip(streams, flags, strict=True)):
-        os.dup2(os.open(path, flag, 0o666), descriptor)
-    sys.stdin, sys.stdout, sys.stderr = (
-        io.TextIOWrapper(io.FileIO(number, mode, closefd=False), write_through=mode == "w")
-        for number, mode in enumerate("rww")
-    )
+    redirect(streams)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.exit(main(arguments))
 
 
 def peak_memory(function: Callable[..., object], *arguments: object) -> int:
     """Run a function in a process of its own; return the peak memory of the process in MiB."""
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_measure, args=(sender, function, arguments))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_measure, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:

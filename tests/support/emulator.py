@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -10,8 +11,9 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,15 @@ def _launcher() -> list[str]:
     return [str(setarch), "-R"] if works else []
 
 
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """One process builds at a time, with all cores; another that needs the same then finds it built."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -109,49 +120,53 @@ def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Pa
     # The largest first, so that all cores finish together.
     for source in sorted(sources, key=lambda path: -path.stat().st_size):
         if changed is not None and source.is_relative_to(changed):
-            headers = common + _headers(changed)
-            jobs.append((source, [f"-I{changed}", *FLAGS, *KERNEL], headers, BUILD / "changed"))
+            # Not optimized, because such a program runs one case.
+            flags = [f"-I{changed}", *FLAGS, "-O0", *KERNEL]
+            jobs.append((source, flags, common + _headers(changed), changed))
         else:
             jobs.append((source, [*FLAGS, *KERNEL], common, BUILD))
     jobs += [(source, [*FLAGS, "-O3"], common, BUILD) for source in RUNTIME]
-    for folder in {job[-1] for job in jobs}:
-        folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda job: _object(*job), jobs))
-    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-    program = BUILD / f"{name}-{key}"
-    if not program.exists():
-        for stale in BUILD.glob(f"{name}-" + "?" * 20):
-            stale.unlink()
-        partial = program.with_suffix(f".{os.getpid()}.partial")
-        _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
-        partial.rename(program)
+    with exclusive():
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(lambda job: _object(*job), jobs))
+        key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+        program = BUILD / f"{name}-{key}"
+        if not program.exists():
+            for stale in BUILD.glob(f"{name}-" + "?" * 20):
+                stale.unlink()
+            partial = program.with_suffix(f".{os.getpid()}.partial")
+            _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
+            partial.rename(program)
     return program
 
 
-def without_call(
-    sources: Iterable[Path], file: str, call: str, folder: Path, only: Container[str] | None = None
-) -> list[Path]:
-    """The sources with the last call of this name removed from `file` of csrc/cuda, copied to `folder`.
+def build_without_call(sources: Iterable[Path], file: str, call: str, only: Container[str] | None = None) -> Path:
+    """The program of these sources with the last call of this name removed from `file` of csrc/cuda.
 
-    If `file` is a header, the sources that include it are copied, too; of these those named in `only`, if given.
+    If `file` is a header, the sources that include it are changed, too; of these those named in `only`, if given.
     """
-    text = (ROOT / "csrc" / "cuda" / file).read_text()
+    cuda = ROOT / "csrc" / "cuda"
+    name = f"without-{call}-{file.replace('/', '-')}"
+    folder = BUILD / name
+    text = (cuda / file).read_text()
     last = list(re.finditer(rf"\b{call}\([^;]*\);", text))[-1]
-    changed = folder / "cuda" / file
-    changed.parent.mkdir(parents=True)
-    changed.write_text(text[: last.start()] + ";" + text[last.end() :])
-    result = []
+
+    def change(source: Path, text: str) -> Path:
+        changed = folder / "cuda" / source.relative_to(cuda)
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.write_text(text)
+        return changed
+
+    change(cuda / file, text[: last.start()] + ";" + text[last.end() :])
+    changed_sources = []
     for source in sources:
-        if source == ROOT / "csrc" / "cuda" / file:
-            result.append(changed)
+        if source == cuda / file:
+            changed_sources.append(folder / "cuda" / file)
         elif (only is None or source.name in only) and f'"cuda/{file}"' in source.read_text():
-            copy = folder / "cuda" / source.relative_to(ROOT / "csrc" / "cuda")
-            copy.write_text(source.read_text())
-            result.append(copy)
+            changed_sources.append(change(source, source.read_text()))
         else:
-            result.append(source)
-    return result
+            changed_sources.append(source)
+    return build(name, changed_sources, changed=folder)
 
 
 def _with_lines(report: str) -> str:
