@@ -22,7 +22,7 @@ from setuptools import setup
 # setuptools expects paths relative to this file, whatever the working directory is.
 ROOT = Path(__file__).resolve().parent
 # One binary per generation that runs on all of its GPUs, and PTX for later generations.
-ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
+ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -95,6 +95,8 @@ FLAGS = [
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
+    # Python's own flags have -g, which would cost a third of the time and nine tenths of the size.
+    "-g0",
     *os.environ.get("LLM_EXT_CXXFLAGS", "").split(),
 ]
 OPTIONS = {

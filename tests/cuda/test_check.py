@@ -27,7 +27,7 @@ ptxas info    : Compiling entry function '_Z4tile' for 'sm_80'
 ptxas info    : Function properties for _Z4tile
     {stack} bytes stack frame, {spill} bytes spill stores, {spill} bytes spill loads
 ptxas info    : Used 128 registers, used 1 barriers, 1024 bytes smem, 744 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z7generic' for 'sm_90a'
+ptxas info    : Compiling entry function '_Z7generic' for 'sm_90'
 ptxas info    : Function properties for _Z7generic
     16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers
@@ -39,7 +39,7 @@ def test_spills_are_seen_in_hot_kernels(stack: int, spill: int, faulty: bool) ->
     tile, generic = cuda_check.parse("some.cu", REPORT.format(stack=stack, spill=spill))
     assert (tile.name, tile.target, tile.registers, tile.shared) == ("_Z4tile", "sm_80", 128, 1024)
     assert (tile.stack, tile.spills, tile.faulty) == (stack, 2 * spill, faulty)
-    assert (generic.target, generic.shared, generic.faulty) == ("sm_90a", 0, False)
+    assert (generic.target, generic.shared, generic.faulty) == ("sm_90", 0, False)
     assert "128" in cuda_check.table([tile, generic])
 
 
