@@ -44,11 +44,17 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/python -c "import llm_ext; print('llm_ext is built:', llm_ext.build_info())"
 	touch $@
 
+PARALLEL := -n auto --dist worksteal
+
 test: $(BUILT)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+
+# The registration of ops does not depend on the ISA.
+ISA_TESTS := $(filter-out %/test_opcheck.py %/test_registration.py, $(wildcard tests/ops/test_*.py)) \
+    tests/cpu/test_packed_weight_cache.py
 
 test-isa: $(BUILT)
-	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest tests/ops tests/cpu/test_packed_weight_cache.py $(PYTEST)
+	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS) $(PYTEST)
 
 docs: $(BUILT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
