@@ -111,6 +111,17 @@ class Theta(NamedTuple):
 # ---- the linear system, without a loop over time
 
 
+def _split(tensor: Tensor, sizes: int | list[int], dim: int = 0) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = tensor.split(sizes, dim)  # type: ignore[no-untyped-call]
+    return parts
+
+
+def _vjp(function: Callable[..., System], *inputs: Tensor) -> Callable[[System], System]:
+    """Return the map from gradients of the results to gradients of the inputs."""
+    _, pull = torch.func.vjp(function, *inputs)  # type: ignore[misc]
+    return pull
+
+
 class _Cell(NamedTuple):
     """The saved activations of some rows by name, and the states before them."""
 
@@ -121,7 +132,7 @@ class _Cell(NamedTuple):
 
 
 def _cell(mode: str, theta: Theta, h_before: Tensor, c_before: Tensor | None) -> _Cell:
-    saved = () if theta.saved is None else theta.saved.split(_hidden(mode, theta), -1)
+    saved = () if theta.saved is None else _split(theta.saved, _hidden(mode, theta), -1)
     return _Cell(saved, theta.y, h_before, c_before)
 
 
@@ -160,12 +171,12 @@ def _lstm_output_tangent(cell: _Cell, a: Sequence[Tensor], c: Tensor) -> Tensor:
 def residual_of_cells(mode: str, rows: Rows, theta: Theta, p: System, p0: State) -> System:
     """Return the residual without its product W_hh h_{t-1}, the only term that depends on W_hh."""
     a, h = p[:2]
-    blocks = a.split(_hidden(mode, theta), -1)
+    blocks = _split(a, _hidden(mode, theta), -1)
     if mode == "LSTM":
         assert theta.c0 is not None
         assert theta.saved is not None
         c = p[2]
-        c_values = theta.saved.split(_hidden(mode, theta), -1)[4]
+        c_values = _split(theta.saved, _hidden(mode, theta), -1)[4]
         cell = _cell(mode, theta, theta.y, rows.previous(theta.c0, c_values))
         m = _lstm_output_tangent(cell, blocks, c)
         r_c = c - _lstm_cell_tangent(cell, blocks, rows.previous(p0[1], c))
@@ -236,15 +247,17 @@ def _zero_state(theta: Theta) -> list[Tensor]:
 def _step_cells(mode: str, rows: Rows, theta: Theta) -> list[_Cell]:
     """Return the activations of each step."""
     sizes = rows.sizes()
-    h_before = rows.previous(theta.h0, theta.y).split(sizes)
-    saved = [()] * rows.T if theta.saved is None else theta.saved.split(sizes)
-    y = theta.y.split(sizes)
+    h_before = _split(rows.previous(theta.h0, theta.y), sizes)
+    y = _split(theta.y, sizes)
     H = _hidden(mode, theta)
-    cells = [_Cell(s if isinstance(s, tuple) else s.split(H, -1), h, b, None) for s, h, b in zip(saved, y, h_before)]
+    saved: list[tuple[Tensor, ...]] = [()] * rows.T
+    if theta.saved is not None:
+        saved = [_split(step, H, -1) for step in _split(theta.saved, sizes)]
+    cells = [_Cell(*step, None) for step in zip(saved, y, h_before, strict=True)]
     if mode == "LSTM":
         assert theta.c0 is not None
         assert theta.saved is not None
-        c_before = rows.previous(theta.c0, theta.saved.split(H, -1)[4]).split(sizes)
+        c_before = _split(rows.previous(theta.c0, _split(theta.saved, H, -1)[4]), sizes)
         cells = [cell._replace(c_before=c) for cell, c in zip(cells, c_before, strict=True)]
     return cells
 
@@ -254,13 +267,13 @@ def _loop_tangent(mode: str, rows: Rows, theta: Theta, right_side: Sequence[Tens
     v, p0 = _split_system(mode, right_side)
     sizes, H = rows.sizes(), _hidden(mode, theta)
     cells = _step_cells(mode, rows, theta)
-    parts = [tensor.split(sizes) for tensor in v]
+    parts = [_split(tensor, sizes) for tensor in v]
     results: list[list[Tensor]] = [[tensor[:0]] * rows.T for tensor in v]
     now = p0
     for t in reversed(range(rows.T)) if rows.reverse else range(rows.T):
         before = tuple(tensor[: sizes[t]] for tensor in now)
         a = parts[0][t] + _from_state(mode, before[0] @ theta.w_hh.T)
-        blocks, cell = a.split(H, -1), cells[t]
+        blocks, cell = _split(a, H, -1), cells[t]
         new: State
         if mode == "LSTM":
             c = parts[2][t] + _lstm_cell_tangent(cell, blocks, before[1])
@@ -280,7 +293,7 @@ def _loop_adjoint(mode: str, rows: Rows, theta: Theta, g: Sequence[Tensor]) -> S
     """Solve the transposed system in torch's own ops."""
     sizes = rows.sizes()
     cells = _step_cells(mode, rows, theta)
-    parts = [tensor.split(sizes) for tensor in g]
+    parts = [_split(tensor, sizes) for tensor in g]
     results: list[list[Tensor]] = [[tensor[:0]] * rows.T for tensor in g]
     # Gradients of the states after a step, from the steps that run after it.
     after = [g[1].new_zeros(rows.B, theta.w_hh.shape[1])]
@@ -376,7 +389,7 @@ def _vmap(
     dims = list(in_dims[2:])
     if any(dim is not None for dim in dims[weights]):
         calls = [
-            function.apply(
+            function.apply(  # type: ignore[no-untyped-call]
                 mode, rows, *[t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)], *end
             )
             for i in range(size)
@@ -391,11 +404,23 @@ def _vmap(
 
     kept = range(len(tensors))[weights]
     folded = [t if i in kept else fold(t, d) for i, (t, d) in enumerate(zip(tensors, dims, strict=True))]
-    results = function.apply(mode, rows.repeated(size), *folded, *end)
+    results = function.apply(mode, rows.repeated(size), *folded, *end)  # type: ignore[no-untyped-call]
     return tuple(result.unflatten(0, (-1, size)) for result in results), 1
 
 
 # ---- Tangent and Adjoint
+
+
+def solve_tangent(mode: str, rows: Rows, theta: Theta, *right_side: Tensor | None) -> System:
+    """Return p with residual(theta, p, p0) = v; `right_side` is (*v, *p0), where None means zeros."""
+    p: System = Tangent.apply(mode, rows, *theta, *right_side)  # type: ignore[no-untyped-call]
+    return p
+
+
+def solve_adjoint(mode: str, rows: Rows, theta: Theta, *g: Tensor | None) -> System:
+    """Return the solution of the transposed system for g, and the gradients of the initial state."""
+    adjoint: System = Adjoint.apply(mode, rows, *theta, *g)  # type: ignore[no-untyped-call]
+    return adjoint
 
 
 def _theta_gradients(
@@ -405,17 +430,16 @@ def _theta_gradients(
     first = tuple(_filled(p0, _zero_state(theta)))
     need_w_hh, *others = needs
     dw_hh = _state_blocks(mode, adjoint[0]).T @ rows.previous(first[0], p[1]) if need_w_hh else None
-    given = [tensor for tensor, need in zip(theta[1:], others, strict=True) if need]
+    given: list[Any] = [tensor for tensor, need in zip(theta[1:], others, strict=True) if need]
     if not given:
         return [dw_hh, *[None] * len(others)]
 
     def cells(*changed: Tensor) -> System:
         values = iter(changed)
-        moved = (next(values) if need else tensor for tensor, need in zip(theta[1:], others, strict=True))
+        moved: list[Any] = [next(values) if need else t for t, need in zip(theta[1:], others, strict=True)]
         return residual_of_cells(mode, rows, Theta(theta.w_hh, *moved), p, first)[1:]
 
-    _, pull = torch.func.vjp(cells, *given)
-    found = iter(pull(tuple(-tensor for tensor in adjoint[1:])))
+    found = iter(_vjp(cells, *given)(tuple(-tensor for tensor in adjoint[1:])))
     return [dw_hh, *(next(found) if need else None for need in others)]
 
 
@@ -434,10 +458,9 @@ def _theta_tangents(theta: Theta, tangents: Sequence[Tensor | None]) -> tuple[li
 
 def _jvp(function: Callable[..., System], inputs: Sequence[Any], tangents: Sequence[Any]) -> System:
     """Return the tangents of a function by two reverse passes, since forward-mode AD does not nest in a dual level."""
-    outputs, pull = torch.func.vjp(function, *inputs)
-    _, pull_tangents = torch.func.vjp(lambda *adjoint: pull(adjoint), *[torch.zeros_like(output) for output in outputs])
-    found: System = pull_tangents(tuple(tangents))
-    return found
+    outputs, pull = torch.func.vjp(function, *inputs)  # type: ignore[misc]
+    zeros = [torch.zeros_like(output) for output in outputs]
+    return _vjp(lambda *adjoint: pull(adjoint), *zeros)(tuple(tangents))
 
 
 class Tangent(torch.autograd.Function):
@@ -460,7 +483,7 @@ class Tangent(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         mode, rows = ctx.mode, ctx.rows
         theta, (p, p0) = Theta(*ctx.saved_tensors[:6]), _split_system(mode, ctx.saved_tensors[6:])
-        adjoint, d0 = _split_system(mode, Adjoint.apply(mode, rows, *theta, *grads))
+        adjoint, d0 = _split_system(mode, solve_adjoint(mode, rows, theta, *grads))
         gradients = _theta_gradients(mode, rows, theta, ctx.needs_input_grad[2:8], adjoint, p, p0)
         return None, None, *gradients, *_needed((*adjoint, *d0), ctx.needs_input_grad[8:])
 
@@ -477,9 +500,8 @@ class Tangent(torch.autograd.Function):
                 [theta[i] for i in moving],
                 [tangents[i] for i in moving],
             )
-            v_dot = _differences(v_dot, change)
-        found: System = Tangent.apply(mode, rows, *theta, *v_dot, *p0_dot)
-        return found
+            v_dot = tuple(_differences(v_dot, change))
+        return solve_tangent(mode, rows, theta, *v_dot, *p0_dot)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[System, Any]:
@@ -509,7 +531,7 @@ class Adjoint(torch.autograd.Function):
         mode, rows = ctx.mode, ctx.rows
         theta, adjoint = Theta(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
         q, q0 = _split_system(mode, grads)
-        p = Tangent.apply(mode, rows, *theta, *q, *q0)
+        p = solve_tangent(mode, rows, theta, *q, *q0)
         gradients = _theta_gradients(mode, rows, theta, ctx.needs_input_grad[2:8], adjoint, p, q0)
         return None, None, *gradients, *_needed(p, ctx.needs_input_grad[8:])
 
@@ -519,21 +541,17 @@ class Adjoint(torch.autograd.Function):
         theta, adjoint = Theta(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
         g_dot = tangents[6:]
         moving, moved = _theta_tangents(theta, tangents[:6])
-        found: System
         if not moving:
-            found = Adjoint.apply(mode, rows, *theta, *g_dot)
-            return found
+            return solve_adjoint(mode, rows, theta, *g_dot)
         n = len(adjoint)
         zeros = [*(torch.zeros_like(tensor) for tensor in adjoint), *_zero_state(theta)]
 
         def transposed(*values: Tensor) -> System:
             at = moved(*values)
-            _, pull = torch.func.vjp(lambda *p: residual(mode, rows, at, p[:n], p[n:]), *zeros)
-            changes: System = pull(tuple(adjoint))
-            return changes
+            return _vjp(lambda *p: residual(mode, rows, at, p[:n], p[n:]), *zeros)(tuple(adjoint))
 
         changes = _jvp(transposed, [theta[i] for i in moving], [tangents[i] for i in moving])
-        found = Adjoint.apply(mode, rows, *theta, *_differences(g_dot, changes[:n]))
+        found = solve_adjoint(mode, rows, theta, *_differences(g_dot, changes[:n]))
         return *found[:n], *(d - change for d, change in zip(found[n:], changes[n:], strict=True))
 
     @staticmethod
@@ -560,8 +578,8 @@ def _split_system(mode: str, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], t
 
 def _saved_tangents(mode: str, saved: Tensor, w_hr: Tensor | None, a: Tensor, c: Tensor | None) -> Tensor:
     """Return the tangents of the saved activations."""
-    values = saved.split(a.shape[-1] // 4, -1)
-    blocks = a.split(a.shape[-1] // 4, -1)
+    values = _split(saved, a.shape[-1] // 4, -1)
+    blocks = _split(a, a.shape[-1] // 4, -1)
     if mode == "GRU":
         n, r, z, m = values
         a_n, a_r, a_z, a_m = blocks
@@ -609,7 +627,7 @@ class Recurrence(torch.autograd.Function):
         call: _Call,
     ) -> tuple[Tensor, ...]:
         if rows.batch_sizes is None:
-            x = x.unflatten(0, (rows.T, rows.B))
+            x = x.unflatten(0, (rows.T, rows.B))  # type: ignore[no-untyped-call]
         weights, end = (w_ih, w_hh, b_ih, b_hh), (rows.batch_sizes, None)
         results = call.results
         if results is None and mode == "LSTM":
@@ -646,7 +664,7 @@ class Recurrence(torch.autograd.Function):
         theta = Theta(*values)
         _, _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr, _ = ctx.needs_input_grad
         g = _system_gradients(mode, theta, grad_y, grad_saved, grad_c)
-        solved, d0 = _split_system(mode, Adjoint.apply(mode, rows, *theta, *g))
+        solved, d0 = _split_system(mode, solve_adjoint(mode, rows, theta, *g))
         by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
         return (
             None,
@@ -682,7 +700,7 @@ class Recurrence(torch.autograd.Function):
             None if by_state is None else _from_state(mode, by_state),
         )
         v = [v_a, None if dw_hr is None else _projected(theta) @ dw_hr.T, None]
-        p = Tangent.apply(mode, rows, *theta, *(v + [dh0, dc0] if mode == "LSTM" else v[:2] + [dh0]))
+        p = solve_tangent(mode, rows, theta, *(v + [dh0, dc0] if mode == "LSTM" else v[:2] + [dh0]))
         if theta.saved is None:
             return (p[1],)
         c = p[2] if mode == "LSTM" else None
@@ -725,8 +743,8 @@ def _system_gradients(
     if grad_saved is not None:
         assert theta.saved is not None
         saved, (a, _, *cells) = theta.saved, _zeros(mode, theta)
-        _, pull = torch.func.vjp(lambda a, c=None: _saved_tangents(mode, saved, theta.w_hr, a, c), a, *cells)
-        g[0], *cells = pull(grad_saved)
+        pull = _vjp(lambda a, c=None: (_saved_tangents(mode, saved, theta.w_hr, a, c),), a, *cells)
+        g[0], *cells = pull((grad_saved,))
         if mode == "LSTM":
             g[2] = _sum(grad_c, *cells)
     return g
@@ -765,9 +783,10 @@ def one_direction(
     data = x.flatten(0, 1) if batch_sizes is None else x
     tensors = (data, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     call = _Call(results, forward_mode_once(tensors))
-    y, *saved = Recurrence.apply(mode, rows, *tensors, call)
+    y, *saved = Recurrence.apply(mode, rows, *tensors, call)  # type: ignore[no-untyped-call]
     last = [rows.last(h0, y)]
     if mode == "LSTM":
+        assert c0 is not None
         last.append(rows.last(c0, saved[1]))
     if state is None or state[0].dim() == 3:
         last = [tensor.unsqueeze(0) for tensor in last]

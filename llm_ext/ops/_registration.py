@@ -12,6 +12,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 import llm_ext._C  # importing it registers the ops
+from llm_ext.ops._transforms import constant_in_graphs, is_traced
 
 torch_ops = torch.ops.llm_ext
 
@@ -66,7 +67,7 @@ def _has_tangent(arg: Any) -> bool:
     """Return whether an argument of an op has a tangent."""
     if isinstance(arg, list):
         return any(_has_tangent(item) for item in arg)
-    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse_derivative(op: str, why: str = "differentiate the function of llm_ext.ops") -> None:
@@ -134,7 +135,7 @@ def is_on_cuda(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_cuda
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _matmul_allows_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
@@ -145,8 +146,11 @@ def allows_tf32(x: Tensor) -> bool:
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Return whether autograd records a call with these arguments; only then are activations saved."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Return whether autograd records a call with these arguments; only then are activations saved.
+
+    torch.jit.trace records calls without gradients, too, which may be trained later.
+    """
+    return (torch.is_grad_enabled() or is_traced()) and any(t is not None and t.requires_grad for t in tensors)
 
 
 def fake_gradients(*tensors_and_needs: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:

@@ -17,7 +17,16 @@ from torch.autograd import forward_ad
 _torch_func_is_active = torch._C._are_functorch_transforms_active
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
+    """Let torch.compile call `function` when it records a graph, and keep the result.
+
+    This is torch.compiler.assume_constant_result, which would import all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def transforms_active() -> bool:
     """Return whether a transform of torch.func or forward-mode AD is active."""
     return bool(_torch_func_is_active()) or forward_ad._current_level >= 0
@@ -32,9 +41,14 @@ def is_mapped(tensor: Tensor) -> bool:
     return False
 
 
+def is_traced() -> bool:
+    """Return whether torch.jit.trace records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def is_recorded(tensor: Tensor) -> bool:
     """Return whether a graph is being recorded, which must be right for other values of `tensor`, too."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or type(tensor) is not Tensor
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

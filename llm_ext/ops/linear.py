@@ -31,7 +31,7 @@ _linear_argmax = torch_ops.linear_argmax.default
 def use_native_gemm(x: Tensor) -> bool:
     """Return whether products with x run on the native GEMM: on a CPU in float32 and float64, outside autocast.
 
-    In 16 bits and on CUDA torch has products that are at least as fast. Torch's products have rules for every transform.
+    In 16 bits and on CUDA torch's products are at least as fast; under a transform they have the rules.
     """
     return (
         isinstance(x, Tensor)

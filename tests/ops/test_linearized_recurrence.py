@@ -46,7 +46,7 @@ def doubled(theta: Theta) -> Theta:
 @pytest.mark.parametrize("recurrence", RECURRENCES, ids=str)
 @given(data=st.data())
 def test_kernels_solve_the_system(recurrence: Recurrence, dtype: torch.dtype, data: Any) -> None:
-    """Tangent and adjoint kernels give what loops of torch's ops give, also where parts of the right side are absent."""
+    """Both kernels give what loops of torch's ops give, also where parts of the right side are absent."""
     sizes = sorted(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), reverse=True)
     packed, reverse = data.draw(st.booleans()), data.draw(st.booleans())
     H = data.draw(st.sampled_from([1, 3, 8, 17, 64, 130][recurrence.projected :]))
