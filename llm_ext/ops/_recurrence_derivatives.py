@@ -74,18 +74,30 @@ class Rows:
         return torch.cat((first, rows)).index_select(0, index.to(rows.device))
 
     def last(self, first: Tensor, rows: Tensor) -> Tensor:
-        """Return the row of the last step of each batch row, [B, *]."""
+        """Return the row of the last step of each batch row, [B, *]; `first` if there is no step."""
         if self.T == 0:
             return first
-        if self.batch_sizes is None:
-            return rows[: self.B] if self.reverse else rows[-self.B :]
         if self.reverse:
             return rows[: self.B]
-        sizes = self.batch_sizes
-        column = torch.arange(self.B)
+        if self.batch_sizes is None:
+            return rows[-self.B :]
+        return rows.index_select(0, self._last_index().to(rows.device))
+
+    def at_last(self, last: Tensor) -> Tensor:
+        """Return rows with `last` [B, *] at the last step of each batch row, and zeros elsewhere."""
+        N = sum(self.sizes())
+        if self.reverse:
+            return F.pad(last, (0, 0, 0, N - self.B))
+        if self.batch_sizes is None:
+            return F.pad(last, (0, 0, N - self.B, 0))
+        return torch.zeros_like(last[:1]).expand(N, -1).index_copy(0, self._last_index().to(last.device), last)
+
+    def _last_index(self) -> Tensor:
+        """Return the index of the last row of each batch row of a packed sequence that is not reversed."""
+        assert self.batch_sizes is not None
+        sizes, column = self.batch_sizes, torch.arange(self.B)
         steps = (sizes.unsqueeze(1) > column).sum(0)
-        index = (sizes.cumsum(0) - sizes)[steps - 1] + column
-        return rows.index_select(0, index.to(rows.device))
+        return (sizes.cumsum(0) - sizes)[steps - 1] + column
 
 
 class Theta(NamedTuple):
@@ -593,23 +605,85 @@ def _saved_tangents(mode: str, saved: Tensor, w_hr: Tensor | None, a: Tensor, c:
     return torch.cat(changes, -1)
 
 
-class _Call:
-    """What a call of Recurrence does not differentiate.
+def _gradients(
+    mode: str, rows: Rows, x: Tensor, w_ih: Tensor, theta: Theta, g: Vector, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, given those of the system's vector."""
+    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
+    solved, d0 = _split_system(mode, solve_adjoint(mode, rows, theta, *g))
+    by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
+    return [
+        by_input @ _in_blocks(mode, w_ih) if need_x else None,
+        d0[0] if need_h0 else None,
+        d0[1] if need_c0 else None,
+        _in_gates(mode, by_input.T @ x) if need_w_ih else None,
+        by_state.T @ rows.previous(theta.h0, theta.y) if need_w_hh else None,
+        _in_gates(mode, by_input.sum(0)) if need_b_ih else None,
+        by_state.sum(0) if need_b_hh else None,
+        solved[1].T @ _projected(theta) if need_w_hr else None,
+    ]
 
-    Attributes:
-        results: y and the saved activations, if the registered op has computed them; else None.
-        once: whether the call is differentiated forwards and only once. Its saved activations then need no tangents.
+
+def gradients_of_op(
+    mode: str,
+    x: Tensor,
+    state: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return the gradients of a registered op, in a form that has derivatives and can be mapped.
+
+    Args:
+        mode: See `one_direction`, likewise the other arguments of the op.
+        x: Input.
+        state: (h0,), or (h0, c0) of an LSTM.
+        weights: (w_ih, w_hh, w_hr).
+        results: y and, but for Elman, the saved activations.
+        batch_sizes: Rows of each step.
+        reverse: Direction.
+        needs: For each of x, the state, w_ih, w_hh, b_ih, b_hh and, for an LSTM, w_hr whether its gradient is needed.
+        grads: Gradients of y, the new state and the saved activations; None means zeros.
     """
-
-    def __init__(self, results: tuple[Tensor, ...] | None, once: bool) -> None:
-        self.results = results
-        self.once = once
+    w_ih, w_hh, w_hr = weights
+    assert w_ih is not None
+    assert w_hh is not None
+    y, saved = (*results, None)[:2]
+    assert y is not None
+    lstm = mode == "LSTM"
+    rows, (h0, c0) = _first_states(mode, x, state, w_ih, w_hh, batch_sizes, reverse)
+    theta = Theta(w_hh, w_hr, saved, y.flatten(0, -2), h0, c0)
+    grad_y, grad_h_n, *others = grads
+    grad_c_n, grad_saved = (*others, None, None)[:2] if lstm else (None, (*others, None)[0])
+    if rows.T == 0:
+        after = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in (grad_h_n, grad_c_n)]
+    else:
+        after = [None, None]
+    g_h = _sum(
+        None if grad_y is None else grad_y.flatten(0, -2),
+        None if grad_h_n is None or rows.T == 0 else rows.at_last(grad_h_n.reshape(rows.B, -1)),
+    )
+    g_c = None if grad_c_n is None or rows.T == 0 else rows.at_last(grad_c_n.reshape(rows.B, -1))
+    g = _system_gradients(mode, theta, g_h, grad_saved, g_c)
+    need_x, *need_state = needs[: 2 + lstm]
+    every = (need_x, need_state[0], lstm and need_state[-1], *needs[2 + lstm :], *([] if lstm else [False]))
+    data = x.flatten(0, 1) if batch_sizes is None else x
+    dx, dh0, dc0, *dweights = _gradients(mode, rows, data, w_ih, theta, g, every)
+    dstate = [
+        grad if grad is None else _sum(grad, last).reshape(given.shape)  # type: ignore[union-attr]
+        for grad, last, given in zip((dh0, dc0), after, state, strict=False)
+    ]
+    return [None if dx is None else dx.view(x.shape), *dstate, *dweights[: len(needs) - 2 - lstm]]
 
 
 class Recurrence(torch.autograd.Function):
     """One direction of one layer: returns y [N, P], but for Elman the saved activations [N, *], and of an LSTM c [N, H].
 
-    Arguments: mode, rows, x [N, I], h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, call.
+    Arguments: mode, rows, x [N, I], h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, once. The last one says whether the call
+    is differentiated forwards and only once; then the saved activations need no tangents.
     """
 
     @staticmethod
@@ -624,33 +698,27 @@ class Recurrence(torch.autograd.Function):
         b_ih: Tensor | None,
         b_hh: Tensor | None,
         w_hr: Tensor | None,
-        call: _Call,
+        once: bool,
     ) -> tuple[Tensor, ...]:
         if rows.batch_sizes is None:
             x = x.unflatten(0, (rows.T, rows.B))  # type: ignore[no-untyped-call]
         weights, end = (w_ih, w_hh, b_ih, b_hh), (rows.batch_sizes, None)
-        results = call.results
-        if results is None and mode == "LSTM":
-            y, _, _, saved = torch_ops.lstm_forward(x, h0, c0, *weights, w_hr, *end, rows.reverse, False, True)
-            results = y, saved
-        elif results is None and mode == "GRU":
-            y, _, saved = torch_ops.gru_forward(x, h0, *weights, *end, rows.reverse, False, True)
-            results = y, saved
-        elif results is None:
+        if mode.startswith("RNN"):
             y, _ = torch_ops.rnn_forward(x, h0, *weights, *end, mode[4:].lower(), rows.reverse, False)
-            results = (y,)
-        y, *others = [result.detach() for result in results]
-        if mode == "LSTM":
-            H = w_ih.shape[0] // 4
-            others.append(others[0][:, 4 * H : 5 * H].clone())
-        return y.flatten(0, -2), *others
+            return (y.flatten(0, -2),)
+        if mode == "GRU":
+            y, _, saved = torch_ops.gru_forward(x, h0, *weights, *end, rows.reverse, False, True)
+            return y.flatten(0, -2), saved
+        y, _, _, saved = torch_ops.lstm_forward(x, h0, c0, *weights, w_hr, *end, rows.reverse, False, True)
+        H = w_ih.shape[0] // 4
+        return y.flatten(0, -2), saved, saved[:, 4 * H : 5 * H].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mode, ctx.rows, x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr, ctx.call = inputs
+        ctx.mode, ctx.rows, x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr, ctx.once = inputs
         y, saved = (*output, None)[:2]
         ctx.set_materialize_grads(False)
-        if ctx.call.once and saved is not None:
+        if ctx.once and saved is not None:
             ctx.mark_non_differentiable(saved)
         ctx.save_for_backward(x, w_ih, w_hh, w_hr, saved, y, h0, c0)
         ctx.save_for_forward(x, w_ih, w_hh, w_hr, saved, y, h0, c0)
@@ -662,23 +730,8 @@ class Recurrence(torch.autograd.Function):
         mode, rows = ctx.mode, ctx.rows
         x, w_ih, *values = ctx.saved_tensors
         theta = Theta(*values)
-        _, _, need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr, _ = ctx.needs_input_grad
         g = _system_gradients(mode, theta, grad_y, grad_saved, grad_c)
-        solved, d0 = _split_system(mode, solve_adjoint(mode, rows, theta, *g))
-        by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
-        return (
-            None,
-            None,
-            by_input @ _in_blocks(mode, w_ih) if need_x else None,
-            d0[0] if need_h0 else None,
-            d0[1] if need_c0 else None,
-            _in_gates(mode, by_input.T @ x) if need_w_ih else None,
-            by_state.T @ rows.previous(theta.h0, theta.y) if need_w_hh else None,
-            _in_gates(mode, by_input.sum(0)) if need_b_ih else None,
-            by_state.sum(0) if need_b_hh else None,
-            solved[1].T @ _projected(theta) if need_w_hr else None,
-            None,
-        )
+        return None, None, *_gradients(mode, rows, x, w_ih, theta, g, ctx.needs_input_grad[2:-1]), None
 
     @staticmethod
     def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -700,17 +753,17 @@ class Recurrence(torch.autograd.Function):
             None if by_state is None else _from_state(mode, by_state),
         )
         v = [v_a, None if dw_hr is None else _projected(theta) @ dw_hr.T, None]
-        p = solve_tangent(mode, rows, theta, *(v + [dh0, dc0] if mode == "LSTM" else v[:2] + [dh0]))
+        p = solve_tangent(mode, rows, theta, *([*v, dh0, dc0] if mode == "LSTM" else [*v[:2], dh0]))
         if theta.saved is None:
             return (p[1],)
         c = p[2] if mode == "LSTM" else None
-        changes = None if ctx.call.once else _saved_tangents(mode, theta.saved, theta.w_hr, p[0], c)
+        changes = None if ctx.once else _saved_tangents(mode, theta.saved, theta.w_hr, p[0], c)
         return (p[1], changes) if c is None else (p[1], changes, c)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
-        *others, call = args
-        return _vmap(Recurrence, info.batch_size, in_dims[:-1], tuple(others), slice(3, 8), call)
+        *others, once = args
+        return _vmap(Recurrence, info.batch_size, in_dims[:-1], tuple(others), slice(3, 8), once)
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -750,6 +803,33 @@ def _system_gradients(
     return g
 
 
+def _first_states(
+    mode: str,
+    x: Tensor,
+    state: Sequence[Tensor | None] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Rows, tuple[Tensor, Tensor | None]]:
+    """Return the rows of a call, and h0 [B, P] and c0 [B, H], zeros if there is no state."""
+    if state is not None and state[0] is None:
+        state = None
+    if batch_sizes is None:
+        T, B = x.shape[:2]
+    else:
+        assert state is not None
+        assert state[0] is not None
+        T, B = batch_sizes.shape[0], int(batch_sizes[0]) if len(batch_sizes) else state[0].shape[-2]
+    first: list[Any]
+    if state is None:
+        widths = (w_hh.shape[1], w_ih.shape[0] // gates_of(mode))
+        first = [torch.zeros(B, width, dtype=w_hh.dtype, device=x.device) for width in widths]
+    else:
+        first = [None if tensor is None else tensor.reshape(tensor.shape[-2:]) for tensor in state]
+    return Rows(T, B, batch_sizes, reverse), (first[0], first[1] if mode == "LSTM" else None)
+
+
 def one_direction(
     mode: str,
     x: Tensor,
@@ -757,40 +837,25 @@ def one_direction(
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     reverse: bool,
-    results: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, State]:
     """Run one direction of one layer; x is [T, B, I] or packed rows [N, I], a state [B, *] or [1, B, *].
 
     The new state is [B, *] if the given one is, else [1, B, *].
-    `results` are y and the saved activations, if the registered op has computed them.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
     assert w_hh is not None
-    H, P = w_ih.shape[0] // gates_of(mode), w_hh.shape[1]
-    if batch_sizes is None:
-        T, B = x.shape[:2]
-    else:
-        assert state is not None
-        T, B = batch_sizes.shape[0], int(batch_sizes[0]) if len(batch_sizes) else state[0].shape[-2]
-    rows = Rows(T, B, batch_sizes, reverse)
-    widths = (P, H)[: 1 + (mode == "LSTM")]
-    if state is None:
-        first = [torch.zeros(B, width, dtype=w_hh.dtype, device=x.device) for width in widths]
-    else:
-        first = [tensor.reshape(tensor.shape[-2:]) for tensor in state]
-    h0, c0 = first if mode == "LSTM" else (first[0], None)
-    data = x.flatten(0, 1) if batch_sizes is None else x
-    tensors = (data, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    call = _Call(results, forward_mode_once(tensors))
-    y, *saved = Recurrence.apply(mode, rows, *tensors, call)  # type: ignore[no-untyped-call]
+    rows, (h0, c0) = _first_states(mode, x, state, w_ih, w_hh, batch_sizes, reverse)
+    tensors = (x.flatten(0, 1) if batch_sizes is None else x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    once = forward_mode_once(tensors)
+    y, *saved = Recurrence.apply(mode, rows, *tensors, once)  # type: ignore[no-untyped-call]
     last = [rows.last(h0, y)]
     if mode == "LSTM":
         assert c0 is not None
         last.append(rows.last(c0, saved[1]))
     if state is None or state[0].dim() == 3:
         last = [tensor.unsqueeze(0) for tensor in last]
-    return y.unflatten(0, (T, B)) if batch_sizes is None else y, tuple(last)
+    return y.unflatten(0, (rows.T, rows.B)) if batch_sizes is None else y, tuple(last)
 
 
 # ---- recurrence_tangent and recurrence_adjoint, the kernels

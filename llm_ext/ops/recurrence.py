@@ -647,7 +647,6 @@ def _register_cell(cell: _Cell) -> None:
         projection = (w_hr,) if cell.name == "lstm" else ()
         if cell.saved_blocks:
             options = options[:-1]
-            ctx.mark_non_differentiable(output[-1])
         saved = output[-1:] if cell.saved_blocks else ()
         ctx.save_for_backward(x, *state, w_ih, w_hh, *projection, output[0], *saved, batch_sizes, lengths, b_ih, b_hh)
         ctx.options = options
@@ -656,23 +655,28 @@ def _register_cell(cell: _Cell) -> None:
         needs = ctx.needs_input_grad[: cell.differentiable]
         others = [None] * (len(ctx.needs_input_grad) - cell.differentiable)
         *tensors, b_ih, b_hh = ctx.saved_tensors
-        if not torch.is_grad_enabled() and not transforms_active():
-            gradients = backward(*grads[: 1 + cell.state], *tensors, *ctx.options, *needs)
+        states = 1 + cell.state
+        if not torch.is_grad_enabled() and not transforms_active() and all(grad is None for grad in grads[states:]):
+            gradients = backward(*grads[:states], *tensors, *ctx.options, *needs)
             return *needed(gradients, needs), *others
-        n = 3 + cell.state
-        inputs = [*tensors[:n], b_ih, b_hh, *tensors[n : len(needs) - 2]]
+        mode, reverse = cell.mode(ctx.options), ctx.options[-2]
+        x, *state = tensors[:states]
+        w_ih, w_hh, *w_hr = tensors[states : len(needs) - 2]
         *results, batch_sizes, lengths = tensors[len(needs) - 2 :]
+        if lengths is None:
+            found = derivatives.gradients_of_op(
+                mode, x, state, (w_ih, w_hh, *w_hr, None)[:3], results, batch_sizes, reverse, needs, grads
+            )
+            return *found, *others
 
         def call(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             state = None if others[0] is None else others[: cell.state]
-            mode, reverse, weights = cell.mode(ctx.options), ctx.options[-2], unpack_weights(others[cell.state :])
-            if lengths is None:
-                y, last = derivatives.one_direction(mode, x, state, weights, batch_sizes, reverse, results)
-            else:
-                y, last = _run_transformed(mode, x, state, (weights,), (reverse,), 0.0, None, lengths, None)
+            weights = unpack_weights(others[cell.state :])
+            y, last = _run_transformed(mode, x, state, (weights,), (reverse,), 0.0, None, lengths, None)
             return y, *last
 
-        return *differentiable_gradients(call, inputs, needs, grads[: 1 + cell.state]), *others
+        inputs = [x, *state, w_ih, w_hh, b_ih, b_hh, *w_hr]
+        return *differentiable_gradients(call, inputs, needs, grads[:states]), *others
 
     torch.library.register_fake(f"llm_ext::{cell.name}_forward", forward_fake)
     torch.library.register_fake(f"llm_ext::{cell.name}_backward", backward_fake)
@@ -803,7 +807,13 @@ def _multilayer_rnn_forward_fake(
     op = "multilayer_rnn"
     argument_checks.multilayer_rnn(op, mode, x, state, rows, directions, batch_sizes, None, input_projections)
     H = weights[1].shape[1]
-    B = h0.shape[1] if h0 is not None else x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    B: int | torch.SymInt
+    if h0 is not None:
+        B = h0.shape[1]
+    elif batch_sizes is None:
+        B = x.shape[1]
+    else:  # the first of batch_sizes, which a fake tensor does not have
+        B = torch.library.get_ctx().new_dynamic_size()
     like = weights[1]
     leading = x.shape if input_projections else x.shape[:-1]
     y = like.new_empty((*leading, directions * H))
