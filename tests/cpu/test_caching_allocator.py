@@ -155,6 +155,31 @@ def test_threads() -> None:
     assert not wrong
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_memory_returns_to_the_system() -> None:
+    """After larger results too, for whose sake malloc keeps memory."""
+    check_python(
+        """
+import os, torch, llm_ext
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+w = torch.ones(1024, 1)
+llm_ext.ops.linear(torch.ones(2, 1), w)
+for megabytes in (20, 5, 12, 19):
+    before = resident()
+    results = [llm_ext.ops.linear(torch.ones(256 * megabytes, 1), w) for _ in range(8)]
+    assert resident() - before >= 7 * megabytes
+    del results
+    assert resident() - before >= 7 * megabytes
+    llm_ext.empty_cpu_cache()
+    assert resident() - before < megabytes, (megabytes, before, resident())
+"""
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_process_has_its_own_cache() -> None:
     check_fork(

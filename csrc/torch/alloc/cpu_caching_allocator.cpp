@@ -1,10 +1,6 @@
 #include "torch/alloc/cpu_caching_allocator.h"
 
-#ifdef __linux__
 #include <sys/mman.h>
-#endif
-
-#include <cstdlib>
 
 #include "caches.h"
 
@@ -18,13 +14,24 @@ constexpr int64_t kSlack = 4;
 // Huge pages, where Linux grants them, make fresh memory several times as fast: docs/lab/large-tensors.md.
 constexpr int64_t kHugePage = 2 << 20;
 
+// The pages come from the system itself: malloc keeps freed blocks of up to 32 MiB once it has seen one of that size.
 Block allocate_from_system(int64_t bytes) {
-  Block block = {std::aligned_alloc(kHugePage, bytes), bytes};
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (block.data != nullptr) madvise(block.data, bytes, MADV_HUGEPAGE);
+  constexpr int kAccess = PROT_READ | PROT_WRITE, kFlags = MAP_PRIVATE | MAP_ANONYMOUS;
+  void* const mapped = mmap(nullptr, bytes + kHugePage, kAccess, kFlags, -1, 0);
+  if (mapped == MAP_FAILED) return {};
+  // What precedes and follows the aligned block goes back.
+  char* const begin = static_cast<char*>(mapped);
+  const int64_t before = -reinterpret_cast<intptr_t>(mapped) & (kHugePage - 1);
+  char* const data = begin + before;
+  if (before > 0) munmap(begin, before);
+  munmap(data + bytes, kHugePage - before);
+#ifdef MADV_HUGEPAGE
+  madvise(data, bytes, MADV_HUGEPAGE);
 #endif
-  return block;
+  return {data, bytes};
 }
+
+void return_to_system(const Block& block) { munmap(block.data, block.bytes); }
 
 }  // namespace
 
@@ -57,18 +64,18 @@ Block CpuCachingAllocator::allocate(int64_t bytes) {
 
 void CpuCachingAllocator::free(const Block& block) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock || block.bytes > kMaxCachedBytes) return std::free(block.data);
+  if (!lock || block.bytes > kMaxCachedBytes) return return_to_system(block);
   cached_.push_front(block);
   bytes_ += block.bytes;
   while (bytes_ > kMaxCachedBytes) {
     bytes_ -= cached_.back().bytes;
-    std::free(cached_.back().data);
+    return_to_system(cached_.back());
     cached_.pop_back();
   }
 }
 
 void CpuCachingAllocator::free_cached() {
-  for (const Block& block : cached_) std::free(block.data);
+  for (const Block& block : cached_) return_to_system(block);
   cached_.clear();
   bytes_ = 0;
 }
