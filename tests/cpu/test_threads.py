@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -94,6 +95,30 @@ for thread in threads:
     thread.join()
 if failures:
     raise failures[0]
+"""
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_process() -> None:
+    """It has none of the parent's threads, and begins with one for llm_ext and torch; the parent goes on with all."""
+    run_code(
+        """
+torch.set_num_threads(4)
+check(run(), expected)
+# Both directions at once, and layers as a wavefront, have teams of their own.
+small = [llm_ext.GRU(16, 96, 3, bidirectional=both) for both in (False, True)]
+x = torch.randn(200, 1, 16)
+with torch.no_grad():
+    before = [layer(x)[0] for layer in small]
+child = os.fork()
+assert torch.get_num_threads() == (4 if child else 1)
+check(run(), expected)
+with torch.no_grad():
+    check([layer(x)[0] for layer in small], before)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
 """
     )
 
