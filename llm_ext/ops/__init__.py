@@ -7,6 +7,7 @@ Shapes use these letters: T steps, B batch, N packed rows, I input size, H hidde
 LSTM projects to), G gates, R layers times directions, D vector size, A attention size, O output size, V ids.
 """
 
+from llm_ext.ops import _flops as _flops  # registers the formulas
 from llm_ext.ops.attention import additive_attention, attention_step
 from llm_ext.ops.linear import linear, linear_argmax
 from llm_ext.ops.pooling import attention_pool, prefix_pool
