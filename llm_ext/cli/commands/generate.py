@@ -26,7 +26,11 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)
-    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (default: a line break)")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="text to continue (default: a line break, or the first character of a vocabulary without it)",
+    )
     parser.add_argument("--length", type=int, default=400, metavar="N", help="tokens to sample (default: 400)")
     parser.add_argument(
         "--temperature",
@@ -63,17 +67,18 @@ def run(options: argparse.Namespace) -> int:
         ),
     )
     model, tokenizer = Run(options.dir).load_language_model(options.checkpoint)
+    prompt = tokenizer.first_text() if options.prompt is None else options.prompt
     pieces = generate(
         model.to(find_device(options.device)),
         tokenizer,
-        options.prompt,
+        prompt,
         options.length,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
     )
-    print(options.prompt, end="", flush=True)
+    print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -81,6 +81,10 @@ class Tokenizer(ABC):
             CommandError: The file is not UTF-8 where it has to be, or the vocabulary cannot represent it.
         """
 
+    def first_text(self) -> str:
+        """Return the text to begin with where none is given: a line break."""
+        return "\n"
+
     @abstractmethod
     def contents(self) -> dict[str, Any]:
         """Return the JSON values from which `load_tokenizer` restores the tokenizer."""
@@ -163,6 +167,10 @@ class CharTokenizer(Tokenizer):
                     "among the characters of the training text; bytes or bpe tokens can encode any text"
                 )
             yield ids
+
+    def first_text(self) -> str:
+        """Return a line break, or the first character where the training text has none."""
+        return "\n" if "\n" in self.characters else self.characters[:1]
 
     def contents(self) -> dict[str, Any]:
         return {"characters": self.characters}

@@ -60,6 +60,9 @@ def test_train_eval_and_generate(text: Path, tmp_path: Path, run: CommandLine, t
     assert (code, errors) == (0, "")
     assert said.startswith("Grü")
     assert len(said) > 20
+    code, said, errors = run("generate", out, "--length", 5)
+    assert (code, errors) == (0, "")
+    assert said.startswith(" " if tokens == "chars" else "\n")  # the text has no line break
 
 
 def test_eval_measures_the_loss_of_the_log(language_model: Path, run: CommandLine, tmp_path: Path) -> None:
