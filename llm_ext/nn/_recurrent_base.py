@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from llm_ext.nn.scripting import refuse_script, share_parameters
 from llm_ext.ops import argument_checks
 
 Device = torch.device | str | int | None
@@ -25,9 +26,6 @@ class RecurrentBase(nn.Module):
 
     def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, proj_size: int = 0) -> None:
         super().__init__()
-        self._check_size("input_size", input_size)
-        self._check_size("hidden_size", hidden_size)
-        self._check_flag("bias", bias)
         self.mode = mode
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -35,16 +33,6 @@ class RecurrentBase(nn.Module):
         self.proj_size = proj_size
         # Names of the parameters of each layer and direction: (w_ih, w_hh[, b_ih, b_hh][, w_hr]).
         self._weight_names: list[tuple[str, ...]] = []
-
-    def _check_size(self, name: str, size: int, least: int = 1) -> None:
-        if not isinstance(size, int):
-            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {type(size).__name__}")
-        if size < least:
-            raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {size}")
-
-    def _check_flag(self, name: str, flag: bool) -> None:
-        if not isinstance(flag, bool):
-            raise TypeError(f"{type(self).__name__}: {name} must be a bool, got {type(flag).__name__}")
 
     def _add_weights(self, suffix: str, input_size: int, device: Device, dtype: torch.dtype | None) -> None:
         """Create the parameters of one more cell."""
@@ -76,17 +64,52 @@ class RecurrentBase(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter from U(-1/√H, 1/√H), in the order of torch.nn."""
-        bound = 1 / math.sqrt(self.hidden_size)
+        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def _check_hidden(self, hx: Any, leading: tuple[int | None, ...], letters: tuple[str, ...]) -> None:
-        """Raise unless hx is a state of this module, each tensor [*leading, features]; `letters` name `leading`."""
-        name = type(self).__name__
-        if self.mode == "LSTM" and (not isinstance(hx, tuple) or len(hx) != 2):
-            got = f"{len(hx)} tensors" if isinstance(hx, tuple) else type(hx).__name__
-            raise TypeError(f"{name}: hx must be a tuple (h, c), got {got}")
-        state = hx if self.mode == "LSTM" else (hx,)
+    def _torch_module(self, suffix: str, **options: Any) -> nn.Module:
+        """Return the module of torch.nn with the same parameters and results, for torch.jit.script.
+
+        Its class is that of the cell with `suffix`; `options` are those that all classes with this suffix have.
+        """
+        if self.mode == "RNN_SIGMOID":
+            refuse_script(self, "with nonlinearity='sigmoid'")
+        cell, *nonlinearity = self.mode.split("_")
+        if nonlinearity:
+            options["nonlinearity"] = nonlinearity[0].lower()
+        constructor = getattr(nn, cell + suffix)
+        module: nn.Module = constructor(self.input_size, self.hidden_size, bias=self.bias, device="meta", **options)
+        return share_parameters(self, module)
+
+    def _state(self, hx: Any) -> tuple[Tensor, ...]:
+        """Return hx as a tuple of tensors; raise unless it is a Tensor, or for an LSTM a tuple or list of two."""
+        if self.mode != "LSTM":
+            if isinstance(hx, Tensor):
+                return (hx,)
+            self._fail_hidden("hx", "a Tensor", hx)
+        if not isinstance(hx, (tuple, list)):
+            self._fail_hidden("hx", "a tuple (h, c)", hx)
+        if len(hx) != 2:
+            raise TypeError(f"{type(self).__name__}: hx must be a tuple (h, c), got a {type(hx).__name__} of {len(hx)}")
+        h, c = hx
+        if not isinstance(h, Tensor) or not isinstance(c, Tensor):
+            i = 1 if isinstance(h, Tensor) else 0
+            self._fail_hidden(f"hx[{i}]", "a Tensor", hx[i])
+        return h, c
+
+    def _zeros(self, like: Tensor, *leading: int) -> tuple[Tensor, ...]:
+        """Return a state of zeros, each tensor [*leading, features]."""
+        h = like.new_zeros(*leading, self.proj_size or self.hidden_size)
+        return (h, like.new_zeros(*leading, self.hidden_size)) if self.mode == "LSTM" else (h,)
+
+    def _fail_hidden(self, name: str, expected: str, got: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__}: {name} must be {expected}, got {type(got).__name__}")
+
+    def _check_state(
+        self, state: tuple[Tensor, ...], leading: tuple[int | None, ...], letters: tuple[str, ...]
+    ) -> None:
+        """Raise unless each tensor of a state is [*leading, features]; `letters` name `leading`."""
         labels = ("hx[0]", "hx[1]") if self.mode == "LSTM" else ("hx",)
         H, P = self.hidden_size, self.proj_size or self.hidden_size
-        argument_checks.layer_states(name, self.mode, state, leading, letters, (P, H), labels)
+        argument_checks.layer_states(type(self).__name__, self.mode, state, leading, letters, (P, H), labels)

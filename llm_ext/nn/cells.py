@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_ext.nn._recurrent_base import Device, RecurrentBase
+from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.ops.recurrence import run
@@ -30,9 +31,11 @@ class _Cell(RecurrentBase, Generic[Hidden]):
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(mode, input_size, hidden_size, bias)
-        self._add_weights("", input_size, device, dtype)
-        if not bias:
+        name = type(self).__name__
+        sizes = as_size(name, "input_size", input_size, 0), as_size(name, "hidden_size", hidden_size, 0)
+        super().__init__(mode, *sizes, as_flag(name, "bias", bias))
+        self._add_weights("", self.input_size, device, dtype)
+        if not self.bias:
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)
         self.reset_parameters()
@@ -40,13 +43,17 @@ class _Cell(RecurrentBase, Generic[Hidden]):
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the cell of torch.nn with the same parameters, which torch.jit.script compiles instead."""
+        return self._torch_module("Cell") if type(self).forward is _Cell.forward else self
+
     def forward(self, input: Tensor, hx: Hidden | None = None) -> Hidden:
         """Apply the cell to one step.
 
         Args:
             input: Input ``[B, I]``, or ``[I]`` without a batch.
-            hx: State before the step, ``[B, H]``, or ``[H]`` without a batch; for an LSTM the tuple of the hidden state
-                and the cell state. ``None`` means zeros.
+            hx: State before the step, ``[B, H]``, or ``[H]`` without a batch; for an LSTM the tuple or list of the
+                hidden state and the cell state. ``None`` means zeros.
 
         Returns:
             The state after the step, in the layout of `hx`.
@@ -56,32 +63,33 @@ class _Cell(RecurrentBase, Generic[Hidden]):
             TypeError: An argument has the wrong type.
         """
         batched = input.dim() == 2
-        state: Any = tuple(hx) if isinstance(hx, (tuple, list)) else None if hx is None else (hx,)
-        if state:
-            if state[0].dim() != input.dim():  # the op also takes [1, B, H]
-                self._check_arguments(input, hx)
-            if not batched:
-                state = tuple([tensor.unsqueeze(0) for tensor in state])
+        given = None if hx is None else self._state(hx)
+        if given is None:  # zeros have the layout of the result, which is then no view: it may be detached in place
+            state = self._zeros(input, *input.shape[:-1])
+        else:
+            state = given
+            if state[0].dim() != input.dim() or state[-1].dim() != input.dim():  # the op also takes [1, B, H]
+                self._check_arguments(input, state)
+        if not batched:
+            state = tuple([tensor.unsqueeze(0) for tensor in state])
         try:
-            x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
+            x = input.unsqueeze(0) if batched else input.view(1, 1, *input.shape)
             _, last = run(self.mode, x, state, self._weights(), (False,), 0.0, None, None)
         except (ArgumentError, TypeError):
-            self._check_arguments(input, hx)
+            self._check_arguments(input, given)
             raise
-        if hx is None:  # the state of one layer, [1, B, H]
-            last = tuple([tensor.squeeze(0) for tensor in last])
         if not batched:
-            last = tuple([tensor.squeeze(0) for tensor in last])
+            last = tuple([torch.squeeze_copy(tensor, 0) for tensor in last])
         after: Any = last if len(last) > 1 else last[0]
         return after  # type: ignore[no-any-return]
 
-    def _check_arguments(self, input: Tensor, hx: Any) -> None:
+    def _check_arguments(self, input: Tensor, state: tuple[Tensor, ...] | None) -> None:
         """Raise if a shape does not fit, in the words of the cell's own arguments."""
         name = type(self).__name__
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             argument_checks.fail_shape(name, "input", "B, I", (None, self.input_size), input)
-        if hx is not None:
-            self._check_hidden(hx, input.shape[:-1], ("B",) if input.dim() == 2 else ())
+        if state is not None:
+            self._check_state(state, input.shape[:-1], ("B",) if input.dim() == 2 else ())
 
 
 class RNNCell(_Cell[Tensor]):

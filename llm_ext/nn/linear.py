@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llm_ext import ops
+from llm_ext.nn.arguments import check_input
+from llm_ext.nn.scripting import share_parameters
 
 __all__ = ["Linear"]
 
@@ -38,4 +40,16 @@ class Linear(nn.Linear):
             ValueError: A shape or device does not fit.
             TypeError: The dtypes differ.
         """
-        return ops.linear(input, self.weight, self.bias)
+        try:
+            return ops.linear(input, self.weight, self.bias)
+        except (RuntimeError, TypeError):
+            if isinstance(input, Tensor):
+                leading = (None,) * (input.dim() - 1)
+                check_input("Linear", "input", input, "*, I", (*leading, self.in_features), self.weight)
+            raise
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the torch.nn.Linear with the same parameters, which torch.jit.script compiles instead."""
+        if type(self).forward is not Linear.forward:
+            return self
+        return share_parameters(self, nn.Linear(self.in_features, self.out_features, device="meta"))

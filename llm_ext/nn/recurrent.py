@@ -7,10 +7,11 @@ import warnings
 from typing import Any, Generic, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from llm_ext.nn._recurrent_base import Device, RecurrentBase
+from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.ops.recurrence import run
@@ -47,11 +48,10 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         dtype: torch.dtype | None,
         proj_size: int = 0,
     ) -> None:
-        super().__init__(mode, input_size, hidden_size, bias, proj_size)
-        self._check_size("num_layers", num_layers)
-        self._check_flag("batch_first", batch_first)
-        self._check_size("proj_size", proj_size, least=0)
         name = type(self).__name__
+        input_size, hidden_size = as_size(name, "input_size", input_size), as_size(name, "hidden_size", hidden_size)
+        num_layers, proj_size = as_size(name, "num_layers", num_layers), as_size(name, "proj_size", proj_size, 0)
+        super().__init__(mode, input_size, hidden_size, as_flag(name, "bias", bias), proj_size)
         if proj_size >= hidden_size:
             raise ValueError(f"{name}: proj_size must be below hidden_size = {hidden_size}, got {proj_size}")
         if not isinstance(dropout, numbers.Real) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
@@ -61,12 +61,12 @@ class _Layers(RecurrentBase, Generic[Hidden]):
                 f"{name}: dropout={dropout} acts between layers, and has no effect with num_layers=1", stacklevel=3
             )
         self.num_layers = num_layers
-        self.batch_first = batch_first
+        self.batch_first = as_flag(name, "batch_first", batch_first)
         self.dropout = float(dropout)
-        self.bidirectional = bidirectional
+        self.bidirectional = as_flag(name, "bidirectional", bidirectional)
 
-        self._directions = (False, True) if bidirectional else (False,)
-        suffixes = ("", "_reverse") if bidirectional else ("",)
+        self._directions = (False, True) if self.bidirectional else (False,)
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
         for layer in range(num_layers):
             layer_input = (proj_size or hidden_size) * len(suffixes) if layer else input_size
             for suffix in suffixes:
@@ -94,6 +94,19 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         words += [f"{name}={getattr(self, name)}" for name, usual in defaults.items() if getattr(self, name) != usual]
         return ", ".join(words)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the layer of torch.nn with the same parameters, which torch.jit.script compiles instead."""
+        if type(self).forward is not _Layers.forward:
+            return self
+        return self._torch_module(
+            "",
+            num_layers=self.num_layers,
+            batch_first=self.batch_first,
+            dropout=self.dropout if self.num_layers > 1 else 0.0,
+            bidirectional=self.bidirectional,
+            **({"proj_size": self.proj_size} if self.proj_size else {}),
+        )
+
     @overload
     def forward(
         self, input: Tensor, hx: Hidden | None = None, *, lengths: Tensor | None = None
@@ -110,8 +123,8 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         Args:
             input: Input ``[T, B, I]``, ``[B, T, I]`` with batch_first, ``[T, I]`` without a batch, or a PackedSequence.
             hx: States before the first step, ``[R, B, H]`` with R = layers * directions, or ``[R, H]`` without a batch;
-                for an LSTM the tuple of the hidden states (P in place of H with a projection) and the cell states.
-                ``None`` means zeros.
+                for an LSTM the tuple or list of the hidden states (P in place of H with a projection) and the cell
+                states. ``None`` means zeros.
             lengths: Steps of each row of a padded batch, int64 ``[B]`` on the device of `input`, from 0 to T, in any
                 order. Beyond them the output is 0, and the states are those after the last step of each row. On CUDA
                 they cause no synchronization. A PackedSequence has lengths of its own.
@@ -129,24 +142,29 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         dim = input.dim()
         batched = dim != 2
         x = input
-        state: Any = None if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-        if state and state[0].dim() != dim:  # the op of one layer also takes [B, H]
-            self._check_arguments(input, hx)
+        given = state = None if hx is None else self._state(hx)
+        if state is not None and (state[0].dim() != dim or state[-1].dim() != dim):  # an op also takes [B, H]
+            self._check_arguments(input, state)
+        R = len(self._weight_names)
         if not batched:
             if lengths is not None:
                 raise ArgumentError(f"{type(self).__name__}: lengths belong to a batch, got input {list(input.shape)}")
             x = input.unsqueeze(1)
-            state = None if state is None else tuple([tensor.unsqueeze(1) for tensor in state])
+            state = self._zeros(input, R) if state is None else state
+            if R > 1:  # one direction of one layer takes and returns [B, H], which is [R, H]
+                state = tuple([tensor.unsqueeze(1) for tensor in state])
         elif self.batch_first:
             x = input.transpose(0, 1)
         dropout = self.dropout if self.training else 0.0
         try:
             y, last = run(self.mode, x, state, self._weights(), self._directions, dropout, None, lengths)
         except (ArgumentError, TypeError):
-            self._check_arguments(input, hx)
+            self._check_arguments(input, given)
             raise
         if not batched:
-            y, last = y.squeeze(1), tuple([tensor.squeeze(1) for tensor in last])
+            y = y.squeeze(1)
+            if R > 1:  # not a view, which could not be detached in place
+                last = tuple([torch.squeeze_copy(tensor, 1) for tensor in last])
         elif self.batch_first:
             y = y.transpose(0, 1)
         h_n: Any = last if len(last) > 1 else last[0]
@@ -160,39 +178,39 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         batch, R = int(batch_sizes[0]), len(self._weight_names)
         if lengths is not None:
             raise ArgumentError(f"{type(self).__name__}: lengths belong to a Tensor, got a PackedSequence too")
+        given: tuple[Tensor, ...] | None = None
         if hx is None:
-            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + (self.mode == "LSTM")]
-            state = tuple([data.new_zeros(R, batch, width) for width in widths])
+            state = self._zeros(data, R, batch)
         else:
-            state = hx if isinstance(hx, tuple) else (hx,)
+            given = state = self._state(hx)
             if sorted_indices is not None:
-                self._check_hidden(hx, (R, batch), ("L", "B"))
+                self._check_state(state, (R, batch), ("L", "B"))
                 state = tuple([tensor.index_select(1, sorted_indices) for tensor in state])
         dropout = self.dropout if self.training else 0.0
         try:
             y, last = run(self.mode, data, state, self._weights(), self._directions, dropout, batch_sizes, None)
         except (ArgumentError, TypeError):
-            if hx is not None:
-                self._check_hidden(hx, (R, batch), ("L", "B"))
+            if given is not None:
+                self._check_state(given, (R, batch), ("L", "B"))
             raise
         if unsorted_indices is not None:
             last = tuple([tensor.index_select(1, unsorted_indices) for tensor in last])
         h_n: Any = last if len(last) > 1 else last[0]
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), h_n
 
-    def _check_arguments(self, input: Tensor, hx: Any) -> None:
+    def _check_arguments(self, input: Tensor, state: tuple[Tensor, ...] | None) -> None:
         """Raise if a shape does not fit, in the words of the layer's own arguments."""
         shape = input.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             letters = "B, T, I" if self.batch_first else "T, B, I"
             argument_checks.fail_shape(type(self).__name__, "input", letters, (None, None, self.input_size), input)
-        if hx is None:
+        if state is None:
             return
         R = len(self._weight_names)
         if len(shape) == 2:
-            self._check_hidden(hx, (R,), ("L",))
+            self._check_state(state, (R,), ("L",))
         else:
-            self._check_hidden(hx, (R, shape[0 if self.batch_first else 1]), ("L", "B"))
+            self._check_state(state, (R, shape[0 if self.batch_first else 1]), ("L", "B"))
 
 
 class RNN(_Layers[Tensor]):

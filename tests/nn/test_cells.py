@@ -29,8 +29,8 @@ import llm_ext
 
 OPTIONS = st.fixed_dictionaries(
     {
-        "input_size": st.sampled_from([1, 3, 17]),
-        "hidden_size": st.sampled_from([1, 3, 17, 33]),
+        "input_size": st.sampled_from([0, 1, 3, 17]),
+        "hidden_size": st.sampled_from([0, 1, 3, 17, 33]),
         "nonlinearity": st.sampled_from(["tanh", "relu"]),
         "bias": st.booleans(),
         "dtype": st.sampled_from(DTYPES),
@@ -98,6 +98,16 @@ def test_bad_call(x: Tensor, hx: Tensor | None, message: str, name: str) -> None
         getattr(llm_ext, name)(3, 5)(x, state)
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_a_state_can_be_detached(name: str) -> None:
+    """It is no view, with a batch or without, from zeros or a given state."""
+    cell = getattr(llm_ext, name)(3, 5)
+    for batch in ((), (2,)):
+        for hx in ((), (random_state(cell, *batch),)):
+            for tensor in flatten(cell(Z(*batch, 3), *hx)):
+                assert not tensor.detach_().requires_grad
+
+
 def test_state_of_another_type() -> None:
     h = Z(2, 5)
     with pytest.raises(TypeError, match="RNNCell: hx must be a Tensor, got tuple"):
@@ -109,10 +119,10 @@ def test_state_of_another_type() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "error"),
     [
-        ("RNNCell", (0, 5), ValueError),
-        ("GRUCell", (3, 0), ValueError),
+        ("RNNCell", (-1, 5), ValueError),
+        ("GRUCell", (3, -1), ValueError),
         ("LSTMCell", (3, 5.0), TypeError),
-        ("GRUCell", (3, 5, 1), TypeError),
+        ("GRUCell", (3, 5, "relu"), TypeError),
         ("RNNCell", (3, 5, True, "gelu"), ValueError),
     ],
 )

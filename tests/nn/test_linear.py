@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from support.comparison import assert_close
@@ -32,3 +33,12 @@ def test_compiled() -> None:
     torch.compiler.reset()
     layer, x = llm_ext.Linear(4, 5), torch.randn(6, 4)
     assert_close("linear", torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_names_the_input(dtype: torch.dtype) -> None:
+    layer = llm_ext.Linear(3, 5, dtype=dtype)
+    with pytest.raises(ValueError, match=r"Linear: input must be \[\*, I\] = \[\*, \*, 3\], got \[2, 1, 4\]"):
+        layer(torch.zeros(2, 1, 4, dtype=dtype))
+    with pytest.raises(TypeError, match=f"Linear: input must be {str(dtype)[6:]}, got float16"):
+        layer(torch.zeros(2, 3, dtype=torch.float16))

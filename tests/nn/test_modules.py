@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from support.comparison import assert_all_close, assert_close, assert_same_bits, flatten
@@ -60,6 +61,26 @@ def test_constructor(name: str, arguments: tuple[Any, ...]) -> None:
         torch.manual_seed(8)
         each.reset_parameters()
     assert_same_bits(list(layer.parameters()), list(torch_layer.parameters()))
+
+
+@every_module
+def test_numbers_of_other_types(name: str) -> None:
+    """Integers of numpy, and 0 and 1 as flags, are stored as plain values."""
+    sizes: dict[str, Any] = {"input_size": numpy.int64(3), "hidden_size": numpy.int32(5)}
+    flags: dict[str, Any] = {"bias": 1}
+    if not is_cell(name):
+        sizes["num_layers"] = numpy.int64(2)
+        flags |= {"batch_first": 0, "bidirectional": numpy.bool_(True)}
+    if name == "LSTM":
+        sizes["proj_size"] = numpy.int16(2)
+    layer = getattr(llm_ext, name)(**sizes, **flags)
+    for attribute, value in sizes.items():
+        assert type(getattr(layer, attribute)) is int
+        assert getattr(layer, attribute) == value
+    for attribute, value in flags.items():
+        assert getattr(layer, attribute) is bool(value)
+    plain = {key: value.item() for key, value in sizes.items()} | {key: bool(value) for key, value in flags.items()}
+    assert repr(layer) == repr(getattr(llm_ext, name)(**plain))
 
 
 @every_module

@@ -135,6 +135,24 @@ def test_lengths_are_those_of_packed_sequences(
         assert_all_close(op_of(name), layer(x, hx, lengths=lengths.to(device)), tensors)
 
 
+@every_device
+@every_layer
+@pytest.mark.parametrize("garbage", [1e4, float("nan"), float("inf")])
+def test_padding_is_ignored(name: str, garbage: float, device: str) -> None:
+    """No bit of a result or gradient depends on it."""
+    layer = getattr(llm_ext, name)(3, 5, 2, bidirectional=True, device=device)
+    lengths = torch.tensor([2, 0, 4], device=device)
+    x, padding = torch.randn(4, 3, 3, device=device), torch.arange(4, device=device)[:, None] >= lengths
+    tensors = []
+    for filled in (x, x.masked_fill(padding[..., None], garbage)):
+        leaves = [filled.clone().requires_grad_(), *layer.parameters()]
+        results = flatten(layer(leaves[0], lengths=lengths))
+        seeds = [torch.ones_like(result) for result in results]
+        tensors.append([*results, *torch.autograd.grad(results, leaves, seeds)])
+        assert not tensors[-1][len(results)][padding].any()
+    assert_same_bits(*tensors)
+
+
 def test_lengths_belong_to_a_padded_batch() -> None:
     layer, lengths = llm_ext.GRU(4, 5), torch.tensor([2, 1])
     with pytest.raises(ValueError, match="GRU: lengths belong to a Tensor"):
@@ -394,8 +412,8 @@ BAD_ARGUMENTS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception]]] = [
     ((0, 5), {}, ValueError),
     ((3, -1), {}, ValueError),
     ((3, 5, 0), {}, ValueError),
-    ((3, 5), {"bias": 1}, TypeError),
-    ((3, 5), {"batch_first": 0}, TypeError),
+    ((3, 5), {"bias": 2}, TypeError),
+    ((3, 5), {"batch_first": "no"}, TypeError),
     ((3, 5), {"dropout": 1.5}, ValueError),
     ((3, 5), {"dropout": True}, ValueError),
     ((3, 5), {"dropout": "0.5"}, ValueError),
@@ -495,16 +513,71 @@ def test_state_of_another_type() -> None:
     h = Z(1, 2, 5)
     with pytest.raises((TypeError, ValueError), match=r"LSTM: hx"):
         llm_ext.LSTM(3, 5)(Z(4, 2, 3), h)
-    with pytest.raises(TypeError, match=r"LSTM: hx must be a tuple \(h, c\), got 3 tensors"):
+    with pytest.raises(TypeError, match=r"LSTM: hx must be a tuple \(h, c\), got a tuple of 3"):
         llm_ext.LSTM(3, 5)(Z(4, 2, 3), (h, h, h))
     with pytest.raises(TypeError, match="GRU: hx must be a Tensor, got tuple"):
         llm_ext.GRU(3, 5)(Z(4, 2, 3), (h, h))
 
 
-def test_lstm_state_in_a_list() -> None:
-    layer, x = llm_ext.LSTM(3, 5), torch.randn(4, 2, 3)
-    hx = random_state(layer, 1, 2)
-    assert torch.equal(layer(x, list(hx))[0], layer(x, hx)[0])
+@parametrize_pairwise(
+    num_layers=(1, 2), bidirectional=FLAGS, grad=FLAGS, form=("batch", "no batch", "lengths", "sorted", "unsorted")
+)
+def test_lstm_state_in_a_list(num_layers: int, bidirectional: bool, grad: bool, form: str) -> None:
+    layer = llm_ext.LSTM(3, 5, num_layers, bidirectional=bidirectional)
+    hx = random_state(layer, rows_of(layer), *(() if form == "no batch" else (2,)))
+    x: Any = torch.randn(4, 3) if form == "no batch" else torch.randn(4, 2, 3)
+    options: dict[str, Any] = {"lengths": TWO_ROWS} if form == "lengths" else {}
+    if form in ("sorted", "unsorted"):
+        x = pack_padded_sequence(x, TWO_ROWS if form == "sorted" else TWO_ROWS.flip(0), enforce_sorted=False)
+    with torch.set_grad_enabled(grad):
+        assert_same_bits(flatten(layer(x, list(hx), **options)[1]), flatten(layer(x, hx, **options)[1]))
+
+
+H1 = torch.zeros(2, 2, 5)
+WRONG_STATES = [
+    ("LSTM", (H1,), r"hx must be a tuple \(h, c\), got a tuple of 1"),
+    ("LSTM", [H1, H1, H1], r"hx must be a tuple \(h, c\), got a list of 3"),
+    ("LSTM", torch.stack((H1, H1)), r"hx must be a tuple \(h, c\), got Tensor"),
+    ("LSTM", (H1, None), r"hx\[1\] must be a Tensor, got NoneType"),
+    ("LSTM", [None, H1], r"hx\[0\] must be a Tensor, got NoneType"),
+    ("GRU", (H1,), "hx must be a Tensor, got tuple"),
+    ("RNN", [H1], "hx must be a Tensor, got list"),
+    ("GRU", "h", "hx must be a Tensor, got str"),
+]
+
+
+@pytest.mark.parametrize(("name", "hx", "message"), WRONG_STATES)
+@pytest.mark.parametrize("grad", FLAGS)
+def test_what_is_no_state(name: str, hx: Any, message: str, grad: bool) -> None:
+    layer = getattr(llm_ext, name)(3, 5, 2)
+    cell = getattr(llm_ext, f"{name}Cell")(3, 5)
+    x = Z(4, 2, 3)
+    with torch.set_grad_enabled(grad):
+        for input in (x, x[:, 0], pack_padded_sequence(x, TWO_ROWS, enforce_sorted=False)):
+            with pytest.raises(TypeError, match=f"{name}: {message}"):
+                layer(input, hx)
+        with pytest.raises(TypeError, match=f"{name}: {message}"):
+            layer(x, hx, lengths=TWO_ROWS)
+        for input in (x[0], x[0, 0]):
+            with pytest.raises(TypeError, match=f"{name}Cell: {message}"):
+                cell(input, hx)
+
+
+def test_each_tensor_of_a_state_has_the_batch() -> None:
+    """The op of one layer takes a state without the dimension of layers, and the cell's takes one with it."""
+    with pytest.raises(ValueError, match=r"LSTM: hx\[1\] must be \[L, B, H\] = \[1, 2, 5\], got \[2, 5\]"):
+        llm_ext.LSTM(3, 5)(Z(4, 2, 3), (Z(1, 2, 5), Z(2, 5)))
+    with pytest.raises(ValueError, match=r"LSTMCell: hx\[1\] must be \[B, H\] = \[2, 5\], got \[1, 2, 5\]"):
+        llm_ext.LSTMCell(3, 5)(Z(2, 3), (Z(2, 5), Z(1, 2, 5)))
+
+
+@every_layer
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_the_state_without_a_batch_can_be_detached(name: str, num_layers: int) -> None:
+    layer = getattr(llm_ext, name)(3, 5, num_layers)
+    for hx in ((), (random_state(layer, num_layers),)):
+        for tensor in flatten(layer(Z(4, 3), *hx)[1]):
+            assert not tensor.detach_().requires_grad
 
 
 @every_layer
