@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from llm_ext import ops
+from llm_ext.nn.arguments import as_flag, as_size, check_input
+from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops import argument_checks
 
 __all__ = ["AdditiveAttention", "AttentionPool"]
 
 # (L [B], c [B, D]): the log-sum-exp of the scores and the pooled vector of what came before.
 State = tuple[Tensor, Tensor]
+
+
+def _fill_padding(rows: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return rows ``[B, T, *]`` with zeros at masked positions, if autograd records calls.
+
+    A batch may hold anything there. Masked positions get gradients of 0, but 0 times the derivative of NaN or infinity
+    is NaN, and a sum over all positions, such as the gradient of a weight, would be NaN with it.
+    """
+    if (lengths is None and mask is None) or not torch.is_grad_enabled():
+        return rows
+    try:
+        kept = mask
+        if lengths is not None:
+            kept = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+            kept = kept if mask is None else kept & mask
+        assert kept is not None
+        return rows.masked_fill(~kept[..., None], 0)
+    except (RuntimeError, TypeError, IndexError):
+        return rows  # the op says what is wrong with lengths and mask
 
 
 class AttentionPool(nn.Module):
@@ -61,13 +83,10 @@ class AttentionPool(nn.Module):
         super().__init__()
         if score not in ("linear", "tanh"):
             raise ValueError(f"AttentionPool: score must be one of linear, tanh, got {score!r}")
-        for name, size in (("embed_dim", embed_dim), ("attn_dim", attn_dim)):
-            if size <= 0:
-                raise ValueError(f"AttentionPool: {name} must be at least 1, got {size}")
-        self.embed_dim = embed_dim
-        self.attn_dim = attn_dim
+        self.embed_dim = embed_dim = as_size("AttentionPool", "embed_dim", embed_dim)
+        self.attn_dim = attn_dim = as_size("AttentionPool", "attn_dim", attn_dim)
         self.score = score
-        self.causal = causal
+        self.causal = as_flag("AttentionPool", "causal", causal)
         self.bias: nn.Parameter | None
         self.weight = nn.Parameter(torch.empty(attn_dim, embed_dim, device=device, dtype=dtype))
         self.v = nn.Parameter(torch.empty(attn_dim, device=device, dtype=dtype))
@@ -84,6 +103,9 @@ class AttentionPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.attn_dim}, score={self.score!r}, causal={self.causal}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def fold(self) -> Tensor | None:
         """Return ``u = Wᵀ v``, ``[D]``, with which a linear score is ``s_t = u · e_t``; ``None`` for a tanh score."""
@@ -123,22 +145,29 @@ class AttentionPool(nn.Module):
         if e.dim() != 3 or e.shape[2] != self.embed_dim:
             argument_checks.fail_shape("AttentionPool", "e", "B, T, D", (None, None, self.embed_dim), e)
         scores = None
+        scored = e  # what torch computes scores of; the ops do not read padding
+        if self.bias is not None or need_weights:
+            scored = _fill_padding(e, lengths, mask)
         if self.bias is not None:
             if u is not None:
                 raise ValueError("AttentionPool: u must be None with a tanh score, got a Tensor")
-            scores = (torch.tanh(ops.linear(e, self.weight, self.bias)) @ self.v).to(e.dtype)
+            try:
+                scores = (torch.tanh(ops.linear(scored, self.weight, self.bias)) @ self.v).to(e.dtype)
+            except (RuntimeError, TypeError):
+                check_input("AttentionPool", "e", e, "B, T, D", (None, None, self.embed_dim), self.weight)
+                raise
         elif u is None:
             u = (self.v @ self.weight).to(e.dtype)  # W e is never formed
 
         if self.causal:
             c, new_state = ops.prefix_pool(e, u, scores=scores, lengths=lengths, mask=mask, state=state)
             if need_weights:
-                return c, new_state, self._weights(e, u, scores, lengths, mask, state)
+                return c, new_state, self._weights(scored, u, scores, lengths, mask, state)
             return c, new_state
         if state is not None:
             raise ValueError("AttentionPool: state must be None unless causal=True, got a state")
         c, _ = ops.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
-        return (c, self._weights(e, u, scores, lengths, mask, None)) if need_weights else c
+        return (c, self._weights(scored, u, scores, lengths, mask, None)) if need_weights else c
 
     def _weights(
         self,
@@ -212,12 +241,10 @@ class AdditiveAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("query_dim", query_dim), ("key_dim", key_dim), ("attn_dim", attn_dim)):
-            if size <= 0:
-                raise ValueError(f"AdditiveAttention: {name} must be at least 1, got {size}")
-        self.query_dim = query_dim
-        self.key_dim = key_dim
-        self.attn_dim = attn_dim
+        self.query_dim = query_dim = as_size("AdditiveAttention", "query_dim", query_dim)
+        self.key_dim = key_dim = as_size("AdditiveAttention", "key_dim", key_dim)
+        self.attn_dim = attn_dim = as_size("AdditiveAttention", "attn_dim", attn_dim)
+        bias = as_flag("AdditiveAttention", "bias", bias)
         self.bias: nn.Parameter | None
         self.q_proj_weight = nn.Parameter(torch.empty(attn_dim, query_dim, device=device, dtype=dtype))
         self.k_proj_weight = nn.Parameter(torch.empty(attn_dim, key_dim, device=device, dtype=dtype))
@@ -236,6 +263,9 @@ class AdditiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.query_dim}, {self.key_dim}, {self.attn_dim}, bias={self.bias is not None}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def project_keys(self, keys: Tensor) -> Tensor:
         """Return ``W_k keys + b``, ``[B, Tk, A]``, for several calls with the same keys ``[B, Tk, Dk]`` and weights.
@@ -282,13 +312,27 @@ class AdditiveAttention(nn.Module):
             argument_checks.fail_shape("AdditiveAttention", "query", "B, Tq, Dq", (None, None, self.query_dim), query)
         if keys is None and (values is None or projected_keys is None):
             raise ValueError("AdditiveAttention: keys must be given unless values and projected_keys are, got None")
-        if projected_keys is None:
-            assert keys is not None
-            projected_keys = self.project_keys(keys)
-        if values is None:
-            assert keys is not None
-            values = keys
-        q = ops.linear(query, self.q_proj_weight)
-        return ops.additive_attention(
-            q, projected_keys, self.v, values, key_lengths=key_lengths, mask=mask, need_weights=need_weights
-        )
+        values = keys if values is None else values
+        assert values is not None
+        try:
+            q = ops.linear(query, self.q_proj_weight)
+            k = projected_keys
+            if k is None:
+                assert keys is not None
+                padding = mask.any(1) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
+                k = self.project_keys(_fill_padding(keys, key_lengths, padding))
+            return ops.additive_attention(
+                q, k, self.v, values, key_lengths=key_lengths, mask=mask, need_weights=need_weights
+            )
+        except (RuntimeError, TypeError):
+            self._check_arguments(query, keys, projected_keys)
+            raise
+
+    def _check_arguments(self, query: Tensor, keys: Tensor | None, projected_keys: Tensor | None) -> None:
+        """Raise if a tensor that is projected does not fit, in the words of the layer's own arguments."""
+        name, weight, B = "AdditiveAttention", self.q_proj_weight, len(query)
+        check_input(name, "query", query, "B, Tq, Dq", (B, None, self.query_dim), weight)
+        if projected_keys is not None:
+            check_input(name, "projected_keys", projected_keys, "B, Tk, A", (B, None, self.attn_dim), weight)
+        elif keys is not None:
+            check_input(name, "keys", keys, "B, Tk, Dk", (B, None, self.key_dim), weight)

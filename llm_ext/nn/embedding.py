@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llm_ext.nn.arguments import as_size
+from llm_ext.nn.scripting import refuse_script
 
 __all__ = ["AffineEmbedding"]
 
@@ -37,8 +42,8 @@ class AffineEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        self.num_embeddings = num_embeddings = as_size("AffineEmbedding", "num_embeddings", num_embeddings, 0)
+        self.embedding_dim = embedding_dim = as_size("AffineEmbedding", "embedding_dim", embedding_dim, 0)
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(embedding_dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -51,6 +56,9 @@ class AffineEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
     def fold(self) -> Tensor:
         """Return W + b, ``[V, E]``: the embedding of every id."""
         return self.weight + self.bias
@@ -59,7 +67,7 @@ class AffineEmbedding(nn.Module):
         """Return the embeddings ``[*, E]`` of ids ``[*]``.
 
         Args:
-            ids: int64 ids.
+            ids: int64 or int32 ids.
             table: The result of :meth:`fold`, for several calls with the same weights; ``None``: it is computed here.
 
         Raises:

@@ -145,23 +145,24 @@ def test_no_position_sees_the_future() -> None:
     assert not gradient[:, 6:].any()
 
 
-@every_score
-@every_causal
-@pytest.mark.parametrize("garbage", [1e4, math.nan])
-def test_padding_is_ignored(garbage: float, causal: bool, score: str) -> None:
+@parametrize_pairwise(garbage=(1e4, math.nan, math.inf), kind=("lengths", "mask"), causal=FLAGS, score=SCORES)
+def test_padding_is_ignored(garbage: float, kind: str, causal: bool, score: str) -> None:
+    """No bit of a result or gradient depends on it."""
     pool: Any = llm_ext.AttentionPool(3, 5, score, causal)
     e, lengths = torch.randn(3, 7, 3), torch.tensor([7, 4, 0])
     padding = torch.arange(7) >= lengths[:, None]
-    dirty = e.masked_fill(padding[..., None], garbage).requires_grad_()
-    results = flatten(pool(dirty, lengths))
-    assert_same_bits(results, pool(e, lengths))
-    assert torch.equal(pool(dirty, lengths, need_weights=True)[-1], pool(e, lengths, need_weights=True)[-1])
-    if score == "tanh" and math.isnan(garbage):
-        return  # torch's own tanh of W e passes NaN back
-    torch.autograd.backward(torch.stack([t.masked_fill(t.isinf(), 0).sum() for t in results]).sum())
-    assert dirty.grad is not None
-    assert not dirty.grad[padding].any()
-    assert pool.weight.grad.isfinite().all()
+    where = {"lengths": lengths} if kind == "lengths" else {"mask": ~padding}
+    for need_weights in FLAGS:
+        tensors = []
+        for filled in (e, e.masked_fill(padding[..., None], garbage)):
+            leaves = [filled.clone().requires_grad_(), *pool.parameters()]
+            results = flatten(pool(leaves[0], **where, need_weights=need_weights))
+            loss = torch.stack([t.masked_fill(t.isinf(), 0).square().sum() for t in results]).sum()
+            tensors.append([*results, *torch.autograd.grad(loss, leaves)])
+        assert_same_bits(*tensors)
+        gradient = tensors[0][len(results)]
+        assert not gradient[padding].any()
+        assert gradient[~padding].any()
 
 
 @every_causal
@@ -265,6 +266,25 @@ def test_additive_formula(bias: bool) -> None:
         assert_close("additive_attention_backward", a, b)
 
 
+@pytest.mark.parametrize("garbage", [1e4, math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["lengths", "mask", "mask of queries"])
+def test_additive_padding_is_ignored(garbage: float, kind: str) -> None:
+    """No bit of a result or gradient depends on it."""
+    layer = llm_ext.AdditiveAttention(5, 3, 9)
+    query, keys, lengths = torch.randn(3, 4, 5), torch.randn(3, 7, 3), torch.tensor([7, 4, 0])
+    padding = torch.arange(7) >= lengths[:, None]
+    mask = ~padding if kind == "mask" else ~padding[:, None].expand(3, 4, 7)
+    where = {"key_lengths": lengths} if kind == "lengths" else {"mask": mask}
+    tensors = []
+    for filled in (keys, keys.masked_fill(padding[..., None], garbage)):
+        leaves = [query.clone().requires_grad_(), filled.clone().requires_grad_(), *layer.parameters()]
+        context, weights = layer(*leaves[:2], **where, need_weights=True)
+        loss = context.square().sum() + weights.square().sum()
+        tensors.append([context, weights, *torch.autograd.grad(loss, leaves)])
+    assert_same_bits(*tensors)
+    assert not tensors[0][3][padding].any()
+
+
 def test_projected_keys() -> None:
     """Keys are the default values, and may be projected once for several calls."""
     layer = llm_ext.AdditiveAttention(5, 7, 33)
@@ -303,13 +323,25 @@ def test_additive_repr_and_parameters() -> None:
     ("changes", "message"),
     [
         ({"query": Z(2, 3)}, r"query must be \[B, Tq, Dq\] = \[\*, \*, 3\], got \[2, 3\]"),
-        ({"keys": Z(2, 4, 3)}, r"keys must be \[B, Tk, Dk\] = \[\*, \*, 4\], got \[2, 4, 3\]"),
-        ({"keys": Z(1, 4, 4)}, r"keys must be \[B, Tk, A\] = \[2, \*, 5\], got \[1, 4, 5\]"),
+        ({"keys": Z(2, 4, 3)}, r"keys must be \[B, Tk, Dk\] = \[2, \*, 4\], got \[2, 4, 3\]"),
+        ({"keys": Z(1, 4, 4)}, r"keys must be \[B, Tk, Dk\] = \[2, \*, 4\], got \[1, 4, 4\]"),
+        ({"projected_keys": Z(2, 4, 6)}, r"projected_keys must be \[B, Tk, A\] = \[2, \*, 5\], got \[2, 4, 6\]"),
+        ({"query": Z(2, 2, 3).double()}, "AdditiveAttention: query must be float32, got float64"),
+        ({"keys": Z(2, 4, 4).double()}, "AdditiveAttention: keys must be float32, got float64"),
+        ({"keys": Z(2, 4, 4, device="meta")}, "AdditiveAttention: keys must be on cpu like the weights, got meta"),
+        ({"key_lengths": torch.tensor([4, 5])}, r"key_lengths must be from 0 to Tk = 4, got \[4, 5\]"),
+        ({"mask": torch.ones(2, 3)}, r"mask must be \[B, Tk\] = \[2, 4\], got \[2, 3\]"),
+        ({"mask": torch.ones(2, 2, 4)}, "mask must be bool, got float32"),
     ],
 )
 def test_additive_refuses(changes: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llm_ext.AdditiveAttention(3, 4, 5)(**{"query": Z(2, 2, 3), "keys": Z(2, 4, 4), **changes})
+
+
+def test_pool_with_tanh_refuses() -> None:
+    with pytest.raises(TypeError, match="AttentionPool: e must be float32, got float64"):
+        llm_ext.AttentionPool(3, 5, "tanh")(Z(2, 4, 3).double())
 
 
 def test_additive_constructor_refuses() -> None:
