@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from llm_ext.models.recurrent_layers import CELLS
+from llm_ext.models.recurrent_layers import CELLS, RecurrentLayer
+from llm_ext.ops import argument_checks
 
-__all__ = ["check_cell", "check_dropout", "check_id_dtype", "check_ids", "check_sizes"]
-
-
-def check_sizes(model: str, **sizes: int) -> None:
-    """Raise ValueError unless every size is at least 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{model}: {name} must be at least 1, got {size}")
+__all__ = ["check_cell", "check_dropout", "check_id_dtype", "check_ids", "check_keep", "check_lengths", "check_state"]
 
 
 def check_dropout(model: str, dropout: float) -> None:
@@ -39,4 +35,44 @@ def check_ids(model: str, name: str, ids: Tensor, letters: str) -> None:
 def check_id_dtype(model: str, name: str, ids: Tensor) -> None:
     """Raise TypeError unless token ids are of an integer dtype that torch.nn.functional.embedding takes."""
     if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{model}: {name} must be int64, got {ids.dtype}".replace("torch.", ""))
+        raise TypeError(f"{model}: {name} must be int64 or int32, got {ids.dtype}".replace("torch.", ""))
+
+
+def check_lengths(model: str, name: str, lengths: Tensor | None, ids: Tensor, letter: str) -> None:
+    """Raise unless `lengths` is None, or a length for each row of `ids`; `letter` names the number of columns.
+
+    Values on a GPU are not read.
+    """
+    if lengths is None:
+        return
+    B, T = ids.shape
+    if lengths.shape != (B,):
+        raise ValueError(f"{model}: {name} must be [B] = [{B}], got {list(lengths.shape)}")
+    if lengths.dtype != torch.int64:
+        raise TypeError(f"{model}: {name} must be int64, got {lengths.dtype}".replace("torch.", ""))
+    if lengths.device != ids.device:
+        raise ValueError(f"{model}: {name} must be on {ids.device} like the ids, got {lengths.device}")
+    if lengths.is_cpu and bool(((lengths < 0) | (lengths > T)).any()):
+        raise ValueError(f"{model}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
+
+
+def check_keep(model: str, keep: Tensor | None, ids: Tensor) -> None:
+    """Raise unless `keep` is None, or a bool for each of `ids` [B, T]."""
+    if keep is None:
+        return
+    if keep.shape != ids.shape:
+        raise ValueError(f"{model}: keep must be [B, T] = {list(ids.shape)}, got {list(keep.shape)}")
+    if keep.dtype != torch.bool:
+        raise TypeError(f"{model}: keep must be bool, got {keep.dtype}".replace("torch.", ""))
+
+
+def check_state(model: str, layer: RecurrentLayer, hidden: Any, cell: Any, N: int) -> None:
+    """Raise unless the fields `hidden` and `cell` of a model's state are a state of `layer` for N rows."""
+    if cell is not None and layer.mode != "LSTM":
+        raise TypeError(f"{model}: state.cell must be None, got {type(cell).__name__}")
+    state = (hidden, cell) if layer.mode == "LSTM" else (hidden,)
+    H, weight = layer.hidden_size, layer.weight_hh_l0
+    assert isinstance(weight, Tensor)
+    leading, letters, names = (layer.num_layers, N), ("L", "N"), ("state.hidden", "state.cell")
+    like = ("the weights", weight)
+    argument_checks.layer_states(model, layer.mode, state, leading, letters, (H, H), names, (weight.dtype,), like)

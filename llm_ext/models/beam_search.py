@@ -111,7 +111,8 @@ class BeamSearch:
             hypotheses = []
             for score, path in zip(scores[:count], paths, strict=False):
                 if score > -math.inf:
-                    hypotheses.append(BeamHypothesis(path[: int((path != self.end).sum())], score))
+                    # A copy: a view would keep all paths, and could not take part in training after inference mode.
+                    hypotheses.append(BeamHypothesis(path[: int((path != self.end).sum())].clone(), score))
             found.append(hypotheses)
         return found
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from llm_ext.models.argument_checks import check_cell, check_dropout, check_id_dtype, check_ids, check_sizes
+from llm_ext.models.argument_checks import check_cell, check_dropout, check_id_dtype, check_ids, check_state
 from llm_ext.models.bypass import may_bypass
 from llm_ext.models.initialization import init_recurrent_
 from llm_ext.models.recurrent_layers import call_recurrent, join_state, recurrent_layer, split_state
 from llm_ext.models.sampling import check_sampling, sample
 from llm_ext.nn import AffineEmbedding, AttentionPool, Linear
+from llm_ext.nn.arguments import as_size
+from llm_ext.nn.scripting import refuse_script
 
 __all__ = ["LLM", "LLMState"]
 
@@ -75,7 +78,7 @@ class LLM(nn.Module):
         ValueError: A size, probability or name is out of range.
 
     Shape:
-        - Input: ids ``[B, T]`` int64, and the state after the text before them or None.
+        - Input: ids ``[B, T]``, int64 or int32, and the state after the text before them or None.
         - Output: scores ``[B, T, O]``, and the state after the ids.
 
     Attributes:
@@ -114,28 +117,22 @@ class LLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
-            "LLM",
-            vocab_size=vocab_size,
-            embedding_dim=embedding_dim,
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
-            n_layers=n_layers,
-        )
+        vocab_size, output_dim = as_size("LLM", "vocab_size", vocab_size), as_size("LLM", "output_dim", output_dim)
+        embedding_dim = as_size("LLM", "embedding_dim", embedding_dim)
+        hidden_dim, n_layers = as_size("LLM", "hidden_dim", hidden_dim), as_size("LLM", "n_layers", n_layers)
         check_dropout("LLM", dropout)
         check_cell("LLM", cell)
         if attention not in ("hidden", "embedding", "none"):
             raise ValueError(f"LLM: attention must be one of hidden, embedding, none, got {attention!r}")
         pooled_dim = {"hidden": hidden_dim, "embedding": embedding_dim, "none": 0}[attention]
-        if attn_dim is None:
-            attn_dim = min(pooled_dim, 128)
+        attn_dim = min(pooled_dim, 128) if attn_dim is None else operator.index(attn_dim)
         self._config: dict[str, int | float | str] = {
             "vocab_size": vocab_size,
             "embedding_dim": embedding_dim,
             "hidden_dim": hidden_dim,
             "output_dim": output_dim,
             "n_layers": n_layers,
-            "dropout": dropout,
+            "dropout": float(dropout),
             "cell": cell,
             "nonlinearity": nonlinearity,
             "attention": attention,
@@ -166,6 +163,9 @@ class LLM(nn.Module):
         init_recurrent_(self.rnn)
         nn.init.zeros_(self.head.bias)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
     def config(self) -> dict[str, int | float | str]:
         """Return the constructor's arguments without `device` and `dtype`, as JSON types, for ``LLM(**config)``."""
         return dict(self._config)
@@ -174,7 +174,7 @@ class LLM(nn.Module):
         """Score the tokens that follow each prefix of x.
 
         Args:
-            x: Token ids, ``[B, T]`` int64.
+            x: Token ids, ``[B, T]`` int64 or int32.
             state: State after the text before x, from an earlier call; None at the start of a text.
 
         Returns:
@@ -182,12 +182,19 @@ class LLM(nn.Module):
 
         Raises:
             ValueError: A shape does not fit.
-            TypeError: x is not of an integer dtype.
+            TypeError: x is not int64 or int32, or the state is that of another model.
             IndexError: A token id is outside 0 .. V - 1.
         """
         check_ids("LLM", "x", x, "B, T")
-        features, state = self._features(x.t(), state, self.embedding, self.pool)
-        return self._scores(features), state
+        if state is not None and not isinstance(state, LLMState):
+            raise TypeError(f"LLM: state must be an LLMState, got {type(state).__name__}")
+        try:
+            features, after = self._features(x.t(), state, self.embedding, self.pool)
+        except (RuntimeError, TypeError, AttributeError):
+            if state is not None:
+                check_state("LLM", self.rnn, state.hidden, state.cell, len(x))
+            raise
+        return self._scores(features), after
 
     def _scores(self, features: Tensor) -> Tensor:
         """Return scores ``[B, T, O]`` of features ``[B, T, *]``."""
@@ -253,7 +260,7 @@ class LLM(nn.Module):
         them alone are computed once.
 
         Args:
-            prompt_ids: Token ids, ``[P]`` or ``[B, P]`` int64, at least one per row.
+            prompt_ids: Token ids, ``[P]`` or ``[B, P]`` int64 or int32, at least one per row.
             max_new_tokens: Number of ids to sample.
             temperature: Divides the scores; 0 chooses the id of the largest score.
             top_k: Sample among the k largest scores only.
@@ -262,7 +269,7 @@ class LLM(nn.Module):
 
         Raises:
             ValueError: The prompt is empty, or a number is out of range.
-            TypeError: prompt_ids is not of an integer dtype.
+            TypeError: prompt_ids is not int64 or int32.
             RuntimeError: The scores are NaN. Only the first and the last token are checked.
         """
         op = "LLM.stream"
@@ -272,7 +279,9 @@ class LLM(nn.Module):
         if max_new_tokens < 0:
             raise ValueError(f"{op}: max_new_tokens must be at least 0, got {max_new_tokens}")
         check_sampling(op, temperature, top_k, top_p)
-        return self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator)
+        # Inference tensors could not take part in training later, so the ids are copied outside of inference mode.
+        stream = self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator)
+        return (ids.clone() for ids in stream)
 
     @torch.inference_mode()
     def _stream(

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from llm_ext import ops
-from llm_ext.models.argument_checks import check_cell, check_dropout, check_ids, check_sizes
+from llm_ext.models.argument_checks import (
+    check_cell,
+    check_dropout,
+    check_ids,
+    check_keep,
+    check_lengths,
+    check_state,
+)
 from llm_ext.models.beam_search import BeamHypothesis, BeamSearch, length_limits
 from llm_ext.models.bypass import may_bypass
 from llm_ext.models.initialization import init_recurrent_
@@ -24,6 +31,8 @@ from llm_ext.models.recurrent_layers import (
     split_state,
 )
 from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AffineEmbedding, Linear
+from llm_ext.nn.arguments import as_flag, as_size
+from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops.linear import use_native_gemm
 from llm_ext.ops.packing import Packing, pack_lengths
 
@@ -127,7 +136,7 @@ class Seq2Seq(nn.Module):
         ValueError: A size, probability or name is out of range.
 
     Shape:
-        - Input: source ids ``[B, S]`` and target ids ``[B, T]``, int64.
+        - Input: source ids ``[B, S]`` and target ids ``[B, T]``, int64 or int32.
         - Output: scores ``[B, T, V]``.
 
     Attributes:
@@ -178,17 +187,14 @@ class Seq2Seq(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if attn_dim is None:
-            attn_dim = hidden_dim
-        check_sizes(
-            "Seq2Seq",
-            source_vocab_size=source_vocab_size,
-            target_vocab_size=target_vocab_size,
-            embedding_dim=embedding_dim,
-            hidden_dim=hidden_dim,
-            n_layers=n_layers,
-            attn_dim=attn_dim,
-        )
+        source_vocab_size = as_size("Seq2Seq", "source_vocab_size", source_vocab_size)
+        target_vocab_size = as_size("Seq2Seq", "target_vocab_size", target_vocab_size)
+        embedding_dim = as_size("Seq2Seq", "embedding_dim", embedding_dim)
+        hidden_dim, n_layers = as_size("Seq2Seq", "hidden_dim", hidden_dim), as_size("Seq2Seq", "n_layers", n_layers)
+        attn_dim = hidden_dim if attn_dim is None else as_size("Seq2Seq", "attn_dim", attn_dim)
+        input_feeding = as_flag("Seq2Seq", "input_feeding", input_feeding)
+        share_embedding = as_flag("Seq2Seq", "share_embedding", share_embedding)
+        tie_head = as_flag("Seq2Seq", "tie_head", tie_head)
         check_dropout("Seq2Seq", dropout)
         check_cell("Seq2Seq", cell)
         if share_embedding and source_vocab_size != target_vocab_size:
@@ -200,7 +206,7 @@ class Seq2Seq(nn.Module):
             "embedding_dim": embedding_dim,
             "hidden_dim": hidden_dim,
             "n_layers": n_layers,
-            "dropout": dropout,
+            "dropout": float(dropout),
             "cell": cell,
             "nonlinearity": nonlinearity,
             "attn_dim": attn_dim,
@@ -248,6 +254,9 @@ class Seq2Seq(nn.Module):
             # With weights from N(0, 1), as an embedding has them, scores would be of the order of the root of E.
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.head.in_features))
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
     def config(self) -> dict[str, int | float | str]:
         """Return the constructor's arguments without `device` and `dtype`, as JSON types, for ``Seq2Seq(**config)``."""
         return dict(self._config)
@@ -265,8 +274,8 @@ class Seq2Seq(nn.Module):
         """Score the tokens that follow each prefix of a given target (teacher forcing).
 
         Args:
-            source: Token ids, ``[B, S]`` int64.
-            target: Token ids, ``[B, T]`` int64; each row begins with the id that begins every target.
+            source: Token ids, ``[B, S]`` int64 or int32.
+            target: Token ids, ``[B, T]`` int64 or int32; each row begins with the id that begins every target.
             source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             target_lengths: Tokens of each target, ``[B]`` int64; the scores beyond them are undefined. None: all have
                 T.
@@ -277,15 +286,18 @@ class Seq2Seq(nn.Module):
 
         Raises:
             ValueError: A shape does not fit.
-            TypeError: The ids are not of an integer dtype.
-            IndexError: A token id is not in its vocabulary.
+            TypeError: The ids are not int64 or int32, the lengths not int64, or `keep` not bool.
+            IndexError: A token id is not in its vocabulary. Ids beyond the lengths may have any value.
         """
         check_ids("Seq2Seq", "source", source, "B, S")
         check_ids("Seq2Seq", "target", target, "B, T")
         if target.shape[0] != source.shape[0]:
             raise ValueError(f"Seq2Seq: target must have the {source.shape[0]} rows of source, got {target.shape[0]}")
-        encoder_output, state = self.encode(source, source_lengths)
-        x = self.target_embedding(target)  # [B, T, E]
+        check_lengths("Seq2Seq", "source_lengths", source_lengths, source, "S")
+        check_lengths("Seq2Seq", "target_lengths", target_lengths, target, "T")
+        check_keep("Seq2Seq", keep, target)
+        encoder_output, state = self._encode(source, source_lengths, None)
+        x = self.target_embedding(_fill_padding(target, target_lengths))  # [B, T, E]
         B = len(x)
         x = _apply_mask(x, self._dropout_mask(B, x))
         if self.input_feeding:
@@ -320,7 +332,7 @@ class Seq2Seq(nn.Module):
         """Read sources.
 
         Args:
-            source: Token ids, ``[B, S]`` int64.
+            source: Token ids, ``[B, S]`` int64 or int32.
             lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             input_projections: The result of `input_projections`, for inference with unchanged weights, or None.
 
@@ -332,6 +344,13 @@ class Seq2Seq(nn.Module):
             RuntimeError: `input_projections` are given in training mode or with gradients enabled.
         """
         check_ids("Seq2Seq", "source", source, "B, S")
+        check_lengths("Seq2Seq", "lengths", lengths, source, "S")
+        return self._encode(source, lengths, input_projections)
+
+    def _encode(
+        self, source: Tensor, lengths: Tensor | None, input_projections: InputProjections | None
+    ) -> tuple[EncoderOutput, Seq2SeqState]:
+        """Read sources whose arguments have been checked."""
         if input_projections is not None and (self.training or torch.is_grad_enabled()):
             raise RuntimeError("Seq2Seq: input_projections are for inference: call eval(), and torch.no_grad()")
         projections = None if input_projections is None else input_projections.source
@@ -344,7 +363,7 @@ class Seq2Seq(nn.Module):
             elif bool((lengths > 0).all()):  # an empty row cannot be packed
                 packing = pack_lengths(lengths, S)
         if packing is None:
-            keys, values, last = self._encode_padded(source, lengths, projections)
+            keys, values, last = self._encode_padded(_fill_padding(source, lengths), lengths, projections)
         else:
             keys, values, last = self._encode_packed(source, packing, projections)
         return EncoderOutput(keys, values, lengths), self._first_state(last, keys)
@@ -398,7 +417,7 @@ class Seq2Seq(nn.Module):
         """Return the output and the last state of the encoder for ids ``[S, B]``, or packed ones ``[N]``."""
         return ops.multilayer_rnn(
             self.encoder.mode,
-            ids,
+            ids.to(torch.int64),
             None,
             self.encoder.all_weights,
             bidirectional=True,
@@ -448,7 +467,7 @@ class Seq2Seq(nn.Module):
         """Read one more token of K targets of each source, and score the tokens that follow.
 
         Args:
-            ids: Token ids, ``[B, K]`` int64.
+            ids: Token ids, ``[B, K]`` int64 or int32.
             state: State of the B K targets, in the order of the rows of `ids`.
             encoder_output: Result of `encode` for the B sources.
             need_weights: Return the attention weights as well.
@@ -457,8 +476,20 @@ class Seq2Seq(nn.Module):
         Returns:
             Scores ``[B, K, V]``, the new state, and the attention weights ``[B, K, S]`` or None.
         """
-        readout, state, weights = self._step(ids, state, encoder_output, need_weights, input_projections)
-        return self._scores(readout), state, weights
+        check_ids("Seq2Seq", "ids", ids, "B, K")
+        if not isinstance(state, Seq2SeqState):
+            raise TypeError(f"Seq2Seq: state must be a Seq2SeqState, got {type(state).__name__}")
+        if not isinstance(encoder_output, EncoderOutput):
+            raise TypeError(f"Seq2Seq: encoder_output must be an EncoderOutput, got {type(encoder_output).__name__}")
+        try:
+            readout, after, weights = self._step(ids, state, encoder_output, need_weights, input_projections)
+        except (RuntimeError, TypeError, AttributeError):
+            B = len(encoder_output.values)
+            if len(ids) != B:
+                raise ValueError(f"Seq2Seq: ids must be [B, K] = [{B}, *], got {list(ids.shape)}") from None
+            check_state("Seq2Seq", self.decoder, state.hidden, state.cell, ids.numel())
+            raise
+        return self._scores(readout), after, weights
 
     def _step(
         self,
@@ -488,7 +519,9 @@ class Seq2Seq(nn.Module):
         self, ids: Tensor, state: Seq2SeqState, encoder_output: EncoderOutput, projections: Tensor | None
     ) -> tuple[Tensor, Seq2SeqState]:
         x = ids.reshape(1, -1)
-        if projections is None:
+        if projections is not None:
+            x = x.to(torch.int64)
+        else:
             x = self.target_embedding(x)
             if state.fed is not None:
                 x = torch.cat((x, state.fed.unsqueeze(0)), -1)
@@ -564,7 +597,7 @@ class Seq2Seq(nn.Module):
         Call `eval()` first to disable dropout.
 
         Args:
-            source: Token ids, ``[B, S]`` int64.
+            source: Token ids, ``[B, S]`` int64 or int32.
             end: The id that begins and ends every target.
             source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             max_length: Largest number of ids of a row. None: 10 more than twice those of its source.
@@ -574,8 +607,10 @@ class Seq2Seq(nn.Module):
             ValueError: A shape or number does not fit.
             RuntimeError: The scores are NaN.
         """
-        self._check_search(end, max_length)
-        return self._stream(source, end, source_lengths, max_length, input_projections)
+        self._check_search(source, end, source_lengths, max_length)
+        # Inference tensors could not take part in training later, so the ids are copied outside of inference mode.
+        stream = self._stream(source, end, source_lengths, max_length, input_projections)
+        return (ids.clone() for ids in stream)
 
     @torch.inference_mode()
     def _stream(
@@ -587,7 +622,7 @@ class Seq2Seq(nn.Module):
         input_projections: InputProjections | None,
     ) -> Iterator[Tensor]:
         limits = length_limits(source, source_lengths, max_length)
-        encoder_output, state = self.encode(source, source_lengths, input_projections)
+        encoder_output, state = self._encode(source, source_lengths, input_projections)
         ids = source.new_full((len(source),), end)
         ended = limits <= 0
         for n in range(1, int(limits.max()) + 1 if len(limits) else 0):
@@ -612,7 +647,6 @@ class Seq2Seq(nn.Module):
             _check_scores(scores)
         return scores.argmax(-1)
 
-    @torch.inference_mode()
     def search(
         self,
         source: Tensor,
@@ -632,7 +666,7 @@ class Seq2Seq(nn.Module):
         the batch. Call `eval()` first to disable dropout.
 
         Args:
-            source: Token ids, ``[B, S]`` int64.
+            source: Token ids, ``[B, S]`` int64 or int32.
             end: The id that begins and ends every target.
             source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             beam: K, number of open targets of each source; 1 is greedy search.
@@ -652,7 +686,7 @@ class Seq2Seq(nn.Module):
 
         Source: the normalization by length is that of Wu et al., arXiv 1609.08144, without its constants.
         """
-        self._check_search(end, max_length)
+        self._check_search(source, end, source_lengths, max_length)
         if beam < 1:
             raise ValueError(f"Seq2Seq: beam must be at least 1, got {beam}")
         if not 1 <= num_return_sequences <= beam:
@@ -661,17 +695,30 @@ class Seq2Seq(nn.Module):
         if not 0 <= length_penalty < math.inf:
             raise ValueError(f"Seq2Seq: length_penalty must be at least 0 and finite, got {length_penalty}")
         limits = length_limits(source, source_lengths, max_length)
-        encoder_output, state = self.encode(source, source_lengths, input_projections)
-        state = state.repeat(beam)
         beams = BeamSearch(len(source), beam, end, limits, length_penalty, source.device)
+        self._search(beams, source, source_lengths, input_projections)
+        return beams.best(num_return_sequences)
+
+    @torch.inference_mode()
+    def _search(
+        self,
+        beams: BeamSearch,
+        source: Tensor,
+        source_lengths: Tensor | None,
+        input_projections: InputProjections | None,
+    ) -> None:
+        """Extend the targets of `beams` until the search has ended."""
+        encoder_output, state = self._encode(source, source_lengths, input_projections)
+        state = state.repeat(beams.ids.shape[1])
         while not beams.done:
             scores, state, _ = self.step(beams.ids, state, encoder_output, input_projections=input_projections)
             if beams.length == 0:
                 _check_scores(scores)
             state.reorder_(beams.advance(scores))
-        return beams.best(num_return_sequences)
 
-    def _check_search(self, end: int, max_length: int | None) -> None:
+    def _check_search(self, source: Tensor, end: int, source_lengths: Tensor | None, max_length: int | None) -> None:
+        check_ids("Seq2Seq", "source", source, "B, S")
+        check_lengths("Seq2Seq", "source_lengths", source_lengths, source, "S")
         if not 0 <= end < self.target_vocab_size:
             raise ValueError(f"Seq2Seq: end must be an id from 0 to {self.target_vocab_size - 1}, got {end}")
         if max_length is not None and max_length < 0:
@@ -686,6 +733,13 @@ def _concatenate_directions(state: Tensor) -> Tensor:
 def _apply_mask(features: Tensor, mask: Tensor | None) -> Tensor:
     """Multiply features ``[B, T, *]`` by a mask ``[B, *]`` at every position."""
     return features if mask is None else features * mask.unsqueeze(1)
+
+
+def _fill_padding(ids: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return ids ``[B, T]`` with the id 0 beyond the lengths, where a batch may hold any number."""
+    if lengths is None:
+        return ids
+    return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1), 0)
 
 
 def _check_scores(scores: Tensor) -> None:

@@ -9,6 +9,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from support.comparison import assert_close, assert_same_bits, flatten
@@ -279,7 +280,7 @@ def test_bad_constructor(options: dict[str, Any], message: str) -> None:
 
 BAD_CALLS: list[tuple[Tensor, type[Exception], str]] = [
     (torch.zeros(3, dtype=torch.int64), ValueError, r"LLM: x must be \[B, T\], got \[3\]"),
-    (torch.zeros(3, 2), TypeError, "LLM: x must be int64, got float32"),
+    (torch.zeros(3, 2), TypeError, "LLM: x must be int64 or int32, got float32"),
     (torch.tensor([[0, V]]), IndexError, f"ids must be from 0 to {V - 1}, got values from 0 to {V}"),
     (torch.tensor([[-1]]), IndexError, "got values from -1 to -1"),
 ]
@@ -295,16 +296,49 @@ def test_bad_call(x: Tensor, error: type[Exception], message: str) -> None:
 def test_state_of_another_batch(cell: str) -> None:
     m = model(cell=cell)
     _, state = m(torch.zeros(3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"hx.* must be \[L, B, H\] = \[2, 2, 17\], got \[2, 3, 17\]"):
+    with pytest.raises(ValueError, match=r"LLM: state.hidden must be \[L, N, H\] = \[2, 2, 17\], got \[2, 3, 17\]"):
         m(torch.zeros(2, 2, dtype=torch.int64), state)
 
 
 def test_state_of_another_cell() -> None:
     x = torch.zeros(3, 2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="GRU: hx must be a Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"LLM: state.cell must be None, got Tensor"):
         model(cell="gru")(x, model(cell="lstm")(x)[1])
-    with pytest.raises(TypeError, match="LSTM: hx must be a tuple"):
+    with pytest.raises(TypeError, match=r"LLM: state.cell must be a Tensor, got NoneType"):
         model(cell="lstm")(x, model(cell="gru")(x)[1])
+
+
+@pytest.mark.parametrize("state", [torch.zeros(2, 3, 17), (torch.zeros(2, 3, 17),), [torch.zeros(2, 3, 17)] * 2])
+def test_what_is_no_state(state: Any) -> None:
+    with pytest.raises(TypeError, match=f"LLM: state must be an LLMState, got {type(state).__name__}"):
+        model(cell="lstm")(torch.zeros(3, 2, dtype=torch.int64), state)
+
+
+def test_ids_of_32_bits() -> None:
+    m, x = model().eval(), torch.randint(V, (2, 5))
+    assert torch.equal(m(x.int())[0], m(x)[0])
+    for steps in (1, V):  # without and with the folded embedding
+        generated = m.generate(x.int(), steps, temperature=0)
+        assert generated.dtype == torch.int32
+        assert torch.equal(generated, m.generate(x, steps, temperature=0))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_sampled_ids_can_be_trained_on(attention: str) -> None:
+    """They are no inference tensors."""
+    m, x = model(attention), torch.randint(V, (2, 5))
+    ids = list(m.stream(x, 3))
+    ids[0].add_(0)
+    for text in (torch.stack(ids, 1), m.generate(x, 3), m.generate(x, 0), m.generate(x[0], 3)[None]):
+        assert not text.is_inference()
+        m(text)[0].sum().backward()
+
+
+def test_sizes_of_numpy() -> None:
+    sizes = [numpy.int64(size) for size in (V, 5, 17, V, 2)]
+    options: dict[str, Any] = {"dropout": numpy.float64(0.25), "attn_dim": numpy.int32(4)}
+    m = llm_ext.LLM(*sizes, **options)
+    assert json.loads(json.dumps(m.config())) == llm_ext.LLM(V, 5, 17, V, 2, 0.25, attn_dim=4).config()
 
 
 @cell_and_attention

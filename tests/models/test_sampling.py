@@ -256,7 +256,7 @@ def test_nan_scores(temperature: float) -> None:
 
 
 BAD_GENERATION: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"prompt_ids": torch.zeros(3)}, TypeError, "prompt_ids must be int64, got float32"),
+    ({"prompt_ids": torch.zeros(3)}, TypeError, "prompt_ids must be int64 or int32, got float32"),
     ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, ValueError, "prompt_ids must be .* got .0."),
     ({"prompt_ids": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, "prompt_ids must be .* got .2, 0."),
     ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got -1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -288,12 +289,106 @@ def test_bad_call() -> None:
         (source[0], target, ValueError, r"source must be \[B, S\], got \[9\]"),
         (source, target[0], ValueError, r"target must be \[B, T\], got \[5\]"),
         (source, target[:3], ValueError, "target must have the 4 rows of source, got 3"),
-        (source.double(), target, TypeError, "source must be int64, got float64"),
+        (source.double(), target, TypeError, "source must be int64 or int32, got float64"),
         (source + 5, target, IndexError, "ids must be from 0 to 10"),
     ]
     for source_ids, target_ids, error, message in calls:
         with pytest.raises(error, match=message):
             m(source_ids, target_ids)
+
+
+LONG = torch.tensor([9, 10, 6, 9])
+BAD_LENGTHS: list[tuple[Tensor, type[Exception], str]] = [
+    (LENGTHS.int(), TypeError, "Seq2Seq: {name} must be int64, got int32"),
+    (LENGTHS[:3], ValueError, r"Seq2Seq: {name} must be \[B\] = \[4\], got \[3\]"),
+    (LENGTHS[:, None], ValueError, r"Seq2Seq: {name} must be \[B\] = \[4\], got \[4, 1\]"),
+    (LONG, ValueError, r"Seq2Seq: {name} must be from 0 to {T} = 9, got \[9, 10, 6, 9\]"),
+    (-LENGTHS, ValueError, r"Seq2Seq: {name} must be from 0 to {T} = 9, got \[-9"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "error", "message"), BAD_LENGTHS)
+def test_bad_lengths(lengths: Tensor, error: type[Exception], message: str) -> None:
+    """The message names the argument of the user."""
+    m, source, target = model().eval(), sources(), torch.randint(VOCAB, (4, 9))
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: m(source, target, lengths), "source_lengths"),
+        (lambda: m(source, target, None, lengths), "target_lengths"),
+        (lambda: m.stream(source, END, lengths), "source_lengths"),
+        (lambda: m.search(source, END, lengths), "source_lengths"),
+        (lambda: m.encode(source, lengths), "lengths"),
+    ]
+    for call, name in calls:
+        with pytest.raises(error, match=message.format(name=name, T="T" if name[0] == "t" else "S")):
+            call()
+
+
+def test_bad_keep() -> None:
+    m, source, target = model().eval(), sources(), torch.randint(VOCAB, (4, 5))
+    with pytest.raises(ValueError, match=r"Seq2Seq: keep must be \[B, T\] = \[4, 5\], got \[4, 4\]"):
+        m(source, target, keep=torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="Seq2Seq: keep must be bool, got int64"):
+        m(source, target, keep=torch.ones(4, 5, dtype=torch.int64))
+
+
+@feeding
+@pytest.mark.parametrize("cell", CELLS)
+def test_bad_step(cell: str, input_feeding: bool) -> None:
+    """On both paths of a step."""
+    m, ids = model(cell=cell, input_feeding=input_feeding).eval(), torch.zeros(4, 1, dtype=torch.int64)
+    encoder_output, state = m.encode(sources())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(ValueError, match=r"Seq2Seq: state.hidden must be .* = \[2, 8, 17\], got \[2, 4, 17\]"):
+                m.step(torch.zeros(4, 2, dtype=torch.int64), state, encoder_output)
+            with pytest.raises(ValueError, match=r"Seq2Seq: ids must be \[B, K\] = \[4, \*\], got \[3, 1\]"):
+                m.step(ids[:3], state, encoder_output)
+            with pytest.raises(TypeError, match="Seq2Seq: state must be a Seq2SeqState, got tuple"):
+                m.step(ids, tuple(state), encoder_output)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match="Seq2Seq: encoder_output must be an EncoderOutput, got Tensor"):
+                m.step(ids, state, encoder_output.keys)  # type: ignore[arg-type]
+            if cell == "lstm":
+                with pytest.raises(TypeError, match=r"Seq2Seq: state.cell must be a Tensor, got NoneType"):
+                    m.step(ids, state._replace(cell=None), encoder_output)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@feeding
+def test_ids_of_32_bits(input_feeding: bool, projected: bool) -> None:
+    m = model(input_feeding=input_feeding).eval()
+    source, target = sources(), torch.randint(VOCAB, (4, 5))
+    assert torch.equal(m(source.int(), target.int(), LENGTHS), m(source, target, LENGTHS))
+    projections = m.input_projections() if projected else None
+    for lengths in (None, LENGTHS):
+        streams = [list(m.stream(ids, END, lengths, 5, projections)) for ids in (source, source.int())]
+        assert torch.equal(torch.stack(streams[0]), torch.stack(streams[1]))
+        found = [
+            m.search(ids, END, lengths, max_length=5, input_projections=projections) for ids in (source, source.int())
+        ]
+        assert [row[0].ids.tolist() for row in found[0]] == [row[0].ids.tolist() for row in found[1]]
+
+
+@feeding
+def test_found_ids_can_be_trained_on(input_feeding: bool) -> None:
+    """They are no inference tensors."""
+    m, source = model(input_feeding=input_feeding), sources()
+    for ids in (*m.stream(source, END, LENGTHS, 3), *(row[0].ids for row in m.search(source, END, LENGTHS))):
+        assert not ids.is_inference()
+        ids.add_(0)
+        m(source[:1], ids[None]).sum().backward()
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([9, 0, 6, 9])])
+def test_padding_may_hold_any_number(lengths: Tensor) -> None:
+    """Such as the index that a loss ignores; the second lengths are not packed."""
+    m, source, target = model(), sources(), torch.randint(VOCAB, (4, 5))
+    target_lengths = torch.tensor([5, 3, 0, 4])
+    results = []
+    for fill in (0, -100):
+        filled_source = source.masked_fill(torch.arange(9) >= lengths[:, None], fill)
+        filled_target = target.masked_fill(torch.arange(5) >= target_lengths[:, None], fill)
+        results.append(m(filled_source, filled_target, lengths, target_lengths))
+    assert torch.equal(*results)
 
 
 def test_nan_scores() -> None:
