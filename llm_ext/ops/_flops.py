@@ -91,6 +91,11 @@ def _(grad_y: Any, grad_h: Any, grad_c: Any, x: Shape, h0: Any, c0: Any, *rest: 
     return _backward(_rows(x), _batch(x, h0, batch_sizes), w_ih, w_hh, w_hr, dx, dh0, (*dw[:2], dw[4]))
 
 
+@_register("recurrence_tangent", "recurrence_adjoint")
+def _(mode: str, w_hh: Shape, w_hr: Shape | None, saved: Any, y: Shape, *_: Any, out_shape: Any = None) -> int:
+    return _forward(_rows(y), (0,), w_hh, w_hr)
+
+
 def _directions(weights: Sequence[Shape], bias: bool) -> list[tuple[Shape, Shape, Shape | None]]:
     """Return (w_ih, w_hh, w_hr) of both directions of a layer."""
     half = len(weights) // 2

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.ops._registration import refuse_derivative, torch_ops
-from llm_ext.ops._transforms import forward_mode_once
+from llm_ext.ops._transforms import forward_mode_is_nested, forward_mode_once, unwrapped, without_transforms
 from llm_ext.ops.argument_checks import NATIVE_GEMM_DTYPES, compute_dtype, gates_of
 
 # A vector of the linear system: pre-activations a [N, blocks H], states h [N, P], and cell states c [N, H] of an LSTM.
@@ -40,12 +40,13 @@ class Rows:
     def __init__(self, T: int, B: int, batch_sizes: Tensor | None, reverse: bool) -> None:
         self.T = T
         self.B = B
-        self.batch_sizes = batch_sizes
+        self.batch_sizes = None if batch_sizes is None else unwrapped(batch_sizes)
         self.reverse = reverse
 
     def repeated(self, times: int) -> Rows:
         """Return the rows of a batch in which each row is `times` adjacent rows."""
-        batch_sizes = None if self.batch_sizes is None else self.batch_sizes * times
+        with without_transforms():
+            batch_sizes = None if self.batch_sizes is None else self.batch_sizes * times
         return Rows(self.T, self.B * times, batch_sizes, self.reverse)
 
     def sizes(self) -> list[int]:
@@ -54,7 +55,8 @@ class Rows:
 
     def batch_sizes_tensor(self) -> Tensor:
         """Return the number of rows of each step as a tensor."""
-        return torch.full((self.T,), self.B) if self.batch_sizes is None else self.batch_sizes
+        with without_transforms():
+            return torch.full((self.T,), self.B) if self.batch_sizes is None else self.batch_sizes
 
     def previous(self, first: Tensor, rows: Tensor) -> Tensor:
         """Return for each row the row of the step that runs before it; `first` [B, *] before the first step."""
@@ -62,16 +64,20 @@ class Rows:
             return rows
         if self.batch_sizes is None:
             return torch.cat((rows[self.B :], first) if self.reverse else (first, rows[: -self.B]))
-        sizes = self.batch_sizes
-        starts = sizes.cumsum(0) - sizes
-        step = torch.arange(self.T).repeat_interleave(sizes)
-        column = torch.arange(len(rows)) - starts[step]
-        if self.reverse:
-            following = torch.cat((sizes[1:], sizes.new_zeros(1)))[step]
-            index = torch.where(column < following, starts[step] + sizes[step] + column + self.B, column)
-        else:
-            index = torch.where(step > 0, starts[step - 1] + column + self.B, column)
-        return torch.cat((first, rows)).index_select(0, index.to(rows.device))
+        return torch.cat((first, rows)).index_select(0, self._previous_index().to(rows.device))
+
+    def _previous_index(self) -> Tensor:
+        """Return for each row of a packed sequence the index of the row before it among the first and all rows."""
+        assert self.batch_sizes is not None
+        with without_transforms():
+            sizes = self.batch_sizes
+            starts = sizes.cumsum(0) - sizes
+            step = torch.arange(self.T).repeat_interleave(sizes)
+            column = torch.arange(len(step)) - starts[step]
+            if self.reverse:
+                following = torch.cat((sizes[1:], sizes.new_zeros(1)))[step]
+                return torch.where(column < following, starts[step] + sizes[step] + column + self.B, column)
+            return torch.where(step > 0, starts[step - 1] + column + self.B, column)
 
     def last(self, first: Tensor, rows: Tensor) -> Tensor:
         """Return the row of the last step of each batch row, [B, *]; `first` if there is no step."""
@@ -95,9 +101,10 @@ class Rows:
     def _last_index(self) -> Tensor:
         """Return the index of the last row of each batch row of a packed sequence that is not reversed."""
         assert self.batch_sizes is not None
-        sizes, column = self.batch_sizes, torch.arange(self.B)
-        steps = (sizes.unsqueeze(1) > column).sum(0)
-        return (sizes.cumsum(0) - sizes)[steps - 1] + column
+        with without_transforms():
+            sizes, column = self.batch_sizes, torch.arange(self.B)
+            steps = (sizes.unsqueeze(1) > column).sum(0)
+            return (sizes.cumsum(0) - sizes)[steps - 1] + column
 
 
 class Theta(NamedTuple):
@@ -220,6 +227,10 @@ def _solve_tangent(mode: str, rows: Rows, theta: Theta, v: Vector, p0: Vector) -
         h0, c0 = (*p0, None)[:2]
         p = torch_ops.recurrence_tangent(mode, *theta, v_a, v_h, v_c, h0, c0, rows.batch_sizes_tensor(), rows.reverse)
         return tuple(p) if mode == "LSTM" else tuple(p[:2])
+    return _solve_tangent_by_loop(mode, rows, theta, v, p0)
+
+
+def _solve_tangent_by_loop(mode: str, rows: Rows, theta: Theta, v: Vector, p0: Vector) -> System:
     filled = [*_filled(v, _zeros(mode, theta)), *_filled(p0, _zero_state(theta))]
     return _in_compute_dtype(theta, filled, lambda theta, filled: _loop_tangent(mode, rows, theta, filled))
 
@@ -232,6 +243,10 @@ def _solve_adjoint(mode: str, rows: Rows, theta: Theta, g: Vector) -> System:
             mode, *theta, g_a, g_h, g_c, rows.batch_sizes_tensor(), rows.reverse
         )
         return (a, h, c, dh0, dc0) if mode == "LSTM" else (a, h, dh0)
+    return _solve_adjoint_by_loop(mode, rows, theta, g)
+
+
+def _solve_adjoint_by_loop(mode: str, rows: Rows, theta: Theta, g: Vector) -> System:
     filled = _filled(g, _zeros(mode, theta))
     return _in_compute_dtype(theta, filled, lambda theta, filled: _loop_adjoint(mode, rows, theta, filled))
 
@@ -425,12 +440,17 @@ def _vmap(
 
 def solve_tangent(mode: str, rows: Rows, theta: Theta, *right_side: Tensor | None) -> System:
     """Return p with residual(theta, p, p0) = v; `right_side` is (*v, *p0), where None means zeros."""
+    if forward_mode_is_nested():
+        v, p0 = _split_system(mode, right_side)
+        return _solve_tangent_by_loop(mode, rows, theta, v, p0)
     p: System = Tangent.apply(mode, rows, *theta, *right_side)  # type: ignore[no-untyped-call]
     return p
 
 
 def solve_adjoint(mode: str, rows: Rows, theta: Theta, *g: Tensor | None) -> System:
     """Return the solution of the transposed system for g, and the gradients of the initial state."""
+    if forward_mode_is_nested():
+        return _solve_adjoint_by_loop(mode, rows, theta, g)
     adjoint: System = Adjoint.apply(mode, rows, *theta, *g)  # type: ignore[no-untyped-call]
     return adjoint
 
@@ -680,7 +700,7 @@ def gradients_of_op(
 
 
 class Recurrence(torch.autograd.Function):
-    """One direction of one layer: returns y [N, P], but for Elman the saved activations [N, *], and of an LSTM c [N, H].
+    """One direction of one layer: returns y [N, P], but for Elman the saved activations, and for an LSTM c [N, H].
 
     Arguments: mode, rows, x [N, I], h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, once. The last one says whether the call
     is differentiated forwards and only once; then the saved activations need no tangents.

@@ -51,6 +51,11 @@ def is_recorded(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing() or type(tensor) is not Tensor
 
 
+def without_transforms() -> Any:
+    """Return a context in which torch.func does not wrap new tensors, which may outlive its transforms."""
+    return torch._C._DisableFuncTorch()
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor inside the wrappers of all transforms; it must not be mapped."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -58,10 +63,14 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def forward_mode_is_nested() -> bool:
+    """Return whether forward mode is active twice. The jvp of an autograd.Function would lose the outer tangents."""
+    return sum(each.key() == _functorch.TransformType.Jvp for each in _functorch.get_interpreter_stack() or []) > 1
+
+
 def forward_mode_once(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether a call on `tensors` is differentiated in forward mode only, and only once."""
-    transforms = [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or []]
-    if _functorch.TransformType.Grad in transforms or transforms.count(_functorch.TransformType.Jvp) > 1:
+    """Return whether a call on `tensors` is differentiated in forward mode only; that forward mode is not nested."""
+    if any(each.key() == _functorch.TransformType.Grad for each in _functorch.get_interpreter_stack() or []):
         return False
     recorded = torch.is_grad_enabled() and any(t is not None and unwrapped(t).requires_grad for t in tensors)
     return forward_ad._current_level >= 0 and not recorded
@@ -89,7 +98,8 @@ def differentiable_gradients(
             for tensor, need in zip(inputs, needs, strict=True)
         ]
         outputs = function(*aliases)
-    given = [(output, grad) for output, grad in zip(outputs, grads, strict=False) if grad is not None]
+    pairs = zip(outputs, grads, strict=False)
+    given = [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
     wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
     found: Any = iter(
         torch.autograd.grad(

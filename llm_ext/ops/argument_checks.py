@@ -12,6 +12,8 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from llm_ext.ops._transforms import is_mapped, unwrapped
+
 # Modes of a recurrence, as torch.nn.RNNBase.mode spells them; RNN_SIGMOID is an extension.
 MODES = ("RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "GRU", "LSTM")
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
@@ -71,14 +73,14 @@ def _check(
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Return whether Python can read the values of a tensor: it is on the CPU and not a fake tensor."""
-    return type(tensor) is Tensor and tensor.is_cpu
+    """Return whether Python can read the values of a tensor: it is on the CPU, not a fake tensor and not mapped."""
+    return type(tensor) is Tensor and tensor.is_cpu and not is_mapped(tensor)
 
 
 def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> None:
     """Raise unless all lengths are from 0 to T; `letter` names T."""
-    if _has_values(lengths) and any(not 0 <= length <= T for length in lengths.tolist()):
-        raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
+    if _has_values(lengths) and any(not 0 <= length <= T for length in unwrapped(lengths).tolist()):
+        raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {unwrapped(lengths).tolist()}")
 
 
 def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
@@ -103,7 +105,7 @@ def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
         raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
     if not _has_values(batch_sizes):
         return None
-    sizes = batch_sizes.tolist()
+    sizes = unwrapped(batch_sizes).tolist()
     if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
         raise ArgumentError(f"{op}: batch_sizes must be positive and never rise, got {sizes}")
     if sum(sizes) != len(x):

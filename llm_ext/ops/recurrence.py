@@ -31,7 +31,15 @@ from llm_ext.ops._registration import (
     register_autograd,
     torch_ops,
 )
-from llm_ext.ops._transforms import differentiable_gradients, is_mapped, is_recorded, transforms_active, unwrapped
+from llm_ext.ops._transforms import (
+    differentiable_gradients,
+    forward_mode_is_nested,
+    is_mapped,
+    is_recorded,
+    transforms_active,
+    unwrapped,
+    without_transforms,
+)
 from llm_ext.ops.argument_checks import gates_of, unpack_weights
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
@@ -322,7 +330,7 @@ def _run_transformed(
 ) -> tuple[Tensor, State]:
     """Run a call under a transform of torch."""
     _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
-    if input_projections or (lengths is not None and is_mapped(lengths)):
+    if input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
         # Mapped lengths cannot be read, and precomputed input projections are an optimization of inference.
         return reference.multilayer_rnn(
             mode,
@@ -384,7 +392,8 @@ def _run_packed(
     if state is None:
         sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if mode == "LSTM" else (w_hh.shape[1],)
         state = tuple(w_hh.new_zeros((len(weights), B, size)) for size in sizes)
-    rows = packing.pack_lengths(lengths.cpu(), T).to(x.device)
+    with without_transforms():
+        rows = packing.pack_lengths(lengths.cpu(), T).to(x.device)
     first = tuple(tensor.index_select(-2, rows.rows) for tensor in state)
     data, packed_sizes = rows.pack(x), rows.batch_sizes
     y, last = run(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
