@@ -683,7 +683,7 @@ def gradients_of_op(
     else:
         after = [None, None]
     g_h = _sum(
-        None if grad_y is None else grad_y.flatten(0, -2),
+        None if grad_y is None else grad_y.reshape(theta.y.shape),
         None if grad_h_n is None or rows.T == 0 else rows.at_last(grad_h_n.reshape(rows.B, -1)),
     )
     g_c = None if grad_c_n is None or rows.T == 0 else rows.at_last(grad_c_n.reshape(rows.B, -1))

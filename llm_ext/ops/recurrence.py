@@ -332,17 +332,7 @@ def _run_transformed(
     _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
     if input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
         # Mapped lengths cannot be read, and precomputed input projections are an optimization of inference.
-        return reference.multilayer_rnn(
-            mode,
-            x,
-            state,
-            [[tensor for tensor in row if tensor is not None] for row in weights],
-            bidirectional=len(directions) == 2,
-            dropout=dropout,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            input_projections=input_projections,
-        )
+        return _run_reference(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
     x, *tensors = autocast_arguments(x, *(state or ()))
     state = tuple(tensors) if state is not None else None
     weights = [autocast_arguments(*row) for row in weights]
@@ -366,6 +356,48 @@ def _run_transformed(
         last.append(after)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return y, last[0] if len(last) == 1 else tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
+
+
+def _run_reference(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    directions: tuple[bool, ...],
+    dropout: float,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    input_projections: Sequence[Tensor] | None,
+) -> tuple[Tensor, State]:
+    """Run a call in torch's own ops, a loop over steps."""
+    if len(weights) > 1 or input_projections:
+        rows = [[tensor for tensor in row if tensor is not None] for row in weights]
+        return reference.multilayer_rnn(
+            mode,
+            x,
+            state,
+            rows,
+            bidirectional=len(directions) == 2,
+            dropout=dropout,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            input_projections=input_projections,
+        )
+    w_ih, w_hh, b_ih, b_hh, w_hr = unpack_weights(weights[0])
+    assert w_ih is not None
+    assert w_hh is not None
+    options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reverse": directions[0]}
+    last: State
+    if mode == "LSTM":
+        y, last = reference.lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, **options)  # type: ignore[arg-type]
+    else:
+        h0 = None if state is None else state[0]
+        if mode == "GRU":
+            y, h_n = reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, **options)
+        else:
+            y, h_n = reference.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity=_NONLINEARITIES[mode], **options)
+        last = (h_n,)
+    return y, last if state is not None else tuple([tensor.unsqueeze(0) for tensor in last])
 
 
 def _run_packed(
