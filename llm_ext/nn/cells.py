@@ -79,7 +79,7 @@ class _Cell(RecurrentBase, Generic[Hidden]):
             self._check_arguments(input, given)
             raise
         if not batched:
-            last = tuple([torch.squeeze_copy(tensor, 0) for tensor in last])
+            last = tuple([tensor.squeeze(0).clone() for tensor in last])
         after: Any = last if len(last) > 1 else last[0]
         return after  # type: ignore[no-any-return]
 

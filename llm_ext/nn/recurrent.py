@@ -164,7 +164,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         if not batched:
             y = y.squeeze(1)
             if R > 1:  # not a view, which could not be detached in place
-                last = tuple([torch.squeeze_copy(tensor, 1) for tensor in last])
+                last = tuple([tensor.squeeze(1).clone() for tensor in last])
         elif self.batch_first:
             y = y.transpose(0, 1)
         h_n: Any = last if len(last) > 1 else last[0]

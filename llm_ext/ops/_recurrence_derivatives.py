@@ -64,16 +64,16 @@ class Rows:
             return rows
         if self.batch_sizes is None:
             return torch.cat((rows[self.B :], first) if self.reverse else (first, rows[: -self.B]))
-        return torch.cat((first, rows)).index_select(0, self._previous_index().to(rows.device))
+        return torch.cat((first, rows)).index_select(0, self._previous_index(len(rows)).to(rows.device))
 
-    def _previous_index(self) -> Tensor:
-        """Return for each row of a packed sequence the index of the row before it among the first and all rows."""
+    def _previous_index(self, N: int) -> Tensor:
+        """Return for each of N packed rows the index of the row before it among the first and all rows."""
         assert self.batch_sizes is not None
         with without_transforms():
             sizes = self.batch_sizes
             starts = sizes.cumsum(0) - sizes
-            step = torch.arange(self.T).repeat_interleave(sizes)
-            column = torch.arange(len(step)) - starts[step]
+            step = torch.arange(self.T).repeat_interleave(sizes, output_size=N)
+            column = torch.arange(N) - starts[step]
             if self.reverse:
                 following = torch.cat((sizes[1:], sizes.new_zeros(1)))[step]
                 return torch.where(column < following, starts[step] + sizes[step] + column + self.B, column)
@@ -89,9 +89,8 @@ class Rows:
             return rows[-self.B :]
         return rows.index_select(0, self._last_index().to(rows.device))
 
-    def at_last(self, last: Tensor) -> Tensor:
-        """Return rows with `last` [B, *] at the last step of each batch row, and zeros elsewhere."""
-        N = sum(self.sizes())
+    def at_last(self, last: Tensor, N: int) -> Tensor:
+        """Return N rows with `last` [B, *] at the last step of each batch row, and zeros elsewhere."""
         if self.reverse:
             return F.pad(last, (0, 0, 0, N - self.B))
         if self.batch_sizes is None:
@@ -684,9 +683,9 @@ def gradients_of_op(
         after = [None, None]
     g_h = _sum(
         None if grad_y is None else grad_y.reshape(theta.y.shape),
-        None if grad_h_n is None or rows.T == 0 else rows.at_last(grad_h_n.reshape(rows.B, -1)),
+        None if grad_h_n is None or rows.T == 0 else rows.at_last(grad_h_n.reshape(rows.B, -1), len(theta.y)),
     )
-    g_c = None if grad_c_n is None or rows.T == 0 else rows.at_last(grad_c_n.reshape(rows.B, -1))
+    g_c = None if grad_c_n is None or rows.T == 0 else rows.at_last(grad_c_n.reshape(rows.B, -1), len(theta.y))
     g = _system_gradients(mode, theta, g_h, grad_saved, g_c)
     need_x, *need_state = needs[: 2 + lstm]
     every = (need_x, need_state[0], lstm and need_state[-1], *needs[2 + lstm :], *([] if lstm else [False]))
@@ -840,7 +839,7 @@ def _first_states(
     else:
         assert state is not None
         assert state[0] is not None
-        T, B = batch_sizes.shape[0], int(batch_sizes[0]) if len(batch_sizes) else state[0].shape[-2]
+        T, B = batch_sizes.shape[0], state[0].shape[-2]
     first: list[Any]
     if state is None:
         widths = (w_hh.shape[1], w_ih.shape[0] // gates_of(mode))

@@ -8,11 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import forward_ad
 
 import llm_ext._C  # importing it registers the ops
-from llm_ext.ops._transforms import constant_in_graphs, is_traced
+from llm_ext.ops._transforms import (
+    autograd_kernel,
+    constant_in_graphs,
+    is_traced,
+)
 
 torch_ops = torch.ops.llm_ext
 
@@ -50,24 +52,8 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
 
-    # torch.library.register_autograd registers the same kernel, which loses tangents without a word.
-    differentiate = make_autograd_impl(getattr(torch_ops, op).default, Info(backward, setup))
-
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
-            raise NotImplementedError(
-                f"llm_ext: torch.ops.llm_ext.{op} has no forward-mode derivative; the functions of llm_ext.ops have one"
-            )
-        return differentiate(keyset, *args)
-
+    kernel = autograd_kernel(getattr(torch_ops, op).default, backward, setup)
     _library.impl(op, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-
-
-def _has_tangent(arg: Any) -> bool:
-    """Return whether an argument of an op has a tangent."""
-    if isinstance(arg, list):
-        return any(_has_tangent(item) for item in arg)
-    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse_derivative(op: str, why: str = "differentiate the function of llm_ext.ops") -> None:

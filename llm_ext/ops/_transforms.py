@@ -1,7 +1,8 @@
 """Detection of torch's function transforms: torch.func (vmap, grad, jvp, ...) and forward-mode AD.
 
-The registered ops have a reverse-mode derivative only. Under a transform the public functions take another path, which
-is built of `torch.autograd.Function` and torch's own ops.
+Torch has no public queries for them; this module alone uses its private parts. The registered ops have a reverse-mode
+derivative only. Under a transform the public functions take another path, which is built of `torch.autograd.Function`
+and torch's own ops.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-_torch_func_is_active = torch._C._are_functorch_transforms_active
+_torch_func_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
 def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
@@ -29,7 +32,33 @@ def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
 @constant_in_graphs
 def transforms_active() -> bool:
     """Return whether a transform of torch.func or forward-mode AD is active."""
-    return bool(_torch_func_is_active()) or forward_ad._current_level >= 0
+    return _torch_func_is_active() or forward_ad._current_level >= 0
+
+
+def _has_tangent(arg: Any) -> bool:
+    """Return whether an argument of an op has a tangent."""
+    if isinstance(arg, list):
+        return any(_has_tangent(item) for item in arg)
+    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def autograd_kernel(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """Return the autograd kernel of an op: that of torch.library.register_autograd, but tangents are not lost."""
+    differentiate = make_autograd_impl(op, Info(backward, setup_context))
+    is_grad_enabled, below_autograd = torch._C.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
+    after_autograd, redispatch = torch._C._after_autograd_keyset, op.redispatch
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
+            raise NotImplementedError(
+                f"llm_ext: torch.ops.{op} has no forward-mode derivative; the functions of llm_ext.ops have one"
+            )
+        if is_grad_enabled():
+            return differentiate(keyset, *args)
+        with below_autograd():  # the same, with fewer calls
+            return redispatch(keyset & after_autograd, *args)
+
+    return kernel
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -41,9 +70,10 @@ def is_mapped(tensor: Tensor) -> bool:
     return False
 
 
+@constant_in_graphs
 def is_traced() -> bool:
     """Return whether torch.jit.trace records."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return _jit_is_tracing()
 
 
 def is_recorded(tensor: Tensor) -> bool:
