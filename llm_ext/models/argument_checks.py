@@ -52,7 +52,7 @@ def check_lengths(model: str, name: str, lengths: Tensor | None, ids: Tensor, le
         raise TypeError(f"{model}: {name} must be int64, got {lengths.dtype}".replace("torch.", ""))
     if lengths.device != ids.device:
         raise ValueError(f"{model}: {name} must be on {ids.device} like the ids, got {lengths.device}")
-    if lengths.is_cpu and bool(((lengths < 0) | (lengths > T)).any()):
+    if lengths.is_cpu and not is_recorded(lengths) and bool(((lengths < 0) | (lengths > T)).any()):
         raise ValueError(f"{model}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
 
 

@@ -192,7 +192,7 @@ class LLM(nn.Module):
             features, after = self._features(x.t(), state, self.embedding, self.pool)
         except (RuntimeError, TypeError, AttributeError):
             if state is not None:
-                check_state("LLM", self.rnn, state.hidden, state.cell, len(x))
+                check_state("LLM", self.rnn, state.hidden, state.cell, x.shape[0])
             raise
         return self._scores(features), after
 

@@ -33,6 +33,7 @@ from llm_ext.models.recurrent_layers import (
 from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AffineEmbedding, Linear
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.nn.scripting import refuse_script
+from llm_ext.ops._transforms import is_recorded
 from llm_ext.ops.linear import use_native_gemm
 from llm_ext.ops.packing import Packing, pack_lengths
 
@@ -357,7 +358,7 @@ class Seq2Seq(nn.Module):
         S = source.shape[1]
         packing = None
         # Looking at the lengths on a GPU would wait for it; there the kernels read them.
-        if lengths is not None and lengths.is_cpu:
+        if lengths is not None and lengths.is_cpu and not is_recorded(lengths):
             if bool((lengths == S).all()):
                 lengths = None
             elif bool((lengths > 0).all()):  # an empty row cannot be packed
@@ -374,7 +375,7 @@ class Seq2Seq(nn.Module):
         """Return keys ``[B, S, A]``, values ``[B, S, E]`` and the last state of the encoder."""
 
         def drop(features: Tensor) -> Tensor:
-            mask = self._dropout_mask(len(source), features)
+            mask = self._dropout_mask(source.shape[0], features)
             return features if mask is None else features * mask
 
         if projections is not None and lengths is None:

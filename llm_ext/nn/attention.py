@@ -330,7 +330,7 @@ class AdditiveAttention(nn.Module):
 
     def _check_arguments(self, query: Tensor, keys: Tensor | None, projected_keys: Tensor | None) -> None:
         """Raise if a tensor that is projected does not fit, in the words of the layer's own arguments."""
-        name, weight, B = "AdditiveAttention", self.q_proj_weight, len(query)
+        name, weight, B = "AdditiveAttention", self.q_proj_weight, query.shape[0]
         check_input(name, "query", query, "B, Tq, Dq", (B, None, self.query_dim), weight)
         if projected_keys is not None:
             check_input(name, "projected_keys", projected_keys, "B, Tk, A", (B, None, self.attn_dim), weight)

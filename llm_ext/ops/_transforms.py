@@ -45,7 +45,8 @@ def _has_tangent(arg: Any) -> bool:
 def autograd_kernel(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
     """Return the autograd kernel of an op: that of torch.library.register_autograd, but tangents are not lost."""
     differentiate = make_autograd_impl(op, Info(backward, setup_context))
-    is_grad_enabled, below_autograd = torch._C.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
+    is_grad_enabled, any_requires_grad = torch._C.is_grad_enabled, torch._C._any_requires_grad
+    below_autograd = torch._C._AutoDispatchBelowAutograd
     after_autograd, redispatch = torch._C._after_autograd_keyset, op.redispatch
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -53,7 +54,7 @@ def autograd_kernel(op: Any, backward: Callable[..., Any], setup_context: Callab
             raise NotImplementedError(
                 f"llm_ext: torch.ops.{op} has no forward-mode derivative; the functions of llm_ext.ops have one"
             )
-        if is_grad_enabled():
+        if is_grad_enabled() and any_requires_grad(*args):
             return differentiate(keyset, *args)
         with below_autograd():  # the same, with fewer calls
             return redispatch(keyset & after_autograd, *args)

@@ -185,7 +185,7 @@ def attention_step(
 
     Args:
         mode: See :func:`multilayer_rnn`.
-        x: Input of N rows, ``[1, N, I]``, float32 or float64. With `input_projections`, int64 ids ``[1, N]``.
+        x: Input of N rows, ``[1, N, I]``, float32 or float64. With `input_projections`, int64 or int32 ids ``[1, N]``.
         state: ``(h0,)``, or ``(h0, c0)`` for an LSTM, each ``[L, N, H]``.
         weights: For each layer ``(w_ih, w_hh[, b_ih, b_hh])``.
         w_query: Projection of the query, ``[A, H]``.
@@ -223,6 +223,8 @@ def attention_step(
         given = (mode, x, state, weights, w_query, keys, v, values, w_out, b_out)
         argument_checks.attention_step(*given, input_projections, key_lengths)
         return reference.attention_step(*given, input_projections=input_projections, key_lengths=key_lengths)
+    if input_projections is not None and isinstance(x, Tensor) and x.dtype == torch.int32:
+        x = x.long()
     try:
         h0, c0 = state if mode == "LSTM" else (*state, None)
         flat = [tensor for row in weights for tensor in row]

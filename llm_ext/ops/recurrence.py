@@ -240,7 +240,7 @@ def multilayer_rnn(
     Args:
         mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"RNN_SIGMOID"``, ``"GRU"`` or ``"LSTM"``.
         x: Input ``[T, B, I]``, or the rows ``[N, I]`` of a packed sequence if `batch_sizes` is given. With
-            `input_projections`, int64 ids ``[T, B]`` or ``[N]``.
+            `input_projections`, int64 or int32 ids ``[T, B]`` or ``[N]``.
         state: State before the first step, ``(h0,)``, or ``(h0, c0)`` for an LSTM, each ``[R, B, *]`` with
             R = layers * directions. ``None`` means zeros.
         weights: For each layer and direction ``(w_ih, w_hh[, b_ih, b_hh][, w_hr])``, in the order of the states, as
@@ -271,6 +271,8 @@ def multilayer_rnn(
         argument_checks.multilayer_rnn(
             "multilayer_rnn", mode, x, state, weights, 1 + bidirectional, batch_sizes, lengths, input_projections
         )
+    if input_projections and x.dtype == torch.int32:
+        x = x.long()
     directions = (False, True) if bidirectional else (False,)
     return run(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
 
@@ -306,12 +308,16 @@ def run(
         return _run_packed(run, mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
     if len(weights) == 1 and not input_projections:
         return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
+    try:
+        recorded = needs_autograd(x, *(state or ()), *[tensor for row in weights for tensor in row])
+    except AttributeError as failure:  # an argument is not a tensor
+        explain(failure, _check, mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
     if input_projections or (
-        lengths is None
+        not recorded
+        and lengths is None
         and not dropout
         and (batch_sizes is None or not is_on_cuda(x))
         and all(len(row) in (2, 4) for row in weights)
-        and not needs_autograd(x, *(state or ()), *[tensor for row in weights for tensor in row])
     ):
         return _all_layers(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
     return _layer_by_layer(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
@@ -507,7 +513,7 @@ def _layer_by_layer(
     """Run the layers one after the other."""
     count, R = len(directions), len(weights)
     expected = [R, R] if mode == "LSTM" else [R]
-    if R % count or (state is not None and [len(tensor) for tensor in state] != expected):
+    if R % count or (state is not None and [tensor is not None and len(tensor) for tensor in state] != expected):
         _check(mode, x, state, weights, directions, batch_sizes, lengths, None)
     last: list[State] = []
     for row in range(0, R, count):

@@ -368,3 +368,22 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
     ops.multilayer_rnn(**whole)
     with pytest.raises(error, match=message):
         ops.multilayer_rnn(**whole | changes)
+
+
+def test_ids_of_either_integer_dtype() -> None:
+    """int32 ids give what int64 ids give."""
+    weights = torch.nn.GRU(3, 4, num_layers=2).all_weights
+    ids, projection = torch.randint(7, (5, 2)), torch.randn(7, 12)
+    with torch.no_grad():
+        results = [
+            ops.multilayer_rnn("GRU", x, None, weights, input_projections=[projection])
+            for x in (ids, ids.to(torch.int32))
+        ]
+    assert_same_bits(results[0], results[1])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_states_that_are_no_tensors(gradients: bool) -> None:
+    x, weights = torch.randn(5, 2, 3), torch.nn.LSTM(3, 4, num_layers=2).all_weights
+    with torch.set_grad_enabled(gradients), pytest.raises(TypeError, match="c0"):
+        ops.multilayer_rnn("LSTM", x, (torch.zeros(2, 2, 4), None), weights)  # type: ignore[arg-type]
