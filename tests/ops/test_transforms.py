@@ -1,0 +1,413 @@
+"""The public functions under every transform of torch: derivatives of any order in both modes, torch.func, vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.additive_attention import SELECTIONS, additive_functions, additive_inputs, key_selection
+from support.comparison import assert_all_close, flatten
+from support.devices import num_threads
+from support.inputs import leaf
+from support.multilayer import multilayer_functions, multilayer_inputs
+from support.pairwise import parametrize_pairwise
+from support.pooling import pool_functions, pool_inputs
+from support.recurrences import (
+    ARCHITECTURES,
+    GRU,
+    LSTM,
+    PROJECTED,
+    RECURRENCES,
+    RNN,
+    Recurrence,
+    recurrence_functions,
+    recurrence_inputs,
+)
+from support.tolerances import DTYPES, HALF_DTYPES
+from support.transforms import TRANSFORMS, Call, check_derivatives, check_transform
+from torch import Tensor, func
+from torch.autograd import forward_ad
+
+import llm_ext
+from llm_ext import ops, reference
+
+T, B, I, H = 3, 2, 2, 3  # noqa: E741
+FORMS = ("whole", "packed", "lengths")
+Case = tuple[list[Callable[..., Any]], dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A second thread only waits at these sizes."""
+    with num_threads(1):
+        yield
+
+
+def rows_of(form: str) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The shape of x, and the option that says what its rows are; one of the lengths is 0."""
+    if form == "packed":
+        return (4, I), {"batch_sizes": torch.tensor([2, 1, 1])}
+    return (T, B, I), {"lengths": torch.tensor([2, 0])} if form == "lengths" else {}
+
+
+def one_direction(
+    recurrence: Recurrence, form: str, reverse: bool, state: bool, bias: bool, dtype: torch.dtype
+) -> Case:
+    x_shape, options = rows_of(form)
+    inputs = recurrence_inputs(recurrence, x_shape, B, H, dtype, state=state, bias=bias)
+    return recurrence_functions(recurrence, reverse=reverse, **options), inputs
+
+
+def several(recurrence: Recurrence, form: str, stack: str, state: bool, dtype: torch.dtype) -> Case:
+    x_shape, options = rows_of(form)
+    both = stack == "bidirectional"
+    inputs = multilayer_inputs(
+        recurrence, x_shape, B, H, dtype, layers=1 if both else 2, bidirectional=both, state=state
+    )
+    return multilayer_functions(recurrence, bidirectional=both, **options), inputs
+
+
+def packed_has_a_state(form: str, state: bool, **_: Any) -> bool:
+    return state or form != "packed"
+
+
+one_layer_options: dict[str, Any] = {
+    "recurrence": RECURRENCES,
+    "form": FORMS,
+    "reverse": (False, True),
+    "state": (True, False),
+    "bias": (True, False),
+}
+several_options: dict[str, Any] = {
+    "recurrence": ARCHITECTURES,
+    "form": FORMS,
+    "stack": ("two layers", "bidirectional"),
+    "state": (True, False),
+}
+
+
+@parametrize_pairwise(packed_has_a_state, **one_layer_options)
+def test_derivatives_of_one_layer(recurrence: Recurrence, form: str, reverse: bool, state: bool, bias: bool) -> None:
+    (function, _), inputs = one_direction(recurrence, form, reverse, state, bias, torch.float64)
+    check_derivatives(function, inputs)
+
+
+@parametrize_pairwise(packed_has_a_state, **one_layer_options, transform=tuple(TRANSFORMS), dtype=DTYPES)
+def test_transforms_of_one_layer(
+    recurrence: Recurrence, form: str, reverse: bool, state: bool, bias: bool, transform: str, dtype: torch.dtype
+) -> None:
+    check_transform(recurrence.op, transform, *one_direction(recurrence, form, reverse, state, bias, dtype))
+
+
+@parametrize_pairwise(recurrence=(GRU, PROJECTED), form=FORMS, stack=("two layers", "bidirectional"))
+def test_derivatives_of_several_layers(recurrence: Recurrence, form: str, stack: str) -> None:
+    (function, _), inputs = several(recurrence, form, stack, True, torch.float64)
+    check_derivatives(function, inputs)
+
+
+@parametrize_pairwise(packed_has_a_state, **several_options, transform=tuple(TRANSFORMS), dtype=DTYPES)
+def test_transforms_of_several_layers(
+    recurrence: Recurrence, form: str, stack: str, state: bool, transform: str, dtype: torch.dtype
+) -> None:
+    check_transform(recurrence.op, transform, *several(recurrence, form, stack, state, dtype))
+
+
+# ---- linear, pooling, attention
+
+
+def linear_case(kind: str, dtype: torch.dtype) -> Case:
+    shape, bias = {"rows": ((3, 4), True), "vector": ((4,), True), "cube": ((2, 3, 4), False)}[kind]
+    inputs = {"x": leaf(*shape, dtype=dtype), "weight": leaf(2, 4, dtype=dtype)}
+    if bias:
+        inputs["bias"] = leaf(2, dtype=dtype)
+    return [ops.linear, torch.nn.functional.linear], inputs
+
+
+POOLS = ("folded", "scores", "prefix, folded", "prefix, scores", "prefix, state")
+SELECTED = ("none", "lengths", "mask", "both")
+
+
+def pool_case(kind: str, selected: str, dtype: torch.dtype) -> Case:
+    """The second row is empty."""
+    lengths, mask = torch.tensor([3, 0]), torch.tensor([[True, False, True, True], [False] * 4])
+    options: dict[str, Any] = {}
+    if selected in ("lengths", "both"):
+        options["lengths"] = lengths
+    if selected in ("mask", "both"):
+        options["mask"] = mask
+    inputs = pool_inputs(2, 4, 3, dtype, folded=kind.endswith("folded"), state=kind.endswith("state"))
+    return pool_functions(kind.startswith("prefix"), **options), inputs
+
+
+def additive_case(kind: str, need_weights: bool, dtype: torch.dtype) -> Case:
+    options = key_selection(kind, 2, 3, 4)
+    if "key_lengths" in options:
+        options["key_lengths"] = torch.tensor([3, 0])
+    return additive_functions(need_weights=need_weights, **options), additive_inputs(2, 3, 4, 3, 2, dtype)
+
+
+@pytest.mark.parametrize("kind", ["rows", "vector", "cube"])
+def test_derivatives_of_linear(kind: str) -> None:
+    (function, _), inputs = linear_case(kind, torch.float64)
+    check_derivatives(function, inputs)
+
+
+@parametrize_pairwise(kind=("rows", "vector", "cube"), transform=tuple(TRANSFORMS), dtype=DTYPES)
+def test_transforms_of_linear(kind: str, transform: str, dtype: torch.dtype) -> None:
+    check_transform("linear", transform, *linear_case(kind, dtype))
+
+
+def without_lse(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the log-sum-exp, which is -inf where finite differences need a number."""
+
+    def run(**inputs: Tensor) -> list[Tensor]:
+        return [t for t in flatten(function(**inputs)) if t.isfinite().all()]
+
+    return run
+
+
+@parametrize_pairwise(kind=POOLS, selected=SELECTED)
+def test_derivatives_of_pooling(kind: str, selected: str) -> None:
+    (function, _), inputs = pool_case(kind, selected, torch.float64)
+    check_derivatives(without_lse(kind, function), inputs)
+
+
+@parametrize_pairwise(kind=POOLS, selected=SELECTED, transform=tuple(TRANSFORMS), dtype=DTYPES)
+def test_transforms_of_pooling(kind: str, selected: str, transform: str, dtype: torch.dtype) -> None:
+    op = "prefix_pool" if kind.startswith("prefix") else "attention_pool"
+    check_transform(op, transform, *pool_case(kind, selected, dtype))
+
+
+@parametrize_pairwise(kind=SELECTIONS, need_weights=(True, False))
+def test_derivatives_of_additive_attention(kind: str, need_weights: bool) -> None:
+    (function, _), inputs = additive_case(kind, need_weights, torch.float64)
+    check_derivatives(function, inputs)
+
+
+@parametrize_pairwise(kind=SELECTIONS, need_weights=(True, False), transform=tuple(TRANSFORMS), dtype=DTYPES)
+def test_transforms_of_additive_attention(kind: str, need_weights: bool, transform: str, dtype: torch.dtype) -> None:
+    check_transform("additive_attention", transform, *additive_case(kind, need_weights, dtype))
+
+
+# ---- lengths and masks as mapped arguments
+
+
+def check_mapped_option(
+    op: str, functions: list[Callable[..., Any]], inputs: dict[str, Tensor], option: Tensor
+) -> None:
+    """A vmap over `option` alone and over data with it gives what one call of the reference for each gives."""
+    function, ref = functions
+    tensors = tuple(tensor.detach() for tensor in inputs.values())
+
+    def loss(run: Callable[..., Any]) -> Callable[..., Tensor]:
+        def total(option: Tensor, *tensors: Tensor) -> Tensor:
+            results = run(option, **dict(zip(inputs, tensors, strict=True)))
+            return sum((t.masked_fill(t.isinf(), 0).square().sum() for t in flatten(results)), torch.zeros(()))
+
+        return total
+
+    every = tuple(range(1, 1 + len(tensors)))
+    stacked = tuple(torch.stack([tensor * (1 + 0.1 * i) for i in range(len(option))]) for tensor in tensors)
+    gradients = func.grad(loss(ref), every)
+    mapped = func.vmap(func.grad(loss(function), every), (0, *[None] * len(tensors)))(option, *tensors)
+    together = func.vmap(func.grad(loss(function), every))(option, *stacked)
+    for i, one in enumerate(option):
+        assert_all_close(f"{op}_backward", [g[i] for g in mapped], gradients(one, *tensors))
+        assert_all_close(f"{op}_backward", [g[i] for g in together], gradients(one, *(t[i] for t in stacked)))
+
+
+@pytest.mark.parametrize("recurrence", ARCHITECTURES, ids=str)
+def test_vmap_over_lengths(recurrence: Recurrence) -> None:
+    inputs = multilayer_inputs(recurrence, (T, B, I), B, H, torch.float64, layers=2, bidirectional=True)
+
+    def run(module: int, lengths: Tensor, **inputs: Tensor) -> Any:
+        return multilayer_functions(recurrence, bidirectional=True, lengths=lengths)[module](**inputs)
+
+    check_mapped_option(
+        recurrence.op,
+        [lambda option, module=i, **inputs: run(module, option, **inputs) for i in (0, 1)],
+        inputs,
+        torch.tensor([[3, 1], [0, 2], [0, 0]]),
+    )
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("option", ["lengths", "mask"])
+def test_vmap_over_positions_to_pool(prefix: bool, option: str) -> None:
+    values = torch.tensor([[3, 1], [0, 4]]) if option == "lengths" else torch.rand(2, 2, 4) < 0.5
+    check_mapped_option(
+        "prefix_pool" if prefix else "attention_pool",
+        [lambda value, module=i, **inputs: pool_functions(prefix, **{option: value})[module](**inputs) for i in (0, 1)],
+        pool_inputs(2, 4, 3, torch.float64, folded=True),
+        values,
+    )
+
+
+@pytest.mark.parametrize("option", ["key_lengths", "mask"])
+def test_vmap_over_keys_to_attend_to(option: str) -> None:
+    values = torch.tensor([[3, 1], [0, 4]]) if option == "key_lengths" else torch.rand(2, 2, 3, 4) < 0.5
+    check_mapped_option(
+        "additive_attention",
+        [lambda value, module=i, **inputs: additive_functions(**{option: value})[module](**inputs) for i in (0, 1)],
+        additive_inputs(2, 3, 4, 3, 2, torch.float64),
+        values,
+    )
+
+
+# ---- functions for inference
+
+
+def attention_step_case() -> tuple[list[Callable[..., Any]], tuple[Tensor, ...]]:
+    layer = torch.nn.GRU(I, H, dtype=torch.float64)
+    weights = [[tensor.detach() for tensor in row] for row in layer.all_weights]
+    sizes = {"x": (1, 4, I), "h0": (1, 4, H), "w_query": (2, H), "keys": (2, 5, 2), "v": (2,), "values": (2, 5, 3)}
+    tensors = tuple(torch.randn(size, dtype=torch.float64) for size in (*sizes.values(), (3, H)))
+
+    def bind(module: Any) -> Callable[..., Any]:
+        return lambda x, h0, *others: flatten(module.attention_step("GRU", x, (h0,), weights, *others))
+
+    return [bind(ops), bind(reference)], tensors
+
+
+def test_attention_step() -> None:
+    """It is for inference; under a transform it has the derivatives of the reference, without one it refuses them."""
+    functions, tensors = attention_step_case()
+    function, ref = functions
+    every = tuple(range(len(tensors)))
+    for transform in (func.jacrev, func.jacfwd):
+        assert_all_close("gru_backward", transform(function, every)(*tensors), transform(ref, every)(*tensors))
+    stacked = tuple(torch.stack([t, t * 2]) for t in tensors)
+    assert_all_close("gru_backward", func.vmap(function)(*stacked), func.vmap(ref)(*stacked))
+    out, *_ = function(tensors[0].requires_grad_(), *tensors[1:])
+    with pytest.raises(RuntimeError, match="no derivative; it is for inference"):
+        torch.autograd.backward(out.sum())
+
+
+def test_linear_argmax() -> None:
+    x, weight = torch.randn(3, 5, 4), torch.randn(2, 4)
+    expected = ops.linear_argmax(x, weight)
+    assert torch.equal(func.vmap(ops.linear_argmax, (0, None))(x, weight), expected)
+    index, tangent = func.jvp(lambda x: ops.linear_argmax(x, weight), (x,), (x,))
+    assert torch.equal(index, expected)
+    assert not tangent.any()
+
+
+# ---- 16 bits and autocast
+
+CASES: dict[str, Callable[[torch.dtype], Case]] = {
+    **{
+        recurrence.op: lambda dtype, recurrence=recurrence: one_direction(  # type: ignore[misc]
+            recurrence, "whole", False, True, True, dtype
+        )
+        for recurrence in (RNN, GRU, LSTM)
+    },
+    "linear": lambda dtype: linear_case("rows", dtype),
+    "attention_pool": lambda dtype: pool_case("folded", "mask", dtype),
+    "prefix_pool": lambda dtype: pool_case("prefix, folded", "mask", dtype),
+    "additive_attention": lambda dtype: additive_case("mask", True, dtype),
+}
+
+
+@parametrize_pairwise(
+    name=tuple(CASES),
+    transform=("double backward", "dual level", "grad", "jvp", "hessian", "per-sample gradients", "vmap of weights"),
+    autocast=(False, True),
+    dtype=HALF_DTYPES,
+)
+def test_16_bits(name: str, transform: str, autocast: bool, dtype: torch.dtype) -> None:
+    """Results are in the dtype of the inputs, and near those of float64."""
+    given = torch.float32 if autocast else dtype
+    (function, ref), inputs = CASES[name](given)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        actual = flatten(TRANSFORMS[transform](Call(function, inputs)))
+    doubles = {key: tensor.detach().double() for key, tensor in inputs.items()}
+    expected = flatten(TRANSFORMS[transform](Call(ref, doubles)))
+    for a, b in zip(actual, expected, strict=True):
+        # Products of several rounded factors; a missing term is off by about 1.
+        scale = max(1.0, b.abs().nan_to_num(posinf=1).max().item())
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=0.1 * scale)
+
+
+# ---- errors
+
+
+BAD: list[tuple[str, Callable[[Tensor], Any], tuple[int, ...]]] = [
+    ("rnn", lambda x: ops.rnn(x, None, torch.zeros(3, 5), torch.zeros(3, 3)), (3, 2, 2)),
+    ("gru", lambda x: ops.gru(x, torch.zeros(2, 4), torch.zeros(9, 2), torch.zeros(9, 3)), (3, 2, 2)),
+    ("lstm", lambda x: ops.lstm(x, None, torch.zeros(12, 2), torch.zeros(12, 4)), (3, 2, 2)),
+    ("lengths", lambda x: ops.gru(x, None, *torch.zeros(2, 9, 3), lengths=torch.tensor([4, 1])), (3, 2, 3)),
+    ("batch_sizes", lambda x: ops.gru(x, None, *torch.zeros(2, 9, 3), batch_sizes=torch.tensor([1, 2])), (3, 3)),
+    (
+        "multilayer_rnn",
+        lambda x: ops.multilayer_rnn("GRU", x, None, [tuple(torch.zeros(2, 9, n)) for n in (3, 4)]),
+        (3, 2, 3),
+    ),
+    ("dtype", lambda x: ops.rnn(x, None, *torch.zeros(2, 3, 3, dtype=torch.float64)), (3, 2, 3)),
+    ("attention_pool", lambda e: ops.attention_pool(e, torch.zeros(4)), (2, 3, 5)),
+    ("prefix_pool", lambda e: ops.prefix_pool(e, scores=torch.zeros(2, 4)), (2, 3, 5)),
+    ("mask", lambda e: ops.prefix_pool(e, scores=torch.zeros(2, 3), mask=torch.zeros(2, 3)), (2, 3, 5)),
+    ("additive", lambda q: ops.additive_attention(q, q, torch.zeros(3), q[:1]), (2, 3, 5)),
+]
+
+
+@pytest.mark.parametrize(("function", "shape"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_errors_are_the_same(function: Callable[[Tensor], Any], shape: tuple[int, ...]) -> None:
+    """A wrong argument raises what it raises without a transform."""
+    x = torch.zeros(shape)
+    with pytest.raises(Exception, match=r".*") as plain:
+        function(x)
+    assert isinstance(plain.value, llm_ext.ArgumentError)
+
+    def under_jvp() -> None:
+        func.jvp(function, (x,), (x,))
+
+    def under_vmap() -> None:
+        func.vmap(function)(torch.zeros(3, *shape))
+
+    def under_grad() -> None:
+        func.grad(function)(x)
+
+    def under_dual_level() -> None:
+        with forward_ad.dual_level():
+            function(forward_ad.make_dual(x, x))  # type: ignore[no-untyped-call]
+
+    for run in (under_jvp, under_vmap, under_grad, under_dual_level):
+        with pytest.raises(type(plain.value)) as transformed:
+            run()
+        assert str(transformed.value) == str(plain.value)
+
+
+# ---- the registered ops, which have no forward mode
+
+
+OPS = sorted(
+    name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("llm_ext::")
+)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_op_loses_a_tangent(name: str) -> None:
+    """A registered op that gets a tangent refuses, whichever argument has it; none returns a result without one.
+
+    An op with a forward-mode derivative of its own needs a test of it, and an exception here.
+    """
+    op = getattr(torch.ops.llm_ext, name).default
+    parameters = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    plain: dict[str, Any] = {"str": "tanh", "bool": False, "List[Tensor]": []}
+    given = {key: plain.get(kind, torch.ones(1, 1)) for key, kind in parameters}
+    tangible = [(key, kind) for key, kind in parameters if "Tensor" in kind]
+    assert tangible
+
+    def call(key: str, kind: str, tensor: Tensor) -> Any:
+        return op(*(given | {key: [tensor] if kind == "List[Tensor]" else tensor}).values())
+
+    for key, kind in tangible:
+        one = torch.ones(1, 1)
+        with pytest.raises(NotImplementedError, match=rf"llm_ext\.{name} has no forward-mode derivative"):
+            func.jvp(lambda t, key=key, kind=kind: call(key, kind, t), (one,), (one,))
+        with forward_ad.dual_level(), torch.no_grad():
+            dual = forward_ad.make_dual(one, one)  # type: ignore[no-untyped-call]
+            with pytest.raises(NotImplementedError, match=rf"llm_ext\.{name} has no forward-mode derivative"):
+                call(key, kind, dual)
