@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llm_ext.models.recurrent_layers import CELLS, RecurrentLayer
 from llm_ext.ops import argument_checks
+from llm_ext.ops._transforms import is_recorded
 
 __all__ = ["check_cell", "check_dropout", "check_id_dtype", "check_ids", "check_keep", "check_lengths", "check_state"]
 

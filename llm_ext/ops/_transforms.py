@@ -44,6 +44,7 @@ def _has_tangent(arg: Any) -> bool:
 
 def autograd_kernel(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
     """Return the autograd kernel of an op: that of torch.library.register_autograd, but tangents are not lost."""
+    name = op.name().replace("::", ".")
     differentiate = make_autograd_impl(op, Info(backward, setup_context))
     is_grad_enabled, any_requires_grad = torch._C.is_grad_enabled, torch._C._any_requires_grad
     below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -52,7 +53,7 @@ def autograd_kernel(op: Any, backward: Callable[..., Any], setup_context: Callab
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
             raise NotImplementedError(
-                f"llm_ext: torch.ops.{op} has no forward-mode derivative; the functions of llm_ext.ops have one"
+                f"llm_ext: torch.ops.{name} has no forward-mode derivative; the functions of llm_ext.ops have one"
             )
         if is_grad_enabled() and any_requires_grad(*args):
             return differentiate(keyset, *args)

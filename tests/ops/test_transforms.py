@@ -289,7 +289,7 @@ def test_linear_argmax() -> None:
     x, weight = torch.randn(3, 5, 4), torch.randn(2, 4)
     expected = ops.linear_argmax(x, weight)
     assert torch.equal(func.vmap(ops.linear_argmax, (0, None))(x, weight), expected)
-    index, tangent = func.jvp(lambda x: ops.linear_argmax(x, weight), (x,), (x,))
+    index, tangent = func.jvp(lambda x: ops.linear_argmax(x, weight), (x,), (x,))  # type: ignore[misc]
     assert torch.equal(index, expected)
     assert not tangent.any()
 
