@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
@@ -27,6 +28,7 @@ __all__ = [
     "not_installed",
     "onnx_model",
     "onnxruntime_call",
+    "opacus_gradients",
     "openvino_call",
     "set_environment",
     "versions",
@@ -39,6 +41,7 @@ CPU_LIBRARIES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
     "jax": ("jax", "jaxlib"),
+    "opacus": ("opacus",),
 }
 CUDA_LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
@@ -221,6 +224,27 @@ def _jax_call(
 
         run = jax.jit(train)
     return lambda: jax.block_until_ready(run(*inputs))
+
+
+def opacus_gradients(
+    model: Any, ids: Tensor, target: Tensor, loss: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+) -> Call:
+    """Return Opacus's call for the gradients of each sample of a model with the parts embedding, lstm and head."""
+    opacus = importlib.import_module("opacus")
+    layer = model.lstm
+    dp = opacus.layers.DPLSTM(layer.input_size, layer.hidden_size, batch_first=True)
+    dp.load_state_dict(layer.state_dict())
+    parts = (copy.deepcopy(model.embedding), dp.to(next(layer.parameters()).dtype), copy.deepcopy(model.head))
+    wrapped = opacus.GradSampleModule(type(model)(*parts), loss_reduction="sum")
+    embedding, _, head = parts
+    weights = (embedding.weight, dp.l0.ih.weight, dp.l0.hh.weight, dp.l0.ih.bias, dp.l0.hh.bias, *head.parameters())
+
+    def call() -> list[Tensor]:
+        wrapped.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss(wrapped, ids, target))
+        return [weight.grad_sample for weight in weights]
+
+    return call
 
 
 def haste_layer(cell: Cell, layer: Any) -> Any:

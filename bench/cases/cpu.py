@@ -21,6 +21,7 @@ from bench.cases.recurrence import (
     sequence,
     single_step,
 )
+from bench.cases.transforms import double_backward, forward_mode, per_sample_gradients
 from bench.cells import CELLS, RNN, Cell
 from bench.comparison import Case, Mean
 
@@ -131,11 +132,21 @@ def _linear_cases() -> Iterator[Case]:
     yield linear("training", 4096, 64, 64)
 
 
+def _transform_cases() -> Iterator[Case]:
+    yield per_sample_gradients(64, 64, 65, 64, 256)
+    for cell in CELLS:
+        for B, T, H in ((8, 32, 64), (64, 64, 256), (1, 128, 512)):
+            yield forward_mode(cell, B, T, H, target=0.4)
+        for B, T, H in ((8, 32, 64), (64, 64, 256), (1, 128, 512)):
+            yield double_backward(cell, B, T, H, target=2.0)
+
+
 CASES: tuple[Case, ...] = (
     *(case for cell in CELLS for case in _recurrent_cases(cell)),
     single_step(RNN, 512),
     *_attention_cases(),
     *_linear_cases(),
+    *_transform_cases(),
     llm_training(32, 64, 65, 128, 512),
     llm_generation(1, 128, 65, 128, 512),
     llm_generation(1, 128, 65, 128, 2048),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import comparison, limits, peers
-from bench.cases import attention, cpu, cuda_builders, linear, models, recurrence
+from bench.cases import attention, cpu, cuda_builders, linear, models, recurrence, transforms
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.comparison import LIMIT, Case, Settings
 
@@ -46,6 +46,9 @@ CPU_CASES = [
     models.llm_generation(1, 4, 5, 4, 6, torch.bfloat16),
     models.seq2seq_training(3, 7, 5, 4, 6),
     models.seq2seq_greedy(5, 2, 4, 5, 4, 6),
+    transforms.per_sample_gradients(3, 5, 6, 4, 4),
+    *(transforms.forward_mode(cell, 2, 3, 4, target=0.4) for cell in CELLS),
+    *(transforms.double_backward(cell, 2, 3, 4, target=2) for cell in CELLS),
 ]
 FP32, BF16 = torch.float32, torch.bfloat16
 # On the CPU, which has the same layers.
