@@ -280,6 +280,10 @@ def test_attention_step() -> None:
         assert_all_close("gru_backward", transform(function, every)(*tensors), transform(ref, every)(*tensors))
     stacked = tuple(torch.stack([t, t * 2]) for t in tensors)
     assert_all_close("gru_backward", func.vmap(function)(*stacked), func.vmap(ref)(*stacked))
+    actual, expected = (
+        func.vmap(func.grad(lambda *t, run=run: run(*t)[0].sum(), every))(*stacked) for run in (function, ref)
+    )
+    assert_all_close("gru_backward", actual, expected)
     out, *_ = function(tensors[0].requires_grad_(), *tensors[1:])
     with pytest.raises(RuntimeError, match="no derivative; it is for inference"):
         torch.autograd.backward(out.sum())
