@@ -103,6 +103,8 @@ def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
     _check(op, "batch_sizes", batch_sizes, "T", (None,), (torch.int64,))
     if not batch_sizes.is_cpu:
         raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
+    if is_mapped(batch_sizes):
+        raise ArgumentError(f"{op}: batch_sizes must be the same for all samples, got one that vmap maps")
     if not _has_values(batch_sizes):
         return None
     sizes = unwrapped(batch_sizes).tolist()

@@ -21,7 +21,7 @@ def layer(name: str, **options: Any) -> Any:
 
 
 def gradients(results: object, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(sum(r.square().sum() for r in flatten(results)), inputs)
+    return torch.autograd.grad([r.square().sum() for r in flatten(results)], inputs)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -32,7 +32,7 @@ def test_compiled_training_at_changing_lengths(name: str, options: dict[str, Any
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     module = layer(name, **options)
-    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    compiled: Any = torch.compile(module, fullgraph=True, backend=counter)
     for T in (5, 6, 7, 9, 12):
         x = torch.randn(T, 3, 4, requires_grad=True)
         given = {"lengths": torch.tensor([T - 2, T, 0])} if padded else {}
@@ -47,9 +47,10 @@ def test_compiled_training_at_changing_lengths(name: str, options: dict[str, Any
 def test_a_dynamic_graph_serves_all_lengths(name: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer(name), fullgraph=True, backend=counter, dynamic=True)
+    compiled: Any = torch.compile(layer(name), fullgraph=True, backend=counter, dynamic=True)
     for T in (5, 6, 9):
-        flatten(compiled(torch.randn(T, 3, 4, requires_grad=True)))[0].sum().backward()
+        x = torch.randn(T, 3, 4, requires_grad=True)
+        gradients(compiled(x), [x])
     assert counter.frame_count == 1
 
 
@@ -92,7 +93,7 @@ def test_traced_training(name: str, options: dict[str, Any], recorded: bool) -> 
     module = layer(name, **options)
     shape = (3, 4) if name in CELLS else (6, 3, 4)
     with torch.set_grad_enabled(recorded):
-        traced = torch.jit.trace(module, (torch.randn(shape),))
+        traced: Any = torch.jit.trace(module, (torch.randn(shape),))  # type: ignore[no-untyped-call]
     x = torch.randn(2, *shape[1:], requires_grad=True)
     actual, expected = traced(x), module(x)
     assert_same_bits(actual, expected)
@@ -103,7 +104,8 @@ def test_traced_training(name: str, options: dict[str, Any], recorded: bool) -> 
 def test_traced_lengths_are_no_constants() -> None:
     module = layer("GRU", num_layers=2).requires_grad_(False)
     x = torch.randn(6, 3, 4)
-    traced = torch.jit.trace(lambda x, n: module(x, lengths=n), (x, torch.tensor([6, 2, 0])))
+    given = x, torch.tensor([6, 2, 0])
+    traced: Any = torch.jit.trace(lambda x, n: module(x, lengths=n), given)  # type: ignore[no-untyped-call]
     other = torch.tensor([1, 5, 3])
     assert_all_close("gru", traced(x, other), module(x, lengths=other))
 

@@ -31,7 +31,7 @@ from torch import Tensor, func
 from torch.autograd import forward_ad
 
 import llm_ext
-from llm_ext import ops, reference
+from llm_ext import ArgumentError, ops, reference
 
 T, B, I, H = 3, 2, 2, 3  # noqa: E741
 FORMS = ("whole", "packed", "lengths")
@@ -415,3 +415,9 @@ def test_no_op_loses_a_tangent(name: str) -> None:
             dual = forward_ad.make_dual(one, one)  # type: ignore[no-untyped-call]
             with pytest.raises(NotImplementedError, match=rf"llm_ext\.{name} has no forward-mode derivative"):
                 call(key, kind, dual)
+
+
+def test_batch_sizes_cannot_be_mapped() -> None:
+    x, h0, w = torch.randn(3, 2), torch.zeros(2, 4), (torch.randn(4, 2), torch.randn(4, 4))
+    with pytest.raises(ArgumentError, match="batch_sizes must be the same for all samples"):
+        func.vmap(lambda sizes: ops.rnn(x, h0, *w, batch_sizes=sizes)[0])(torch.tensor([[2, 1], [2, 1]]))
