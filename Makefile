@@ -49,8 +49,9 @@ PARALLEL := -n auto --dist worksteal
 test: $(BUILT)
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
-# The registration of ops does not depend on the ISA.
-ISA_TESTS := $(filter-out %/test_opcheck.py %/test_registration.py, $(wildcard tests/ops/test_*.py)) \
+# Registration, FLOPs and the rules for transforms do not depend on the ISA; their kernels are tested for each.
+ISA_INDEPENDENT := %/test_opcheck.py %/test_registration.py %/test_flops.py %/test_transforms.py
+ISA_TESTS := $(filter-out $(ISA_INDEPENDENT), $(wildcard tests/ops/test_*.py)) \
     tests/cpu/test_packed_weight_cache.py
 
 test-isa: $(BUILT)

@@ -85,12 +85,12 @@ struct RecurrenceBackwardParams {
 };
 
 // The linear system that the tangents (a, h, c) of a recurrence solve: a of the pre-activations, h of the states, c of
-// the cell states. docs/math/recurrence.md.
+// the cell states. Outputs of its two kernels overlap neither inputs nor each other. docs/math/derivatives.md.
 template <typename S>
 struct LinearizedRecurrence {
   RecurrenceSizes sizes;  // input is 0
-  const S* h0;            // [B, P] initial state of the recurrence
-  const S* c0;            // [B, H] LSTM: initial cell state
+  const S* h0;            // [B, P] initial state of the recurrence; never null
+  const S* c0;            // [B, H] LSTM: initial cell state; never null there
   const S* w_hh;          // [G H, P]
   const S* w_hr;          // [P, H]; null exactly if P = H
   const S* y;             // [N, P] from the forward pass

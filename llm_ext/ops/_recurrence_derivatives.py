@@ -3,7 +3,7 @@
 Around a solution of the recurrence, its tangents p = (a, h, c) solve a linear system, ``residual(theta, p, p0) = v``
 with p0 the tangents of the initial state. `Tangent` solves this system, forwards in time, and `Adjoint` the transposed
 one, backwards in time. The derivatives of `Recurrence` are one of them and batched products; their own derivatives
-follow from the residual, which has no loop over time. docs/math/recurrence.md has the formulas.
+follow from the residual, which has no loop over time. docs/math/derivatives.md has the formulas.
 
 Everything here works on rows [N, *]: the steps of all batch rows, as in a PackedSequence.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_ext.ops._registration import refuse_derivative, torch_ops
+from llm_ext.ops._registration import needed, refuse_derivative, torch_ops
 from llm_ext.ops._transforms import forward_mode_is_nested, forward_mode_once, unwrapped, without_transforms
 from llm_ext.ops.argument_checks import NATIVE_GEMM_DTYPES, compute_dtype, gates_of
 
@@ -107,7 +107,7 @@ class Rows:
 
 
 class Theta(NamedTuple):
-    """What the linear system depends on.
+    """The quantities that the linear system depends on.
 
     Attributes:
         w_hh: recurrent weights [G H, P].
@@ -156,6 +156,11 @@ def _cell(mode: str, theta: Theta, h_before: Tensor, c_before: Tensor | None) ->
 
 def _hidden(mode: str, theta: Theta) -> int:
     return theta.w_hh.shape[0] // gates_of(mode)
+
+
+def _blocks(mode: str) -> int:
+    """Return the blocks of H numbers in a row of a."""
+    return 4 if mode in ("GRU", "LSTM") else 1
 
 
 def _slope(mode: str, h: Tensor) -> Tensor:
@@ -516,7 +521,7 @@ class Tangent(torch.autograd.Function):
         theta, (p, p0) = Theta(*ctx.saved_tensors[:6]), _split_system(mode, ctx.saved_tensors[6:])
         adjoint, d0 = _split_system(mode, solve_adjoint(mode, rows, theta, *grads))
         gradients = _theta_gradients(mode, rows, theta, ctx.needs_input_grad[2:8], adjoint, p, p0)
-        return None, None, *gradients, *_needed((*adjoint, *d0), ctx.needs_input_grad[8:])
+        return None, None, *gradients, *needed((*adjoint, *d0), ctx.needs_input_grad[8:])
 
     @staticmethod
     def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Any) -> System:
@@ -564,7 +569,7 @@ class Adjoint(torch.autograd.Function):
         q, q0 = _split_system(mode, grads)
         p = solve_tangent(mode, rows, theta, *q, *q0)
         gradients = _theta_gradients(mode, rows, theta, ctx.needs_input_grad[2:8], adjoint, p, q0)
-        return None, None, *gradients, *_needed(p, ctx.needs_input_grad[8:])
+        return None, None, *gradients, *needed(p, ctx.needs_input_grad[8:])
 
     @staticmethod
     def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Any) -> System:
@@ -588,10 +593,6 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[System, Any]:
         return _vmap(Adjoint, info.batch_size, in_dims, args, slice(0, 2))
-
-
-def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
 
 
 def _differences(tensors: Vector, changes: Sequence[Tensor]) -> list[Tensor]:
@@ -677,23 +678,19 @@ def gradients_of_op(
     theta = Theta(w_hh, w_hr, saved, y.flatten(0, -2), h0, c0)
     grad_y, grad_h_n, *others = grads
     grad_c_n, grad_saved = (*others, None, None)[:2] if lstm else (None, (*others, None)[0])
-    if rows.T == 0:
-        after = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in (grad_h_n, grad_c_n)]
-    else:
-        after = [None, None]
-    g_h = _sum(
-        None if grad_y is None else grad_y.reshape(theta.y.shape),
-        None if grad_h_n is None or rows.T == 0 else rows.at_last(grad_h_n.reshape(rows.B, -1), len(theta.y)),
-    )
-    g_c = None if grad_c_n is None or rows.T == 0 else rows.at_last(grad_c_n.reshape(rows.B, -1), len(theta.y))
-    g = _system_gradients(mode, theta, g_h, grad_saved, g_c)
+    grads_n = [None if grad is None else grad.reshape(rows.B, grad.shape[-1]) for grad in (grad_h_n, grad_c_n)]
+    # Without a step, the new state is the first one.
+    of_first, of_last = (grads_n, [None, None]) if rows.T == 0 else ([None, None], grads_n)
+    at_last = [None if grad is None else rows.at_last(grad, len(theta.y)) for grad in of_last]
+    g_h = _sum(None if grad_y is None else grad_y.reshape(theta.y.shape), at_last[0])
+    g = _system_gradients(mode, theta, g_h, grad_saved, at_last[1])
     need_x, *need_state = needs[: 2 + lstm]
     every = (need_x, need_state[0], lstm and need_state[-1], *needs[2 + lstm :], *([] if lstm else [False]))
     data = x.flatten(0, 1) if batch_sizes is None else x
     dx, dh0, dc0, *dweights = _gradients(mode, rows, data, w_ih, theta, g, every)
     dstate = [
-        grad if grad is None else _sum(grad, last).reshape(given.shape)  # type: ignore[union-attr]
-        for grad, last, given in zip((dh0, dc0), after, state, strict=False)
+        grad if grad is None else _sum(grad, direct).reshape(given.shape)  # type: ignore[union-attr]
+        for grad, direct, given in zip((dh0, dc0), of_first, state, strict=False)
     ]
     return [None if dx is None else dx.view(x.shape), *dstate, *dweights[: len(needs) - 2 - lstm]]
 
@@ -799,8 +796,7 @@ def _projected(theta: Theta) -> Tensor:
 def _zeros(mode: str, theta: Theta) -> list[Tensor]:
     """Return a zero vector of the system."""
     N, H = theta.y.shape[0], _hidden(mode, theta)
-    blocks = {"GRU": 4, "LSTM": 4}.get(mode, 1)
-    a = torch.zeros(N, blocks * H, dtype=theta.y.dtype, device=theta.y.device)
+    a = torch.zeros(N, _blocks(mode) * H, dtype=theta.y.dtype, device=theta.y.device)
     states = [torch.zeros_like(theta.y)]
     if mode == "LSTM":
         states.append(a[:, :H])
@@ -882,9 +878,8 @@ def one_direction(
 
 def _fake_system(mode: str, w_hh: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, H = y.shape[0], w_hh.shape[0] // gates_of(mode)
-    blocks = 1 if mode.startswith("RNN") else 4
     c = y.new_empty((N, H)) if mode == "LSTM" else y.new_empty(0)
-    return y.new_empty((N, blocks * H)), y.new_empty(y.shape), c
+    return y.new_empty((N, _blocks(mode) * H)), y.new_empty(y.shape), c
 
 
 def _tangent_fake(

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 import llm_ext._C  # importing it registers the ops
-from llm_ext.ops._transforms import (
-    autograd_kernel,
-    constant_in_graphs,
-    is_traced,
-)
+from llm_ext.ops._transforms import autograd_kernel, constant_in_graphs, is_traced
 
 torch_ops = torch.ops.llm_ext
 

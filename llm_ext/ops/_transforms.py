@@ -101,7 +101,7 @@ def forward_mode_is_nested() -> bool:
 
 
 def forward_mode_once(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether a call on `tensors` is differentiated in forward mode only; that forward mode is not nested."""
+    """Return whether a call on `tensors` is differentiated in forward mode only, where forward mode is not nested."""
     if any(each.key() == _functorch.TransformType.Grad for each in _functorch.get_interpreter_stack() or []):
         return False
     recorded = torch.is_grad_enabled() and any(t is not None and unwrapped(t).requires_grad for t in tensors)

@@ -96,10 +96,12 @@ def _linear_autograd(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ..
     if torch.is_grad_enabled() or transforms_active():
         N = math.prod(x.shape[:-1])
         rows = grad_y.reshape(N, w.shape[0])
-        gradients: tuple[Tensor, ...] = grad_y @ w, rows.mT @ x.reshape(N, w.shape[1]), rows.sum(0)
-    else:
-        gradients = _linear_backward(grad_y, x, w, *needs)
-    return needed(gradients, needs)
+        return (
+            grad_y @ w if needs[0] else None,
+            rows.mT @ x.reshape(N, w.shape[1]) if needs[1] else None,
+            rows.sum(0) if needs[2] else None,
+        )
+    return needed(_linear_backward(grad_y, x, w, *needs), needs)
 
 
 torch.library.register_fake("llm_ext::linear_forward", _linear_forward_fake)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_ext import reference
 from llm_ext.ops import argument_checks
 from llm_ext.ops._registration import (
     FAILURES,
@@ -19,6 +20,7 @@ from llm_ext.ops._registration import (
     torch_ops,
 )
 from llm_ext.ops._transforms import differentiable_gradients, transforms_active
+from llm_ext.reference.pooling import mask_positions
 
 __all__ = ["attention_pool", "prefix_pool"]
 
@@ -129,30 +131,20 @@ def _plain_attention_pool(
     e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the results of the op from torch's own ops, which have rules for every transform."""
-    dtype, (e, s, unmasked) = _mask_positions(e, u, scores, lengths, mask)
+    dtype, e, u, scores = _widened(e, u, scores)
     with torch.autocast(e.device.type, enabled=False):
-        empty = ~unmasked.any(1)
-        s = s.masked_fill(~unmasked, -math.inf).masked_fill(empty[:, None], 0)
-        alpha = torch.softmax(s, 1).masked_fill(empty[:, None], 0)
-        c = torch.einsum("bt,btd->bd", alpha, e)
-        return c.to(dtype), torch.logsumexp(s, 1).masked_fill(empty, -math.inf)
+        c, lse = reference.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
+    return c.to(dtype), lse
 
 
-def _mask_positions(
-    e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
-) -> tuple[torch.dtype, tuple[Tensor, Tensor, Tensor]]:
-    """Return the dtype of c; and e with 0 at masked positions, the scores, and the unmasked positions [B, T]."""
+def _widened(
+    e: Tensor, u: Tensor | None, scores: Tensor | None
+) -> tuple[torch.dtype, Tensor, Tensor | None, Tensor | None]:
+    """Return the dtype of c, and the inputs in the dtype that they are computed in."""
     e, u, scores = autocast_arguments(e, u, scores)
-    dtype, compute = e.dtype, argument_checks.compute_dtype(e.dtype)
-    unmasked = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
-    if lengths is not None:
-        unmasked = unmasked & (torch.arange(e.shape[1], device=e.device) < lengths[:, None])
-    if mask is not None:
-        unmasked = unmasked & mask
-    e = e.to(compute).masked_fill(~unmasked[..., None], 0)
-    with torch.autocast(e.device.type, enabled=False):
-        s = scores.to(compute) if u is None else e @ u.to(compute)
-    return dtype, (e, s, unmasked & (s != -math.inf))
+    compute = argument_checks.compute_dtype(e.dtype)
+    u, scores = (None if tensor is None else tensor.to(compute) for tensor in (u, scores))
+    return e.dtype, e.to(compute), u, scores
 
 
 torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
@@ -292,11 +284,12 @@ def _plain_prefix_pool(
     c0: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the results of the op from torch's own ops, by the softmax of each prefix: a T × T matrix per row."""
-    dtype, (e, s, unmasked) = _mask_positions(e, u, scores, lengths, mask)
+    dtype, e, u, scores = _widened(e, u, scores)
     B, T, D = e.shape
     if l0 is None or c0 is None:
         l0, c0 = e.new_full((B,), -math.inf), e.new_zeros(B, D)
     with torch.autocast(e.device.type, enabled=False):
+        e, s, unmasked = mask_positions(e, u, scores, lengths, mask)
         # The state is one more position, before the others; row t of the matrix has the positions up to t.
         e = torch.cat((c0[:, None], e), 1)
         s = torch.cat((l0[:, None], s.masked_fill(~unmasked, -math.inf)), 1)

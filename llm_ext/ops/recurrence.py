@@ -345,23 +345,9 @@ def _run_transformed(
     if lengths is not None:
         lengths = unwrapped(lengths)
         return _run_packed(_run_transformed, mode, x, state, weights, directions, dropout, None, lengths, None)
-    outputs: list[Tensor] = []
-    last: list[State] = []
-    for row, row_weights in enumerate(weights):
-        d = row % len(directions)
-        if d == 0 and row > 0:
-            x = torch.cat(outputs, -1)
-            outputs = []
-            if dropout > 0:
-                x = F.dropout(x, dropout)
-        given = state
-        if state is not None and len(weights) > 1:
-            given = tuple([tensor[row : row + 1] for tensor in state])
-        y, after = derivatives.one_direction(mode, x, given, unpack_weights(row_weights), batch_sizes, directions[d])
-        outputs.append(y)
-        last.append(after)
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    return y, last[0] if len(last) == 1 else tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
+    if len(weights) == 1:
+        return derivatives.one_direction(mode, x, state, unpack_weights(weights[0]), batch_sizes, directions[0])
+    return _layer_by_layer(mode, x, state, weights, directions, dropout, batch_sizes, None, transformed=True)
 
 
 def _run_reference(
@@ -407,7 +393,7 @@ def _run_reference(
 
 
 def _run_packed(
-    run: Callable[..., tuple[Tensor, State]],
+    run_rows: Callable[..., tuple[Tensor, State]],
     mode: str,
     x: Tensor,
     state: State | None,
@@ -418,7 +404,10 @@ def _run_packed(
     lengths: Tensor,
     input_projections: Sequence[Tensor] | None,
 ) -> tuple[Tensor, State]:
-    """Run a padded batch [T, B, *] as packed rows, since the CPU kernels and the derivatives do not read lengths."""
+    """Run a padded batch [T, B, *] as packed rows, since the CPU kernels and the derivatives do not read lengths.
+
+    `run_rows` runs a call without lengths: `run` or `_run_transformed`.
+    """
     w_hh = weights[0][1]
     assert w_hh is not None
     x, *tensors = match_dtype(w_hh, x, *(state or ()))
@@ -426,7 +415,7 @@ def _run_packed(
     _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
     T, B = x.shape[:2]
     if T > 0 and bool((lengths == T).all()):
-        return run(mode, x, state, weights, directions, dropout, None, None, input_projections)
+        return run_rows(mode, x, state, weights, directions, dropout, None, None, input_projections)
     if state is None:
         sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if mode == "LSTM" else (w_hh.shape[1],)
         state = tuple(w_hh.new_zeros((len(weights), B, size)) for size in sizes)
@@ -434,7 +423,7 @@ def _run_packed(
         rows = packing.pack_lengths(lengths.cpu(), T).to(x.device)
     first = tuple(tensor.index_select(-2, rows.rows) for tensor in state)
     data, packed_sizes = rows.pack(x), rows.batch_sizes
-    y, last = run(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
+    y, last = run_rows(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
     # Under autocast the new state has another dtype than the given one.
     states = (old.to(new.dtype).index_copy(-2, rows.rows, new) for old, new in zip(state, last, strict=True))
     return rows.pad(y, T, B), tuple(states)
@@ -509,8 +498,9 @@ def _layer_by_layer(
     dropout: float,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    transformed: bool = False,
 ) -> tuple[Tensor, State]:
-    """Run the layers one after the other."""
+    """Run the layers one after the other; `transformed`: with rules for every transform of torch."""
     count, R = len(directions), len(weights)
     expected = [R, R] if mode == "LSTM" else [R]
     if R % count or (state is not None and [tensor is not None and len(tensor) for tensor in state] != expected):
@@ -519,7 +509,7 @@ def _layer_by_layer(
     for row in range(0, R, count):
         if row > 0 and dropout > 0:
             x = F.dropout(x, dropout)
-        if count == 2 and is_on_cuda(x):
+        if count == 2 and is_on_cuda(x) and not transformed:
             given = None if state is None else tuple([tensor[row : row + 2] for tensor in state])
             x, after = _both_directions(mode, x, given, weights[row : row + 2], batch_sizes, lengths)
             last.append(after)
@@ -527,7 +517,12 @@ def _layer_by_layer(
         outputs = []
         for d, reverse in enumerate(directions):
             given = None if state is None else tuple([tensor[row + d : row + d + 1] for tensor in state])
-            y, after = _one_direction(mode, x, given, weights[row + d], batch_sizes, lengths, reverse)
+            if transformed:
+                y, after = derivatives.one_direction(
+                    mode, x, given, unpack_weights(weights[row + d]), batch_sizes, reverse
+                )
+            else:
+                y, after = _one_direction(mode, x, given, weights[row + d], batch_sizes, lengths, reverse)
             outputs.append(y)
             last.append(after)
         x = outputs[0] if count == 1 else torch.cat(outputs, -1)

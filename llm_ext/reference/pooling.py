@@ -34,12 +34,11 @@ def attention_pool(
     Returns:
         c ``[B, D]``, and the log-sum-exp of the unmasked scores ``[B]``; 0 and -inf in a fully masked row.
     """
-    e, s, unmasked = _mask_positions(e, u, scores, lengths, mask)
-    s = s.masked_fill(~unmasked, -math.inf)
+    e, s, unmasked = mask_positions(e, u, scores, lengths, mask)
     empty = ~unmasked.any(1)
-    lse = torch.logsumexp(s.masked_fill(empty[:, None], 0), 1)
-    alpha = torch.exp(s - lse[:, None])
-    return torch.einsum("bt,btd->bd", alpha, e), lse.masked_fill(empty, -math.inf)
+    s = s.masked_fill(~unmasked, -math.inf).masked_fill(empty[:, None], 0)
+    alpha = torch.softmax(s, 1).masked_fill(empty[:, None], 0)
+    return torch.einsum("bt,btd->bd", alpha, e), torch.logsumexp(s, 1).masked_fill(empty, -math.inf)
 
 
 def prefix_pool(
@@ -64,7 +63,7 @@ def prefix_pool(
     Source: "Attention as an RNN", arXiv 2405.13956.
     """
     B, _, D = e.shape
-    e, s, unmasked = _mask_positions(e, u, scores, lengths, mask)
+    e, s, unmasked = mask_positions(e, u, scores, lengths, mask)
     # The step is computed at masked positions too, and discarded: any finite score will do.
     s = s.masked_fill(~unmasked, 0)
     L, c = (e.new_full((B,), -math.inf), e.new_zeros(B, D)) if state is None else (state[0].clone(), state[1].clone())
@@ -77,7 +76,7 @@ def prefix_pool(
     return torch.cat(outputs, 1), (L, c)
 
 
-def _mask_positions(
+def mask_positions(
     e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return e with 0 at masked positions, the scores, and the unmasked positions, bool ``[B, T]``."""

@@ -63,7 +63,7 @@ def test_layers(
     layer, torch_layer = layer_pair(name, options)
     x: Any = torch.randn(5, 3, dtype=torch.float64) if form == "no batch" else torch.randn(5, 4, 3, dtype=torch.float64)
     x.requires_grad_(dx)
-    # Of one length for two directions: torch counts the states of shorter rows backwards.
+    # In two directions all rows have one length, because torch also counts the states of shorter rows backwards.
     lengths = torch.tensor([5, 5, 5, 5] if bidirectional else [5, 4, 4, 1])
     hx = None
     if given_hx is not None:

@@ -421,3 +421,20 @@ def test_batch_sizes_cannot_be_mapped() -> None:
     x, h0, w = torch.randn(3, 2), torch.zeros(2, 4), (torch.randn(4, 2), torch.randn(4, 4))
     with pytest.raises(ArgumentError, match="batch_sizes must be the same for all samples"):
         func.vmap(lambda sizes: ops.rnn(x, h0, *w, batch_sizes=sizes)[0])(torch.tensor([[2, 1], [2, 1]]))
+
+
+@pytest.mark.parametrize(("T", "B"), [(0, 2), (3, 0)])
+@pytest.mark.parametrize("op", ["gru", "lstm"])
+def test_double_backward_of_empty_sequences(op: str, T: int, B: int) -> None:
+    """Without a step the new state is the first one, and without rows nothing depends on anything."""
+    gates = 3 if op == "gru" else 4
+    x, h0 = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((T, B, 2), (B, 4)))
+    weights = [torch.randn(gates * 4, n, dtype=torch.float64, requires_grad=True) for n in (2, 4)]
+    found = []
+    for module in (ops, reference):
+        state = h0 if op == "gru" else (h0, h0 * 2)
+        y, last = getattr(module, op)(x, state, *weights)
+        total = sum((r.square().sum() for r in (y, *(last if isinstance(last, tuple) else (last,)))), h0.sum())
+        (dh0,) = torch.autograd.grad(total, h0, create_graph=True)
+        found.append((dh0, *torch.autograd.grad(dh0.square().sum(), h0)))
+    torch.testing.assert_close(found[0], found[1])

@@ -17,7 +17,7 @@ from support.comparison import assert_close, flatten
 
 Function = Callable[..., Sequence[Tensor]]
 
-# What a call computes with; other inputs are weights. A batch of data is usual, a batch of weights is an ensemble.
+# Inputs that are data; the others are weights. vmap over weights is an ensemble.
 DATA = {"x", "h0", "c0", "e", "scores", "l", "c", "query", "keys", "values"}
 # Sets of inputs that vmap maps over.
 COPIES = 3

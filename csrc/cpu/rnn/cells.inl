@@ -43,7 +43,7 @@ struct Elman {
   }
 
   // z: saved activations in, gradients of the pre-activations out. `carry` is read and replaced at each step. `state`
-  // gets the complete gradient of what carries: h of a GRU, c of an LSTM.
+  // gets the complete gradient of the state itself: of h, or of c in an LSTM.
   template <typename T>
   static inline void backward(Vec<T> (&z)[1], Vec<T> h, Vec<T>, Vec<T>, Vec<T>, Vec<T> dh, Vec<T>&, Vec<T>& state) {
     state = dh;

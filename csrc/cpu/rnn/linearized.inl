@@ -17,7 +17,7 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// What both passes read at a row: the activations of a vector of units and the states before.
+// The part of both passes that reads a row: the activations of a vector of units and the states before it.
 template <typename S, typename C>
 class LinearizedPass {
  public:
@@ -30,7 +30,7 @@ class LinearizedPass {
     Vec<S> h{}, h_before{}, c{}, c_before{};
   };
 
-  // Of position i, batch row r, from unit `col` on.
+  // Returns those of position i and batch row r, from unit `col` on.
   Activations activations(int64_t i, int64_t r, int64_t col, int lanes) const {
     const int64_t row = order_.first_row(i) + r;
     const bool continues = r < order_.rows(i - 1);

@@ -19,7 +19,7 @@ Block allocate_from_system(int64_t bytes) {
   constexpr int kAccess = PROT_READ | PROT_WRITE, kFlags = MAP_PRIVATE | MAP_ANONYMOUS;
   void* const mapped = mmap(nullptr, bytes + kHugePage, kAccess, kFlags, -1, 0);
   if (mapped == MAP_FAILED) return {};
-  // What precedes and follows the aligned block goes back.
+  // The pages before and after the aligned block are returned.
   char* const begin = static_cast<char*>(mapped);
   const int64_t before = -reinterpret_cast<intptr_t>(mapped) & (kHugePage - 1);
   char* const data = begin + before;
