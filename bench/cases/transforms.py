@@ -104,6 +104,21 @@ def _reference(layer: Any, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return reference.multilayer_rnn(layer.mode, x, None, [list(weights)])[0]
 
 
+def _without_onednn(prepare: Callable[[], Call]) -> Callable[[], Call]:
+    """Return `prepare` with calls that do not use oneDNN, whose LSTM has neither forward mode nor a double backward."""
+
+    def prepared() -> Call:
+        call = prepare()
+
+        def run() -> Any:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return call()
+
+        return run
+
+    return prepared
+
+
 def forward_mode(cell: Cell, B: int, T: int, H: int, target: float | None = None) -> Case:
     """The result and its tangent for a tangent of the input, without autograd.
 
@@ -120,21 +135,12 @@ def forward_mode(cell: Cell, B: int, T: int, H: int, target: float | None = None
         def tangent(layer: Any) -> Callable[[], Call]:
             return lambda: lambda: func.jvp(lambda x: layer(x)[0], (x,), (dx,))
 
-        def without_onednn() -> Call:
-            call = tangent(other)()
-
-            def run() -> Any:
-                with torch.backends.mkldnn.flags(enabled=False):
-                    return call()
-
-            return run
-
         return Comparison(
             tensors(expected),
             Candidate(f"llm_ext.{cell.name}, jvp", OURS, tangent(ours)),
             [
                 Candidate(FORWARD_PASS, OURS, lambda: lambda: ours(x)[0], reference=tensors(expected)[:1]),
-                Candidate(f"torch.nn.{cell.name}, jvp", "torch", without_onednn),
+                Candidate(f"torch.nn.{cell.name}, jvp", "torch", _without_onednn(tangent(other))),
             ],
         )
 
@@ -157,21 +163,12 @@ def double_backward(cell: Cell, B: int, T: int, H: int, target: float | None = N
         def twice(layer: Any) -> Callable[[], Call]:
             return lambda: lambda: differentiate(layer(x)[0], [x, *layer.parameters()], g, v)
 
-        def without_onednn() -> Call:
-            call = twice(other)()
-
-            def run() -> Any:
-                with torch.backends.mkldnn.flags(enabled=False):
-                    return call()
-
-            return run
-
         leaves = [double(tensor) for tensor in (x, *other.parameters())]
         expected = differentiate(_reference(other, leaves[0], leaves[1:]), leaves, g.double(), v.double())
         return Comparison(
             tensors(expected),
             Candidate(f"llm_ext.{cell.name}", OURS, twice(ours)),
-            [Candidate(f"torch.nn.{cell.name}", "torch", without_onednn)],
+            [Candidate(f"torch.nn.{cell.name}", "torch", _without_onednn(twice(other)))],
         )
 
     name = f"transforms/{kind_name(cell, 'double-backward')}/{size_name(B=B, T=T, H=H)}"
