@@ -41,6 +41,7 @@ struct LinearizedRecurrenceKernels {
   int64_t (*adjoint_workspace)(const RecurrenceSizes&);
   void (*tangent)(const RecurrenceTangentParams<S>&, const ThreadTeam&);
   void (*adjoint)(const RecurrenceAdjointParams<S>&, const ThreadTeam&);
+  void (*curvature)(const RecurrenceCurvatureParams<S>&, const ThreadTeam&);
 };
 
 // Kernels of a linear layer. Workspaces are in elements of S.

@@ -112,19 +112,36 @@ struct RecurrenceTangentParams {
   S* workspace;  // tangent_workspace() elements, aligned to 64 bytes, uninitialized
 };
 
-// Solves the transposed system backwards in time for its right side (g_a, g_h, g_c).
+// Solves the transposed system backwards in time for its right side (g_a, g_h, g_c), to which gradients of the saved
+// activations are added.
 template <typename S>
 struct RecurrenceAdjointParams {
   LinearizedRecurrence<S> at;
-  const S* g_a;  // [N, blocks H]; null: zeros
-  const S* g_h;  // [N, P]; null: zeros
-  const S* g_c;  // [N, H] LSTM; null: zeros
-  S* a;          // [N, blocks H] out
-  S* h;          // [N, P] out
-  S* c;          // [N, H] LSTM, out
-  S* dh0;        // [B, P] out: gradient of the initial state
-  S* dc0;        // [B, H] LSTM, out
-  S* workspace;  // adjoint_workspace() elements, aligned to 64 bytes, uninitialized
+  const S* g_a;      // [N, blocks H]; null: zeros
+  const S* g_h;      // [N, P]; null: zeros
+  const S* g_c;      // [N, H] LSTM; null: zeros
+  const S* g_saved;  // [N, saved_blocks H]; null: zeros
+  S* a;              // [N, blocks H] out
+  S* h;              // [N, P] out
+  S* c;              // [N, H] LSTM, out
+  S* dh0;            // [B, P] out: gradient of the initial state
+  S* dc0;            // [B, H] LSTM, out
+  S* workspace;      // adjoint_workspace() elements, aligned to 64 bytes, uninitialized
+};
+
+// The gradient of <adjoint, tangents> by the activations, where the tangents solve the system. "State" is h, and c in
+// an LSTM.
+template <typename S>
+struct RecurrenceCurvatureParams {
+  LinearizedRecurrence<S> at;  // w_hh and w_hr are not read
+  const S* a;                  // [N, blocks H] tangents of the pre-activations
+  const S* state;              // [N, H] tangents of the state; GRU and LSTM
+  const S* state0;             // [B, H] tangents of the initial state; null: zeros
+  const S* adjoint_h;          // [N, H] adjoints of h before a projection
+  const S* adjoint_c;          // [N, H] adjoints of c; LSTM
+  S* d_saved;                  // [N, saved_blocks H] out; GRU and LSTM
+  S* d_y;                      // [N, P] out; not LSTM
+  S* d_state0;                 // [B, H] out; GRU and LSTM
 };
 
 }  // namespace llm_ext

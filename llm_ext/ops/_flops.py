@@ -96,6 +96,11 @@ def _(mode: str, w_hh: Shape, w_hr: Shape | None, saved: Any, y: Shape, *_: Any,
     return _forward(_rows(y), (0,), w_hh, w_hr)
 
 
+@_register("recurrence_curvature")
+def _(*_: Any, out_shape: Any = None) -> int:
+    return 0  # elementwise
+
+
 def _directions(weights: Sequence[Shape], bias: bool) -> list[tuple[Shape, Shape, Shape | None]]:
     """Return (w_ih, w_hh, w_hr) of both directions of a layer."""
     half = len(weights) // 2

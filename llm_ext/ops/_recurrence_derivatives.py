@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.ops._registration import needed, refuse_derivative, torch_ops
-from llm_ext.ops._transforms import forward_mode_is_nested, forward_mode_once, unwrapped, without_transforms
+from llm_ext.ops._transforms import (
+    forward_mode_is_nested,
+    forward_mode_once,
+    make_dual,
+    transforms_active,
+    unpack_duals,
+    unwrapped,
+    without_transforms,
+)
 from llm_ext.ops.argument_checks import NATIVE_GEMM_DTYPES, compute_dtype, gates_of
 
 # A vector of the linear system: pre-activations a [N, blocks H], states h [N, P], and cell states c [N, H] of an LSTM.
@@ -224,6 +232,11 @@ def _uses_kernel(rows: Rows, theta: Theta) -> bool:
     return theta.y.is_cpu and theta.y.dtype in NATIVE_GEMM_DTYPES and rows.T * rows.B > 0
 
 
+def _uses_last_kernel(rows: Rows, theta: Theta) -> bool:
+    """Return whether a kernel may compute results that are not differentiated any further."""
+    return _uses_kernel(rows, theta) and not torch.is_grad_enabled() and not transforms_active()
+
+
 def _solve_tangent(mode: str, rows: Rows, theta: Theta, v: Vector, p0: Vector) -> System:
     """Solve residual(theta, p, p0) = v, forwards in time."""
     if _uses_kernel(rows, theta):
@@ -242,12 +255,17 @@ def _solve_tangent_by_loop(mode: str, rows: Rows, theta: Theta, v: Vector, p0: V
 def _solve_adjoint(mode: str, rows: Rows, theta: Theta, g: Vector) -> System:
     """Solve the transposed system for g, backwards in time; also return the gradients of the initial state."""
     if _uses_kernel(rows, theta):
-        g_a, g_h, g_c = (*g, None)[:3]
-        a, h, c, dh0, dc0 = torch_ops.recurrence_adjoint(
-            mode, *theta, g_a, g_h, g_c, rows.batch_sizes_tensor(), rows.reverse
-        )
-        return (a, h, c, dh0, dc0) if mode == "LSTM" else (a, h, dh0)
+        return _adjoint_kernel(mode, rows, theta, g, None)
     return _solve_adjoint_by_loop(mode, rows, theta, g)
+
+
+def _adjoint_kernel(mode: str, rows: Rows, theta: Theta, g: Vector, grad_saved: Tensor | None) -> System:
+    """Solve the transposed system for g and gradients of the saved activations."""
+    g_a, g_h, g_c = (*g, None)[:3]
+    a, h, c, dh0, dc0 = torch_ops.recurrence_adjoint(
+        mode, *theta, g_a, g_h, g_c, grad_saved, rows.batch_sizes_tensor(), rows.reverse
+    )
+    return (a, h, c, dh0, dc0) if mode == "LSTM" else (a, h, dh0)
 
 
 def _solve_adjoint_by_loop(mode: str, rows: Rows, theta: Theta, g: Vector) -> System:
@@ -469,6 +487,8 @@ def _theta_gradients(
     given: list[Any] = [tensor for tensor, need in zip(theta[1:], others, strict=True) if need]
     if not given:
         return [dw_hh, *[None] * len(others)]
+    if _uses_last_kernel(rows, theta):
+        return [dw_hh, *_curvature(mode, rows, theta, adjoint, p, p0)]
 
     def cells(*changed: Tensor) -> System:
         values = iter(changed)
@@ -477,6 +497,28 @@ def _theta_gradients(
 
     found = iter(_vjp(cells, *given)(tuple(-tensor for tensor in adjoint[1:])))
     return [dw_hh, *(next(found) if need else None for need in others)]
+
+
+def _curvature(
+    mode: str, rows: Rows, theta: Theta, adjoint: System, p: System, p0: Vector
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of -<adjoint, residual(theta, p, p0)> by theta but for W_hh, by a kernel."""
+    lstm, elman = mode == "LSTM", theta.saved is None
+    adjoint_h, dw_hr = adjoint[1], None
+    if theta.w_hr is not None:
+        assert theta.saved is not None
+        H = _hidden(mode, theta)
+        cell = _Cell(_split(theta.saved, H, -1), theta.y, theta.y, None)
+        dw_hr = adjoint_h.T @ _lstm_output_tangent(cell, _split(p[0], H, -1), p[2])
+        adjoint_h = adjoint_h @ theta.w_hr
+    tangents = (p[0], None, None) if elman else (p[0], p[2] if lstm else p[1], p0[-1])
+    adjoints = (adjoint_h, adjoint[2] if lstm else None)
+    d_saved, dy, d_first = torch_ops.recurrence_curvature(
+        mode, *theta, *tangents, *adjoints, rows.batch_sizes_tensor(), rows.reverse
+    )
+    if elman:
+        return None, None, dy, None, None
+    return (dw_hr, d_saved, None, None, d_first) if lstm else (None, d_saved, dy, d_first, None)
 
 
 def _theta_tangents(theta: Theta, tangents: Sequence[Tensor | None]) -> tuple[list[int], Callable[..., Theta]]:
@@ -626,11 +668,16 @@ def _saved_tangents(mode: str, saved: Tensor, w_hr: Tensor | None, a: Tensor, c:
 
 
 def _gradients(
-    mode: str, rows: Rows, x: Tensor, w_ih: Tensor, theta: Theta, g: Vector, needs: Sequence[bool]
+    mode: str, rows: Rows, x: Tensor, w_ih: Tensor, theta: Theta, grads: Vector, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, given those of the system's vector."""
+    """Return the gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, given those of y, the activations and c."""
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
-    solved, d0 = _split_system(mode, solve_adjoint(mode, rows, theta, *g))
+    grad_y, grad_saved, grad_c = grads
+    if grad_saved is not None and _uses_last_kernel(rows, theta):
+        adjoint = _adjoint_kernel(mode, rows, theta, (None, grad_y, grad_c), grad_saved)
+    else:
+        adjoint = solve_adjoint(mode, rows, theta, *_system_gradients(mode, theta, grad_y, grad_saved, grad_c))
+    solved, d0 = _split_system(mode, adjoint)
     by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
     return [
         by_input @ _in_blocks(mode, w_ih) if need_x else None,
@@ -683,11 +730,10 @@ def gradients_of_op(
     of_first, of_last = (grads_n, [None, None]) if rows.T == 0 else ([None, None], grads_n)
     at_last = [None if grad is None else rows.at_last(grad, len(theta.y)) for grad in of_last]
     g_h = _sum(None if grad_y is None else grad_y.reshape(theta.y.shape), at_last[0])
-    g = _system_gradients(mode, theta, g_h, grad_saved, at_last[1])
     need_x, *need_state = needs[: 2 + lstm]
     every = (need_x, need_state[0], lstm and need_state[-1], *needs[2 + lstm :], *([] if lstm else [False]))
     data = x.flatten(0, 1) if batch_sizes is None else x
-    dx, dh0, dc0, *dweights = _gradients(mode, rows, data, w_ih, theta, g, every)
+    dx, dh0, dc0, *dweights = _gradients(mode, rows, data, w_ih, theta, (g_h, grad_saved, at_last[1]), every)
     dstate = [
         grad if grad is None else _sum(grad, direct).reshape(given.shape)  # type: ignore[union-attr]
         for grad, direct, given in zip((dh0, dc0), of_first, state, strict=False)
@@ -746,30 +792,16 @@ class Recurrence(torch.autograd.Function):
         mode, rows = ctx.mode, ctx.rows
         x, w_ih, *values = ctx.saved_tensors
         theta = Theta(*values)
-        g = _system_gradients(mode, theta, grad_y, grad_saved, grad_c)
-        return None, None, *_gradients(mode, rows, x, w_ih, theta, g, ctx.needs_input_grad[2:-1]), None
+        grads = (grad_y, grad_saved, grad_c)
+        return None, None, *_gradients(mode, rows, x, w_ih, theta, grads, ctx.needs_input_grad[2:-1]), None
 
     @staticmethod
     def jvp(ctx: Any, _mode: None, _rows: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         mode, rows = ctx.mode, ctx.rows
         x, w_ih, *values = ctx.saved_tensors
         theta = Theta(*values)
-        dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, _ = tangents
-        by_input = _sum(
-            None if dx is None else dx @ _in_blocks(mode, w_ih).T,
-            None if dw_ih is None else x @ _in_blocks(mode, dw_ih).T,
-            None if db_ih is None else _in_blocks(mode, db_ih).expand(len(x), -1),
-        )
-        by_state = _sum(
-            None if dw_hh is None else rows.previous(theta.h0, theta.y) @ dw_hh.T,
-            None if db_hh is None else db_hh.expand(len(x), -1),
-        )
-        v_a = _sum(
-            None if by_input is None else _from_input(mode, by_input),
-            None if by_state is None else _from_state(mode, by_state),
-        )
-        v = [v_a, None if dw_hr is None else _projected(theta) @ dw_hr.T, None]
-        p = solve_tangent(mode, rows, theta, *([*v, dh0, dc0] if mode == "LSTM" else [*v[:2], dh0]))
+        v, p0 = _tangent_system(mode, rows, x, w_ih, theta, tangents[:-1])
+        p = solve_tangent(mode, rows, theta, *v, *p0)
         if theta.saved is None:
             return (p[1],)
         c = p[2] if mode == "LSTM" else None
@@ -780,6 +812,37 @@ class Recurrence(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
         *others, once = args
         return _vmap(Recurrence, info.batch_size, in_dims[:-1], tuple(others), slice(3, 8), once)
+
+
+def _tangent_system(
+    mode: str,
+    rows: Rows,
+    x: Tensor,
+    w_ih: Tensor,
+    theta: Theta,
+    tangents: Sequence[Tensor | None],
+    linear: Callable[..., Tensor] = F.linear,
+) -> tuple[Vector, Vector]:
+    """Return the right side of the tangents' system, and the tangents of the initial state.
+
+    `tangents` are those of x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr; `linear` computes the products.
+    """
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr = tangents
+    by_input = _sum(
+        None if dx is None else linear(dx, _in_blocks(mode, w_ih), None),
+        None if dw_ih is None else linear(x, _in_blocks(mode, dw_ih), None),
+        None if db_ih is None else _in_blocks(mode, db_ih).expand(len(x), -1),
+    )
+    by_state = _sum(
+        None if dw_hh is None else linear(rows.previous(theta.h0, theta.y), dw_hh, None),
+        None if db_hh is None else db_hh.expand(len(x), -1),
+    )
+    v_a = _sum(
+        None if by_input is None else _from_input(mode, by_input),
+        None if by_state is None else _from_state(mode, by_state),
+    )
+    v = (v_a, None if dw_hr is None else _projected(theta) @ dw_hr.T)
+    return ((*v, None), (dh0, dc0)) if mode == "LSTM" else (v, (dh0,))
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -863,17 +926,42 @@ def one_direction(
     rows, (h0, c0) = _first_states(mode, x, state, w_ih, w_hh, batch_sizes, reverse)
     tensors = (x.flatten(0, 1) if batch_sizes is None else x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     once = forward_mode_once(tensors)
-    y, *saved = Recurrence.apply(mode, rows, *tensors, once)  # type: ignore[no-untyped-call]
-    last = [rows.last(h0, y)]
-    if mode == "LSTM":
-        assert c0 is not None
-        last.append(rows.last(c0, saved[1]))
-    if state is None or state[0].dim() == 3:
-        last = [tensor.unsqueeze(0) for tensor in last]
-    return y.unflatten(0, (rows.T, rows.B)) if batch_sizes is None else y, tuple(last)
+
+    def results(y: Tensor, c: Tensor | None) -> list[Tensor]:
+        last = [rows.last(h0, y)]
+        if c is not None:
+            assert c0 is not None
+            last.append(rows.last(c0, c))
+        if state is None or state[0].dim() == 3:
+            last = [tensor.unsqueeze(0) for tensor in last]
+        return [y if batch_sizes is not None else y.view(rows.T, rows.B, y.shape[-1]), *last]
+
+    duals = unpack_duals(tensors) if once and rows.T > 0 else None
+    if duals is not None:
+        with without_transforms():
+            found = [results(*each) for each in _values_and_tangents(mode, rows, *duals)]
+        y, *last = (make_dual(*pair) for pair in zip(*found, strict=True))
+    else:
+        y, *saved = Recurrence.apply(mode, rows, *tensors, once)  # type: ignore[no-untyped-call]
+        y, *last = results(y, saved[1] if mode == "LSTM" else None)
+    return y, tuple(last)
 
 
-# ---- recurrence_tangent and recurrence_adjoint, the kernels
+def _values_and_tangents(
+    mode: str, rows: Rows, primals: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Return (y, c) of a recurrence and their tangents; c is None but for an LSTM. Arguments as of `Recurrence`."""
+    x, h0, c0, w_ih, w_hh, _b_ih, _b_hh, w_hr = primals
+    results: Any = (*Recurrence.forward(mode, rows, *primals, True), None, None)  # type: ignore[call-arg]
+    y, saved, c = results[:3]
+    theta = Theta(w_hh, w_hr, saved, y, h0, c0)
+    native = torch_ops.linear_forward if _uses_kernel(rows, theta) else F.linear
+    v, p0 = _tangent_system(mode, rows, x, w_ih, theta, tangents, native)
+    p = _solve_tangent(mode, rows, theta, v, p0)
+    return (y, c), (p[1], p[2] if mode == "LSTM" else None)
+
+
+# ---- recurrence_tangent, recurrence_adjoint and recurrence_curvature, the kernels
 
 
 def _fake_system(mode: str, w_hh: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -902,8 +990,25 @@ def _adjoint_fake(
     return *_fake_system(mode, w_hh, y), y.new_empty(h0.shape), dc0
 
 
+def _curvature_fake(
+    mode: str,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    saved: Tensor | None,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    *others: Any,
+) -> System:
+    first = None if saved is None else c0 if mode == "LSTM" else h0
+    results = (saved, None if mode == "LSTM" else y, first)
+    return tuple(y.new_empty(0 if like is None else like.shape) for like in results)
+
+
 torch.library.register_fake("llm_ext::recurrence_tangent", _tangent_fake)
 torch.library.register_fake("llm_ext::recurrence_adjoint", _adjoint_fake)
+torch.library.register_fake("llm_ext::recurrence_curvature", _curvature_fake)
 # Autocast needs no rule: their callers have cast.
 refuse_derivative("recurrence_tangent")
 refuse_derivative("recurrence_adjoint")
+refuse_derivative("recurrence_curvature")

@@ -17,6 +17,8 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 _torch_func_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+# The vmap of is_grads_batched is older than torch.func and has no interpreter, only a dispatch key.
+_OLD_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
@@ -106,6 +108,47 @@ def forward_mode_once(tensors: Sequence[Tensor | None]) -> bool:
         return False
     recorded = torch.is_grad_enabled() and any(t is not None and unwrapped(t).requires_grad for t in tensors)
     return forward_ad._current_level >= 0 and not recorded
+
+
+def unpack_duals(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[Tensor | None]] | None:
+    """Return the values and the tangents of `tensors`, without the wrappers of transforms.
+
+    None is returned if forward mode, as a dual level or as one torch.func.jvp, is not the only active transform.
+    """
+    if [each.key() for each in _functorch.get_interpreter_stack() or []] not in ([], [_functorch.TransformType.Jvp]):
+        return None
+    primals: list[Any] = []
+    tangents: list[Tensor | None] = []
+    for tensor in tensors:
+        dual = (None, None) if tensor is None else forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+        primals.append(None if dual[0] is None else unwrapped(dual[0]))
+        tangents.append(None if dual[1] is None else unwrapped(dual[1]))
+    if any(t is not None and torch._C._dispatch_keys(t).has(_OLD_VMAP) for t in tangents):
+        return None
+    return primals, tangents
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """Return a tensor with a tangent, at the active level."""
+    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:
+    """Return which of the needed gradients of a node's first inputs the running backward pass uses.
+
+    torch.autograd.grad may ask for the gradients of some tensors only.
+    """
+    following = iter(ctx.next_functions)
+    nodes = [None if tensor is None else next(following)[0] for tensor in inputs]
+    return [need and _is_executed(node) for need, node in zip(needs, nodes, strict=True)]
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch does not say it of a leaf that torch.autograd.grad asks for
+        return True
 
 
 def differentiable_gradients(

@@ -38,6 +38,7 @@ from llm_ext.ops._transforms import (
     is_recorded,
     transforms_active,
     unwrapped,
+    wanted_gradients,
     without_transforms,
 )
 from llm_ext.ops.argument_checks import gates_of, unpack_weights
@@ -705,6 +706,9 @@ def _register_cell(cell: _Cell) -> None:
         x, *state = tensors[:states]
         w_ih, w_hh, *w_hr = tensors[states : len(needs) - 2]
         *results, batch_sizes, lengths = tensors[len(needs) - 2 :]
+        inputs = [x, *state, w_ih, w_hh, b_ih, b_hh, *w_hr]
+        if not transforms_active():
+            needs = wanted_gradients(ctx, inputs, needs)
         if lengths is None:
             found = derivatives.gradients_of_op(
                 mode, x, state, (w_ih, w_hh, *w_hr, None)[:3], results, batch_sizes, reverse, needs, grads
@@ -717,7 +721,6 @@ def _register_cell(cell: _Cell) -> None:
             y, last = _run_transformed(mode, x, state, (weights,), (reverse,), 0.0, None, lengths, None)
             return y, *last
 
-        inputs = [x, *state, w_ih, w_hh, b_ih, b_hh, *w_hr]
         return *differentiable_gradients(call, inputs, needs, grads[:states]), *others
 
     torch.library.register_fake(f"llm_ext::{cell.name}_forward", forward_fake)

@@ -67,6 +67,38 @@ def test_kernels_solve_the_system(recurrence: Recurrence, dtype: torch.dtype, da
     assert_all_close(recurrence.op, adjoint, derivatives._loop_adjoint(mode, rows, exact, right))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("recurrence", RECURRENCES, ids=str)
+@given(data=st.data())
+def test_last_derivatives(recurrence: Recurrence, dtype: torch.dtype, data: Any) -> None:
+    """Where nothing is differentiated further, kernels replace the derivatives of the residual and the activations."""
+    sizes = sorted(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), reverse=True)
+    packed, reverse = data.draw(st.booleans()), data.draw(st.booleans())
+    H = data.draw(st.sampled_from([1, 3, 8, 17, 64, 130][recurrence.projected :]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    rows = Rows(len(sizes), sizes[0], torch.tensor(sizes) if packed else None, reverse)
+    mode = recurrence.mode
+    theta, p, p0 = linear_system(recurrence, rows, H, dtype)
+    adjoint = [torch.randn_like(t) for t in p]
+    state: list[Any] = [None if data.draw(st.booleans()) else t for t in p0]
+    needs = (True, *(t is not None for t in theta[1:]))
+    exact = [[None if t is None else t.double() for t in each] for each in (adjoint, p, state)]
+    with torch.no_grad():
+        found = derivatives._theta_gradients(mode, rows, theta, needs, tuple(adjoint), tuple(p), state)
+    expected = derivatives._theta_gradients(mode, rows, doubled(theta), needs, *exact)  # type: ignore[arg-type]
+    for each, other in zip(found, expected, strict=True):
+        if each is None:
+            assert other is None or not other.any()
+        else:
+            assert_all_close(recurrence.op, [each], [other])
+    if theta.saved is None:
+        return
+    grads = (torch.randn_like(theta.y), torch.randn_like(theta.saved), p[2] if mode == "LSTM" else None)
+    g = derivatives._system_gradients(mode, doubled(theta), *(None if t is None else t.double() for t in grads))
+    found_adjoint = derivatives._adjoint_kernel(mode, rows, theta, (None, grads[0], grads[2]), grads[1])
+    assert_all_close(recurrence.op, found_adjoint, derivatives._solve_adjoint_by_loop(mode, rows, doubled(theta), g))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("recurrence", RECURRENCES, ids=str)
 def test_adjoint_is_the_transpose(recurrence: Recurrence, threads: int) -> None:
@@ -89,7 +121,7 @@ def test_adjoint_is_the_transpose(recurrence: Recurrence, threads: int) -> None:
 def test_wrong_arguments_are_refused() -> None:
     """The ops check everything that could corrupt memory."""
     w, y, h0, sizes = torch.randn(4, 4), torch.randn(6, 4), torch.randn(3, 4), torch.tensor([3, 3])
-    right = (None, None, None)
+    right = (None, None, None, None)
 
     def call(mode: str = "RNN_TANH", **changed: Any) -> None:
         given = {"w_hh": w, "w_hr": None, "saved": None, "y": y, "h0": h0, "c0": None} | changed

@@ -100,10 +100,13 @@ def linearized_opcheck_cases() -> list[OpCase]:
         )
         right = torch.randn(N, blocks * H), torch.randn(N, H), torch.randn(N, H) if lstm else None
         state = torch.randn(B, H), torch.randn(B, H) if lstm else None
+        tangents = (torch.randn(N, H), torch.randn(B, H)) if saved else (None, None)
         cases += [
             ("recurrence_tangent", (mode, *at, *right, *state, sizes, False)),
             ("recurrence_tangent", (mode, *at, None, None, None, None, None, sizes, True)),
-            ("recurrence_adjoint", (mode, *at, *right, sizes, False)),
+            ("recurrence_adjoint", (mode, *at, *right, at[2], sizes, False)),
+            ("recurrence_adjoint", (mode, *at, *right, None, sizes, False)),
+            ("recurrence_curvature", (mode, *at, right[0], *tangents, right[1], right[2], sizes, False)),
         ]
     return cases
 

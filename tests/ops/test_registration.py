@@ -19,7 +19,14 @@ every_op = pytest.mark.parametrize("name", NAMES)
 # An index does not depend smoothly on the inputs.
 NOT_DIFFERENTIABLE = {"linear_argmax"}
 # Under autocast their functions take torch's own ops (linear), or the caller does not use them (attention_step).
-WITHOUT_AUTOCAST = {"linear_forward", "linear_argmax", "attention_step", "recurrence_tangent", "recurrence_adjoint"}
+WITHOUT_AUTOCAST = {
+    "linear_forward",
+    "linear_argmax",
+    "attention_step",
+    "recurrence_tangent",
+    "recurrence_adjoint",
+    "recurrence_curvature",
+}
 
 
 def has_kernel(name: str, key: str) -> bool:

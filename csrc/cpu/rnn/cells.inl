@@ -61,6 +61,22 @@ struct Elman {
     if constexpr (mode == Mode::kRnnRelu) return h > T(0) ? a[0] : Vec<T>{};
     if constexpr (mode == Mode::kRnnSigmoid) return a[0] * (h * (T(1) - h));
   }
+
+  // Gradients of <adjoint, tangent> by the activations, where `adjoint` are the adjoints of h (before a projection) and
+  // of c. z: saved activations. a: tangents of the pre-activations. before: tangent of the state before (of the cell
+  // state in an LSTM). dc: tangent of the cell state. d: gradients of z, out. Returns the gradient of the state (of the
+  // cell state in an LSTM); d_before gets that of the state before.
+  template <typename T>
+  static inline Vec<T> curvature(const Vec<T> (&)[1], Vec<T> h, Vec<T>, Vec<T>, Vec<T>, const Vec<T> (&a)[1], Vec<T>,
+                                 Vec<T>, Vec<T> adjoint, Vec<T>, Vec<T> (&)[1], Vec<T>&) {
+    if constexpr (mode == Mode::kRnnTanh) return T(-2) * adjoint * a[0] * h;
+    if constexpr (mode == Mode::kRnnRelu) return Vec<T>{};
+    if constexpr (mode == Mode::kRnnSigmoid) return adjoint * a[0] * (T(1) - T(2) * h);
+  }
+
+  // Adds to `da`, the gradients of the pre-activations, those that come from gradients `d` of the saved activations z.
+  template <typename T>
+  static inline void activation_backward(const Vec<T> (&)[1], const Vec<T> (&)[1], Vec<T> (&)[1]) {}
 };
 
 // r, z = sigmoid(.), new = tanh(n + r m), h = (1 - z) new + z h_before. n comes from the input, m from the state.
@@ -102,6 +118,31 @@ struct Gru {
     const Vec<T> new_gate = b[0], r = b[1], z = b[2], m = b[3];
     const Vec<T> d_new = (T(1) - new_gate * new_gate) * (a[0] + a[1] * (r * (T(1) - r)) * m + a[3] * r);
     return d_new + z * (dh_before - d_new) + a[2] * (z * (T(1) - z)) * (h_before - new_gate);
+  }
+
+  template <typename T>
+  static inline Vec<T> curvature(const Vec<T> (&b)[4], Vec<T>, Vec<T> h_before, Vec<T>, Vec<T>, const Vec<T> (&a)[4],
+                                 Vec<T> before, Vec<T>, Vec<T> adjoint, Vec<T>, Vec<T> (&d)[4], Vec<T>& d_before) {
+    const Vec<T> new_gate = b[0], r = b[1], z = b[2], m = b[3];
+    const Vec<T> slope = T(1) - new_gate * new_gate, slope_r = r * (T(1) - r), slope_z = z * (T(1) - z);
+    const Vec<T> inner = a[0] + a[1] * slope_r * m + a[3] * r;
+    const Vec<T> d_inner = adjoint * (T(1) - z) * slope;
+    d[0] = T(-2) * adjoint * (T(1) - z) * new_gate * inner - adjoint * a[2] * slope_z;
+    d[1] = d_inner * (a[1] * (T(1) - T(2) * r) * m + a[3]);
+    d[2] = adjoint * (before - slope * inner + a[2] * (T(1) - T(2) * z) * (h_before - new_gate));
+    d[3] = d_inner * a[1] * slope_r;
+    d_before = adjoint * a[2] * slope_z;
+    return Vec<T>{};
+  }
+
+  template <typename T>
+  static inline void activation_backward(const Vec<T> (&b)[4], const Vec<T> (&d)[4], Vec<T> (&da)[4]) {
+    const Vec<T> new_gate = b[0], r = b[1], z = b[2], m = b[3];
+    const Vec<T> d_inner = d[0] * (T(1) - new_gate * new_gate);
+    da[0] += d_inner;
+    da[1] += (d[1] + d_inner * m) * (r * (T(1) - r));
+    da[2] += d[2] * (z * (T(1) - z));
+    da[3] += d[3] + d_inner * r;
   }
 };
 
@@ -147,6 +188,30 @@ struct Lstm {
     const Vec<T> tanh_c = vec_tanh<T>(c);
     dc = v_c + f * dc + a[0] * (i * (T(1) - i)) * g + a[1] * (f * (T(1) - f)) * c_before + a[2] * (T(1) - g * g) * i;
     return dc * (o * (T(1) - tanh_c * tanh_c)) + a[3] * (o * (T(1) - o)) * tanh_c;
+  }
+
+  template <typename T>
+  static inline Vec<T> curvature(const Vec<T> (&b)[4], Vec<T>, Vec<T>, Vec<T> c, Vec<T> c_before, const Vec<T> (&a)[4],
+                                 Vec<T> before, Vec<T> dc, Vec<T> adjoint, Vec<T> adjoint_c, Vec<T> (&d)[4],
+                                 Vec<T>& d_before) {
+    const Vec<T> i = b[0], f = b[1], g = b[2], o = b[3];
+    const Vec<T> tanh_c = vec_tanh<T>(c);
+    const Vec<T> slope_c = T(1) - tanh_c * tanh_c, slope_g = T(1) - g * g;
+    d[0] = adjoint_c * (a[0] * (T(1) - T(2) * i) * g + a[2] * slope_g);
+    d[1] = adjoint_c * (before + a[1] * (T(1) - T(2) * f) * c_before);
+    d[2] = adjoint_c * (a[0] * (i * (T(1) - i)) - T(2) * a[2] * i * g);
+    d[3] = adjoint * (dc * slope_c + a[3] * (T(1) - T(2) * o) * tanh_c);
+    d_before = adjoint_c * a[1] * (f * (T(1) - f));
+    return adjoint * slope_c * (a[3] * (o * (T(1) - o)) - T(2) * tanh_c * o * dc);
+  }
+
+  template <typename T>
+  static inline void activation_backward(const Vec<T> (&b)[4], const Vec<T> (&d)[4], Vec<T> (&da)[4]) {
+    const Vec<T> i = b[0], f = b[1], g = b[2], o = b[3];
+    da[0] += d[0] * (i * (T(1) - i));
+    da[1] += d[1] * (f * (T(1) - f));
+    da[2] += d[2] * (T(1) - g * g);
+    da[3] += d[3] * (o * (T(1) - o));
   }
 };
 

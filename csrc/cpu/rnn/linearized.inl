@@ -1,5 +1,5 @@
-// The linear system of a recurrence's tangents, solved forwards in time, and its transpose, solved backwards. Both are
-// loops over time with one product a step; their derivatives and everything outside the loop are torch's.
+// The linear system of a recurrence's tangents, solved forwards in time, and its transpose, solved backwards: loops
+// over time with one product a step. The gradients of the system by its activations are elementwise.
 #pragma once
 
 #include "cpu/gemm/blocking.inl"
@@ -17,7 +17,7 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// The part of both passes that reads a row: the activations of a vector of units and the states before it.
+// The part of the passes that reads a row: the activations of a vector of units and the states before it.
 template <typename S, typename C>
 class LinearizedPass {
  public:
@@ -212,7 +212,7 @@ template <typename S, typename C>
 class AdjointPass : LinearizedPass<S, C> {
   using Base = LinearizedPass<S, C>;
   using Base::a_width_, Base::at_, Base::gates_, Base::H, Base::order_, Base::P, Base::partition_, Base::projected_,
-      Base::s_, Base::team_;
+      Base::s_, Base::saved_width_, Base::team_;
 
  public:
   AdjointPass(const RecurrenceAdjointParams<S>& p, const ThreadTeam& team)
@@ -296,7 +296,17 @@ class AdjointPass : LinearizedPass<S, C> {
     Vec<S> carry{}, state;
     if (C::kCarries) carry = load_partial(carry_ + r * H + col, lanes);
     if (C::kHasCell) carry += Base::load_or_zeros(p_.g_c, row * H + col, lanes);
-    C::template backward<S>(at.blocks, at.h, at.h_before, at.c, at.c_before, dh, carry, state);
+    Vec<S> from_saved[C::kBlocks] = {};
+    Vec<S> dm = dh;  // h before a projection
+    if (C::kSavesBlocks && p_.g_saved != nullptr) {
+      const S* g_saved = p_.g_saved + row * saved_width_ + col;
+      Vec<S> d[C::kBlocks];
+      for (int b = 0; b < C::kBlocks; ++b) d[b] = load_partial(g_saved + b * H, lanes);
+      C::template activation_backward<S>(at.blocks, d, from_saved);
+      if (C::kHasCell) carry += load_partial(g_saved + C::kBlocks * H, lanes);
+      if (projected_) dm += load_partial(g_saved + (C::kBlocks + 1) * H, lanes);
+    }
+    C::template backward<S>(at.blocks, at.h, at.h_before, at.c, at.c_before, dm, carry, state);
     if (C::kCarries) store_partial(carry_ + r * H + col, carry, lanes);
     if (C::kHasCell) {
       store_partial(p_.c + row * H + col, state, lanes);
@@ -306,7 +316,8 @@ class AdjointPass : LinearizedPass<S, C> {
     }
     for (int b = 0; b < C::kBlocks; ++b) {
       const int64_t offset = row * a_width_ + b * H + col;
-      store_partial(p_.a + offset, at.blocks[b] + Base::load_or_zeros(p_.g_a, offset, lanes), lanes);
+      const Vec<S> direct = from_saved[b] + Base::load_or_zeros(p_.g_a, offset, lanes);
+      store_partial(p_.a + offset, at.blocks[b] + direct, lanes);
     }
   }
 
@@ -315,6 +326,70 @@ class AdjointPass : LinearizedPass<S, C> {
   S* packed_hh_;
   S* packed_hr_;
   S* carry_;
+};
+
+// Elementwise: a thread's rows and columns need nothing of another thread.
+template <typename S, typename C>
+class CurvaturePass : LinearizedPass<S, C> {
+  using Base = LinearizedPass<S, C>;
+  using Base::a_width_, Base::H, Base::order_, Base::P, Base::partition_, Base::projected_, Base::s_,
+      Base::saved_width_;
+
+ public:
+  CurvaturePass(const RecurrenceCurvatureParams<S>& p, const ThreadTeam& team) : Base(p.at, team), p_(p) {}
+
+  void run() {
+    const Range columns = partition_.columns;
+    for (int64_t i = 0; i < s_.steps; ++i) {
+      const Range all = intersect(partition_.rows, {0, order_.rows(i)});
+      for (int64_t r = all.begin; r < all.end; ++r) {
+        for_each_vector<S>(columns.size(), [&](int64_t j, int lanes) { unit(i, r, columns.begin + j, lanes); });
+      }
+    }
+  }
+
+ private:
+  void unit(int64_t i, int64_t r, int64_t col, int lanes) {
+    const int64_t row = order_.first_row(i) + r;
+    const bool continues = r < order_.rows(i - 1);
+    const int64_t before = (order_.first_row(i - 1) + r) * H + col;  // unless it is the first step of r
+    const int64_t first = r * H + col;
+    const int64_t here = row * H + col;
+    const auto at = Base::activations(i, r, col, lanes);
+    Vec<S> a[C::kBlocks], d[C::kBlocks];
+    for (int b = 0; b < C::kBlocks; ++b) a[b] = load_partial(p_.a + row * a_width_ + b * H + col, lanes);
+    Vec<S> state{}, c{}, adjoint_c{}, d_before{};
+    if (C::kCarries) {
+      state = continues ? load_partial(p_.state + before, lanes) : Base::load_or_zeros(p_.state0, first, lanes);
+    }
+    if (C::kHasCell) {
+      c = load_partial(p_.state + here, lanes);
+      adjoint_c = load_partial(p_.adjoint_c + here, lanes);
+    }
+    const Vec<S> d_state = C::template curvature<S>(at.blocks, at.h, at.h_before, at.c, at.c_before, a, state, c,
+                                                    load_partial(p_.adjoint_h + here, lanes), adjoint_c, d, d_before);
+    if (C::kSavesBlocks) {
+      S* saved = p_.d_saved + row * saved_width_ + col;
+      for (int b = 0; b < C::kBlocks; ++b) store_partial(saved + b * H, d[b], lanes);
+      if (projected_) store_partial(saved + (C::kBlocks + 1) * H, Vec<S>{}, lanes);
+    }
+    // The gradient of a state comes from its own step and from the next one.
+    store_partial(d_of_state(row) + col, d_state, lanes);
+    if (!C::kCarries) return;
+    if (continues) {
+      S* last = d_of_state(order_.first_row(i - 1) + r) + col;
+      store_partial(last, load_partial(last, lanes) + d_before, lanes);
+    } else {
+      store_partial(p_.d_state0 + first, d_before, lanes);
+    }
+  }
+
+  // The gradient of the cell state, which is saved, or of y.
+  S* d_of_state(int64_t row) const {
+    return C::kHasCell ? p_.d_saved + row * saved_width_ + C::kBlocks * H : p_.d_y + row * P;
+  }
+
+  const RecurrenceCurvatureParams<S>& p_;
 };
 
 template <typename S>
@@ -328,12 +403,18 @@ static void recurrence_adjoint(const RecurrenceAdjointParams<S>& p, const Thread
 }
 
 template <typename S>
+static void recurrence_curvature(const RecurrenceCurvatureParams<S>& p, const ThreadTeam& team) {
+  with_cell(p.at.sizes.mode, [&](auto cell) { CurvaturePass<S, decltype(cell)>(p, team).run(); });
+}
+
+template <typename S>
 static constexpr LinearizedRecurrenceKernels<S> kLinearizedRecurrenceKernels = {
     .threads = recurrence_threads,
     .tangent_workspace = tangent_workspace<S>,
     .adjoint_workspace = adjoint_workspace<S>,
     .tangent = recurrence_tangent<S>,
     .adjoint = recurrence_adjoint<S>,
+    .curvature = recurrence_curvature<S>,
 };
 
 }  // namespace LLM_EXT_ISA_NAMESPACE

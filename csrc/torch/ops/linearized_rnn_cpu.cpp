@@ -1,4 +1,4 @@
-// recurrence_tangent and recurrence_adjoint on the CPU.
+// recurrence_tangent, recurrence_adjoint and recurrence_curvature on the CPU.
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -17,7 +17,7 @@
 namespace llm_ext {
 namespace {
 
-// Checked sizes and inputs that both ops share. Owns dense copies for the duration of the call.
+// Checked sizes and inputs that the ops share. Owns dense copies for the duration of the call.
 template <typename S>
 class Linearized {
  public:
@@ -29,12 +29,11 @@ class Linearized {
         sizes_(sizes_of(mode_named(op, mode), w_hh, w_hr, h0, reverse)),
         w_hh_(input("w_hh", w_hh, gates_of(sizes_.mode) * sizes_.hidden, sizes_.output)),
         w_hr_(input("w_hr", w_hr, sizes_.output, sizes_.hidden)),
-        saved_(rows_input("saved", saved, saved_blocks(sizes_.mode, sizes_.projected()) * sizes_.hidden)),
+        saved_(rows_input("saved", saved, saved_width())),
         y_(rows_input("y", y, sizes_.output)),
         h0_(input("h0", h0, sizes_.batch, sizes_.output)),
         c0_(input("c0", c0, sizes_.batch, sizes_.hidden)) {
-    STD_TORCH_CHECK(saved.has_value() == (saved_blocks(sizes_.mode, false) > 0), op_,
-                    ": saved belongs to a GRU or an LSTM");
+    STD_TORCH_CHECK(saved.has_value() != elman(), op_, ": saved belongs to a GRU or an LSTM");
     STD_TORCH_CHECK(c0.has_value() == lstm(), op_, ": c0 belongs to an LSTM");
   }
 
@@ -43,6 +42,8 @@ class Linearized {
   }
 
   bool lstm() const { return sizes_.mode == Mode::kLstm; }
+  bool elman() const { return saved_blocks(sizes_.mode, false) == 0; }
+  int64_t saved_width() const { return saved_blocks(sizes_.mode, sizes_.projected()) * sizes_.hidden; }
   int64_t a_width() const { return blocks_of(sizes_.mode) * sizes_.hidden; }
   int64_t output() const { return sizes_.output; }
   int64_t hidden() const { return sizes_.hidden; }
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_tangent(const std::string& mode, c
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_adjoint(
     const std::string& mode, const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& saved,
     const Tensor& y, const Tensor& h0, const OptionalTensor& c0, const OptionalTensor& g_a, const OptionalTensor& g_h,
-    const OptionalTensor& g_c, const Tensor& batch_sizes, bool reverse) {
+    const OptionalTensor& g_c, const OptionalTensor& g_saved, const Tensor& batch_sizes, bool reverse) {
   constexpr const char* kOp = "recurrence_adjoint";
   return with_type<float, double>(y, kOp, "y", [&](auto type) {
     using S = decltype(type);
@@ -135,6 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_adjoint(
     const Input<S> a_in = args.rows_input("g_a", g_a, args.a_width());
     const Input<S> h_in = args.rows_input("g_h", g_h, args.output());
     const Input<S> c_in = args.rows_input("g_c", g_c, args.hidden());
+    const Input<S> saved_in = args.rows_input("g_saved", g_saved, args.saved_width());
     const Output<S> a = args.rows_output(true, args.a_width());
     const Output<S> h = args.rows_output(true, args.output());
     const Output<S> c = args.rows_output(args.lstm(), args.hidden());
@@ -142,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_adjoint(
     const Output<S> dc0 = args.state_output(args.lstm(), args.hidden());
 
     const LinearizedRecurrenceKernels<S>& kernel = kernels().linearized_recurrence<S>();
-    RecurrenceAdjointParams<S> p = {args.params(), a_in.get(), h_in.get(), c_in.get(), a.get(),
+    RecurrenceAdjointParams<S> p = {args.params(), a_in.get(), h_in.get(), c_in.get(), saved_in.get(), a.get(),
                                     h.get(),       c.get(),    dh0.get(),  dc0.get(),  nullptr};
     const Workspace<S> workspace(kernel.adjoint_workspace(p.at.sizes));
     p.workspace = workspace.get();
@@ -152,10 +154,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_adjoint(
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> recurrence_curvature(const std::string& mode, const Tensor& w_hh,
+                                                        const OptionalTensor& w_hr, const OptionalTensor& saved,
+                                                        const Tensor& y, const Tensor& h0, const OptionalTensor& c0,
+                                                        const Tensor& a, const OptionalTensor& state,
+                                                        const OptionalTensor& state0, const Tensor& adjoint_h,
+                                                        const OptionalTensor& adjoint_c, const Tensor& batch_sizes,
+                                                        bool reverse) {
+  constexpr const char* kOp = "recurrence_curvature";
+  return with_type<float, double>(y, kOp, "y", [&](auto type) {
+    using S = decltype(type);
+    const Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
+    STD_TORCH_CHECK(state.has_value() != args.elman() && !(args.elman() && state0.has_value()), kOp,
+                    ": state and state0 belong to a GRU or an LSTM");
+    STD_TORCH_CHECK(adjoint_c.has_value() == args.lstm(), kOp, ": adjoint_c belongs to an LSTM");
+    const Input<S> a_in = args.rows_input("a", a, args.a_width());
+    const Input<S> state_in = args.rows_input("state", state, args.hidden());
+    const Input<S> state_first = args.state_input("state0", state0, args.hidden());
+    const Input<S> h_in = args.rows_input("adjoint_h", adjoint_h, args.hidden());
+    const Input<S> c_in = args.rows_input("adjoint_c", adjoint_c, args.hidden());
+    const Output<S> d_saved = args.rows_output(!args.elman(), args.saved_width());
+    const Output<S> d_y = args.rows_output(!args.lstm(), args.output());
+    const Output<S> d_state0 = args.state_output(!args.elman(), args.hidden());
+
+    const LinearizedRecurrenceKernels<S>& kernel = kernels().linearized_recurrence<S>();
+    const RecurrenceCurvatureParams<S> p = {args.params(), a_in.get(),    state_in.get(), state_first.get(), h_in.get(),
+                                            c_in.get(),    d_saved.get(), d_y.get(),      d_state0.get()};
+    run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
+             [&](const ThreadTeam& team) { kernel.curvature(p, team); });
+    return std::tuple(d_saved.tensor(), d_y.tensor(), d_state0.tensor());
+  });
+}
+
 }  // namespace
 }  // namespace llm_ext
 
 STABLE_TORCH_LIBRARY_IMPL(llm_ext, CPU, m) {
   m.impl("recurrence_tangent", TORCH_BOX(&llm_ext::recurrence_tangent));
   m.impl("recurrence_adjoint", TORCH_BOX(&llm_ext::recurrence_adjoint));
+  m.impl("recurrence_curvature", TORCH_BOX(&llm_ext::recurrence_curvature));
 }

@@ -55,8 +55,12 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "bool reverse) -> (Tensor a, Tensor h, Tensor c)");
   m.def(
       "recurrence_adjoint(str mode, Tensor w_hh, Tensor? w_hr, Tensor? saved, Tensor y, Tensor h0, Tensor? c0, "
-      "Tensor? g_a, Tensor? g_h, Tensor? g_c, Tensor batch_sizes, bool reverse) -> "
+      "Tensor? g_a, Tensor? g_h, Tensor? g_c, Tensor? g_saved, Tensor batch_sizes, bool reverse) -> "
       "(Tensor a, Tensor h, Tensor c, Tensor dh0, Tensor dc0)");
+  m.def(
+      "recurrence_curvature(str mode, Tensor w_hh, Tensor? w_hr, Tensor? saved, Tensor y, Tensor h0, Tensor? c0, "
+      "Tensor a, Tensor? state, Tensor? state0, Tensor adjoint_h, Tensor? adjoint_c, Tensor batch_sizes, "
+      "bool reverse) -> (Tensor d_saved, Tensor d_y, Tensor d_state0)");
 
   // llm_ext/ops/linear.py
   m.def("linear_forward(Tensor x, Tensor w, Tensor? b) -> Tensor y");
