@@ -41,7 +41,8 @@ class TorchPrefixPool(nn.Module):
 def torch_peer(model: LLM) -> LLM:
     """Copy a model with an Elman network, and replace its llm_ext layers by those of PyTorch."""
     peer = copy.deepcopy(model)
-    ours: RNN = peer.rnn
+    ours = peer.rnn
+    assert isinstance(ours, RNN)
     theirs = nn.RNN(ours.input_size, ours.hidden_size, ours.num_layers, ours.nonlinearity, dropout=ours.dropout)
     theirs.load_state_dict(ours.state_dict())
     peer.rnn = theirs  # type: ignore[assignment]

@@ -77,7 +77,8 @@ def nearest(known: Translations, sentences: list[str]) -> list[str]:
                 if gram in columns:
                     column, idf = columns[gram]
                     row[column] = count * idf
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+        return rows
 
     similarity = matrix([grams(sentence) for sentence in sentences]) @ matrix(documents).T
     answers = list(known.values())
