@@ -141,7 +141,7 @@ def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: s
     Args:
         calls: the call of each candidate; the first, with which the others are compared, runs in every round.
         seconds: approximate time of the whole measurement.
-        rounds: number of rounds; a candidate too slow for its share of the time skips some, but has `MIN_ROUNDS`.
+        rounds: number of rounds; a candidate too slow for its turns skips some, but has `MIN_ROUNDS`.
         device: "cpu" or "cuda".
     """
     clock = clock_for(device)

@@ -13,7 +13,7 @@ settings.load_profile("reproducible")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each worker of pytest-xdist its share of the cores; tests of threads choose their number themselves."""
+    """Divide the cores between the workers of pytest-xdist; tests of threads choose their number themselves."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
