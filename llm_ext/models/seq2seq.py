@@ -35,7 +35,7 @@ from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops._transforms import is_recorded
 from llm_ext.ops.linear import use_native_gemm
-from llm_ext.ops.packing import Packing, pack_lengths
+from llm_ext.ops.packing import Packing, pack_lengths, within_lengths
 
 __all__ = ["EncoderOutput", "InputProjections", "Seq2Seq", "Seq2SeqState"]
 
@@ -740,7 +740,7 @@ def _fill_padding(ids: Tensor, lengths: Tensor | None) -> Tensor:
     """Return ids ``[B, T]`` with the id 0 beyond the lengths, where a batch may hold any number."""
     if lengths is None:
         return ids
-    return ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1), 0)
+    return ids.masked_fill(~within_lengths(lengths, ids.shape[1]), 0)
 
 
 def _check_scores(scores: Tensor) -> None:

@@ -12,6 +12,7 @@ from llm_ext import ops
 from llm_ext.nn.arguments import as_flag, as_size, check_input
 from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops import argument_checks
+from llm_ext.ops.packing import within_lengths
 
 __all__ = ["AdditiveAttention", "AttentionPool"]
 
@@ -25,17 +26,30 @@ def _fill_padding(rows: Tensor, lengths: Tensor | None, mask: Tensor | None) -> 
     A batch may hold anything there. Masked positions get gradients of 0, but 0 times the derivative of NaN or infinity
     is NaN, and a sum over all positions, such as the gradient of a weight, would be NaN with it.
     """
-    if (lengths is None and mask is None) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return rows
     try:
-        kept = mask
-        if lengths is not None:
-            kept = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
-            kept = kept if mask is None else kept & mask
-        assert kept is not None
-        return rows.masked_fill(~kept[..., None], 0)
-    except (RuntimeError, TypeError, IndexError):
+        unmasked = _unmasked(rows.shape[1], lengths, mask)
+        return rows if unmasked is None else rows.masked_fill(~unmasked[..., None], 0)
+    except (RuntimeError, TypeError, IndexError, AttributeError):
         return rows  # the op says what is wrong with lengths and mask
+
+
+def _unmasked(T: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return the positions that lengths and mask allow, bool ``[B, T]``; ``None`` means all."""
+    if lengths is None:
+        return mask
+    within = within_lengths(lengths, T)
+    return within if mask is None else within & mask
+
+
+def _results(
+    c: Tensor, state: State | None, weights: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
+    """Return the results of pooling in the form that a call gets: c, and after it the state and weights that exist."""
+    if state is None:
+        return c if weights is None else (c, weights)
+    return (c, state) if weights is None else (c, state, weights)
 
 
 class AttentionPool(nn.Module):
@@ -159,15 +173,15 @@ class AttentionPool(nn.Module):
         elif u is None:
             u = (self.v @ self.weight).to(e.dtype)  # W e is never formed
 
+        new_state = None
         if self.causal:
             c, new_state = ops.prefix_pool(e, u, scores=scores, lengths=lengths, mask=mask, state=state)
-            if need_weights:
-                return c, new_state, self._weights(scored, u, scores, lengths, mask, state)
-            return c, new_state
-        if state is not None:
+        elif state is None:
+            c, _ = ops.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
+        else:
             raise ValueError("AttentionPool: state must be None unless causal=True, got a state")
-        c, _ = ops.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
-        return (c, self._weights(scored, u, scores, lengths, mask, None)) if need_weights else c
+        weights = self._weights(scored, u, scores, lengths, mask, state) if need_weights else None
+        return _results(c, new_state, weights)
 
     def _weights(
         self,
@@ -183,12 +197,11 @@ class AttentionPool(nn.Module):
         s = e @ u if u is not None else scores
         assert s is not None
         s = s.to(argument_checks.compute_dtype(e.dtype))  # the dtype of the state
-        position = torch.arange(T, device=e.device)
-        if lengths is not None:
-            s = s.masked_fill(position >= lengths[:, None], -math.inf)
-        if mask is not None:
-            s = s.masked_fill(~mask, -math.inf)
+        unmasked = _unmasked(T, lengths, mask)
+        if unmasked is not None:
+            s = s.masked_fill(~unmasked, -math.inf)
         if self.causal:
+            position = torch.arange(T, device=e.device)
             s = s[:, None].masked_fill(position > position[:, None], -math.inf)
             # The state takes part in the softmax as one more position, which is dropped afterwards.
             past = s.new_full((s.shape[0],), -math.inf) if state is None else state[0]

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Packing", "pack_lengths"]
+from llm_ext.reference.lengths import within_lengths
+
+__all__ = ["Packing", "pack_lengths", "within_lengths"]
 
 
 class Packing(NamedTuple):

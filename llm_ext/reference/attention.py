@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_ext.reference.lengths import within_lengths
 from llm_ext.reference.recurrence import multilayer_rnn
 
 __all__ = ["additive_attention", "attention_step"]
@@ -48,7 +49,7 @@ def additive_attention(
     if mask is not None:
         unmasked = unmasked & (mask[:, None] if mask.dim() == 2 else mask)
     if key_lengths is not None:
-        unmasked = unmasked & (torch.arange(Tk, device=query.device) < key_lengths[:, None, None])
+        unmasked = unmasked & within_lengths(key_lengths, Tk)[:, None]
     # Values of keys that no query attends to, even NaN, reach no result and no gradient.
     unused = ~unmasked.any(1)[..., None]
     keys, values = keys.masked_fill(unused, 0), values.masked_fill(unused, 0)

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from llm_ext.reference.lengths import within_lengths
+
 __all__ = ["attention_pool", "prefix_pool"]
 
 
@@ -82,7 +84,7 @@ def mask_positions(
     """Return e with 0 at masked positions, the scores, and the unmasked positions, bool ``[B, T]``."""
     unmasked = torch.ones(e.shape[:2], dtype=torch.bool, device=e.device)
     if lengths is not None:
-        unmasked = unmasked & (torch.arange(e.shape[1], device=e.device) < lengths[:, None])
+        unmasked = unmasked & within_lengths(lengths, e.shape[1])
     if mask is not None:
         unmasked = unmasked & mask
     e = e.masked_fill(~unmasked[..., None], 0)

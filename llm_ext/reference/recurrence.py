@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_ext.reference.lengths import within_lengths
+
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
 State = tuple[Tensor, ...]
@@ -173,7 +175,7 @@ def _zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Return x with 0 beyond `lengths`: whatever padding holds, even NaN, then reaches no result and no gradient."""
     if lengths is None:
         return x
-    padding = torch.arange(len(x), device=x.device)[:, None] >= lengths  # [T, B]
+    padding = ~within_lengths(lengths, len(x)).T  # [T, B]
     return x.masked_fill(padding.view(*padding.shape, *[1] * (x.dim() - 2)), 0)
 
 

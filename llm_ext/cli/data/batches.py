@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_ext.cli.data.pairs import EncodedPairs, Indices
 from llm_ext.cli.data.tokenizer import Ids
 from llm_ext.cli.errors import CommandError
+from llm_ext.ops.packing import within_lengths
 
 __all__ = ["PairBatch", "PairBatches", "make_batch", "order_by_length", "pad_lines"]
 
@@ -53,7 +54,7 @@ def make_batch(pairs: EncodedPairs, indices: Indices, ends: tuple[int, int]) -> 
     target = torch.cat((expected.new_full((len(expected), 1), ends[1]), expected[:, :-1]), 1)
     keep = torch.ones_like(expected, dtype=torch.bool)
     if target_lengths is not None:
-        keep = torch.arange(expected.shape[1]) < target_lengths[:, None]
+        keep = within_lengths(target_lengths, expected.shape[1])
     return PairBatch(source, target, source_lengths, target_lengths, keep, expected[keep])
 
 
