@@ -32,7 +32,8 @@ def explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoRet
         raise explanation from None
     # Torch also raises NotImplementedError for sparse and quantized tensors, and names their backend.
     missing = re.match(r"Could not run 'llm_ext::\w+' with arguments from the '(\w+)' backend", str(failure))
-    device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "")
+    values = [value for arg in args for value in (arg if isinstance(arg, tuple) else (arg,))]
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "")
     if isinstance(failure, NotImplementedError) and missing is not None and missing[1].lower() == device:
         built = "without CUDA" if llm_ext._C.build_info()["cuda"] is None else "with CUDA"
         raise NotImplementedError(f"llm_ext: no kernel of this op for {device}; built {built}") from None

@@ -281,6 +281,32 @@ def multilayer_rnn(
 # ---- the path of a call
 
 
+class _Call(NamedTuple):
+    """The arguments of `run`.
+
+    Attributes:
+        mode: `RNN_TANH`, `RNN_RELU`, `RNN_SIGMOID`, `GRU` or `LSTM`.
+        x: [T, B, I], or packed rows [N, I]; with input_projections ids [T, B] or [N].
+        state: tensors [R, B, *], or [B, *] for one direction of one layer. None means zeros.
+        weights: those of each layer and direction, R in all.
+        directions: for each direction whether it is reversed.
+        dropout: probability of dropout between layers.
+        batch_sizes: rows of each step of a packed sequence.
+        lengths: steps of each row of a padded batch.
+        input_projections: those of each direction of the first layer.
+    """
+
+    mode: str
+    x: Tensor
+    state: State | None
+    weights: Sequence[Sequence[Tensor | None]]
+    directions: tuple[bool, ...]
+    dropout: float = 0.0
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    input_projections: Sequence[Tensor] | None = None
+
+
 def run(
     mode: str,
     x: Tensor,
@@ -292,7 +318,7 @@ def run(
     lengths: Tensor | None,
     input_projections: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, State]:
-    """Choose the ops of a call and run them; `directions` say for each direction whether it is reversed.
+    """Choose the ops of a call and run them; `_Call` has the arguments.
 
     The new state is [R, B, *], or [B, *] if a state of one direction was given in that shape.
 
@@ -303,16 +329,20 @@ def run(
     4. No derivative, dropout or projection: one op for all layers and directions.
     5. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
     """
-    if transforms_active():
-        return _run_transformed(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
-    if lengths is not None and not is_on_cuda(x) and not is_recorded(lengths):
-        return _run_packed(run, mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
-    if len(weights) == 1 and not input_projections:
+    transformed = transforms_active()
+    packs = not transformed and lengths is not None and not is_on_cuda(x) and not is_recorded(lengths)
+    if len(weights) == 1 and not (transformed or packs or input_projections):
+        # Without a _Call: making one takes some per cent of the time of a single step.
         return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
+    call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
+    if transformed:
+        return _run_transformed(call)
+    if packs:
+        return _run_packed(call, lambda packed: run(*packed))
     try:
         recorded = needs_autograd(x, *(state or ()), *[tensor for row in weights for tensor in row])
     except AttributeError as failure:  # an argument is not a tensor
-        explain(failure, _check, mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
+        explain(failure, _check, call)
     if input_projections or (
         not recorded
         and lengths is None
@@ -320,49 +350,31 @@ def run(
         and (batch_sizes is None or not is_on_cuda(x))
         and all(len(row) in (2, 4) for row in weights)
     ):
-        return _all_layers(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
-    return _layer_by_layer(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
+        return _all_layers(call)
+    return _layer_by_layer(call)
 
 
-def _run_transformed(
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
-    directions: tuple[bool, ...],
-    dropout: float,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    input_projections: Sequence[Tensor] | None,
-) -> tuple[Tensor, State]:
+def _run_transformed(call: _Call) -> tuple[Tensor, State]:
     """Run a call under a transform of torch."""
-    _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
-    if input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
+    _check(call)
+    lengths = call.lengths
+    if call.input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
         # Mapped lengths cannot be read, and precomputed input projections are an optimization of inference.
-        return _run_reference(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
-    x, *tensors = autocast_arguments(x, *(state or ()))
-    state = tuple(tensors) if state is not None else None
-    weights = [autocast_arguments(*row) for row in weights]
+        return _run_reference(call)
+    x, *tensors = autocast_arguments(call.x, *(call.state or ()))
+    state = tuple(tensors) if call.state is not None else None
+    call = call._replace(x=x, state=state, weights=[autocast_arguments(*row) for row in call.weights])
     if lengths is not None:
-        lengths = unwrapped(lengths)
-        return _run_packed(_run_transformed, mode, x, state, weights, directions, dropout, None, lengths, None)
-    if len(weights) == 1:
-        return derivatives.one_direction(mode, x, state, unpack_weights(weights[0]), batch_sizes, directions[0])
-    return _layer_by_layer(mode, x, state, weights, directions, dropout, batch_sizes, None, transformed=True)
+        return _run_packed(call._replace(lengths=unwrapped(lengths)), _run_transformed)
+    if len(call.weights) == 1:
+        weights = unpack_weights(call.weights[0])
+        return derivatives.one_direction(call.mode, x, state, weights, call.batch_sizes, call.directions[0])
+    return _layer_by_layer(call, transformed=True)
 
 
-def _run_reference(
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
-    directions: tuple[bool, ...],
-    dropout: float,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    input_projections: Sequence[Tensor] | None,
-) -> tuple[Tensor, State]:
+def _run_reference(call: _Call) -> tuple[Tensor, State]:
     """Run a call in torch's own ops, a loop over steps."""
+    mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections = call
     if len(weights) > 1 or input_projections:
         rows = [[tensor for tensor in row if tensor is not None] for row in weights]
         return reference.multilayer_rnn(
@@ -393,38 +405,28 @@ def _run_reference(
     return y, last if state is not None else tuple([tensor.unsqueeze(0) for tensor in last])
 
 
-def _run_packed(
-    run_rows: Callable[..., tuple[Tensor, State]],
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
-    directions: tuple[bool, ...],
-    dropout: float,
-    batch_sizes: Tensor | None,
-    lengths: Tensor,
-    input_projections: Sequence[Tensor] | None,
-) -> tuple[Tensor, State]:
+def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) -> tuple[Tensor, State]:
     """Run a padded batch [T, B, *] as packed rows, since the CPU kernels and the derivatives do not read lengths.
 
-    `run_rows` runs a call without lengths: `run` or `_run_transformed`.
+    `run_rows` runs a call without lengths.
     """
-    w_hh = weights[0][1]
+    state, lengths, w_hh = call.state, call.lengths, call.weights[0][1]
+    assert lengths is not None
     assert w_hh is not None
-    x, *tensors = match_dtype(w_hh, x, *(state or ()))
+    x, *tensors = match_dtype(w_hh, call.x, *(state or ()))
     state = tuple(tensors) if state is not None else None
-    _check(mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
+    call = call._replace(x=x, state=state)
+    _check(call)
     T, B = x.shape[:2]
     if T > 0 and bool((lengths == T).all()):
-        return run_rows(mode, x, state, weights, directions, dropout, None, None, input_projections)
+        return run_rows(call._replace(lengths=None))
     if state is None:
-        sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if mode == "LSTM" else (w_hh.shape[1],)
-        state = tuple(w_hh.new_zeros((len(weights), B, size)) for size in sizes)
+        sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if call.mode == "LSTM" else (w_hh.shape[1],)
+        state = tuple(w_hh.new_zeros((len(call.weights), B, size)) for size in sizes)
     with without_transforms():
         rows = packing.pack_lengths(lengths.cpu(), T).to(x.device)
     first = tuple(tensor.index_select(-2, rows.rows) for tensor in state)
-    data, packed_sizes = rows.pack(x), rows.batch_sizes
-    y, last = run_rows(mode, data, first, weights, directions, dropout, packed_sizes, None, input_projections)
+    y, last = run_rows(call._replace(x=rows.pack(x), state=first, batch_sizes=rows.batch_sizes, lengths=None))
     # Under autocast the new state has another dtype than the given one.
     states = (old.to(new.dtype).index_copy(-2, rows.rows, new) for old, new in zip(state, last, strict=True))
     return rows.pad(y, T, B), tuple(states)
@@ -464,20 +466,12 @@ def _one_direction(
             )
         return y, (h_n,)
     except (*FAILURES, ValueError) as failure:
-        explain(failure, _check_direction, mode, x, state, weights, batch_sizes, lengths)
+        explain(failure, _check, _Call(mode, x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths))
 
 
-def _all_layers(
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
-    directions: tuple[bool, ...],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    input_projections: Sequence[Tensor] | None,
-) -> tuple[Tensor, State]:
+def _all_layers(call: _Call) -> tuple[Tensor, State]:
     """Run all layers and directions in one op, which has no derivative."""
+    mode, x, state, weights, directions, _, batch_sizes, _, input_projections = call
     flat = [tensor for row in weights for tensor in row]
     bias, bidirectional, projections = len(weights[0]) == 4, len(directions) == 2, list(input_projections or ())
     try:
@@ -486,26 +480,17 @@ def _all_layers(
             mode, x, h0, c0, flat, bias, bidirectional, projections, batch_sizes, allows_tf32(x)
         )
     except (*FAILURES, ValueError, IndexError) as failure:
-        explain(failure, _check, mode, x, state, weights, directions, batch_sizes, lengths, input_projections)
+        explain(failure, _check, call)
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
 
 
-def _layer_by_layer(
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
-    directions: tuple[bool, ...],
-    dropout: float,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    transformed: bool = False,
-) -> tuple[Tensor, State]:
+def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, State]:
     """Run the layers one after the other; `transformed`: with rules for every transform of torch."""
+    mode, x, state, weights, directions, dropout, batch_sizes, lengths, _ = call
     count, R = len(directions), len(weights)
     expected = [R, R] if mode == "LSTM" else [R]
     if R % count or (state is not None and [tensor is not None and len(tensor) for tensor in state] != expected):
-        _check(mode, x, state, weights, directions, batch_sizes, lengths, None)
+        _check(call)
     last: list[State] = []
     for row in range(0, R, count):
         if row > 0 and dropout > 0:
@@ -518,12 +503,11 @@ def _layer_by_layer(
         outputs = []
         for d, reverse in enumerate(directions):
             given = None if state is None else tuple([tensor[row + d : row + d + 1] for tensor in state])
+            own = weights[row + d]
             if transformed:
-                y, after = derivatives.one_direction(
-                    mode, x, given, unpack_weights(weights[row + d]), batch_sizes, reverse
-                )
+                y, after = derivatives.one_direction(mode, x, given, unpack_weights(own), batch_sizes, reverse)
             else:
-                y, after = _one_direction(mode, x, given, weights[row + d], batch_sizes, lengths, reverse)
+                y, after = _one_direction(mode, x, given, own, batch_sizes, lengths, reverse)
             outputs.append(y)
             last.append(after)
         x = outputs[0] if count == 1 else torch.cat(outputs, -1)
@@ -546,7 +530,7 @@ def _both_directions(
         save = mode in ("GRU", "LSTM") and needs_autograd(x, h0, c0, *flat)
         y, h_n, c_n, _ = _bidirectional_forward(mode, x, h0, c0, flat, bias, batch_sizes, lengths, allows_tf32(x), save)
     except FAILURES as failure:
-        explain(failure, _check, mode, x, state, weights, (False, True), batch_sizes, lengths, None)
+        explain(failure, _check, _Call(mode, x, state, weights, (False, True), 0.0, batch_sizes, lengths))
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
 
 
@@ -561,33 +545,13 @@ def _split(mode: str, state: State | None) -> tuple[Tensor | None, Tensor | None
     return h0, None
 
 
-def _check_direction(
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-) -> None:
-    """Raise if the arguments of one direction of one layer do not fit together, in the name of its function."""
-    op = mode.split("_")[0].lower()
-    given = state if state is not None else (None,) * (2 if mode == "LSTM" else 1)
-    argument_checks.recurrence(op, mode, x, given, unpack_weights(weights), batch_sizes, lengths)
-
-
-def _check(
-    mode: str,
-    x: Tensor,
-    state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
-    directions: tuple[bool, ...],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    input_projections: Sequence[Tensor] | None,
-) -> None:
-    """Raise if the arguments of a call do not fit together."""
+def _check(call: _Call) -> None:
+    """Raise if the arguments of a call do not fit together; a call of one direction names its function."""
+    mode, x, state, weights, directions, _, batch_sizes, lengths, input_projections = call
     if len(weights) == 1 and not input_projections:
-        _check_direction(mode, x, state, weights[0], batch_sizes, lengths)
+        op = mode.split("_")[0].lower()
+        given = state if state is not None else (None,) * (2 if mode == "LSTM" else 1)
+        argument_checks.recurrence(op, mode, x, given, unpack_weights(weights[0]), batch_sizes, lengths)
     else:
         argument_checks.multilayer_rnn(
             "multilayer_rnn",
@@ -718,7 +682,7 @@ def _register_cell(cell: _Cell) -> None:
         def call(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             state = None if others[0] is None else others[: cell.state]
             weights = unpack_weights(others[cell.state :])
-            y, last = _run_transformed(mode, x, state, (weights,), (reverse,), 0.0, None, lengths, None)
+            y, last = _run_transformed(_Call(mode, x, state, (weights,), (reverse,), lengths=lengths))
             return y, *last
 
         return *differentiable_gradients(call, inputs, needs, grads[:states]), *others
@@ -807,7 +771,7 @@ def _bidirectional_autograd(
         def call(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
             state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
             rows = (weights[:half], weights[half:])
-            y, last = _run_transformed(mode, x, state, rows, (False, True), 0.0, batch_sizes, lengths, None)
+            y, last = _run_transformed(_Call(mode, x, state, rows, (False, True), 0.0, batch_sizes, lengths))
             return y, *last
 
         gradients = differentiable_gradients(
