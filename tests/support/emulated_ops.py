@@ -21,7 +21,8 @@ HOST = ROOT / "tests" / "cuda" / "host"
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
 WITH_TORCH = [
-    *(CSRC / "torch" / "ops" / f"{name}.cpp" for name in ("attention_cuda", "rnn_cuda", "schema")),
+    *sorted((CSRC / "torch" / "ops").glob("*_cuda.cpp")),
+    CSRC / "torch" / "ops" / "schema.cpp",
     CSRC / "torch" / "alloc" / "empty.cpp",
 ]
 WITHOUT_TORCH = [
