@@ -19,9 +19,24 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
+// The rows of a matrix, `stride` apart, from row `first` of its `count` rows on; the first row follows the last. One
+// type for all weights: the packing of each type is compiled once.
+template <typename S>
+struct WeightRows {
+  const S* data;
+  int64_t stride;
+  int64_t count;
+  int64_t first = 0;
+
+  const S* operator()(int64_t i) const {
+    const int64_t row = first + i;
+    return data + (row < count ? row : row - count) * stride;
+  }
+};
+
 // Packs `panels` of w^T, where w is [cols, k]: panel[i][j] = w(p * kNR + j)[i], or pairs of them.
 template <typename R, typename Row>
-static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels, R* packed) {
+__attribute__((noinline)) static void pack_transposed(Row w, int64_t cols, int64_t k, Range panels, R* packed) {
   using T = Compute<R>;
   using Unit = Choose<kPair<R> == 2, T, R>;  // a pair has the size of T and is moved as one
   const int64_t units = divide_up(k, kPair<R>);
@@ -59,7 +74,7 @@ static inline void pack_transposed(Row w, int64_t cols, int64_t k, Range panels,
 // Packs `panels` of k rows with `cols` columns: panel[i][j] = row(i)[p * kNR + j], or pairs of them. row(i) may be
 // null: zeros. Calls row(i) in ascending order.
 template <typename R, typename Row>
-static inline void pack_rows(Row row, int64_t cols, int64_t k, Range panels, R* packed) {
+__attribute__((noinline)) static void pack_rows(Row row, int64_t cols, int64_t k, Range panels, R* packed) {
   using T = Compute<R>;
   using Unit = Choose<kPair<R> == 2, T, R>;
   for (int64_t p = panels.begin; p < panels.end; ++p) {

@@ -66,13 +66,10 @@ static void linear_backward(const LinearBackwardParams<S>& p, const ThreadTeam& 
   if (p.dx != nullptr && N <= kUnpackedGradientRows) {
     input_gradient_unpacked(p, team.slice(I, kLanes<S>));
   } else if (p.dx != nullptr) {
-    pack_rows([&](int64_t i) { return p.w + i * I; }, I, O, team.slice(panels_of<S>(I)), p.workspace);
+    pack_rows(WeightRows<S>{p.w, I, O}, I, O, team.slice(panels_of<S>(I)), p.workspace);
     team.sync();
     const Range rows = team.slice(N, kMR);
-    S* const dx = p.dx + rows.begin * I;
-    long_product(
-        p.grad_y + rows.begin * O, O, rows.size(), O, p.workspace, I, static_cast<S*>(nullptr),
-        [&](int64_t row, int64_t col, Vec<S> value, int lanes) { store_partial(dx + row * I + col, value, lanes); });
+    store_product(p.grad_y + rows.begin * O, O, rows.size(), O, p.workspace, I, p.dx + rows.begin * I);
   }
   const auto nothing_gathered = [](int64_t) { return [](int64_t) { return static_cast<const S*>(nullptr); }; };
   const WeightGradient<S> dw = {p.dw, I, {0}, false, p.x, I};

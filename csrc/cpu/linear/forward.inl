@@ -31,7 +31,7 @@ static inline void linear_product(const LinearSizes& s, const S* x, const S* w, 
                                   Finish finish) {
   const int64_t N = s.rows, I = s.input, O = s.output;
   if (packs_linear<S>(s)) {
-    pack_transposed([&](int64_t col) { return w + col * I; }, O, I, team.slice(panels_of<S>(O)), space);
+    pack_transposed(WeightRows<S>{w, I, O}, O, I, team.slice(panels_of<S>(O)), space);
     team.sync();
     const Range rows = team.slice(N, kMR);
     return long_product(

@@ -56,6 +56,28 @@ class PreviousState {
   int64_t t_ = 0;
 };
 
+// The right side of dW_hh for weight_gradients; one type for all cells.
+template <typename S>
+struct PreviousStates {
+  const RecurrenceBackwardParams<S>& p;
+
+  PreviousState<S> operator()(int64_t first) const { return {p, first}; }
+};
+
+// Stores the product of rows of dz with W_hh to dh0, for rows that joined at that step. Adds `carry` unless it is null.
+template <typename S>
+__attribute__((noinline)) static void store_h0_gradient(Rows<Factor<S>> dz, int64_t rows, int64_t gates,
+                                                        const S* packed_hh, int64_t P, Panels panels,
+                                                        const Compute<S>* carry, S* dh0) {
+  product(
+      dz, rows, gates, packed_hh, P, panels, [](int64_t, int64_t) {},
+      [=](int64_t row, int64_t col, Vec<Compute<S>> value, int lanes) {
+        const int64_t offset = row * P + col;
+        if (carry != nullptr) value += load_partial(carry + offset, lanes);
+        store_partial(dh0 + offset, value, lanes);
+      });
+}
+
 // The backward pass of one thread of the team.
 template <typename S, typename C>
 class BackwardPass {
@@ -65,7 +87,7 @@ class BackwardPass {
 
  public:
   BackwardPass(const RecurrenceBackwardParams<S>& p, const ThreadTeam& team)
-      : p_(p), team_(team), partition_(partition_of<S>(p.sizes, team)), projected_(C::kHasCell && p.sizes.projected()) {
+      : p_(p), team_(team), partition_(partition_of<S>(p.sizes, team)) {
     const BackwardWorkspace<S> sizes(s_, team.size);
     T* next = p.workspace;
     const auto take = [&](int64_t elements) {
@@ -102,7 +124,7 @@ class BackwardPass {
       team_.sync();
       products();
       // There is one dh buffer: the next block must not overwrite it while it is read.
-      if (projected_) team_.sync();
+      if (projected()) team_.sync();
     } while (block_.steps.begin > 0);
     into_h0(0, intersect(partition_.rows, {0, order_.rows(0)}));
     if (p_.dc0 != nullptr) copy_columns(carry_, p_.dc0, H, partition_.rows, partition_.columns);
@@ -116,6 +138,8 @@ class BackwardPass {
   }
 
  private:
+  bool projected() const { return C::kHasCell && s_.projected(); }
+
   // A block of steps, whose rows are adjacent.
   struct Block {
     L* dz;          // [rows, blocks H]
@@ -129,19 +153,16 @@ class BackwardPass {
   void for_each_gradient(Body body) {
     body(dw_ih_, p_.dw_ih, gates_ * s_.input);
     body(dw_hh_, p_.dw_hh, gates_ * P);
-    body(dw_hr_, p_.dw_hr, projected_ ? P * H : 0);
+    body(dw_hr_, p_.dw_hr, projected() ? P * H : 0);
     body(db_ih_, p_.db_ih, gates_);
     body(db_hh_, p_.db_hh, gates_);
   }
 
   void pack() {
-    pack_rows([&](int64_t i) { return p_.w_hh + i * P; }, P, gates_, team_.slice(panels_of<T>(P)), packed_hh_);
-    if (projected_) {
-      pack_rows([&](int64_t i) { return p_.w_hr + i * H; }, H, P, team_.slice(panels_of<T>(H)), packed_hr_);
-    }
+    pack_rows(WeightRows<S>{p_.w_hh, P, gates_}, P, gates_, team_.slice(panels_of<T>(P)), packed_hh_);
+    if (projected()) pack_rows(WeightRows<S>{p_.w_hr, H, P}, H, P, team_.slice(panels_of<T>(H)), packed_hr_);
     if (p_.dx != nullptr) {
-      pack_rows([&](int64_t i) { return p_.w_ih + (input_gate<C>(i / H) * H + i % H) * s_.input; }, s_.input, gates_,
-                team_.slice(panels_of<T>(s_.input)), packed_ih_);
+      pack_rows(input_weight_rows(p_.w_ih, s_), s_.input, gates_, team_.slice(panels_of<T>(s_.input)), packed_ih_);
     }
   }
 
@@ -208,7 +229,7 @@ class BackwardPass {
   // output is projected.
   void finish(int64_t i, int64_t r, int64_t col, Vec<T> dh, int lanes) {
     if (p_.grad_y != nullptr) dh += load_partial(p_.grad_y + (order_.first_row(i) + r) * P + col, lanes);
-    if (projected_) {
+    if (projected()) {
       store_partial(dh_of(i, r) + col, dh, lanes);
     } else {
       through_cell(i, r, col, dh, lanes);
@@ -218,26 +239,22 @@ class BackwardPass {
   // dz of position i times W_hh, for rows r. W_hh multiplies the last blocks of dz.
   template <typename Fetch, typename Store>
   void to_state(int64_t i, Range r, Fetch fetch, Store store) {
-    product(Rows<L>{dz_of(i, r.begin) + dz_width_ - gates_, dz_width_}, r.size(), gates_, packed_hh_, P,
-            Panels{partition_.output_panels, i % 2 != 0}, fetch, store);
+    product(state_rows(i, r), r.size(), gates_, packed_hh_, P, output_panels(i), fetch, store);
   }
+  Rows<L> state_rows(int64_t i, Range r) const { return {dz_of(i, r.begin) + dz_width_ - gates_, dz_width_}; }
+  Panels output_panels(int64_t i) const { return {partition_.output_panels, i % 2 != 0}; }
 
   void into_h0(int64_t i, Range r) {
     if (p_.dh0 == nullptr || r.size() == 0) return;
-    to_state(
-        i, r, [](int64_t, int64_t) {},
-        [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-          const int64_t offset = (r.begin + row) * P + col;
-          if (C::kCarries && !C::kHasCell) value += load_partial(carry_ + offset, lanes);
-          store_partial(p_.dh0 + offset, value, lanes);
-        });
+    const T* carry = C::kCarries && !C::kHasCell ? carry_ + r.begin * P : nullptr;
+    store_h0_gradient(state_rows(i, r), r.size(), gates_, packed_hh_, P, output_panels(i), carry, p_.dh0 + r.begin * P);
   }
 
   // Prefetches the memory that finish() needs of a row from a column on.
   void fetch(int64_t i, int64_t r, int64_t col) {
     const int64_t row = order_.first_row(i) + r;
     if (p_.grad_y != nullptr) __builtin_prefetch(p_.grad_y + row * P + col);
-    if (projected_) return;
+    if (projected()) return;
     if (!C::kSavesBlocks) __builtin_prefetch(p_.y + row * P + col);
     for (int b = 0; b < saved_blocks(C::kMode, false); ++b) {
       __builtin_prefetch(p_.saved + row * saved_width_ + b * H + col);
@@ -262,7 +279,7 @@ class BackwardPass {
         finish(i, r, col, p_.grad_h_n == nullptr ? Vec<T>{} : load_partial(p_.grad_h_n + r * P + col, lanes), lanes);
       });
     }
-    if (projected_) {
+    if (projected()) {
       if (partition_.barrier) team_.sync();
       product(
           Rows<L>{dh_of(i, all.begin), P}, all.size(), P, packed_hr_, H, Panels{partition_.panels, i % 2 != 0},
@@ -277,11 +294,8 @@ class BackwardPass {
   void products() {
     if (p_.dx != nullptr) {
       const Range rows = team_.slice(block_.rows, kMR);
-      S* dx = p_.dx + (block_.first + rows.begin) * s_.input;
-      long_product(block_.dz + rows.begin * dz_width_, dz_width_, rows.size(), gates_, packed_ih_, s_.input,
-                   static_cast<L*>(nullptr), [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                     store_partial(dx + row * s_.input + col, value, lanes);
-                   });
+      store_product(block_.dz + rows.begin * dz_width_, dz_width_, rows.size(), gates_, packed_ih_, s_.input,
+                    p_.dx + (block_.first + rows.begin) * s_.input);
     }
     WeightGradient<S> of_input = {dw_ih_, s_.input, {}, false, p_.x, s_.input};
     WeightGradient<S> of_state = {dw_hh_, P, {}, true, nullptr, 0};
@@ -291,11 +305,11 @@ class BackwardPass {
     }
     const Range rows = {block_.first, block_.first + block_.rows};
     const bool more = block_.steps.end < s_.steps;
-    const auto states_before = [&](int64_t first) { return PreviousState<S>(p_, first); };
+    const PreviousStates<S> states_before{p_};
     weight_gradients(states_before, rows, block_.dz, H, C::kBlocks, {of_input, of_state}, more, space_, team_);
-    if (projected_) {
+    if (projected()) {
       const WeightGradient<S> of_cell = {dw_hr_, H, {0}, false, p_.saved + (C::kBlocks + 1) * H, saved_width_};
-      weight_gradients(states_before, rows, dh_, P, 1, {of_cell}, more, space_, team_);
+      weight_gradients(states_before, rows, dh_, P, 1, {of_cell, {}}, more, space_, team_);
     }
     const Range columns = team_.slice(H, kLanes<T>);
     for (int b = 0; b < C::kBlocks; ++b) {
@@ -311,12 +325,11 @@ class BackwardPass {
   const ThreadTeam& team_;
   const Order order_{s_};
   const Partition partition_;
-  const bool projected_;
   const int64_t H = s_.hidden;
   const int64_t P = s_.output;
   const int64_t gates_ = C::kGates * H;
   const int64_t dz_width_ = C::kBlocks * H;
-  const int64_t saved_width_ = saved_blocks(s_.mode, projected_) * H;
+  const int64_t saved_width_ = saved_blocks(s_.mode, projected()) * H;
   R* packed_hh_;
   R* packed_hr_;
   R* packed_ih_;

@@ -5,6 +5,7 @@
 // loop each product is one matrix product.
 #pragma once
 
+#include "cpu/gemm/packing.inl"
 #include "cpu/isa/isa.h"
 #include "cpu/simd/vec.inl"
 #include "cpu/simd/vec_math.inl"
@@ -230,6 +231,13 @@ static inline auto with_cell(Mode mode, Run run) {
     default:
       return run(Lstm{});
   }
+}
+
+// W_ih [G H, I] with its gates in the order of the blocks.
+template <typename S>
+static inline WeightRows<S> input_weight_rows(const S* w_ih, const RecurrenceSizes& s) {
+  const int rotation = with_cell(s.mode, [](auto cell) { return decltype(cell)::kInputRotation; });
+  return {w_ih, s.input, gates_of(s.mode) * s.hidden, rotation * s.hidden};
 }
 
 }  // namespace LLM_EXT_ISA_NAMESPACE

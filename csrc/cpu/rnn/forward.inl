@@ -27,22 +27,28 @@ static void pack_weights(const RecurrenceForwardParams<S>& p, void* out, const T
   using T = Compute<S>;
   using R = S;
   R* const packed = static_cast<R*>(out);
-  with_cell(p.sizes.mode, [&](auto cell) {
-    using C = decltype(cell);
-    const RecurrenceSizes& s = p.sizes;
-    const int64_t H = s.hidden, P = s.output;
-    const int64_t gates = C::kGates * H;
-    const PackedWeights<R> sizes(s);
-    pack_transposed([&](int64_t col) { return p.w_ih + (input_gate<C>(col / H) * H + col % H) * s.input; }, gates,
-                    s.input, team.slice(panels_of<T>(gates)), packed);
-    for (int g = 0; g < C::kGates; ++g) {
-      pack_transposed([&](int64_t col) { return p.w_hh + (g * H + col) * P; }, H, P, team.slice(panels_of<T>(H)),
-                      packed + sizes.ih + g * sizes.hh_gate);
-    }
-    if (s.projected()) {
-      pack_transposed([&](int64_t col) { return p.w_hr + col * H; }, P, H, team.slice(panels_of<T>(P)),
-                      packed + sizes.ih + C::kGates * sizes.hh_gate);
-    }
+  const RecurrenceSizes& s = p.sizes;
+  const int64_t H = s.hidden, P = s.output;
+  const int64_t gates = gates_of(s.mode);
+  const PackedWeights<R> sizes(s);
+  pack_transposed(input_weight_rows(p.w_ih, s), gates * H, s.input, team.slice(panels_of<T>(gates * H)), packed);
+  for (int64_t g = 0; g < gates; ++g) {
+    pack_transposed(WeightRows<S>{p.w_hh + g * H * P, P, H}, H, P, team.slice(panels_of<T>(H)),
+                    packed + sizes.ih + g * sizes.hh_gate);
+  }
+  if (s.projected()) {
+    pack_transposed(WeightRows<S>{p.w_hr, H, P}, P, H, team.slice(panels_of<T>(P)),
+                    packed + sizes.ih + gates * sizes.hh_gate);
+  }
+}
+
+// Pre-activations of rows: x W_ih^T + bias, into z with rows `z_width` apart.
+template <typename S>
+__attribute__((noinline)) static void input_product(const S* x, int64_t rows, int64_t I, const S* packed_ih,
+                                                    int64_t gates, const Compute<S>* bias, Compute<S>* z,
+                                                    int64_t z_width, Factor<S>* space) {
+  long_product(x, I, rows, I, packed_ih, gates, space, [=](int64_t row, int64_t col, Vec<Compute<S>> value, int lanes) {
+    store_partial(z + row * z_width + col, value + load_partial(bias + col, lanes), lanes);
   });
 }
 
@@ -99,11 +105,8 @@ static void forward_packed(const RecurrenceForwardParams<S>& p, const ThreadTeam
     team.sync();
     if (p.input_projections == nullptr) {
       const Range rows = team.slice(count, kMR);
-      long_product(p.x + (first + rows.begin) * s.input, s.input, rows.size(), s.input, packed_ih, gates, left,
-                   [&](int64_t row, int64_t col, Vec<T> value, int lanes) {
-                     store_partial(z + (rows.begin + row) * z_width + col, value + load_partial(bias + col, lanes),
-                                   lanes);
-                   });
+      input_product(p.x + (first + rows.begin) * s.input, rows.size(), s.input, packed_ih, gates, bias,
+                    z + rows.begin * z_width, z_width, left);
       team.sync();
     }
 
