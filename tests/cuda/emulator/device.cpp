@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "scheduler.h"
+
 namespace emulator {
 
 Device device;
@@ -99,7 +101,7 @@ void together(float (&sum)[4], const Fragment& given, CallSite site, Multiply mu
     multiply(fragments);
     for (unsigned lane = 0; lane < kWarp; ++lane) memcpy(slots[lane], fragments[lane].sum, sizeof sum);
   };
-  memcpy(sum, exchange(&given, sizeof given, site, &last)[self().lane()], sizeof sum);
+  memcpy(sum, exchange(&given, sizeof given, site, last)[self().lane()], sizeof sum);
 }
 
 // sum [16, 8] += a [16, K] b [K, 8]; each lane holds (r, 2 q), (r, 2 q + 1), (r + 8, 2 q), (r + 8, 2 q + 1) of the sum.

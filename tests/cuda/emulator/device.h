@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "scheduler.h"
+#include "fibers.h"
 
 namespace emulator {
 

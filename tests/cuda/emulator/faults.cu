@@ -3,6 +3,7 @@
 
 #include "cuda/device.cuh"
 #include "records.h"
+#include "scheduler.h"
 
 namespace {
 

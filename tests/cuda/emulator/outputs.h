@@ -9,6 +9,7 @@
 
 #include "device.h"
 #include "records.h"
+#include "scheduler.h"
 
 namespace emulator {
 

@@ -166,6 +166,8 @@ std::string text(const Block& block) {
                                         : "(" + x + "," + std::to_string(block.y) + "," + std::to_string(block.z) + ")";
 }
 
+bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }  // mostly the same literal
+
 std::string text(const CallSite& site) {
   const char* name = strrchr(site.file, '/');
   return std::string(site.what) + " at " + (name ? name + 1 : site.file) + ":" + std::to_string(site.line);
@@ -188,7 +190,7 @@ std::string ranges(const std::vector<unsigned>& sorted) {
     for (const auto& block : cluster->blocks) {
       std::map<std::string, std::vector<unsigned>> sites;
       for (const auto& thread : block->threads)
-        sites[thread->stack ? "wait: " + text(thread->site) : "ended"].push_back(thread->index);
+        sites[thread->stack ? "wait: " + text(thread->site) : "ended"].push_back(thread->position.index);
       for (const auto& [site, ranks] : sites)
         why += "\n  block " + text(*block) + " threads " + ranges(ranks) + " " + site;
     }
@@ -213,7 +215,7 @@ void end_thread() {
 
 void thread_main() {
   arrived(nullptr, came_from_host);
-  state.launch->kernel();
+  state.launch->run(state.launch->call);
   end_thread();
 }
 
@@ -257,7 +259,7 @@ void start_cluster(size_t number) {
       ++block->warps[i / kWarp].meeting.expected;
       auto thread = std::make_unique<Thread>();
       thread->block = block.get();
-      thread->index = i;
+      thread->position = {i, block->x, block->y, block->z, block->shared};
       races::begin(thread->knowledge, block->number, i);
       thread->priority = skewed_priority(cluster_priority, block_priority, warp_priority);
       block->threads.push_back(std::move(thread));
@@ -331,6 +333,7 @@ Mbarrier& mbarrier_of(Block& block, size_t at, CallSite site, const void* line) 
 
 void seed(uint64_t value) { state.random = value * 0x9e3779b97f4a7c15u + 1; }
 const Launch& launch() { return *state.launch; }
+const Position& position() { return state.current->position; }
 Thread& self() { return *state.current; }
 bool running() { return state.current != nullptr; }
 
@@ -343,7 +346,7 @@ void fault(const std::string& why, CallSite site) {
     where += std::string("kernel ") + name + ": ";
   }
   if (state.current)
-    where += "block " + text(*state.current->block) + " thread " + std::to_string(state.current->index) + ": ";
+    where += "block " + text(*state.current->block) + " thread " + std::to_string(state.current->position.index) + ": ";
   if (site.line) where += text(site) + ": ";
   fprintf(stderr, "emulator: %s%s\n", where.c_str(), why.c_str());
   fflush(stderr);
@@ -421,16 +424,18 @@ void cluster_wait(CallSite site) {
   races::learn(thread.knowledge, barrier.known[thread.phase % 2]);
 }
 
-Slots exchange(const void* given, size_t bytes, CallSite site, const std::function<void(Slots)>* last) {
+Slots exchange(const void* given, size_t bytes, CallSite site) { return exchange(given, bytes, site, nullptr); }
+
+Slots exchange(const void* given, size_t bytes, CallSite site, const std::function<void(Slots)>& last) {
   if (bytes > kSlotBytes) fault("an exchange of too many bytes", site);
   Warp& warp = state.current->warp();
   if (!warp.meeting.waiting.empty() &&
-      (warp.meeting.site.line != site.line || strcmp(warp.meeting.site.what, site.what)))
+      (warp.meeting.site.line != site.line || !same(warp.meeting.site.what, site.what)))
     fault("the lanes of a warp went apart: another lane waits in " + text(warp.meeting.site), site);
   const Slots slots = warp.slots[warp.turn];
   memcpy(slots[state.current->lane()], given, bytes);
   wait_for_all(warp.meeting, site, [&] {
-    if (last) (*last)(slots);
+    if (last) last(slots);
     warp.turn ^= 1;
   });
   return slots;

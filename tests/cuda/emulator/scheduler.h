@@ -13,28 +13,10 @@
 #include <string>
 #include <vector>
 
+#include "fibers.h"
 #include "races.h"
 
 namespace emulator {
-
-// The call, file and line where a thread waits.
-struct CallSite {
-  const char* what = "";
-  const char* file = "";
-  int line = 0;
-};
-
-struct Launch {
-  unsigned grid_x = 1, grid_y = 1, grid_z = 1;
-  unsigned threads = 1;            // a block
-  unsigned cluster = 1;            // blocks a cluster, along x
-  size_t shared_bytes = 0;         // a block
-  bool all_resident = false;       // all blocks run at the same time
-  const void* function = nullptr;  // for its name
-  std::function<void()> kernel;
-
-  size_t blocks() const { return size_t{grid_x} * grid_y * grid_z; }
-};
 
 // Threads that wait for each other.
 struct Meeting {
@@ -42,9 +24,6 @@ struct Meeting {
   CallSite site;  // of the first that came
   std::vector<Thread*> waiting;
 };
-
-constexpr unsigned kWarp = 32;
-constexpr size_t kSlotBytes = 64;
 
 // An exchange between the lanes of a warp. Lanes leave numbers in one of two sets of slots, in turn: one that hurries
 // on to the next exchange must not overwrite what others have yet to read, and cannot get further than that.
@@ -115,7 +94,7 @@ struct Stack;
 
 struct Thread {
   Block* block = nullptr;
-  unsigned index = 0;  // within the block
+  Position position;
   Stack* stack = nullptr;
   void* stack_pointer = nullptr;
   void* fake_stack = nullptr;  // ASan's
@@ -126,8 +105,8 @@ struct Thread {
   Knowledge knowledge;
   std::vector<Copy> copies;
 
-  unsigned lane() const { return index % kWarp; }
-  Warp& warp() const { return block->warps[index / kWarp]; }
+  unsigned lane() const { return position.index % kWarp; }
+  Warp& warp() const { return block->warps[position.index / kWarp]; }
 };
 
 // The seed of all that is left to chance from here on.
@@ -136,34 +115,12 @@ void seed(uint64_t value);
 // Runs a grid to its end.
 void run(const Launch& launch);
 
-// The launch that runs, and the thread that does.
-const Launch& launch();
+// The thread that runs.
 Thread& self();
 bool running();
 
-// The barrier of the block: waits for the other threads, and knows what they did before.
-void block_barrier(CallSite site);
-// The barrier of the cluster. A thread that has waited knows what the others did before they arrived.
-void cluster_arrive(CallSite site);
-void cluster_wait(CallSite site);
-
-// The slots of the warp: `[lane]` is the value of that lane, valid until the next exchange. The last
-// to come calls `last` before anyone goes on. Says nothing about memory.
-using Slots = unsigned char (*)[kSlotBytes];
-Slots exchange(const void* given, size_t bytes, CallSite site, const std::function<void(Slots)>* last = nullptr);
-
-void raise_flag(uint32_t* flag, uint32_t value);
-void await_flag(const uint32_t* flag, uint32_t value, CallSite site);
-
-// Mbarriers in shared memory; bytes arrive some time after the store.
-void init_mbarrier(void* mbarrier, CallSite site);
-void expect_bytes(void* mbarrier, int bytes, CallSite site);
-void wait_mbarrier(void* mbarrier, int parity, CallSite site);
-void store_dsmem_async(void* to, const void* words, void* mbarrier, int rank, CallSite site);
-
-// A copy to shared memory, which arrives when it is waited for. Until then ASan poisons its destination.
-void copy_async(void* to, const void* from, size_t bytes, CallSite site);
-void copy_async_wait();
+// An exchange in which the last to come calls `last` before anyone goes on.
+Slots exchange(const void* given, size_t bytes, CallSite site, const std::function<void(Slots)>& last);
 
 // Ends the program, saying why.
 [[noreturn]] void fault(const std::string& why, CallSite site = {});

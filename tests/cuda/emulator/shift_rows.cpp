@@ -3,6 +3,7 @@
 
 #include "device.h"
 #include "records.h"
+#include "scheduler.h"
 
 int main(int, char** arguments) {
   const emulator::Records request(arguments[1]);

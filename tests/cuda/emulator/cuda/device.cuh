@@ -24,18 +24,18 @@ namespace cuda {
 
 constexpr int kWarpThreads = 32;
 
-inline int thread_index() { return static_cast<int>(emulator::self().index); }
+inline int thread_index() { return static_cast<int>(emulator::position().index); }
 inline int thread_count() { return static_cast<int>(emulator::launch().threads); }
 inline int lane_index() { return thread_index() % kWarpThreads; }
 inline int warp_index() { return thread_index() / kWarpThreads; }
 inline int warp_count() { return thread_count() / kWarpThreads; }
-inline int block_x() { return static_cast<int>(emulator::self().block->x); }
-inline int block_y() { return static_cast<int>(emulator::self().block->y); }
-inline int block_z() { return static_cast<int>(emulator::self().block->z); }
+inline int block_x() { return static_cast<int>(emulator::position().block_x); }
+inline int block_y() { return static_cast<int>(emulator::position().block_y); }
+inline int block_z() { return static_cast<int>(emulator::position().block_z); }
 inline int grid_x() { return static_cast<int>(emulator::launch().grid_x); }
 inline int grid_y() { return static_cast<int>(emulator::launch().grid_y); }
 
-inline unsigned char* shared_memory() { return emulator::self().block->shared; }
+inline unsigned char* shared_memory() { return emulator::position().shared; }
 
 inline void block_barrier(LLM_EXT_LINE) { emulator::block_barrier({"block_barrier", file, line}); }
 inline void cluster_arrive(LLM_EXT_LINE) { emulator::cluster_arrive({"cluster_arrive", file, line}); }
@@ -134,6 +134,14 @@ struct LaunchShape {
 };
 
 template <typename Params>
+struct KernelCall {
+  void (*kernel)(Params);
+  const Params& params;
+
+  void run() const { kernel(params); }
+};
+
+template <typename Params>
 int launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, void*) {
   emulator::Launch launch;
   launch.grid_x = shape.grid_x;
@@ -144,7 +152,9 @@ int launch(void (*kernel)(Params), const LaunchShape& shape, const Params& param
   launch.shared_bytes = shape.shared_bytes;
   launch.all_resident = shape.all_resident;
   launch.function = reinterpret_cast<const void*>(kernel);
-  launch.kernel = [&] { kernel(params); };
+  const KernelCall<Params> call = {kernel, params};
+  launch.run = [](const void* call) { static_cast<const KernelCall<Params>*>(call)->run(); };
+  launch.call = &call;
   return emulator::run_on_device(launch);
 }
 

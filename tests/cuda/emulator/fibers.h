@@ -1,0 +1,67 @@
+// What a kernel sees of the scheduler: its launch, its position, and the calls that can wait. Every kernel is compiled
+// with this header, so it includes no header of the standard library that takes long.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+// The call, file and line where a thread waits.
+struct CallSite {
+  const char* what = "";
+  const char* file = "";
+  int line = 0;
+};
+
+struct Launch {
+  unsigned grid_x = 1, grid_y = 1, grid_z = 1;
+  unsigned threads = 1;                     // a block
+  unsigned cluster = 1;                     // blocks a cluster, along x
+  size_t shared_bytes = 0;                  // a block
+  bool all_resident = false;                // all blocks run at the same time
+  const void* function = nullptr;           // for its name
+  void (*run)(const void* call) = nullptr;  // on every thread
+  const void* call = nullptr;
+
+  size_t blocks() const { return size_t{grid_x} * grid_y * grid_z; }
+};
+
+// Of a thread.
+struct Position {
+  unsigned index = 0;  // within the block
+  unsigned block_x = 0, block_y = 0, block_z = 0;
+  unsigned char* shared = nullptr;  // shared memory of the block
+};
+
+// The launch that runs, and the thread that does.
+const Launch& launch();
+const Position& position();
+
+// The barrier of the block: waits for the other threads, and knows what they did before.
+void block_barrier(CallSite site);
+// The barrier of the cluster. A thread that has waited knows what the others did before they arrived.
+void cluster_arrive(CallSite site);
+void cluster_wait(CallSite site);
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kSlotBytes = 64;
+
+// The slots of the warp: `[lane]` is the value of that lane, valid until the next exchange. Says nothing about memory.
+using Slots = unsigned char (*)[kSlotBytes];
+Slots exchange(const void* given, size_t bytes, CallSite site);
+
+void raise_flag(uint32_t* flag, uint32_t value);
+void await_flag(const uint32_t* flag, uint32_t value, CallSite site);
+
+// Mbarriers in shared memory; bytes arrive some time after the store.
+void init_mbarrier(void* mbarrier, CallSite site);
+void expect_bytes(void* mbarrier, int bytes, CallSite site);
+void wait_mbarrier(void* mbarrier, int parity, CallSite site);
+void store_dsmem_async(void* to, const void* words, void* mbarrier, int rank, CallSite site);
+
+// A copy to shared memory, which arrives when it is waited for. Until then ASan poisons its destination.
+void copy_async(void* to, const void* from, size_t bytes, CallSite site);
+void copy_async_wait();
+
+}  // namespace emulator
