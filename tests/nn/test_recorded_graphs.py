@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.comparison import assert_all_close, assert_same_bits, flatten
+from support.pairwise import parametrize_pairwise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,9 +25,7 @@ def gradients(results: object, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad([r.square().sum() for r in flatten(results)], inputs)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=["one", "stacked"])
-@pytest.mark.parametrize("name", LAYERS)
+@parametrize_pairwise(name=LAYERS, options=OPTIONS, padded=(False, True))
 def test_compiled_training_at_changing_lengths(name: str, options: dict[str, Any], padded: bool) -> None:
     """At most two graphs, of which the second is dynamic; `lengths` break no graph and are not constants of it."""
     torch._dynamo.reset()

@@ -66,10 +66,11 @@ def check_pool(B: int, T: int, D: int, dtype: torch.dtype, prefix: bool, device:
     """Each way to give scores, with and without a state, lengths and mask."""
     lengths, mask = torch.randint(0, T + 1, (B,), device=device), torch.rand(B, T, device=device) < 0.5
     selections: list[dict[str, Tensor]] = [{"lengths": lengths, "mask": mask}]
+    cases = [(True, False), (False, prefix)]
     if T < 100:  # the reference is a loop over time
         selections += [{}, {"lengths": lengths}, {"mask": mask}]
-    states = (False, True) if prefix else (False,)
-    for folded, state, selection in itertools.product((True, False), states, selections):
+        cases += [(True, True), (False, False)] if prefix else []
+    for (folded, state), selection in itertools.product(cases, selections):
         inputs = pool_inputs(B, T, D, dtype, folded=folded, state=state, device=device)
         compare(op_name(prefix), pool_functions(prefix, **selection), inputs)
 
