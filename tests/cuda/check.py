@@ -6,6 +6,7 @@ Needs nvcc, no GPU and no torch.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
 # The defaults of setup.py, whose PTX for later devices is that from which the code of the last is made.
 TARGETS = ("sm_80", "sm_90")
 # Kernels that run where no other fits, or once per call: they may spill.
@@ -66,14 +68,38 @@ def parse(source: str, report: str) -> list[Kernel]:
     return kernels
 
 
-def compile_one(nvcc: str, source: Path, target: str) -> list[Kernel]:
-    """Compile the device's half alone, in which nvcc reads the host's half, too."""
+@functools.cache
+def text_of(file: str) -> str:
+    """A file of csrc with the kernel headers that it includes, device.cuh left out."""
+    text = (CSRC / file).read_text()
+    return text + "".join(map(text_of, re.findall(r'#include "(cuda/(?!device\.cuh)[^"]+\.cuh)"', text)))
+
+
+def depends_on_target(source: Path) -> bool:
+    """Whether the PTX of a source depends on the target: whether it uses a function of device.cuh that asks for it."""
+    device = (CSRC / "cuda" / "device.cuh").read_text()
+    asking = re.findall(r"^LLM_EXT_DEVICE \w+ (\w+)\([^{;]*\{\n#if __CUDA_ARCH__", device, re.MULTILINE)
+    known = len(asking) == device.count("__CUDA_ARCH__")
+    return not known or re.search(rf"\b({'|'.join(asking)})\(", text_of(str(source.relative_to(CSRC)))) is not None
+
+
+def compile_one(nvcc: str, source: Path, virtual: str, targets: tuple[str, ...]) -> list[Kernel]:
+    """Compile the device's half alone, in which nvcc reads the host's half, too: one PTX for these targets."""
     name = str(source.relative_to(ROOT))
-    command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={target}", "-Xptxas=-v", "-cubin", str(source)]
+    architecture = f"-gencode=arch={virtual},code=[{','.join(targets)}]"
+    command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", architecture, "-Xptxas=-v", "-fatbin", str(source)]
     done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{name} does not compile for {target}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{name} does not compile for {' and '.join(targets)}:\n{done.stdout}{done.stderr}")
     return parse(name, done.stdout + done.stderr)
+
+
+def jobs_of(source: Path) -> list[tuple[Path, str, tuple[str, ...]]]:
+    """The arguments of compile_one for all targets. Two thirds of the time is for the PTX, so it is shared."""
+    groups: list[tuple[str, ...]] = [TARGETS]
+    if depends_on_target(source):
+        groups = [(target,) for target in TARGETS]
+    return [(source, group[0].replace("sm_", "compute_"), group) for group in groups]
 
 
 def demangle(kernels: list[Kernel]) -> list[Kernel]:
@@ -134,8 +160,8 @@ def main() -> int:
     if nvcc is None:
         print("cuda-check: no nvcc found, the kernels were not compiled")
         return 0
-    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
-    jobs = [(source, target) for source in sources for target in TARGETS]
+    sources = sorted((CSRC / "cuda").rglob("*.cu"))
+    jobs = [job for source in sources for job in jobs_of(source)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             reports = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))

@@ -53,6 +53,13 @@ def test_names_are_short() -> None:
     assert cuda_check.readable(name) == "kernel<3, float>"
 
 
+def test_kernels_of_clusters_depend_on_the_target() -> None:
+    """The PTX of all others is compiled once."""
+    sources = (cuda_check.CSRC / "cuda").rglob("*.cu")
+    found = {source.name for source in sources if cuda_check.depends_on_target(source)}
+    assert found == {"tiles_bf16.cu", "tiles_fp16.cu", "tiles_fp32.cu"}
+
+
 def test_without_nvcc_the_check_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
     assert cuda_check.main() == 0
