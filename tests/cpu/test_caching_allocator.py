@@ -61,10 +61,10 @@ def test_reuse_of_any_size(columns: int) -> None:
 
 
 def test_live_tensors_keep_their_memory() -> None:
-    results = [large(40, seed) for seed in range(4)]
+    results = [large(8, seed) for seed in range(4)]
     assert len({y.data_ptr() for y in results}) == 4
     for seed, y in enumerate(results):
-        assert torch.equal(y, expected(40, seed))
+        assert torch.equal(y, expected(8, seed))
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,12 @@ def test_results_do_not_depend_on_reused_memory() -> None:
 
 def test_gradients_and_changes_in_place() -> None:
     x = torch.ones(1024, 1, requires_grad=True)
-    w = torch.ones(COLUMNS_PER_MB * 40, 1, requires_grad=True)
+    w = torch.ones(COLUMNS_PER_MB * 8, 1, requires_grad=True)
     for _ in range(3):
         y = ops.linear(x, w)
         y.mul_(2)
         dx, dw = torch.autograd.grad(y.sum(), (x, w))
-        assert dx.eq(2 * COLUMNS_PER_MB * 40).all()
+        assert dx.eq(2 * COLUMNS_PER_MB * 8).all()
         assert dw.eq(2 * 1024).all()
 
 
@@ -144,7 +144,7 @@ def test_threads() -> None:
 
     def run(seed: int) -> None:
         for _ in range(8):
-            if not torch.equal(large(32, seed), expected(32, seed)):
+            if not torch.equal(large(8, seed), expected(8, seed)):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]

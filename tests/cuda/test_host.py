@@ -130,13 +130,17 @@ def test_inference_saves_nothing(name: str, gates: int, blocks: int) -> None:
         assert saved.shape == (6 if needs_autograd else 0, blocks * 5)
 
 
+# The other checks depend on Python alone, and are made in tests/ops/test_opcheck.py.
+CHECKS_OF_CPP = ("test_schema", "test_faketensor")
+
+
 def opcheck_cases() -> list[tuple[str, tuple[object, ...]]]:
     return [*pooling.pool_opcheck_cases(), *additive.additive_opcheck_cases()]
 
 
 @pytest.mark.parametrize(("op", "arguments"), opcheck_cases(), ids=lambda a: a if isinstance(a, str) else "")
 def test_opcheck(op: str, arguments: tuple[object, ...]) -> None:
-    torch.library.opcheck(getattr(getattr(torch.ops, NAME), op).default, arguments)
+    torch.library.opcheck(getattr(getattr(torch.ops, NAME), op).default, arguments, test_utils=CHECKS_OF_CPP)
 
 
 @pytest.mark.parametrize("mode", ["RNN_TANH", "GRU", "LSTM"])
@@ -149,13 +153,13 @@ def test_opcheck_of_both_directions(mode: str, given: bool) -> None:
     ops = getattr(torch.ops, NAME)
     saves = mode != "RNN_TANH"
     arguments = (mode, inputs["x"], h0, c0, weights, given, None, torch.tensor([3, 3]), False, saves)
-    torch.library.opcheck(ops.bidirectional_forward.default, arguments)
+    torch.library.opcheck(ops.bidirectional_forward.default, arguments, test_utils=CHECKS_OF_CPP)
     y, h_n, c_n, saved = (t.detach() for t in ops.bidirectional_forward(*arguments))
     plain = [None if t is None else t.detach() for t in (inputs["x"], h0, c0)]
     grads = y, h_n, c_n if mode == "LSTM" else None
     for needs in ([True] * 4, [False] * 4):
         backward = (*grads, mode, *plain, [w.detach() for w in weights], given, y, saved, *arguments[6:9], *needs)
-        torch.library.opcheck(ops.bidirectional_backward.default, backward)
+        torch.library.opcheck(ops.bidirectional_backward.default, backward, test_utils=CHECKS_OF_CPP)
 
 
 # Empty, one, odd, whole packs, and several chunks of time.

@@ -192,9 +192,7 @@ def is_different(name: str, options: str, **_: Any) -> bool:
         ("RNN", "whole", "two layers"),
         ("RNN", "unbatched", "no bias"),
         ("GRU", "packed", "bidirectional"),
-        ("GRU", "lengths", "one layer"),
         ("LSTM", "whole", "one layer"),
-        ("LSTM", "lengths", "projected"),
     ],
 )
 def test_derivatives_of_recurrent_layers(name: str, rows: str, options: str) -> None:
