@@ -104,11 +104,11 @@ class TangentPass : LinearizedPass<S, C> {
 
   void run() {
     for (int g = 0; g < C::kGates; ++g) {
-      pack_transposed([&](int64_t col) { return at_.w_hh + (g * H + col) * P; }, H, P, team_.slice(panels_of<S>(H)),
+      pack_transposed(WeightRows<S>{at_.w_hh + g * H * P, P, H}, H, P, team_.slice(panels_of<S>(H)),
                       packed_hh_ + g * sizes_.hh_gate);
     }
     if (projected_) {
-      pack_transposed([&](int64_t col) { return at_.w_hr + col * H; }, P, H, team_.slice(panels_of<S>(P)), packed_hr_);
+      pack_transposed(WeightRows<S>{at_.w_hr, H, P}, P, H, team_.slice(panels_of<S>(P)), packed_hr_);
     }
     team_.sync();
     for (int64_t i = 0; i < s_.steps; ++i) {
@@ -223,9 +223,9 @@ class AdjointPass : LinearizedPass<S, C> {
         carry_(packed_hr_ + sizes_.hr) {}
 
   void run() {
-    pack_rows([&](int64_t i) { return at_.w_hh + i * P; }, P, gates_, team_.slice(panels_of<S>(P)), packed_hh_);
+    pack_rows(WeightRows<S>{at_.w_hh, P, gates_}, P, gates_, team_.slice(panels_of<S>(P)), packed_hh_);
     if (projected_) {
-      pack_rows([&](int64_t i) { return at_.w_hr + i * H; }, H, P, team_.slice(panels_of<S>(H)), packed_hr_);
+      pack_rows(WeightRows<S>{at_.w_hr, H, P}, H, P, team_.slice(panels_of<S>(H)), packed_hr_);
     }
     start_columns(static_cast<const S*>(nullptr), carry_, H, partition_.rows, partition_.columns);
     team_.sync();
