@@ -5,17 +5,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import signal
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ext.cli.commands.arguments import add_cache, add_pair_files, add_traceback, pair_files
 from llm_ext.cli.training.config import CONFIGS, Config
+from llm_ext.cli.training.config_file import read_config
 from llm_ext.cli.training.pipeline import Outcome, resume, train
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "add_data",
+    "add_parser",
+    "add_settings",
+    "make_config",
+    "read_settings",
+    "run",
+    "training_files",
+]
 
 # A setting of one or more tasks: its field of each task's config.
 Setting = dict[str, dataclasses.Field[Any]]
@@ -33,19 +43,11 @@ def add_parser(commands: Commands) -> None:
         description="Train a language model on text, or a translator on pairs of lines.",
     )
     parser.set_defaults(run=run, fail=parser.error)
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="text; for a translator, one file of tab-separated pairs"
-    )
-    parser.add_argument(
-        "--task",
-        choices=CONFIGS,
-        help="lm: predict the next token of a text; translate: write the target of a source (default: lm)",
-    )
+    add_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run directory, created if missing")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in DIR with its saved files and settings"
     )
-    add_pair_files(parser)
     parser.add_argument(
         "--val",
         nargs="+",
@@ -57,7 +59,26 @@ def add_parser(commands: Commands) -> None:
     add_pair_files(parser, "val-", " for validation")
     add_cache(parser)
     add_traceback(parser)
-    _add_settings(parser)
+    add_settings(parser)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the task and its files, and --config."""
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="text; for a translator, one file of tab-separated pairs"
+    )
+    parser.add_argument(
+        "--task",
+        choices=CONFIGS,
+        help="lm: predict the next token of a text; translate: write the target of a source (default: lm)",
+    )
+    add_pair_files(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file with settings; its keys are the names of options, and options replace its values",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,34 +90,50 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> Outcome:
-    task, files, val = options.task or "lm", options.files, options.val
-    given, settings = _given(options), _settings()
+    task, settings = read_settings(options)
+    val = pair_files(options, options.val, "val-") if task == "translate" else options.val
+    files = training_files(options, task)
+    return train(make_config(options, task, settings), files, options.out, val=val, cache=options.cache)
+
+
+def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Return the task, and the settings of --config and of the command line, which has precedence."""
+    given, settings, task, from_file = _given(options), _settings(), options.task, {}
+    if options.config is not None:
+        task, from_file = read_config(options.config, task)
+    task = task or "lm"
     others = [_option(name) for name in given if task not in settings[name]]
     if task == "lm":
         others += _given_pair_files(options)
     if others:
         options.fail(f"not for --task {task}: {', '.join(others)}")
-    if task == "translate":
-        files, val = pair_files(options, files), pair_files(options, val, "val-")
+    return task, from_file | given
+
+
+def training_files(options: argparse.Namespace, task: str) -> list[Path]:
+    """Return the files to train on."""
+    files: list[Path] = pair_files(options, options.files) if task == "translate" else options.files
     if not files:
         options.fail("FILE is missing: give text to train on")
-    return train(_config(options, task, given), files, options.out, val=val, cache=options.cache)
+    return files
 
 
 def _resume(options: argparse.Namespace) -> Outcome:
     given, settings = _given(options), _settings()
     fixed = [_option(name) for name in given if not _can_change(settings[name])]
-    fixed += ["--task"] * (options.task is not None) + ["FILE"] * bool(options.files)
+    fixed += ["--task"] * (options.task is not None) + ["--config"] * (options.config is not None)
+    fixed += ["FILE"] * bool(options.files)
     fixed += ["--val"] * bool(options.val) + _given_pair_files(options)
     if fixed:
         options.fail(f"--resume continues with the settings of the run: leave out {', '.join(fixed)}")
-    _config(options, "lm", given)  # all tasks have the settings that can change, with the same ranges
+    make_config(options, "lm", given)  # all tasks have the settings that can change, with the same ranges
     return resume(options.out, given, cache=options.cache)
 
 
-def _config(options: argparse.Namespace, task: str, given: dict[str, Any]) -> Config:
+def make_config(options: argparse.Namespace, task: str, settings: dict[str, Any]) -> Config:
+    """Return the config of some settings; report one that is out of range as a wrong command line."""
     try:
-        return CONFIGS[task](**given)
+        return CONFIGS[task](**settings)
     except ValueError as error:
         options.fail(f"--{error}")
         raise
@@ -124,10 +161,12 @@ def _settings() -> dict[str, Setting]:
     return settings
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each setting."""
+def add_settings(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
+    """Add an option for each setting, except those named by `without`."""
     groups: dict[str, Any] = {}
     for name, setting in _settings().items():
+        if name in without:
+            continue
         meta = next(iter(setting.values())).metadata
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
@@ -169,7 +208,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _given_pair_files(options: argparse.Namespace) -> list[str]:
     names = ("source", "target", "val_source", "val_target")
-    return [_option(name) for name in names if getattr(options, name) is not None]
+    return [_option(name) for name in names if getattr(options, name, None) is not None]
 
 
 def _option(name: str) -> str:

@@ -45,8 +45,11 @@ class Corpus:
         return int(self._ids.size)
 
     def rows(self, starts: npt.NDArray[np.int64], length: int, begin: int, end: int) -> Tensor:
-        """Read rows of consecutive ids, [len(starts), length] int64; a row that reaches `end` continues at `begin`."""
-        indices = begin + (starts[:, None] - begin + np.arange(length)) % (end - begin)
+        """Read rows of consecutive ids, [len(starts), length] int64; a row that reaches `end` continues at `begin`.
+
+        A range whose `end` is beyond the corpus continues at its beginning.
+        """
+        indices = (begin + (starts[:, None] - begin + np.arange(length)) % (end - begin)) % len(self)
         step = ROWS if len(self._map) > SMALL else max(len(indices), 1)
         blocks = [self.read(indices[first : first + step]) for first in range(0, len(indices), step)]
         return torch.from_numpy(np.concatenate(blocks).astype(np.int64))
@@ -61,6 +64,10 @@ class Corpus:
     def split(self, fraction: float) -> int:
         """Return the index at which the last `fraction` of the tokens begins: the validation text."""
         return int(len(self) * (1 - fraction))
+
+    def fold(self, index: int, count: int) -> tuple[int, int]:
+        """Return begin and end of the part `index` of `count` contiguous parts of equal size."""
+        return len(self) * index // count, len(self) * (index + 1) // count
 
     def fingerprint(self) -> str:
         """Return a hash of the length and of 64 samples of the ids, to detect a changed text."""
@@ -79,7 +86,7 @@ class Streams:
     Args:
         corpus: The text.
         begin: First token of the range.
-        end: One past the last token of the range.
+        end: One past the last token of the range; beyond the corpus, the range continues at its beginning.
         count: B, the number of streams of all processes together.
         chunk: T, tokens per step.
         mine: The streams that this process reads.

@@ -5,13 +5,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from llm_ext.cli.errors import CommandError
 
-__all__ = ["atomic_write", "check_files", "decode_line", "read_json", "read_lines", "sync_directory", "write_json"]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "atomic_write",
+    "check_files",
+    "decode_line",
+    "read_json",
+    "read_lines",
+    "read_toml",
+    "sync_directory",
+    "write_json",
+]
 
 
 @contextlib.contextmanager
@@ -70,6 +85,19 @@ def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
     if value.get("version") != version:
         raise CommandError(f"{path}: expected version {version} of a {kind}, got {value.get('version')!r}")
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        CommandError: The file is missing, or is not TOML.
+    """
+    check_files([path])
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{path}: expected TOML, got something else: {error}") from None
 
 
 def check_files(files: Sequence[Path]) -> None:

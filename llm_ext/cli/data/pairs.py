@@ -139,6 +139,20 @@ class EncodedPairs:
         held_out = self._checksum < fraction * 2**32
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
+    def fold(self, index: int, count: int) -> tuple[Indices, Indices]:
+        """Return the indices of the pairs to train on and of those for validation, for one part of `count`.
+
+        The parts have equally many sources. All pairs of a source are in the same part.
+
+        Raises:
+            CommandError: There are fewer sources than parts.
+        """
+        sources, source = np.unique(self._checksum, return_inverse=True)
+        if len(sources) < count:
+            raise CommandError(f"--folds {count}: the pairs have only {len(sources)} different sources")
+        held_out = source * count // len(sources) == index
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
     def fingerprint(self) -> str:
         """Return a hash of the number of pairs and of samples of them, to detect a changed text."""
         return hashlib.sha256(f"{len(self)} {self._ids.fingerprint()}".encode()).hexdigest()

@@ -30,12 +30,14 @@ class LanguageData:
     Attributes:
         tokenizer: Tokenizer of the text.
         texts: The training text, and the validation text if it has files of its own.
-        split: End of the training text in `texts[0]`.
+        training: Begin and end of the training text in `texts[0]`; see `Streams`.
+        validation: Begin and end of the validation text in `texts[-1]`.
     """
 
     tokenizer: Tokenizer
     texts: list[Corpus]
-    split: int
+    training: tuple[int, int]
+    validation: tuple[int, int]
 
     @classmethod
     def prepare(
@@ -61,8 +63,17 @@ class LanguageData:
                 tokenizer_from_files(config.tokens, texts, config.vocab_size).save(run.vocabulary)
             tokenizer = load_tokenizer(run.vocabulary)
             corpora = [encode_text(part, tokenizer, files.cache) for part in files.parts]
-        training = corpora[0]
-        return cls(tokenizer, corpora, len(training) if files.val else training.split(config.val_fraction))
+        text = corpora[0]
+        if files.val:
+            return cls(tokenizer, corpora, (0, len(text)), (0, len(corpora[1])))
+        if files.fold is None:
+            split = text.split(config.val_fraction)
+            return cls(tokenizer, corpora, (0, split), (split, len(text)))
+        begin, end = text.fold(*files.fold)
+        if end - begin < 2:
+            raise CommandError(f"--folds {files.fold.count}: the text has only {len(text)} tokens")
+        # The training text begins behind the held-out part and continues from the end of the text at its beginning.
+        return cls(tokenizer, corpora, (end, begin + len(text)), (begin, end))
 
 
 class LanguageTask(Task):
@@ -80,6 +91,7 @@ class LanguageTask(Task):
 
     model: LLM
     unit = "streams"
+    folds = True
 
     def __init__(self, fabric: Fabric, config: LanguageConfig, data: LanguageData, model: LLM) -> None:
         self.fabric, self.config, self.notes = fabric, config, []
@@ -90,8 +102,8 @@ class LanguageTask(Task):
 
         self.fingerprints = [text.fingerprint() for text in data.texts]
         self.validation = data.texts[-1]
-        self.val_begin = 0 if len(data.texts) == 2 else data.split
-        self.val_size = len(self.validation) - self.val_begin
+        self.val_begin, self.val_end = data.validation
+        self.val_size = self.val_end - self.val_begin
         if self.val_size < 2:
             raise CommandError(
                 f"the text for validation must have at least 2 tokens, got {self.val_size}; "
@@ -100,7 +112,7 @@ class LanguageTask(Task):
         self.batch = config.batch * fabric.world_size
         first = config.batch * fabric.global_rank
         self.mine = slice(first, first + config.batch)
-        self.streams = Streams(data.texts[0], 0, data.split, self.batch, config.chunk, self.mine)
+        self.streams = Streams(data.texts[0], *data.training, self.batch, config.chunk, self.mine)
 
     @classmethod
     def create(
@@ -134,7 +146,7 @@ class LanguageTask(Task):
     def summary(self) -> str:
         return (
             f"{self.tokenizer.size:,} tokens in the vocabulary ({self.tokenizer.kind}), "
-            f"{self.streams.end:,} tokens for training, {self.val_size:,} for validation"
+            f"{self.streams.end - self.streams.begin:,} tokens for training, {self.val_size:,} for validation"
         )
 
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, int]:
@@ -149,7 +161,7 @@ class LanguageTask(Task):
                 module,
                 self.validation,
                 self.val_begin,
-                len(self.validation),
+                self.val_end,
                 self.tokenizer,
                 self.fabric.device,
                 processes,

@@ -15,21 +15,30 @@ from llm_ext.cli.training.malloc import keep_freed_memory
 __all__ = ["launch"]
 
 
-def launch(config: Config) -> Fabric:
+def launch(config: Config, alone: bool = False) -> Fabric:
     """Start the processes; under torchrun they already run, and it determines their number.
 
     The process group is not destroyed at the end: DDP holds the last reference to it, and its destructor would wait for
     gloo threads, which may need Python's lock, while holding that lock.
 
+    Args:
+        config: The settings.
+        alone: Train in this process only, whatever others torchrun has started.
+
     Raises:
         CommandError: The device cannot be used.
     """
-    devices = config.devices
+    device = default_device() if config.device == "auto" else config.device
+    devices: int | list[int] = config.devices
     if TorchElasticEnvironment.detect():
-        devices = TorchElasticEnvironment().world_size() // config.nodes
+        environment = TorchElasticEnvironment()
+        if not alone:
+            devices = environment.world_size() // config.nodes
+        elif device != "cpu":
+            devices = [environment.local_rank()]
     try:
         fabric = Fabric(
-            accelerator=default_device() if config.device == "auto" else config.device,
+            accelerator=device,
             devices=devices,
             num_nodes=config.nodes,
             precision=cast(Literal["32-true", "bf16-mixed"], config.precision),

@@ -16,12 +16,12 @@ from llm_ext.cli.training.language import LanguageTask
 from llm_ext.cli.training.launch import launch
 from llm_ext.cli.training.plot import plot_loss
 from llm_ext.cli.training.report import read_log
-from llm_ext.cli.training.task import InputFiles, Task
-from llm_ext.cli.training.trainer import Progress, Trainer
+from llm_ext.cli.training.task import Fold, InputFiles, Task
+from llm_ext.cli.training.trainer import Progress, Trainer, Watcher
 from llm_ext.cli.training.transfer import freeze, initialize_from
 from llm_ext.cli.training.translation import TranslationTask
 
-__all__ = ["CACHE", "LOG", "PLOT", "Outcome", "resume", "train"]
+__all__ = ["CACHE", "LOG", "PLOT", "Outcome", "fingerprints", "resume", "train"]
 
 # Names in a run directory.
 LOG, PLOT, CACHE = "log.jsonl", "loss.svg", "cache"
@@ -51,6 +51,8 @@ def train(
     *,
     val: Sequence[Path] = (),
     cache: Path | None = None,
+    fold: Fold | None = None,
+    watcher: Watcher | None = None,
 ) -> Outcome:
     """Train a model.
 
@@ -60,6 +62,8 @@ def train(
         out: Run directory for tokenizers, checkpoints, log and plot; it must not hold a run.
         val: The same for validation; empty to hold out a part of `files`.
         cache: Directory for the encoded text; by default inside `out`.
+        fold: The part of `files` to hold out; by default as the settings say.
+        watcher: Decides when to validate. Then the training is one of several: in this process only, without a plot.
 
     Raises:
         CommandError: A file cannot be used, the loss is not finite, or a checkpoint cannot be saved.
@@ -67,26 +71,35 @@ def train(
     run = Run(out)
     if run.exists():
         raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-    inputs = InputFiles(files, val, cache or out / CACHE)
+    inputs = InputFiles(files, val, cache or out / CACHE, fold)
     check_files([*files, *val])
     init_from = None if config.init_from is None else Path(config.init_from)
     if init_from is not None:
         Run(init_from).checkpoint("best")  # reports an error before the text is encoded
-    fabric = launch(config)
+    fabric = launch(config, alone=watcher is not None)
     task = TASKS[config.task](fabric, config, run, inputs)
     if init_from is not None:
         task.notes.append(initialize_from(task.model, task.tokenizers, init_from, config.init))
     freeze(task.model, config.frozen)
-    return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress()))
+    return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress(), watcher))
 
 
-def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> Outcome:
+def resume(
+    out: Path,
+    changes: dict[str, Any],
+    *,
+    cache: Path | None = None,
+    fold: Fold | None = None,
+    watcher: Watcher | None = None,
+) -> Outcome:
     """Continue a training from its last checkpoint, with the results of an uninterrupted one.
 
     Args:
         out: The run directory.
         changes: Settings to change, such as more steps.
         cache: Directory for the encoded text; by default inside `out`.
+        fold: The same as that of `train`.
+        watcher: The same as that of `train`.
 
     Raises:
         CommandError: The checkpoint or the text is missing, damaged or changed; and as `train`.
@@ -103,24 +116,45 @@ def resume(out: Path, changes: dict[str, Any], *, cache: Path | None = None) -> 
     except (KeyError, TypeError, ValueError) as error:
         raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
     config = dataclasses.replace(config, **changes)
-    inputs = InputFiles(files, val, cache or out / CACHE)
+    inputs = InputFiles(files, val, cache or out / CACHE, fold)
     check_files([*files, *val])
     model = checkpoint.model()
     run.tokenizers(model)  # reports an error if they do not fit the model
-    fabric = launch(config)
+    fabric = launch(config, alone=watcher is not None)
     task = TASKS[config.task](fabric, config, run, inputs, model)
     if task.fingerprints != fingerprints:
         raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
     freeze(task.model, config.frozen)
-    trainer = Trainer(fabric, config, run, task, names, progress)
+    trainer = Trainer(fabric, config, run, task, names, progress, watcher)
     trainer.restore(checkpoint)
     return _fit(trainer)
+
+
+def fingerprints(config: Config, files: Sequence[Path], scratch: Path, cache: Path, fold: Fold | None) -> list[str]:
+    """Check that `train` can begin with some settings and a fold; return the hashes of the encoded texts.
+
+    Args:
+        config: The settings.
+        files: As for `train`.
+        scratch: Directory for tokenizers.
+        cache: Directory for the encoded text.
+        fold: As for `train`.
+
+    Raises:
+        CommandError: A file, or one of the settings, cannot be used.
+    """
+    check_files(files)
+    task = TASKS[config.task](launch(config, alone=True), config, Run(scratch), InputFiles(files, (), cache, fold))
+    if fold is not None and not task.folds:
+        raise CommandError(f"--folds: not for --task {config.task}; --folds 1 holds out --val-fraction")
+    freeze(task.model, config.frozen)
+    return task.fingerprints
 
 
 def _fit(trainer: Trainer) -> Outcome:
     """Run the training loop and plot its log."""
     first, out = trainer.fabric.is_global_zero, trainer.run.path
     signal = trainer.fit(out / LOG)
-    if first:
+    if first and trainer.watcher is None:
         plot_loss(read_log(out / LOG), out / PLOT)
     return Outcome(trainer.progress, signal, first)

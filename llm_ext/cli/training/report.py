@@ -36,10 +36,11 @@ class Report:
         step: Step at which the training starts or continues.
         progress: Fraction of the training that is done, 0 to 1.
         silent: Write nothing, in all processes but the first.
+        quiet: Print no lines; the bar and the log remain.
     """
 
-    def __init__(self, log: Path, step: int, progress: float, silent: bool) -> None:
-        self.silent = silent
+    def __init__(self, log: Path, step: int, progress: float, silent: bool, quiet: bool = False) -> None:
+        self.silent, self.quiet = silent, quiet
         self._progress = progress
         # disable=None: show the bar at a terminal only.
         self._bar = tqdm(
@@ -76,6 +77,6 @@ class Report:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if not self.silent:
+        if not (self.silent or self.quiet):
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()

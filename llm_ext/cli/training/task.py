@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,7 +15,14 @@ from llm_ext.cli.data.tokenizer import Tokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score
 
-__all__ = ["InputFiles", "Task"]
+__all__ = ["Fold", "InputFiles", "Task"]
+
+
+class Fold(NamedTuple):
+    """One of the equal parts of the training data in a cross-validation: it is held out, the others are trained on."""
+
+    index: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,13 @@ class InputFiles:
         training: The text, or one or two files of pairs.
         val: The same for validation; empty to hold out a part of `training`.
         cache: Directory for the encoded text.
+        fold: The part of `training` to hold out, without `val`; None to hold out `val_fraction` of it.
     """
 
     training: Sequence[Path]
     val: Sequence[Path]
     cache: Path
+    fold: Fold | None = None
 
     @property
     def parts(self) -> list[Sequence[Path]]:
@@ -55,6 +65,7 @@ class Task(ABC):
         batch: Rows per step of all processes together.
         unit: What a row is, in words.
         notes: Messages about the data for the user.
+        folds: Whether the task holds out `InputFiles.fold`, if there is one.
     """
 
     model: Model
@@ -64,6 +75,7 @@ class Task(ABC):
     batch: int
     unit: str
     notes: list[str]
+    folds = False
 
     @abstractmethod
     def summary(self) -> str:

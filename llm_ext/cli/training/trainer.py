@@ -10,7 +10,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from llm_ext.cli.checkpoint import STATE, Checkpoint, Run
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes
+from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, Score
 from llm_ext.cli.training.config import Config
 from llm_ext.cli.training.report import Report
 from llm_ext.cli.training.signals import StopRequest
 from llm_ext.cli.training.task import Task
 
-__all__ = ["Progress", "Trainer"]
+__all__ = ["Progress", "Trainer", "Watcher"]
 
 
 @dataclass
@@ -52,6 +52,16 @@ class Progress:
     recent: float | None = None
 
 
+class Watcher(Protocol):
+    """Decides when a training validates, and receives each score; the training then prints nothing."""
+
+    def due(self, done: float) -> bool:
+        """Return whether to validate at a fraction `done` of the training; its end is validated in any case."""
+
+    def validated(self, done: float, score: Score) -> None:
+        """Receive a score; an exception ends the training without another checkpoint."""
+
+
 class Trainer:
     """Trains a task: steps, validation, checkpoints, log.
 
@@ -62,16 +72,25 @@ class Trainer:
         task: Model and data.
         names: Paths of the data, stored in checkpoints.
         progress: The progress so far, from which to continue.
+        watcher: Decides when to validate; None to validate every `validate_every` steps.
 
     Attributes:
         adam: The optimizer, not wrapped by Fabric.
     """
 
     def __init__(
-        self, fabric: Fabric, config: Config, run: Run, task: Task, names: dict[str, list[str]], progress: Progress
+        self,
+        fabric: Fabric,
+        config: Config,
+        run: Run,
+        task: Task,
+        names: dict[str, list[str]],
+        progress: Progress,
+        watcher: Watcher | None = None,
     ) -> None:
         self.fabric, self.config, self.run, self.task = fabric, config, run, task
         self.names, self.progress, self.model = names, progress, task.model
+        self.watcher = watcher
         self.trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
 
         # fused: one kernel per step instead of several per parameter.
@@ -114,16 +133,15 @@ class Trainer:
         config, progress = self.config, self.progress
         self._started = time.perf_counter() - progress.seconds
         done = config.progress(progress.step, progress.seconds)
-        silent = not self.fabric.is_global_zero
-        with self.stop_request, Report(log, progress.step, done, silent) as self.report:
+        silent, quiet = not self.fabric.is_global_zero, self.watcher is not None
+        with self.stop_request, Report(log, progress.step, done, silent, quiet) as self.report:
             self._introduce()
             while not (stopped := self._stop_requested()):
                 done = config.progress(progress.step, progress.seconds)
-                due = done >= 1 or progress.step % config.validate_every == 0
-                if due and progress.step > progress.validated:
+                if progress.step > progress.validated and (done >= 1 or self._validation_due(done)):
                     # A signal ends the validation; a resumed training repeats it from its beginning.
                     with contextlib.suppress(EvaluationStoppedError):
-                        self._validate()
+                        self._validate(done)
                 elif done >= 1 or (config.patience and progress.misses >= config.patience):
                     break
                 else:
@@ -185,8 +203,13 @@ class Trainer:
                 seconds=round(progress.seconds, 3),
             )
 
-    def _validate(self) -> None:
-        """Measure the validation loss and save a checkpoint."""
+    def _validation_due(self, done: float) -> bool:
+        if self.watcher is not None:
+            return self.watcher.due(done)
+        return self.progress.step % self.config.validate_every == 0
+
+    def _validate(self, done: float) -> None:
+        """Measure the validation loss and save a checkpoint; `done` is the fraction of the training before it."""
         progress = self.progress
         self.module.eval()
         processes = Processes(self.fabric.global_rank, self.fabric.world_size, self._sum, self._stop_requested)
@@ -212,6 +235,8 @@ class Trainer:
             tokens_per_second=round(speed),
             seconds=round(progress.seconds, 3),
         )
+        if self.watcher is not None:
+            self.watcher.validated(done, score)
         self._save(best)
         recent = "" if progress.recent is None else f"training {progress.recent:.4f}, "
         self.report.say(

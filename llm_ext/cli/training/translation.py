@@ -19,7 +19,7 @@ from llm_ext.cli.data.tokenizer import load_tokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_pairs
 from llm_ext.cli.training.config import TranslationConfig
-from llm_ext.cli.training.task import InputFiles, Task
+from llm_ext.cli.training.task import Fold, InputFiles, Task
 from llm_ext.models import Seq2Seq
 
 __all__ = ["TranslationData", "TranslationTask"]
@@ -34,12 +34,14 @@ class TranslationData:
         target: Tokenizer of the targets.
         pairs: The training pairs, and the validation pairs if they have files of their own.
         notes: Messages about pairs that were left out.
+        fold: The part of the pairs to hold out, or None.
     """
 
     source: LineTokenizer
     target: LineTokenizer
     pairs: list[EncodedPairs]
     notes: list[str]
+    fold: Fold | None
 
     @classmethod
     def prepare(
@@ -71,7 +73,7 @@ class TranslationData:
             source = LineTokenizer(load_tokenizer(run.vocabulary))
             target = source if shared else LineTokenizer(load_tokenizer(run.target_vocabulary))
             pairs = [encode_pairs(part, source, target, files.cache, config.longest, notes.append) for part in parts]
-        return cls(source, target, pairs, notes)
+        return cls(source, target, pairs, notes, files.fold)
 
 
 class TranslationTask(Task):
@@ -89,6 +91,7 @@ class TranslationTask(Task):
 
     model: Seq2Seq
     unit = "pairs per step"
+    folds = True
 
     def __init__(self, fabric: Fabric, config: TranslationConfig, data: TranslationData, model: Seq2Seq) -> None:
         self.fabric, self.config, self.notes = fabric, config, data.notes
@@ -101,7 +104,8 @@ class TranslationTask(Task):
         training, self.validation = data.pairs[0], data.pairs[-1]
         chosen, self.held_out = np.arange(len(training)), np.arange(len(self.validation))
         if len(data.pairs) == 1:
-            chosen, self.held_out = training.split(config.val_fraction)
+            split = training.split(config.val_fraction) if data.fold is None else training.fold(*data.fold)
+            chosen, self.held_out = split
         if not len(self.held_out):
             raise CommandError(
                 "there must be at least one pair for validation, got none; "
