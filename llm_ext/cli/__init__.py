@@ -1,9 +1,10 @@
-"""The command `llm-ext`: train, evaluate, sample from, translate with and explain recurrent models of text.
+"""The command `llm-ext`: train, tune, evaluate, sample from, translate with and explain recurrent models of text.
 
     data/        tokenizers, encoded texts and pairs, files
     checkpoint   run directories: checkpoints and tokenizers on disk
     inference/   loss, generation, translation, pictures of attention
     training/    settings, tasks, the training loop, its log
+    tuning/      search of settings by cross-validation
     commands/    one file per command: its options and what it runs
 
 Imports go from the bottom of this list to its top. `llm_ext.cli.data`, `llm_ext.cli.inference` and

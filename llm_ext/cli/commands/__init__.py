@@ -12,8 +12,9 @@ from llm_ext.cli.errors import CommandError
 
 __all__ = ["main"]
 
-# Packages of the extra `cli`.
-EXTRA = ("lightning_fabric", "matplotlib", "numpy", "sacrebleu", "safetensors", "tokenizers", "tqdm")
+# Packages of the extra `cli`, and of others with the names of those to install.
+CLI = ("lightning_fabric", "matplotlib", "numpy", "sacrebleu", "safetensors", "tokenizers", "tomli", "tqdm")
+EXTRAS = dict.fromkeys(CLI, "cli") | {"optuna": "cli,tune"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _fail(f"{error.name} is not installed: pip install --no-build-isolation '.[cli]'")
+        return _fail(f"{error.name} is not installed: pip install --no-build-isolation '.[{extra}]'")
     except CommandError as error:
         return _fail(str(error))
     except OSError as error:

@@ -21,7 +21,9 @@ __all__ = [
     "add_data",
     "add_parser",
     "add_settings",
+    "given_settings",
     "make_config",
+    "option_name",
     "read_settings",
     "run",
     "training_files",
@@ -90,24 +92,25 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> Outcome:
-    task, settings = read_settings(options)
+    task, from_file, given = read_settings(options)
     val = pair_files(options, options.val, "val-") if task == "translate" else options.val
     files = training_files(options, task)
-    return train(make_config(options, task, settings), files, options.out, val=val, cache=options.cache)
+    return train(make_config(options, task, from_file | given), files, options.out, val=val, cache=options.cache)
 
 
-def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Return the task, and the settings of --config and of the command line, which has precedence."""
-    given, settings, task, from_file = _given(options), _settings(), options.task, {}
+def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the task, the settings of --config, and those of the command line, which replace them."""
+    given, settings, task = given_settings(options), _settings(), options.task
+    from_file: dict[str, Any] = {}
     if options.config is not None:
         task, from_file = read_config(options.config, task)
     task = task or "lm"
-    others = [_option(name) for name in given if task not in settings[name]]
+    others = [option_name(name) for name in given if task not in settings[name]]
     if task == "lm":
         others += _given_pair_files(options)
     if others:
         options.fail(f"not for --task {task}: {', '.join(others)}")
-    return task, from_file | given
+    return task, from_file, given
 
 
 def training_files(options: argparse.Namespace, task: str) -> list[Path]:
@@ -119,8 +122,8 @@ def training_files(options: argparse.Namespace, task: str) -> list[Path]:
 
 
 def _resume(options: argparse.Namespace) -> Outcome:
-    given, settings = _given(options), _settings()
-    fixed = [_option(name) for name in given if not _can_change(settings[name])]
+    given, settings = given_settings(options), _settings()
+    fixed = [option_name(name) for name in given if not _can_change(settings[name])]
     fixed += ["--task"] * (options.task is not None) + ["--config"] * (options.config is not None)
     fixed += ["FILE"] * bool(options.files)
     fixed += ["--val"] * bool(options.val) + _given_pair_files(options)
@@ -177,7 +180,7 @@ def add_settings(parser: argparse.ArgumentParser, without: Container[str] = ()) 
             metavar = None if meta["choices"] else meta["metavar"] or {int: "N", float: "X", str: "NAME"}[meta["type"]]
             kind = {"type": meta["type"], "choices": meta["choices"], "metavar": metavar}
         groups[meta["group"]].add_argument(
-            _option(name),
+            option_name(name),
             # Not the default of the setting, because --resume must know which options were given.
             default=argparse.SUPPRESS,
             help=meta["help"].replace("%", "%%") + _defaults(setting),
@@ -200,7 +203,7 @@ def _can_change(setting: Setting) -> bool:
     return all(field.metadata["resume"] for field in setting.values())
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on the command line."""
     settings = _settings()
     return {name: value for name, value in vars(options).items() if name in settings}
@@ -208,8 +211,9 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _given_pair_files(options: argparse.Namespace) -> list[str]:
     names = ("source", "target", "val_source", "val_target")
-    return [_option(name) for name in names if getattr(options, name, None) is not None]
+    return [option_name(name) for name in names if getattr(options, name, None) is not None]
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """Return the option of a setting."""
     return f"--{name.replace('_', '-')}"

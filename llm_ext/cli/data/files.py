@@ -95,9 +95,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     check_files([path])
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CommandError(f"{path}: expected TOML, got something else: {error}") from None
+    return values
 
 
 def check_files(files: Sequence[Path]) -> None:

@@ -71,7 +71,7 @@ class LanguageData:
             return cls(tokenizer, corpora, (0, split), (split, len(text)))
         begin, end = text.fold(*files.fold)
         if end - begin < 2:
-            raise CommandError(f"--folds {files.fold.count}: the text has only {len(text)} tokens")
+            raise CommandError(f"--folds {files.fold.folds}: the text has only {len(text)} tokens")
         # The training text begins behind the held-out part and continues from the end of the text at its beginning.
         return cls(tokenizer, corpora, (end, begin + len(text)), (begin, end))
 

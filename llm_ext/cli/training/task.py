@@ -21,8 +21,8 @@ __all__ = ["Fold", "InputFiles", "Task"]
 class Fold(NamedTuple):
     """One of the equal parts of the training data in a cross-validation: it is held out, the others are trained on."""
 
-    index: int
-    count: int
+    number: int
+    folds: int
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,17 @@ def test_explain_draws_a_translation(translator: Path, run: CommandLine, tmp_pat
         ("train --task translate --out run x --source a --target b", "give either a tab-separated file, or --source"),
         ("train --task translate --out run x --val-source a", "--val-source and --val-target must be given together"),
         ("train --task translate --out run x --chunk 3", "not for --task translate: --chunk"),
+        ("train --resume --out run --config c.toml", "leave out --config"),
+        ("tune --out run", "FILE is missing"),
+        ("tune text.txt --out run --trials 0", "--trials must be at least 1, got 0"),
+        ("tune text.txt --out run --folds 0", "--folds must be at least 1, got 0"),
+        ("tune text.txt --out run --minutes nan", "--minutes must be above 0, got nan"),
+        ("tune text.txt --out run --trial-steps 0", "--trial-steps must be at least 1, got 0"),
+        ("tune text.txt --out run --trial-minutes 0", "--trial-minutes must be above 0, got 0.0"),
+        ("tune text.txt --out run --steps 3", "unrecognized arguments: --steps 3"),
+        ("tune text.txt --out run --lr -1", "--lr must be at least 0, got -1"),
+        ("tune text.txt --out run --label-smoothing 0.1", "not for --task lm: --label-smoothing"),
+        ("tune --resume --out run --folds 2 --cell gru text.txt", "leave out --folds, --cell, FILE"),
         ("eval run", "FILE is missing"),
         ("eval run --beam 0 f", "--beam must be at least 1, got 0"),
         ("eval run --source f", "--source and --target must be given together"),
@@ -279,7 +290,7 @@ def test_a_missing_package_is_named() -> None:
     assert done.stderr == "llm-ext: tokenizers is not installed: pip install --no-build-isolation '.[cli]'\n"
 
 
-@pytest.mark.parametrize("command", [None, "train", "eval", "generate", "translate", "explain"])
+@pytest.mark.parametrize("command", [None, "train", "tune", "eval", "generate", "translate", "explain"])
 def test_help_names_every_option_with_its_default(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*([command] if command else []), "--help"])

@@ -87,6 +87,22 @@ def test_streams_read_every_token_in_order_and_go_round(text: Path, tmp_path: Pa
     assert streams.steps_per_pass == 330 // 16
 
 
+def test_streams_leave_out_a_fold(text: Path, tmp_path: Path) -> None:
+    encoded = encode_text([text], ByteTokenizer(), tmp_path)
+    raw, ends = text.read_bytes(), []
+    for index in range(3):
+        begin, end = encoded.fold(index, 3)
+        ends += [begin, end]
+        rest = raw[end:] + raw[:begin]
+        streams = Streams(encoded, end, begin + len(encoded), 2, 16, slice(None))
+        rows = np.concatenate([streams.read(step)[0] for step in range(300)], axis=1)
+        for start, row in zip((0, len(rest) // 2), rows.tolist(), strict=True):
+            assert bytes(row) == ((rest * 3)[start:])[: len(row)]
+    # The folds are the whole text.
+    assert ends[::2] == [0, *ends[1:-1:2]]
+    assert ends[-1] == len(encoded)
+
+
 def test_processes_share_the_streams_of_one(text: Path, tmp_path: Path) -> None:
     encoded = encode_text([text], ByteTokenizer(), tmp_path)
     whole = Streams(encoded, 0, 2000, 4, 8, slice(None)).read(7)[0]

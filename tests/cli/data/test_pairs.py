@@ -117,3 +117,19 @@ def test_characters_that_occur_in_validation_pairs_only(tmp_path: Path) -> None:
     assert isinstance(chars, CharTokenizer)
     assert chars.characters == "ac"
     assert isinstance(tokenizer_from_pairs("bpe", files, 300, (0,), more), BpeTokenizer)
+
+
+def test_folds_have_all_pairs_of_a_source_and_equally_many_sources(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"source {number % 13}\ttarget {number}\n" for number in range(60)))
+    every, held_out = encoded(path), []
+    for index in range(5):
+        chosen, fold = every.fold(index, 5)
+        assert sorted([*chosen, *fold]) == list(range(60))
+        held_out.append({bytes(every.source(i).tolist()) for i in fold})
+        assert held_out[-1].isdisjoint(bytes(every.source(i).tolist()) for i in chosen)
+    assert sorted(map(len, held_out)) == [2, 2, 3, 3, 3]
+    assert len(set.union(*held_out)) == 13
+    every.fold(12, 13)
+    with pytest.raises(CommandError, match="--folds 14: the pairs have only 13 different sources"):
+        every.fold(0, 14)
