@@ -80,7 +80,7 @@ def draw_trials(study: Study, definition: Definition) -> None:
     figure = Figure(figsize=(5 + 1.2 * len(names), 4.5), layout="constrained")
     importance, lines = figure.subplots(1, 2, width_ratios=(3, 1 + 1.2 * len(names)))
 
-    found = _importances(study.optuna, complete)
+    found = _importances(study.optuna_study, complete)
     importance.barh([name.replace("_", "-") for name in found], list(found.values()), color="#4c72b0")
     importance.invert_yaxis()
     importance.set(xlabel="importance", xlim=(0, max([1e-9, *found.values()]) * 1.05))

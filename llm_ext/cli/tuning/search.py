@@ -99,7 +99,7 @@ class _Search:
         """Run a trial, or what is left of it; return the number of a signal, or 0."""
         # A sampler of its own for each trial, so that a search that was interrupted draws the same values.
         seed = zlib.crc32(f"{self.base.seed} {trial.number}".encode())
-        self.study.optuna.sampler = TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
+        self.study.optuna_study.sampler = TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
         values = suggest(trial, self.definition.task, self.definition.space)
         try:
             config = dataclasses.replace(self.base, **values)
@@ -179,6 +179,6 @@ class _Watcher:
             self.reported.add(resource)
         record = self.search.study.trial(self.trial.number)
         if resource < REDUCTION * self.search.definition.folds and self.search.pruner.prune(
-            self.search.study.optuna, record
+            self.search.study.optuna_study, record
         ):
             raise optuna.TrialPruned

@@ -80,10 +80,10 @@ class Study:
         best: File of the best settings.
         picture: File of the picture.
         cache: Directory for the encoded text.
-        optuna: Optuna's study, after `open`.
+        optuna_study: Optuna's study, after `open`.
     """
 
-    optuna: optuna.Study
+    optuna_study: optuna.Study
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,7 +140,7 @@ class Study:
             storage = RDBStorage(
                 f"sqlite:///{self.database.resolve()}", engine_kwargs={"connect_args": {"timeout": PATIENCE}}
             )
-            self.optuna = optuna.create_study(storage=storage, study_name=definition.name, load_if_exists=True)
+            self.optuna_study = optuna.create_study(storage=storage, study_name=definition.name, load_if_exists=True)
         # RuntimeError: written by another version of Optuna.
         except (RuntimeError, optuna.exceptions.StorageInternalError) as error:
             raise CommandError(f"{self.database}: cannot be used: {error}") from None
@@ -148,11 +148,11 @@ class Study:
         self._id = storage.get_study_id_from_name(definition.name)
         if not self.trials():
             space = definition.space
-            self.optuna.enqueue_trial({name: first[name] for name in space if encloses(space[name], first[name])})
+            self.optuna_study.enqueue_trial({name: first[name] for name in space if encloses(space[name], first[name])})
 
     def trials(self) -> list[FrozenTrial]:
         """Return the trials that have begun or ended, and the first one while it waits."""
-        return self.optuna.get_trials(deepcopy=False)
+        return self.optuna_study.get_trials(deepcopy=False)
 
     def trial(self, number: int) -> FrozenTrial:
         """Return the present record of a trial."""
@@ -166,7 +166,7 @@ class Study:
                 waiting += frozen.state == TrialState.WAITING
                 if frozen.state != TrialState.RUNNING or not self._hold(frozen.number):
                     continue
-                trial = Trial(self.optuna, self._trial_id(frozen.number))
+                trial = Trial(self.optuna_study, self._trial_id(frozen.number))
                 attempts = frozen.user_attrs.get("attempts", 0)
                 if attempts < ATTEMPTS:
                     trial.set_user_attr("attempts", attempts + 1)
@@ -174,7 +174,7 @@ class Study:
                 self._end(trial, TrialState.FAIL, failure=f"its process ended {attempts} times without a message")
             if len(self.trials()) - waiting >= count:
                 return None
-            trial = self.optuna.ask()
+            trial = self.optuna_study.ask()
             self._hold(trial.number)
             trial.set_user_attr("attempts", 1)
             return trial
@@ -196,8 +196,8 @@ class Study:
     def under_way(self) -> int:
         """Return the number of trials that other processes work on."""
         with self.locked():
-            numbers = [trial.number for trial in self.trials() if trial.state == TrialState.RUNNING]
-            free = [number for number in numbers if self._hold(number)]
+            numbers = {trial.number for trial in self.trials() if trial.state == TrialState.RUNNING} - self._held.keys()
+            free = [number for number in sorted(numbers) if self._hold(number)]
             for number in free:
                 self._held.pop(number).close()
             return len(numbers) - len(free)
@@ -205,7 +205,7 @@ class Study:
     def _end(self, trial: Trial, state: TrialState, value: float | None = None, **attributes: Any) -> None:
         for name, attribute in attributes.items():
             trial.set_user_attr(name, attribute)
-        self.optuna.tell(trial, value, state)
+        self.optuna_study.tell(trial, value, state)
         shutil.rmtree(self.folder(trial.number), ignore_errors=True)
         self._held.pop(trial.number).close()
 
