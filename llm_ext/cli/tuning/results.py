@@ -19,7 +19,7 @@ __all__ = ["best_trial", "draw_trials", "in_bits", "measure", "table", "write_be
 # Settings that change what a token is.
 VOCABULARY = {"tokens", "vocab_size", "vocabularies"}
 # Background of the labels of an axis.
-LABEL = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+LABEL = {"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0.8}
 
 
 def in_bits(definition: Definition) -> bool:
@@ -76,7 +76,7 @@ def draw_trials(study: Study, definition: Definition) -> None:
 
     complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
     pruned = [trial for trial in study.trials() if trial.state == TrialState.PRUNED]
-    names, losses = list(definition.space), [_loss(trial) for trial in complete]
+    names, losses = list(definition.space), sorted(_loss(trial) for trial in complete)
     figure = Figure(figsize=(5 + 1.2 * len(names), 4.5), layout="constrained")
     importance, lines = figure.subplots(1, 2, width_ratios=(3, 1 + 1.2 * len(names)))
 
@@ -88,7 +88,8 @@ def draw_trials(study: Study, definition: Definition) -> None:
         importance.set(xticks=[], yticks=[], title="too few complete trials", xlabel="")
 
     colours = colormaps["viridis"]
-    norm = Normalize(min(losses), max(losses))
+    # The worst quarter has one colour, because a single bad trial would leave one colour to all others.
+    norm = Normalize(losses[0], losses[3 * (len(losses) - 1) // 4], clip=True)
 
     def heights(trial: FrozenTrial) -> list[float]:
         return [_height(definition.space[name], trial.params[name]) for name in names]
@@ -108,7 +109,7 @@ def draw_trials(study: Study, definition: Definition) -> None:
     lines.set_xticks(range(len(names) + 1), [*(name.replace("_", "-") for name in names), "loss"])
     lines.set(yticks=[], ylim=(-0.05, 1.05), xlim=(-0.1, len(names) + 0.02))
     lines.set_title(f"{len(complete)} complete trials, the best one bold; {len(pruned)} pruned ones grey", fontsize=10)
-    figure.colorbar(ScalarMappable(norm, colours), ax=lines, label=measure(definition), pad=0.01)
+    figure.colorbar(ScalarMappable(norm, colours), ax=lines, label=measure(definition), pad=0.01, extend="max")
     with atomic_write(study.picture) as file:
         figure.savefig(file, format=study.picture.suffix[1:])
 
