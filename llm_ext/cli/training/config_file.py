@@ -30,7 +30,7 @@ def read_config(path: Path, task: str | None) -> tuple[str, dict[str, Any]]:
     """
     values = read_toml(path)
     own = values.pop("task", task or "lm")
-    if own not in CONFIGS:
+    if own not in [*CONFIGS]:  # a list, because the file may have any type here
         raise CommandError(f"{path}: task must be one of {', '.join(CONFIGS)}, got {own!r}")
     if own != (task or own):
         raise CommandError(f"{path}: is for --task {own}, not for --task {task}")

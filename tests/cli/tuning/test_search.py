@@ -161,8 +161,8 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(
     out, none = tmp_path / "out", tmp_path / "none"
     code, said, errors = tune(text, "--out", out, "--trials", 12, space="embedding = [8, 9, 10, 11]\n")
     assert (code, errors) == (0, "")
-    failures = {trial.params["embedding"]: trial.user_attrs.get("failure") for trial in trials(out)}
-    assert failures[8] is None
+    failures = {trial.params["embedding"]: trial.user_attrs.get("failure", "") for trial in trials(out)}
+    assert failures[8] == ""
     assert failures[9] == "MemoryError"
     assert failures[10] == "you tried to allocate 7 bytes"
     assert "step 1: the loss is nan; training stopped, nothing was saved yet" in failures[11]
