@@ -33,13 +33,24 @@ class BeamSearch:
         end: The id that begins and ends every target.
         limits: Largest number of ids of a target of each source, ``[B]`` int64.
         length_penalty: Power of the length by which the log-probability of a target is divided.
+        no_repeat_ngram_size: No n-gram of this many ids occurs twice in a target; 0 allows all.
         device: Device of the scores.
     """
 
-    def __init__(self, B: int, K: int, end: int, limits: Tensor, length_penalty: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        B: int,
+        K: int,
+        end: int,
+        limits: Tensor,
+        length_penalty: float,
+        no_repeat_ngram_size: int,
+        device: torch.device,
+    ) -> None:
         self.end = end
         self.limits = limits
         self.length_penalty = length_penalty
+        self.no_repeat_ngram_size = no_repeat_ngram_size
         self.length = 0
         longest = int(limits.max()) if B else 0
         # All K targets begin equal, so that only the first one is open.
@@ -77,6 +88,8 @@ class BeamSearch:
             self.log_probabilities = self.log_probabilities.to(dtype)
         dtype = self.log_probabilities.dtype
         totals = self.log_probabilities.unsqueeze(-1) + F.log_softmax(scores, -1, dtype=dtype)
+        if 0 < self.no_repeat_ngram_size <= self.length:
+            self._forbid_repeats(totals)
         # At most K of the 2 K best candidates end, one for each open target: K others remain to continue with.
         best, indices = totals.flatten(1).topk(min(2 * K, K * V))
         origins, tokens = indices // V, indices % V
@@ -103,6 +116,16 @@ class BeamSearch:
         self.closed = self.closed | at_limit.squeeze(-1) | (overtaken & (worst_finished > -math.inf))
         first_rows = torch.arange(B, device=indices.device).unsqueeze(-1) * K
         return (first_rows + origins.gather(1, order)).flatten()
+
+    def _forbid_repeats(self, totals: Tensor) -> None:
+        """Set the log-probabilities ``[B, K, V]`` of ids that would repeat an n-gram to -inf."""
+        n = self.no_repeat_ngram_size
+        paths = self.paths[:, :, : self.length]
+        grams = paths.unfold(-1, n, 1)  # [B, K, length - n + 1, n]
+        last = paths[:, :, self.length - n + 1 :].unsqueeze(2)
+        repeats = (grams[..., :-1] == last).all(-1)
+        forbidden = torch.zeros_like(repeats, dtype=totals.dtype).masked_fill(repeats, -math.inf)
+        totals.scatter_add_(-1, grams[..., -1], forbidden)
 
     def best(self, count: int) -> list[list[BeamHypothesis]]:
         """Return the `count` best finished targets of each source, best first; fewer where there are no more."""

@@ -21,6 +21,7 @@ from llm_ext.models.argument_checks import (
 )
 from llm_ext.models.beam_search import BeamHypothesis, BeamSearch, length_limits
 from llm_ext.models.bypass import may_bypass
+from llm_ext.models.copying import first_positions, pointer_generator
 from llm_ext.models.initialization import init_recurrent_
 from llm_ext.models.recurrent_layers import (
     RecurrentLayer,
@@ -47,11 +48,15 @@ class EncoderOutput(NamedTuple):
         keys: Projected keys, ``[B, S, A]``.
         values: Projected values, ``[B, S, E]``.
         lengths: Tokens of each source, ``[B]`` int64, or None if all have S.
+        ids: Token ids to copy, ``[B, S]`` int64; None without copying.
+        first: For each of `ids` the first position with the same id, ``[B, S]`` int64; None without copying.
     """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor | None
+    ids: Tensor | None = None
+    first: Tensor | None = None
 
 
 class Seq2SeqState(NamedTuple):
@@ -115,6 +120,14 @@ class Seq2Seq(nn.Module):
     Attention follows the recurrence, so that with a given target (teacher forcing) the decoder runs in one call. With
     input feeding it runs step by step.
 
+    With copying (a pointer-generator) a token is either generated, with the probability p_t, or copied from the source,
+    by the weights of the attention; the keys of the attention then include the embeddings of a token and of the one
+    before it, so that a name is copied token by token::
+
+        k'_s   = [k_s ; W_s[x_s] + b_s ; W_s[x_{s-1}] + b_s]    in place of k_s in W_k k_s
+        p_t    = σ(w · z_t + b)
+        P(y_t) = p_t softmax(W_o z_t + b_o)[y_t] + (1 - p_t) Σ_s α_ts [x_s = y_t]
+
     Args:
         source_vocab_size: V_s, number of token ids of sources.
         target_vocab_size: V, number of token ids of targets.
@@ -130,6 +143,7 @@ class Seq2Seq(nn.Module):
         input_feeding: Append the readout of the last step to the decoder's input. Default: False.
         share_embedding: Use one embedding for sources and targets, which must have one vocabulary. Default: False.
         tie_head: Use the weight of the target embedding as the weight of the head. Default: False.
+        copy: Copy tokens of the source. Sources and targets must have one vocabulary. Default: False.
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
@@ -138,7 +152,7 @@ class Seq2Seq(nn.Module):
 
     Shape:
         - Input: source ids ``[B, S]`` and target ids ``[B, T]``, int64 or int32.
-        - Output: scores ``[B, T, V]``.
+        - Output: scores ``[B, T, V]``, whose softmax is the probability of each token.
 
     Attributes:
         source_embedding: The `AffineEmbedding` of sources.
@@ -151,9 +165,10 @@ class Seq2Seq(nn.Module):
         value: The `Linear` map W_v.
         readout: The `Linear` map W_r, b_r.
         head: The `Linear` map W_o, b_o.
+        gate: The `Linear` map w, b of p_t with copying; otherwise None.
 
     Source: Bahdanau et al., arXiv 1409.0473; attention after the recurrence and input feeding: Luong et al.,
-    arXiv 1508.04025; the tied head: Press and Wolf, arXiv 1608.05859.
+    arXiv 1508.04025; the tied head: Press and Wolf, arXiv 1608.05859; copying: See et al., arXiv 1704.04368.
 
     Example:
         >>> model = llm_ext.Seq2Seq(100, 120, embedding_dim=16, hidden_dim=32)
@@ -184,6 +199,7 @@ class Seq2Seq(nn.Module):
         input_feeding: bool = False,
         share_embedding: bool = False,
         tie_head: bool = False,
+        copy: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -196,11 +212,13 @@ class Seq2Seq(nn.Module):
         input_feeding = as_flag("Seq2Seq", "input_feeding", input_feeding)
         share_embedding = as_flag("Seq2Seq", "share_embedding", share_embedding)
         tie_head = as_flag("Seq2Seq", "tie_head", tie_head)
+        copy = as_flag("Seq2Seq", "copy", copy)
         check_dropout("Seq2Seq", dropout)
         check_cell("Seq2Seq", cell)
-        if share_embedding and source_vocab_size != target_vocab_size:
-            got = f"{source_vocab_size} and {target_vocab_size}"
-            raise ValueError(f"Seq2Seq: share_embedding needs one vocabulary, got sizes {got}")
+        for name, flag in (("share_embedding", share_embedding), ("copy", copy)):
+            if flag and source_vocab_size != target_vocab_size:
+                got = f"{source_vocab_size} and {target_vocab_size}"
+                raise ValueError(f"Seq2Seq: {name} needs one vocabulary, got sizes {got}")
         self._config: dict[str, int | float | str] = {
             "source_vocab_size": source_vocab_size,
             "target_vocab_size": target_vocab_size,
@@ -214,11 +232,13 @@ class Seq2Seq(nn.Module):
             "input_feeding": input_feeding,
             "share_embedding": share_embedding,
             "tie_head": tie_head,
+            "copy": copy,
         }
         self.source_vocab_size = source_vocab_size
         self.target_vocab_size = target_vocab_size
         self.input_feeding = input_feeding
         self.tie_head = tie_head
+        self.copy = copy
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         E, H = embedding_dim, hidden_dim
         self.source_embedding = AffineEmbedding(source_vocab_size, E, **factory)
@@ -230,10 +250,11 @@ class Seq2Seq(nn.Module):
         self.bridge = Linear(2 * H, H, **factory)
         self.cell_bridge = Linear(2 * H, H, **factory) if cell == "lstm" else None
         self.decoder = layers(E + E * input_feeding, H, n_layers, dropout=between, **factory)
-        self.attention = AdditiveAttention(H, 2 * H, attn_dim, **factory)
+        self.attention = AdditiveAttention(H, 2 * H + 2 * E * copy, attn_dim, **factory)
         self.value = Linear(2 * H, E, bias=False, **factory)
         self.readout = Linear(H, E, **factory)
         self.head = Linear(E, target_vocab_size, **factory)
+        self.gate = Linear(E, 1, **factory) if copy else None
         if tie_head:
             self.head.weight = self.target_embedding.weight
         self.dropout = nn.Dropout(dropout)
@@ -247,7 +268,7 @@ class Seq2Seq(nn.Module):
             recurrent.reset_parameters()
             init_recurrent_(recurrent)
         self.value.reset_parameters()
-        for linear in (self.bridge, self.cell_bridge, self.readout, self.head):
+        for linear in (self.bridge, self.cell_bridge, self.readout, self.head, self.gate):
             if linear is not None:
                 linear.reset_parameters()
                 nn.init.zeros_(linear.bias)
@@ -303,21 +324,23 @@ class Seq2Seq(nn.Module):
         x = _apply_mask(x, self._dropout_mask(B, x))
         if self.input_feeding:
             mask = self._dropout_mask(B, x, self.readout.in_features)
-            steps = []
+            readouts, attended = [x[:, :0]], []
             for t in range(x.shape[1]):
-                readout, state, _ = self._layerwise_step(x[:, t : t + 1], state, encoder_output, mask)
-                steps.append(readout)
-            readout = torch.cat(steps, 1) if steps else x
-            return self._scores(readout if keep is None else readout[keep])
+                readout, state, weights = self._layerwise_step(x[:, t : t + 1], state, encoder_output, mask, self.copy)
+                readouts.append(readout)
+                attended += [] if weights is None else [weights]
+            readout = torch.cat(readouts, 1)
+            weights = torch.cat(attended, 1) if attended else None
+            return self._scores(readout if keep is None else readout[keep], weights, encoder_output, keep)
         h, _ = call_recurrent(
             self.decoder, x.transpose(0, 1), join_state(state.hidden, state.cell), lengths=target_lengths
         )
         h = h.transpose(0, 1)  # [B, T, H]
-        context, _ = self._attend(h, encoder_output)
+        context, weights = self._attend(h, encoder_output, self.copy)
         h = _apply_mask(h, self._dropout_mask(B, h))
         if keep is not None:
             h, context = h[keep], context[keep]
-        return self._scores(self._read_out(h, context))
+        return self._scores(self._read_out(h, context), weights, encoder_output, keep)
 
     def _dropout_mask(self, rows: int, like: Tensor, size: int | None = None) -> Tensor | None:
         """Return dropout factors ``[rows, size]``, one draw for all positions of a row; None without dropout."""
@@ -363,11 +386,15 @@ class Seq2Seq(nn.Module):
                 lengths = None
             elif bool((lengths > 0).all()):  # an empty row cannot be packed
                 packing = pack_lengths(lengths, S)
+        if packing is None or self.copy:
+            source = _fill_padding(source, lengths)
         if packing is None:
-            keys, values, last = self._encode_padded(_fill_padding(source, lengths), lengths, projections)
+            keys, values, last = self._encode_padded(source, lengths, projections)
         else:
             keys, values, last = self._encode_packed(source, packing, projections)
-        return EncoderOutput(keys, values, lengths), self._first_state(last, keys)
+        ids = source.to(torch.int64) if self.copy else None
+        first = None if ids is None else first_positions(ids)
+        return EncoderOutput(keys, values, lengths, ids, first), self._first_state(last, keys)
 
     def _encode_padded(
         self, source: Tensor, lengths: Tensor | None, projections: list[Tensor] | None
@@ -378,11 +405,19 @@ class Seq2Seq(nn.Module):
             mask = self._dropout_mask(source.shape[0], features)
             return features if mask is None else features * mask
 
+        projected = projections is not None and lengths is None
+        embedded = None if projected and not self.copy else self.source_embedding(source.t())
         if projections is not None and lengths is None:
             read, last = self._encode_projected(source.t(), projections)
         else:
-            read, last = call_recurrent(self.encoder, drop(self.source_embedding(source.t())), None, lengths)
-        keys, values = self.attention.project_keys(read), self.value(drop(read))  # [S, B, *]
+            assert embedded is not None
+            read, last = call_recurrent(self.encoder, drop(embedded), None, lengths)
+        key = read
+        if self.copy:
+            assert embedded is not None
+            before = nn.functional.pad(embedded, (0, 0, 0, 0, 1, 0))[:-1]
+            key = torch.cat((read, embedded, before), -1)
+        keys, values = self.attention.project_keys(key), self.value(drop(read))  # [S, B, *]
         # Contiguous rows of a source, because every step of the decoder reads them.
         return keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), last
 
@@ -398,13 +433,21 @@ class Seq2Seq(nn.Module):
 
         index = packing.batch_rows * S + packing.steps
         ids = source.flatten().index_select(0, index)
+        embedded = None if projections is not None and not self.copy else self.source_embedding(ids)
         if projections is not None:
             read, last = self._encode_projected(ids, projections, packing.batch_sizes)
         else:
-            embedded = PackedSequence(drop(self.source_embedding(ids)), packing.batch_sizes)
-            packed, last = call_recurrent(self.encoder, embedded, None)
+            assert embedded is not None
+            packed, last = call_recurrent(self.encoder, PackedSequence(drop(embedded), packing.batch_sizes), None)
             read = packed.data  # [N, 2 H]
-        keys = self.attention.project_keys(read.unsqueeze(0)).squeeze(0)
+        key = read
+        if self.copy:
+            assert embedded is not None
+            first = int(packing.batch_sizes[0])
+            rows = torch.arange(first, len(ids)) - packing.batch_sizes[packing.steps[first:] - 1]
+            before = torch.cat((embedded.new_zeros(first, embedded.shape[1]), embedded.index_select(0, rows)))
+            key = torch.cat((read, embedded, before), -1)
+        keys = self.attention.project_keys(key.unsqueeze(0)).squeeze(0)
         keys, values = (
             rows.new_zeros(B * S, rows.shape[-1]).index_copy(0, index, rows).unflatten(0, (B, S))
             for rows in (keys, self.value(drop(read)))
@@ -483,14 +526,16 @@ class Seq2Seq(nn.Module):
         if not isinstance(encoder_output, EncoderOutput):
             raise TypeError(f"Seq2Seq: encoder_output must be an EncoderOutput, got {type(encoder_output).__name__}")
         try:
-            readout, after, weights = self._step(ids, state, encoder_output, need_weights, input_projections)
+            readout, after, weights = self._step(
+                ids, state, encoder_output, need_weights or self.copy, input_projections
+            )
         except (RuntimeError, TypeError, AttributeError):
             B = len(encoder_output.values)
             if len(ids) != B:
                 raise ValueError(f"Seq2Seq: ids must be [B, K] = [{B}, *], got {list(ids.shape)}") from None
             check_state("Seq2Seq", self.decoder, state.hidden, state.cell, ids.numel())
             raise
-        return self._scores(readout), after, weights
+        return self._scores(readout, weights, encoder_output), after, weights if need_weights else None
 
     def _step(
         self,
@@ -580,8 +625,20 @@ class Seq2Seq(nn.Module):
     def _read_out(self, h: Tensor, context: Tensor) -> Tensor:
         return torch.tanh(self.readout(h) + context)
 
-    def _scores(self, readout: Tensor) -> Tensor:
-        return cast(Tensor, self.head(readout))
+    def _scores(
+        self, readout: Tensor, weights: Tensor | None, encoder_output: EncoderOutput, keep: Tensor | None = None
+    ) -> Tensor:
+        """Return the scores of a readout ``[B, K, E]``, or with `keep` ``[N, E]``; `weights` are ``[B, K, S]``."""
+        scores = cast(Tensor, self.head(readout))
+        if self.gate is None:
+            return scores
+        assert weights is not None
+        assert encoder_output.ids is not None
+        assert encoder_output.first is not None
+        ids, first = (each.unsqueeze(1).expand_as(weights) for each in (encoder_output.ids, encoder_output.first))
+        if keep is not None:
+            weights, ids, first = weights[keep], ids[keep], first[keep]
+        return pointer_generator(scores, self.gate(readout).squeeze(-1), weights, ids, first)
 
     # ---- searches
 
@@ -629,21 +686,21 @@ class Seq2Seq(nn.Module):
         for n in range(1, int(limits.max()) + 1 if len(limits) else 0):
             if ended.all():
                 return
-            readout, state, _ = self._step(ids.unsqueeze(1), state, encoder_output, input_projections=input_projections)
-            ids = self._best_ids(readout, check=n == 1).masked_fill(ended, end)
+            readout, state, weights = self._step(ids.unsqueeze(1), state, encoder_output, self.copy, input_projections)
+            ids = self._best_ids(readout, weights, encoder_output, check=n == 1).masked_fill(ended, end)
             yield ids
             ended = ended | (ids == end) | (limits <= n)
 
-    def _best_ids(self, readout: Tensor, check: bool) -> Tensor:
+    def _best_ids(self, readout: Tensor, weights: Tensor | None, encoder_output: EncoderOutput, check: bool) -> Tensor:
         """Return the ids ``[B]`` of the largest scores of a readout ``[B, 1, E]``; with `check`, raise for NaN."""
-        readout = readout.squeeze(1)
-        if may_bypass(self.head, Linear):
+        if may_bypass(self.head, Linear) and not self.copy:
+            readout = readout.squeeze(1)
             weight, bias = self.head.weight, self.head.bias
             ids = ops.linear_argmax(readout, weight, bias)
             if check:  # a NaN would be the maximum
                 _check_scores((readout * weight[ids]).sum(-1) + bias[ids])
             return ids
-        scores = self._scores(readout)
+        scores = self._scores(readout, weights, encoder_output).squeeze(1)
         if check:
             _check_scores(scores)
         return scores.argmax(-1)
@@ -657,6 +714,7 @@ class Seq2Seq(nn.Module):
         beam: int = 5,
         num_return_sequences: int = 1,
         length_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
         max_length: int | None = None,
         input_projections: InputProjections | None = None,
     ) -> list[list[BeamHypothesis]]:
@@ -674,6 +732,7 @@ class Seq2Seq(nn.Module):
             num_return_sequences: Number of targets to return for each source, at most `beam`.
             length_penalty: The score of a target is its log-probability divided by its length, including the end id,
                 to this power.
+            no_repeat_ngram_size: Never write the same n-gram of this many tokens twice in a target. 0: no limit.
             max_length: Largest number of ids of a target, which is cut off there. None: 10 more than twice those of its
                 source.
             input_projections: As in `encode`.
@@ -685,7 +744,8 @@ class Seq2Seq(nn.Module):
             ValueError: A shape or number does not fit.
             RuntimeError: The scores are NaN.
 
-        Source: the normalization by length is that of Wu et al., arXiv 1609.08144, without its constants.
+        Source: the normalization by length is that of Wu et al., arXiv 1609.08144, without its constants; blocked
+        n-grams: Paulus et al., arXiv 1705.04304.
         """
         self._check_search(source, end, source_lengths, max_length)
         if beam < 1:
@@ -695,8 +755,10 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"Seq2Seq: num_return_sequences must be {got}")
         if not 0 <= length_penalty < math.inf:
             raise ValueError(f"Seq2Seq: length_penalty must be at least 0 and finite, got {length_penalty}")
+        if no_repeat_ngram_size < 0:
+            raise ValueError(f"Seq2Seq: no_repeat_ngram_size must be at least 0, got {no_repeat_ngram_size}")
         limits = length_limits(source, source_lengths, max_length)
-        beams = BeamSearch(len(source), beam, end, limits, length_penalty, source.device)
+        beams = BeamSearch(len(source), beam, end, limits, length_penalty, no_repeat_ngram_size, source.device)
         self._search(beams, source, source_lengths, input_projections)
         return beams.best(num_return_sequences)
 

@@ -88,6 +88,26 @@ def test_a_beam_that_holds_all_targets(length_penalty: float, input_feeding: boo
     assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_no_n_gram_occurs_twice(n: int) -> None:
+    """The beam holds all targets of at most 3 ids; those without a repeated n-gram are found, with the same scores."""
+    m = search_model(2.0)
+    source = sources()
+    options: dict[str, Any] = {"beam": 300, "num_return_sequences": 300, "max_length": 3, "length_penalty": 0.0}
+    (every,), (found,) = (m.search(source[:1], END, no_repeat_ngram_size=size, **options) for size in (0, n))
+
+    def repeats(ids: list[int]) -> bool:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        return len(set(grams)) < len(grams)
+
+    expected = {tuple(h.ids.tolist()): h.score for h in every if not repeats(h.ids.tolist())}
+    assert len(every) == 1 + 6 + 36 + 216
+    assert len(expected) < len(every)
+    assert {tuple(h.ids.tolist()): h.score for h in found} == pytest.approx(expected)
+    (long,) = m.search(source[:1], END, beam=1, max_length=40, no_repeat_ngram_size=n)
+    assert not repeats(long[0].ids.tolist())
+
+
 @some_models
 def test_a_beam_scores_better_than_greedy(cell: str, input_feeding: bool) -> None:
     m = search_model(2.0, cell=cell, input_feeding=input_feeding)
@@ -137,6 +157,7 @@ BAD_SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"beam": 0}, "beam must be at least 1, got 0"),
     ({"beam": 2, "num_return_sequences": 3}, "num_return_sequences must be from 1 to beam = 2, got 3"),
     ({"length_penalty": -1.0}, "length_penalty must be at least 0"),
+    ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, got -1"),
     ({"end": VOCAB}, "end must be an id from 0 to 6, got 7"),
     ({"max_length": -1}, "max_length must be at least 0, got -1"),
 ]

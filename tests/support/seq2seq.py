@@ -19,7 +19,8 @@ LENGTHS = torch.tensor([9, 1, 6, 9])
 
 def model(**options: Any) -> llm_ext.Seq2Seq:
     defaults: dict[str, Any] = {"n_layers": 2, "attn_dim": A, "dtype": torch.float64}
-    m = llm_ext.Seq2Seq(SOURCE_VOCAB, VOCAB, E, H, **(defaults | options))
+    # Copying needs one vocabulary.
+    m = llm_ext.Seq2Seq(VOCAB if options.get("copy") else SOURCE_VOCAB, VOCAB, E, H, **(defaults | options))
     for parameter in m.parameters():  # biases too
         nn.init.normal_(parameter, std=0.4)
     return m
@@ -33,12 +34,15 @@ def search_model(scale: float = 3.0, **options: Any) -> llm_ext.Seq2Seq:
     return m.eval()
 
 
-def sources(lengths: Tensor = LENGTHS) -> Tensor:
-    return torch.randint(SOURCE_VOCAB, (len(lengths), int(lengths.max())))
+def sources(lengths: Tensor = LENGTHS, vocab: int = SOURCE_VOCAB) -> Tensor:
+    return torch.randint(vocab, (len(lengths), int(lengths.max())))
 
 
 def expected_scores(m: llm_ext.Seq2Seq, source: Tensor, target: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [B, T, V] and weights [B, T, S] of the model with torch.nn and formulas, step by step."""
+    """Scores [B, T, V] and weights [B, T, S] of the model with torch.nn and formulas, step by step.
+
+    With copying the scores are the logarithms of the mixture.
+    """
     config = m.config()
     L = int(config["n_layers"])
     layers = getattr(nn, str(config["cell"]).upper())
@@ -54,9 +58,13 @@ def expected_scores(m: llm_ext.Seq2Seq, source: Tensor, target: Tensor, lengths:
     def embed(layer: llm_ext.nn.AffineEmbedding, ids: Tensor) -> Tensor:
         return nn.functional.one_hot(ids, layer.num_embeddings).double() @ layer.weight + layer.bias
 
-    packed = pack_padded_sequence(embed(m.source_embedding, source.t()), lengths, enforce_sorted=False)
+    read = embed(m.source_embedding, source.t())
+    packed = pack_padded_sequence(read, lengths, enforce_sorted=False)
     output, last = run(encoder, m.encoder, packed)
-    keys = pad_packed_sequence(output, total_length=source.shape[1])[0].transpose(0, 1)
+    keys = values = pad_packed_sequence(output, total_length=source.shape[1])[0].transpose(0, 1)
+    if m.gate is not None:
+        before = torch.cat((torch.zeros_like(read[:1]), read[:-1]))
+        keys = torch.cat((values, read.transpose(0, 1), before.transpose(0, 1)), -1)
 
     def both(h: Tensor) -> Tensor:
         return torch.stack([torch.cat((h[2 * layer], h[2 * layer + 1]), -1) for layer in range(L)])
@@ -76,7 +84,11 @@ def expected_scores(m: llm_ext.Seq2Seq, source: Tensor, target: Tensor, lengths:
         h, state = run(decoder, m.decoder, x[None], state)
         inner = torch.tanh((h[0] @ a.q_proj_weight.T)[:, None] + keys @ a.k_proj_weight.T + a.bias)
         alpha = torch.softmax((inner @ a.v).masked_fill(masked, -math.inf), -1)
-        readout = torch.tanh(m.readout(h[0]) + (alpha[:, :, None] * keys).sum(1) @ m.value.weight.T)
+        readout = torch.tanh(m.readout(h[0]) + (alpha[:, :, None] * values).sum(1) @ m.value.weight.T)
         scores.append(readout @ m.head.weight.T + m.head.bias)
+        if m.gate is not None:
+            copied = (alpha[:, :, None] * nn.functional.one_hot(source, VOCAB)).sum(1)
+            p = torch.sigmoid(m.gate(readout))
+            scores[-1] = torch.log(p * torch.softmax(scores[-1], -1) + (1 - p) * copied)
         weights.append(alpha)
     return torch.stack(scores, 1), torch.stack(weights, 1)
