@@ -32,7 +32,13 @@ Model = LLM | Seq2Seq
 RUN = "llm_ext run"
 CHECKPOINT = "llm_ext checkpoint"
 WEIGHTS, STATE = "model.safetensors", "state.safetensors"
-MODELS: dict[str, Callable[..., Model]] = {"lm": LLM, "translate": Seq2Seq}
+MODELS: dict[str, Callable[..., Model]] = {"lm": LLM, "translate": Seq2Seq, "summarize": Seq2Seq}
+# What a run of each task holds, and the command that uses it.
+COMMANDS = {
+    "lm": ("a language model", "generate"),
+    "translate": ("a translator", "translate"),
+    "summarize": ("a summarizer", "summarize"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,13 @@ class Checkpoint:
     def task(self) -> str:
         """The task of the model; checkpoints without this entry are language models."""
         return str(self.config.get("task", "lm"))
+
+    def check_task(self, *tasks: str) -> None:
+        """Raise a CommandError that names the right command unless the task is one of `tasks`."""
+        if self.task not in tasks and self.task in COMMANDS:
+            holds, command = COMMANDS[self.task]
+            expected = " or ".join(COMMANDS[task][0] for task in tasks)
+            raise CommandError(f"{self.path.parent}: holds {holds}, not {expected}; use it with llm-ext {command}")
 
     def model(self) -> Model:
         """Build the model and load its weights.
@@ -141,11 +154,12 @@ class Run:
             which: "last" or "best".
 
         Raises:
-            CommandError: A file is missing, damaged, or does not match, or the model is a translator.
+            CommandError: A file is missing, damaged, or does not match, or the model is of another task.
         """
-        model = self.checkpoint(which).model()
-        if not isinstance(model, LLM):
-            raise CommandError(f"{self.path}: holds a translator, not a language model; use it with llm-ext translate")
+        checkpoint = self.checkpoint(which)
+        checkpoint.check_task("lm")
+        model = checkpoint.model()
+        assert isinstance(model, LLM)
         (tokenizer,) = self.tokenizers(model)
         return model.eval(), tokenizer
 
@@ -182,7 +196,7 @@ class Run:
             training: JSON values needed to continue.
             state: Tensors needed to continue.
             best: Whether this is the best model so far.
-            task: "lm" or "translate".
+            task: The task of the model, one of `MODELS`.
 
         Raises:
             OSError: The checkpoint could not be written; earlier ones are unchanged.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
-from llm_ext.cli.training import LanguageConfig, TranslationConfig, read_log
+from llm_ext.cli.training import LanguageConfig, SummaryConfig, TranslationConfig, read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +35,11 @@ def language_config(**changes: Any) -> LanguageConfig:
 def translation_config(**changes: Any) -> TranslationConfig:
     """Settings of a translator that trains in a fraction of a second."""
     return TranslationConfig(**{**TRANSLATION, "steps": 30, **changes})
+
+
+def summary_config(**changes: Any) -> SummaryConfig:
+    """Settings of a summarizer that trains in a fraction of a second."""
+    return SummaryConfig(**{**TRANSLATION, "steps": 30, **changes})
 
 
 def language_options(**changes: Any) -> list[str]:

@@ -13,7 +13,17 @@ from llm_ext.cli.errors import CommandError
 __all__ = ["main"]
 
 # Packages of the extra `cli`, and of others with the names of those to install.
-CLI = ("lightning_fabric", "matplotlib", "numpy", "sacrebleu", "safetensors", "tokenizers", "tomli", "tqdm")
+CLI = (
+    "lightning_fabric",
+    "matplotlib",
+    "numpy",
+    "rouge_score",
+    "sacrebleu",
+    "safetensors",
+    "tokenizers",
+    "tomli",
+    "tqdm",
+)
 EXTRAS = dict.fromkeys(CLI, "cli") | {"optuna": "cli,tune"}
 
 

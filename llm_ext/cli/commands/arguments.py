@@ -47,10 +47,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_pair_files(parser: argparse.ArgumentParser, prefix: str = "", purpose: str = "") -> None:
     """Add --source and --target, which replace a tab-separated file."""
     parser.add_argument(
-        f"--{prefix}source", type=Path, metavar="FILE", help=f"translator: file of sources{purpose}, one per line"
+        f"--{prefix}source", type=Path, metavar="FILE", help=f"pairs: file of sources{purpose}, one per line"
     )
     parser.add_argument(
-        f"--{prefix}target", type=Path, metavar="FILE", help=f"translator: file of targets{purpose}, one per line"
+        f"--{prefix}target", type=Path, metavar="FILE", help=f"pairs: file of targets{purpose}, one per line"
     )
 
 
@@ -62,7 +62,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the search for a translation."""
+    """Add the options of the search for a target."""
     parser.add_argument("--beam", type=int, default=1, metavar="N", help="beam width; 1 is greedy search (default: 1)")
     parser.add_argument(
         "--length-penalty",
@@ -72,7 +72,14 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         help="beam search: scores are divided by length to this power; more than 1 favors long ones (default: 1)",
     )
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="most tokens of a translation (default: 10 + twice its source)"
+        "--no-repeat-ngram-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="never write the same N tokens in a row twice in a line; 0 allows it (default: 0)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="most tokens of a written line (default: 10 + twice its source)"
     )
 
 
@@ -101,6 +108,7 @@ def check_search(options: argparse.Namespace) -> None:
         (
             ("beam", options.beam >= 1, "at least 1"),
             ("length-penalty", 0 <= options.length_penalty < math.inf, "at least 0"),
+            ("no-repeat-ngram-size", options.no_repeat_ngram_size >= 0, "at least 0"),
             ("max-length", options.max_length is None or options.max_length >= 1, "at least 1"),
             ("batch", batch is None or batch >= 1, "at least 1"),
             ("num-return-sequences", 1 <= sequences <= options.beam, f"from 1 to --beam, which is {options.beam}"),
@@ -113,6 +121,7 @@ def search_options(options: argparse.Namespace) -> SearchOptions:
     return SearchOptions(
         beam=options.beam,
         length_penalty=options.length_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
         max_length=options.max_length,
         num_return_sequences=getattr(options, "num_return_sequences", 1),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ext.cli.commands.arguments import add_cache, add_pair_files, add_traceback, pair_files
-from llm_ext.cli.training.config import CONFIGS, Config
+from llm_ext.cli.training.config import CONFIGS, Config, TranslationConfig
 from llm_ext.cli.training.config_file import read_config
 from llm_ext.cli.training.pipeline import Outcome, resume, train
 
@@ -39,10 +39,10 @@ def add_parser(commands: Commands) -> None:
         "train",
         help="train a model on text files",
         usage="llm-ext train FILE [FILE ...] --out DIR [options]\n"
-        "       llm-ext train --task translate FILE.tsv --out DIR [options]\n"
-        "       llm-ext train --task translate --source FILE --target FILE --out DIR [options]\n"
+        "       llm-ext train --task translate|summarize FILE.tsv --out DIR [options]\n"
+        "       llm-ext train --task translate|summarize --source FILE --target FILE --out DIR [options]\n"
         "       llm-ext train --resume --out DIR [options]",
-        description="Train a language model on text, or a translator on pairs of lines.",
+        description="Train a language model on text, or a translator or a summarizer on pairs of lines.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_data(parser)
@@ -66,13 +66,12 @@ def add_parser(commands: Commands) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the task and its files, and --config."""
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="text; for a translator, one file of tab-separated pairs"
-    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="text, or one file of tab-separated pairs")
     parser.add_argument(
         "--task",
         choices=CONFIGS,
-        help="lm: predict the next token of a text; translate: write the target of a source (default: lm)",
+        help="lm: predict the next token of a text; translate: write the target of a source; summarize: likewise, with "
+        "long sources and copying (default: lm)",
     )
     add_pair_files(parser)
     parser.add_argument(
@@ -93,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> Outcome:
     task, from_file, given = read_settings(options)
-    val = pair_files(options, options.val, "val-") if task == "translate" else options.val
+    val = pair_files(options, options.val, "val-") if _reads_pairs(task) else options.val
     files = training_files(options, task)
     return train(make_config(options, task, from_file | given), files, options.out, val=val, cache=options.cache)
 
@@ -106,7 +105,7 @@ def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any], dic
         task, from_file = read_config(options.config, task)
     task = task or "lm"
     others = [option_name(name) for name in given if task not in settings[name]]
-    if task == "lm":
+    if not _reads_pairs(task):
         others += _given_pair_files(options)
     if others:
         options.fail(f"not for --task {task}: {', '.join(others)}")
@@ -115,10 +114,14 @@ def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any], dic
 
 def training_files(options: argparse.Namespace, task: str) -> list[Path]:
     """Return the files to train on."""
-    files: list[Path] = pair_files(options, options.files) if task == "translate" else options.files
+    files: list[Path] = pair_files(options, options.files) if _reads_pairs(task) else options.files
     if not files:
         options.fail("FILE is missing: give text to train on")
     return files
+
+
+def _reads_pairs(task: str) -> bool:
+    return issubclass(CONFIGS[task], TranslationConfig)
 
 
 def _resume(options: argparse.Namespace) -> Outcome:
@@ -191,11 +194,13 @@ def add_settings(parser: argparse.ArgumentParser, without: Container[str] = ()) 
 def _defaults(setting: Setting) -> str:
     """Return the defaults of a setting, and the task it belongs to, for its help."""
     names = {True: "on", False: "off"}
-    values = {task: field.default for task, field in setting.items() if field.default not in (None, "")}
-    words = [names[value] if isinstance(value, bool) else str(value) for value in dict.fromkeys(values.values())]
-    if len(words) > 1:
-        words = [f"{value} for {task}" for task, value in values.items()]
-    only = "" if len(setting) > 1 else f"; for --task {next(iter(setting))} only"
+    tasks: dict[str, list[str]] = {}
+    for task, field in setting.items():
+        if field.default not in (None, ""):
+            value = names[field.default] if isinstance(field.default, bool) else str(field.default)
+            tasks.setdefault(value, []).append(task)
+    words = [*tasks] if len(tasks) == 1 else [f"{value} for {' and '.join(each)}" for value, each in tasks.items()]
+    only = "" if len(setting) == len(CONFIGS) else f"; for --task {' and '.join(setting)} only"
     return f" (default: {', '.join(words)}{only})" if words else ""
 
 

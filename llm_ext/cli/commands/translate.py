@@ -1,4 +1,4 @@
-"""`llm-ext translate`: translate lines with a translator."""
+"""`llm-ext translate`: translate lines with a translator; what it shares with `llm-ext summarize`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,38 @@ from llm_ext.cli.inference.translator import Translator
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_line_command", "add_parser", "run"]
 
 BATCH = 32
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
+    add_line_command(commands, "translate", "translate lines")
+
+
+def add_line_command(commands: Commands, task: str, does: str) -> None:
+    """Add a command that writes a line for each line with a model of a task.
+
+    Args:
+        commands: The command line.
+        task: The task, which is also the name of the command.
+        does: What it does to lines, as an imperative.
+    """
     parser = commands.add_parser(
-        "translate",
-        help="translate lines",
-        description="Translate the lines of files or of the standard input. At a terminal, or with --batch 1, each "
-        "line is translated before the next one is read; without a beam its words are printed as they are found.",
+        task,
+        help=does,
+        description=f"{does.capitalize()} of files or of the standard input: one line is written for each. At a "
+        "terminal, or with --batch 1, each line is answered before the next one is read; without a beam its words are "
+        "printed as they are found.",
     )
-    parser.set_defaults(run=run, fail=parser.error)
+    parser.set_defaults(run=run, fail=parser.error, task=task)
     add_model(parser)
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="lines to translate (default: standard input)"
+        "files", nargs="*", type=Path, metavar="FILE", help="lines to read; pipes too (default: standard input)"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help=f"lines translated together (default: {BATCH}; at a terminal 1)"
+        "--batch", type=int, metavar="N", help=f"lines read together (default: {BATCH}; at a terminal 1)"
     )
     add_search(parser)
     parser.add_argument(
@@ -44,22 +56,24 @@ def add_parser(commands: Commands) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="translations to print for each line, best first; at most --beam (default: 1)",
+        help="lines to write for each line, best first; at most --beam (default: 1)",
     )
     add_traceback(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the translation of each line; return the exit code."""
+    """Print the line that the model writes for each line; return the exit code."""
     check_search(options)
     check_files(options.files)
-    translator = Translator.load(Run(options.dir), options.checkpoint, find_device(options.device))
+    translator = Translator.load(Run(options.dir), options.checkpoint, find_device(options.device), options.task)
     batch = options.batch or (1 if not options.files and sys.stdin.isatty() else BATCH)
-    if batch == 1 and options.beam == 1:
+    if batch == 1 and options.beam == 1 and not options.no_repeat_ngram_size:
         _stream(translator, _lines(options.files), options.max_length)
-        return 0
-    for targets in translator.translate_lines(_lines(options.files), batch, warn, search_options(options)):
-        print("\n".join(targets), flush=True)
+    else:
+        for targets in translator.translate_lines(_lines(options.files), batch, warn, search_options(options)):
+            print("\n".join(targets), flush=True)
+    if translator.cuts:
+        warn(f"lines cut to at most {translator.longest_source:,} tokens: {translator.cuts:,}")
     return 0
 
 
@@ -75,7 +89,7 @@ def _lines(files: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _stream(translator: Translator, lines: Iterator[tuple[str, str]], max_length: int | None) -> None:
-    """Translate one line at a time, printing each piece of text as it is found."""
+    """Answer one line at a time, printing each piece of text as it is found."""
     for where, line in lines:
         if line.strip():
             for piece in translator.stream(translator.encode(line.strip(), where, warn), max_length):

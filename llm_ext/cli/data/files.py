@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ else:
 __all__ = [
     "atomic_write",
     "check_files",
+    "copy_pipes",
     "decode_line",
     "read_json",
     "read_lines",
@@ -102,14 +104,45 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """Raise a CommandError if a file is missing, is not a regular file, or is empty."""
+    """Raise a CommandError if a file is missing, is empty, or cannot hold text; pipes and terminals can."""
     for path in files:
         if not path.exists():
             raise CommandError(f"{path}: no such file")
-        if not path.is_file():
-            raise CommandError(f"{path}: expected a text file, got something else")
-        if path.stat().st_size == 0:
+        if not (path.is_file() or path.is_fifo() or path.is_char_device()):
+            got = "a directory" if path.is_dir() else "something else"
+            raise CommandError(f"{path}: expected a text file, got {got}")
+        if path.is_file() and path.stat().st_size == 0:
             raise CommandError(f"{path}: expected text, got an empty file")
+
+
+def copy_pipes(files: Sequence[Path], directory: Path) -> list[Path]:
+    """Return the files, each pipe replaced by a copy of its text, which can be read more than once.
+
+    Args:
+        files: Files that `check_files` has accepted.
+        directory: Directory of the copies. The name of a copy depends on the text.
+
+    Raises:
+        CommandError: A pipe is empty.
+    """
+    copies = []
+    for path in files:
+        copy = path
+        if not path.is_file():
+            directory.mkdir(parents=True, exist_ok=True)
+            sha = hashlib.sha256()
+            unfinished = directory / f".{os.getpid()}.unfinished"
+            with open(path, "rb") as pipe, atomic_write(unfinished) as file:
+                while block := pipe.read(1 << 20):
+                    sha.update(block)
+                    file.write(block)
+            copy = directory / f"{sha.hexdigest()[:16]}.txt"
+            os.replace(unfinished, copy)
+            if copy.stat().st_size == 0:
+                copy.unlink()
+                raise CommandError(f"{path}: expected text, got an empty pipe")
+        copies.append(copy)
+    return copies
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -34,6 +34,15 @@ class LineTokenizer(NamedTuple):
         # The space makes the first word of a line the same token as inside a line.
         return self.tokenizer.encode(f" {line}" if self._leading_space else line)
 
+    def cut(self, ids: Ids, most: int) -> Ids:
+        """Return the longest beginning of a line of at most `most` ids that ends with a word; at least one id."""
+        if len(ids) <= most:
+            return ids
+        for end in range(most, 0, -1):
+            if self.tokenizer.pieces[ids[end]][:1].isspace():
+                return ids[:end]
+        return ids[:most]  # one word
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the line of ids; ends are skipped."""
         text = self.tokenizer.decode(i for i in ids if i != self.end)

@@ -165,6 +165,7 @@ def encode_pairs(
     cache: Path,
     longest: int,
     notify: Callable[[str], object] = print,
+    longest_source: int | None = None,
 ) -> EncodedPairs:
     """Encode pairs, or open the encoded pairs of an earlier call.
 
@@ -175,17 +176,19 @@ def encode_pairs(
         cache: Directory of encoded pairs. The name of a file depends on the vocabularies and on the path, size and
             modification time of each file.
         longest: Pairs with a side of more tokens are left out.
-        notify: Receives a message about pairs that were left out.
+        notify: Receives a message about pairs that were left out, and about sources that were cut.
+        longest_source: Sources of more tokens are cut at the end of a word. None: they are not cut.
 
     Raises:
         CommandError: A file cannot be read or encoded, or no pair is left.
     """
     check_files(files.paths)
     tokenizers = [[side.tokenizer.kind, side.tokenizer.contents()] for side in (source, target)]
-    path, dtype = cache_path(cache, files.paths, max(source.size, target.size), [tokenizers], longest)
+    limits = (longest,) if longest_source is None else (longest, longest_source)
+    path, dtype = cache_path(cache, files.paths, max(source.size, target.size), [tokenizers], *limits)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _write_pairs(path, dtype, files, (source, target), longest, notify)
+        _write_pairs(path, dtype, files, (source, target), longest, notify, longest_source)
     return EncodedPairs(path, dtype)
 
 
@@ -196,11 +199,12 @@ def _write_pairs(
     tokenizers: tuple[LineTokenizer, LineTokenizer],
     longest: int,
     notify: Callable[[str], object],
+    longest_source: int | None,
 ) -> None:
     """Write the ids and offsets of all pairs that can be used."""
     left_out: dict[str, list[int]] = {"an empty side": [], f"a side of more than {longest} tokens": []}
     empty, long = left_out.values()
-    begin, kept = 0, 0
+    begin, kept, cut = 0, 0, 0
     bar = tqdm(desc="encoding", unit=" pairs", unit_scale=True, disable=None, delay=1, leave=False)
     with bar, atomic_write(path) as ids_file, atomic_write(_offsets_path(path)) as offsets_file:
         for number, *pair in files:
@@ -214,9 +218,14 @@ def _write_pairs(
                     sides.append(tokenizer.encode(text).astype(dtype))
                 except CommandError as error:
                     raise CommandError(f"{name}: line {number}: {error}") from None
-            if max(map(len, sides)) > longest:
+            source_tokens = len(sides[0])
+            if longest_source is not None:
+                sides[0] = tokenizers[0].cut(sides[0], longest_source)
+            # A source that may be cut is never too long.
+            if max(map(len, sides if longest_source is None else sides[1:])) > longest:
                 long.append(number)
                 continue
+            cut += len(sides[0]) < source_tokens
             for side in sides:
                 ids_file.write(side.tobytes())
             middle = begin + len(sides[0])
@@ -229,6 +238,8 @@ def _write_pairs(
             if numbers:
                 shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
                 notify(f"{names}: left out {len(numbers):,} with {reason} (line {shown})")
+        if cut:
+            notify(f"{names}: cut {cut:,} of {kept:,} sources, those of more than {longest_source:,} tokens")
         if not kept:
             raise CommandError(f"{names}: no pair is left to use")
 

@@ -5,7 +5,7 @@ from llm_ext.cli.inference.explanation import explain_language_model, explain_tr
 from llm_ext.cli.inference.generation import generate
 from llm_ext.cli.inference.picture import AttentionMap, draw
 from llm_ext.cli.inference.stateful import StatefulLLM
-from llm_ext.cli.inference.translator import Translator, bleu
+from llm_ext.cli.inference.translator import Translator, bleu, rouge
 
 __all__ = [
     "AttentionMap",
@@ -19,4 +19,5 @@ __all__ = [
     "explain_language_model",
     "explain_translation",
     "generate",
+    "rouge",
 ]

@@ -1,4 +1,4 @@
-"""Translation of lines with a trained model, and BLEU."""
+"""Translation and summaries of lines with a trained model; BLEU and ROUGE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.models import InputProjections, Seq2Seq
 
-__all__ = ["SearchOptions", "Translator", "bleu"]
+__all__ = ["SearchOptions", "Translator", "bleu", "rouge"]
 
 # Lines read ahead, so that lines translated together have similar lengths.
 WINDOW = 1024
@@ -29,43 +29,55 @@ class SearchOptions(TypedDict, total=False):
     beam: int
     num_return_sequences: int
     length_penalty: float
+    no_repeat_ngram_size: int
     max_length: int | None
 
 
 class Translator:
-    """A trained model with its tokenizers: translates line by line.
+    """A trained translator or summarizer with its tokenizers: writes a line for each line.
 
     Args:
         model: Model in evaluation mode.
         source: Tokenizer of the sources.
         target: Tokenizer of the targets.
         longest: Tokens of the longest source of the training, its end included; None if unknown.
+        longest_source: Tokens to which `encode` cuts a source; None: it does not.
+
+    Attributes:
+        cuts: Number of sources that `encode` has cut.
     """
 
     def __init__(
-        self, model: Seq2Seq, source: LineTokenizer, target: LineTokenizer, longest: int | None = None
+        self,
+        model: Seq2Seq,
+        source: LineTokenizer,
+        target: LineTokenizer,
+        longest: int | None = None,
+        longest_source: int | None = None,
     ) -> None:
         self.model, self.source, self.target, self.longest = model, source, target, longest
+        self.longest_source, self.cuts = longest_source, 0
 
     @classmethod
-    def load(cls, run: Run, which: str, device: torch.device) -> Translator:
+    def load(cls, run: Run, which: str, device: torch.device, *tasks: str) -> Translator:
         """Load a checkpoint of a run.
 
         Args:
             run: The run directory.
             which: "last" or "best".
             device: Device of the model.
+            tasks: Tasks that the model may have; by default those of a `Seq2Seq`.
 
         Raises:
-            CommandError: A file is missing, damaged, or does not match, or the model is a language model.
+            CommandError: A file is missing, damaged, or does not match, or the model is of another task.
         """
         checkpoint = run.checkpoint(which)
+        checkpoint.check_task(*(tasks or ("translate", "summarize")))
         model = checkpoint.model()
-        if not isinstance(model, Seq2Seq):
-            raise CommandError(f"{run.path}: holds a language model, not a translator; use it with llm-ext generate")
-        source, target = run.tokenizers(model)
-        longest = checkpoint.config["training"].get("longest")
-        return cls(model.to(device).eval(), LineTokenizer(source), LineTokenizer(target), longest)
+        assert isinstance(model, Seq2Seq)
+        source, target = map(LineTokenizer, run.tokenizers(model))
+        longest, longest_source = map(checkpoint.config["training"].get, ("longest", "longest_source"))
+        return cls(model.to(device).eval(), source, target, longest, longest_source)
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +85,7 @@ class Translator:
         return next(self.model.parameters()).device
 
     def encode(self, line: str, where: str, warn: Callable[[str], object]) -> list[int]:
-        """Return the ids of a source.
+        """Return the ids of a source, cut if it is too long.
 
         Args:
             line: The source.
@@ -84,13 +96,17 @@ class Translator:
             CommandError: The vocabulary cannot represent the source.
         """
         try:
-            ids: list[int] = self.source.encode(line).tolist()
+            encoded = self.source.encode(line)
         except CommandError as error:
             raise CommandError(f"{where}: {error}") from None
+        if self.longest_source is not None and len(encoded) > self.longest_source:
+            encoded = self.source.cut(encoded, self.longest_source)
+            self.cuts += 1
+        ids: list[int] = encoded.tolist()
         if self.longest is not None and len(ids) >= 2 * self.longest:
             warn(
                 f"{where}: {len(ids):,} tokens, but the longest source of the training had {self.longest - 1:,}; "
-                "the translation may be poor"
+                "the result may be poor"
             )
         return ids
 
@@ -107,6 +123,7 @@ class Translator:
         beam: int = 1,
         num_return_sequences: int = 1,
         length_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
         max_length: int | None = None,
         input_projections: InputProjections | None = None,
     ) -> list[list[str]]:
@@ -120,7 +137,7 @@ class Translator:
         if not nonempty:
             return targets
         source, lengths = self._batch([sources[number] for number in nonempty])
-        if beam == 1:
+        if beam == 1 and not no_repeat_ngram_size:
             columns = list(
                 self.model.stream(
                     source, self.target.end, lengths, max_length=max_length, input_projections=input_projections
@@ -136,6 +153,7 @@ class Translator:
                 beam=beam,
                 num_return_sequences=num_return_sequences,
                 length_penalty=length_penalty,
+                no_repeat_ngram_size=no_repeat_ngram_size,
                 max_length=max_length,
                 input_projections=input_projections,
             )
@@ -222,3 +240,21 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) 
     # The type hints of sacrebleu do not mention that it accepts None.
     score = metric.corpus_score(list(hypotheses), cast(Sequence[Sequence[str]], references))
     return float(score.score), str(metric.get_signature())
+
+
+def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L of lines by rouge-score, 0 to 100: the mean F1 of stemmed words.
+
+    Args:
+        hypotheses: The lines.
+        references: A reference for each line. Words are of the letters a to z and digits; others are not compared.
+
+    Source: Lin, "ROUGE: a package for automatic evaluation of summaries", 2004, https://aclanthology.org/W04-1013.
+    """
+    # Imported here because training does not need it.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+    scorer = RougeScorer([*names.values()], use_stemmer=True)
+    scores = [scorer.score(*pair) for pair in zip(references, hypotheses, strict=True)]
+    return {name: 100 * sum(score[key].fmeasure for score in scores) / len(scores) for name, key in names.items()}

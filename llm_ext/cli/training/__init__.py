@@ -1,6 +1,6 @@
 """Training: settings, tasks and the loop that trains them."""
 
-from llm_ext.cli.training.config import Config, LanguageConfig, TranslationConfig
+from llm_ext.cli.training.config import Config, LanguageConfig, SummaryConfig, TranslationConfig
 from llm_ext.cli.training.pipeline import Outcome, resume, train
 from llm_ext.cli.training.report import read_log
 from llm_ext.cli.training.trainer import Progress
@@ -10,6 +10,7 @@ __all__ = [
     "LanguageConfig",
     "Outcome",
     "Progress",
+    "SummaryConfig",
     "TranslationConfig",
     "read_log",
     "resume",

@@ -11,7 +11,7 @@ from llm_ext.cli.data.tokenizer import KINDS
 from llm_ext.models.recurrent_layers import CELLS
 from llm_ext.ops.argument_checks import NONLINEARITIES
 
-__all__ = ["CONFIGS", "Config", "LanguageConfig", "TranslationConfig"]
+__all__ = ["CONFIGS", "Config", "LanguageConfig", "SummaryConfig", "TranslationConfig"]
 
 SCHEDULES = ("one-cycle", "cosine", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -39,14 +39,14 @@ def _setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _with_default(name: str, default: Any) -> Any:
-    """Return a field of `Config` with another default."""
-    return dataclasses.field(default=default, metadata=Config.__dataclass_fields__[name].metadata)
+def _with_default(name: str, default: Any, config: type[Config] | None = None) -> Any:
+    """Return a field of `config`, by default of `Config`, with another default."""
+    return dataclasses.field(default=default, metadata=(config or Config).__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings that all tasks share; `LanguageConfig` and `TranslationConfig` add those of one task."""
+    """The settings that all tasks share; the configs of the tasks add their own."""
 
     task: ClassVar[str]
 
@@ -251,10 +251,34 @@ class TranslationConfig(Config):
         False, "feed the output of each decoder step into the next one; slower", group="model"
     )
     tie_head: bool = _setting(True, "share the weights of the target embedding with the output layer", group="model")
+    copy: bool = _setting(False, "copy words of the source, such as names; needs --vocabularies shared", group="model")
     label_smoothing: float = _setting(0.1, "label smoothing of the training loss", group="training", least=0, most=0.9)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.copy and self.vocabularies != "shared":
+            raise ValueError(f"copy needs --vocabularies shared, got {self.vocabularies!r}")
 
-CONFIGS: dict[str, type[Config]] = {config.task: config for config in (LanguageConfig, TranslationConfig)}
+
+@dataclass(frozen=True)
+class SummaryConfig(TranslationConfig):
+    """Settings to train a summarizer.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    task: ClassVar[str] = "summarize"
+
+    copy: bool = _with_default("copy", True, TranslationConfig)
+    longest_source: int = _setting(
+        400, "longest source in tokens; longer ones are cut at the end of a word", group="data", least=1
+    )
+
+
+CONFIGS: dict[str, type[Config]] = {
+    config.task: config for config in (LanguageConfig, TranslationConfig, SummaryConfig)
+}
 
 
 def _cosine(start: float, end: float, fraction: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.data.files import check_files
+from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.config import CONFIGS, Config
 from llm_ext.cli.training.language import LanguageTask
@@ -26,7 +26,11 @@ __all__ = ["CACHE", "LOG", "PLOT", "Outcome", "fingerprints", "resume", "train"]
 # Names in a run directory.
 LOG, PLOT, CACHE = "log.jsonl", "loss.svg", "cache"
 
-TASKS: dict[str, Callable[..., Task]] = {"lm": LanguageTask.create, "translate": TranslationTask.create}
+TASKS: dict[str, Callable[..., Task]] = {
+    "lm": LanguageTask.create,
+    "translate": TranslationTask.create,
+    "summarize": TranslationTask.create,
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ def train(
     """Train a model.
 
     Args:
-        config: A `LanguageConfig` or a `TranslationConfig`.
-        files: The text; for a translator one file of tab-separated pairs, or a file of sources and one of targets.
+        config: The settings, an instance of one of `CONFIGS`.
+        files: The text; for pairs one file of tab-separated pairs, or a file of sources and one of targets.
         out: Run directory for tokenizers, checkpoints, log and plot; it must not hold a run.
         val: The same for validation; empty to hold out a part of `files`.
         cache: Directory for the encoded text; by default inside `out`.
@@ -71,8 +75,9 @@ def train(
     run = Run(out)
     if run.exists():
         raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-    inputs = InputFiles(files, val, cache or out / CACHE, fold)
     check_files([*files, *val])
+    cache = cache or out / CACHE
+    inputs = InputFiles(copy_pipes(files, cache), copy_pipes(val, cache), cache, fold)
     init_from = None if config.init_from is None else Path(config.init_from)
     if init_from is not None:
         Run(init_from).checkpoint("best")  # reports an error before the text is encoded

@@ -24,7 +24,7 @@ _PREFIXES: dict[type[Model], dict[str, tuple[str, ...]]] = {
         "encoder": ("encoder.",),
         "attention": ("attention.", "value."),
         "decoder": ("bridge.", "cell_bridge.", "decoder."),
-        "head": ("readout.", "head."),
+        "head": ("readout.", "head.", "gate."),
     },
 }
 

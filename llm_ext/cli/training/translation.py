@@ -1,4 +1,4 @@
-"""Training of a translator: batches of pairs of similar length."""
+"""Training of a translator or a summarizer: batches of pairs of similar length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm_ext.cli.data.pairs import EncodedPairs, PairFiles, encode_pairs, tokeni
 from llm_ext.cli.data.tokenizer import load_tokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_pairs
-from llm_ext.cli.training.config import TranslationConfig
+from llm_ext.cli.training.config import SummaryConfig, TranslationConfig
 from llm_ext.cli.training.task import Fold, InputFiles, Task
 from llm_ext.models import Seq2Seq
 
@@ -33,7 +33,7 @@ class TranslationData:
         source: Tokenizer of the sources.
         target: Tokenizer of the targets.
         pairs: The training pairs, and the validation pairs if they have files of their own.
-        notes: Messages about pairs that were left out.
+        notes: Messages about pairs that were left out or cut.
         fold: The part of the pairs to hold out, or None.
     """
 
@@ -72,12 +72,13 @@ class TranslationData:
                     tokenizer_from_pairs(config.tokens, parts[0], config.vocab_size, sides, val).save(path)
             source = LineTokenizer(load_tokenizer(run.vocabulary))
             target = source if shared else LineTokenizer(load_tokenizer(run.target_vocabulary))
-            pairs = [encode_pairs(part, source, target, files.cache, config.longest, notes.append) for part in parts]
+            limits = config.longest, notes.append, _longest_source(config)
+            pairs = [encode_pairs(part, source, target, files.cache, *limits) for part in parts]
         return cls(source, target, pairs, notes, files.fold)
 
 
 class TranslationTask(Task):
-    """A translator and its pairs.
+    """A translator or a summarizer, and its pairs.
 
     Args:
         fabric: The processes.
@@ -145,6 +146,7 @@ class TranslationTask(Task):
             input_feeding=config.input_feeding,
             share_embedding=config.vocabularies == "shared",
             tie_head=config.tie_head,
+            copy=config.copy,
         )
 
     def summary(self) -> str:
@@ -176,4 +178,10 @@ class TranslationTask(Task):
         self.check_batch(int(tensors["batch"]))
 
     def metadata(self) -> dict[str, int]:
-        return {"longest": self.longest}
+        longest_source = _longest_source(self.config)
+        return {"longest": self.longest} | ({} if longest_source is None else {"longest_source": longest_source})
+
+
+def _longest_source(config: TranslationConfig) -> int | None:
+    """Return the number of tokens to which sources are cut, or None if they are not."""
+    return config.longest_source if isinstance(config, SummaryConfig) else None

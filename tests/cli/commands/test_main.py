@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -145,7 +147,7 @@ def test_a_line_much_longer_than_those_of_the_training(translator: Path, run: Co
     text = b"one two\n" + b"six " * 100 + b"\n"
     code, said, errors = run("translate", translator, "--max-length", 20, stdin=text)
     assert (code, said[:10], said.count("\n")) == (0, "deux, un.\n", 2)
-    assert "line 2: 399 tokens, but the longest source of the training had 7; the translation may be poor" in errors
+    assert "line 2: 399 tokens, but the longest source of the training had 7; the result may be poor" in errors
 
 
 def test_explain_draws_a_translation(translator: Path, run: CommandLine, tmp_path: Path) -> None:
@@ -160,6 +162,48 @@ def test_explain_draws_a_translation(translator: Path, run: CommandLine, tmp_pat
     assert run("explain", translator, "--text", "one", "--target", "un six", "--out", out)[1] == (
         f"un six\nsaved in {out}\n"
     )
+
+
+# ---- summarizers
+
+
+def test_train_eval_and_summarize(pairs: Path, tmp_path: Path, run: CommandLine) -> None:
+    """From pipes, the standard input and a file; long sources are cut everywhere."""
+    out = tmp_path / "run"
+    options = [*translation_options(), "--steps", 10, "--longest-source", 9, "--task", "summarize"]
+    with pipe(pairs.read_bytes()) as training:
+        code, said, errors = run("train", training, "--out", out, *options)
+    assert (code, errors) == (0, "")
+    assert re.search(r"cut \d+ of 200 sources, those of more than 9 tokens", said)
+    assert Run(out).checkpoint("best").config["model"]["copy"]
+    with pipe(pairs.read_bytes()) as held_out:
+        code, said, _ = run("eval", out, held_out, "--beam", 2, "--no-repeat-ngram-size", 2)
+    assert (code, [line.split()[0] for line in said.splitlines()[-4:]]) == (
+        0,
+        ["BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
+    )
+    lines = b"cat mat sat that\n\nthe cat\n"
+    code, said, errors = run("summarize", out, stdin=lines)
+    assert (code, said.count("\n"), errors) == (0, 3, "llm-ext: lines cut to at most 9 tokens: 1\n")
+    with pipe(lines) as text:
+        assert run("summarize", out, text) == (code, said, errors)
+    assert run("summarize", out, "--batch", 1, stdin=lines) == (code, said, errors)
+    assert run("summarize", out, "--batch", 1, stdin=b"cat mat \n") == (0, said.splitlines()[0] + "\n", "")
+    code, _, errors = run("translate", out, stdin=lines)
+    assert (code, errors) == (
+        1,
+        f"llm-ext: {out}: holds a summarizer, not a translator; use it with llm-ext summarize\n",
+    )
+
+
+@contextlib.contextmanager
+def pipe(text: bytes) -> Iterator[Path]:
+    """The name of a pipe that holds a text, as a shell's <(...) gives it."""
+    reader, writer = os.pipe()
+    os.write(writer, text)
+    os.close(writer)
+    yield Path(f"/dev/fd/{reader}")
+    os.close(reader)
 
 
 # ---- errors
@@ -214,6 +258,8 @@ def test_explain_draws_a_translation(translator: Path, run: CommandLine, tmp_pat
         ("translate run --max-length 0", "--max-length must be at least 1, got 0"),
         ("translate run --length-penalty -1", "--length-penalty must be at least 0, got -1.0"),
         ("translate run --num-return-sequences 2", "from 1 to --beam, which is 1, got 2"),
+        ("summarize run --no-repeat-ngram-size -1", "--no-repeat-ngram-size must be at least 0, got -1"),
+        ("train --task summarize --out run x --vocabularies two", "--copy needs --vocabularies shared, got 'two'"),
         ("explain run --text x --out x.jpg", "--out must end in .html or .png, got 'x.jpg'"),
         ("explain run --text x", "required: --out"),
     ],
@@ -290,7 +336,7 @@ def test_a_missing_package_is_named() -> None:
     assert done.stderr == "llm-ext: tokenizers is not installed: pip install --no-build-isolation '.[cli]'\n"
 
 
-@pytest.mark.parametrize("command", [None, "train", "tune", "eval", "generate", "translate", "explain"])
+@pytest.mark.parametrize("command", [None, "train", "tune", "eval", "generate", "translate", "summarize", "explain"])
 def test_help_names_every_option_with_its_default(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*([command] if command else []), "--help"])

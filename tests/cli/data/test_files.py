@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from llm_ext.cli import CommandError
-from llm_ext.cli.data.files import atomic_write, decode_line, read_json, write_json
+from llm_ext.cli.data.files import atomic_write, check_files, copy_pipes, decode_line, read_json, write_json
 
 
 class Killed(BaseException):
@@ -42,6 +44,27 @@ def test_json_has_a_format_and_a_version(tmp_path: Path) -> None:
         read_json(path, "song")
     with pytest.raises(CommandError, match=r"file.json: expected version 2 of a poem, got 1"):
         read_json(path, "poem", 2)
+
+
+def test_pipes_become_files(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_text("some text")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for text in (b"one\n" * 50_000, b"two", b""):
+        thread = threading.Thread(target=pipe.write_bytes, args=(text,))
+        thread.start()
+        check_files([file, pipe])
+        if text:
+            same, copy = copy_pipes([file, pipe], cache)
+            assert (same, copy.parent, copy.read_bytes()) == (file, cache, text)
+        else:
+            with pytest.raises(CommandError, match="expected text, got an empty pipe"):
+                copy_pipes([file, pipe], cache)
+        thread.join()
+    assert len([*cache.iterdir()]) == 2
+    with pytest.raises(CommandError, match="expected a text file, got a directory"):
+        check_files([tmp_path])
 
 
 def test_a_line_has_no_byte_order_mark_and_no_line_ending() -> None:

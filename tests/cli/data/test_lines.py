@@ -30,6 +30,21 @@ def test_lines_are_encoded_and_decoded(tmp_path: Path, kind: str) -> None:
         assert LineTokenizer(source).encode("to be").tolist() == LineTokenizer(source).encode("be to").tolist()[::-1]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "chars", "bpe"])
+def test_lines_are_cut_at_words(tmp_path: Path, kind: str) -> None:
+    line = "to be or  not to bee"
+    (tmp_path / "pairs.tsv").write_text(f"{line}\t{line}\n")
+    tokenizer = LineTokenizer(tokenizer_from_pairs(kind, PairFiles(tmp_path / "pairs.tsv"), 256, (0, 1)))
+    ids = tokenizer.encode(line)
+    for most in range(1, len(ids) + 2):
+        cut = tokenizer.decode(tokenizer.cut(ids, most))
+        assert len(tokenizer.cut(ids, most)) <= most
+        # As many words as fit; a first word that does not fit is cut.
+        fits = max((n for n in range(8) if len(tokenizer.encode(" ".join(line.split(" ")[:n]))) <= most), default=0)
+        expected = " ".join(line.split(" ")[:fits]).rstrip()
+        assert cut.rstrip() == expected or (not expected and line.startswith(cut))
+
+
 def test_a_line_has_no_line_breaks() -> None:
     tokenizer, text = LineTokenizer(ByteTokenizer()), b"one\ntwo\r"
     assert tokenizer.decode(text) == "one two "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.inference import Translator, bleu, translator
+from llm_ext.cli.inference import Translator, bleu, rouge, translator
 from llm_ext.cli.inference.translator import SearchOptions
 from llm_ext.models import InputProjections
 
@@ -69,3 +69,11 @@ def test_bleu_with_several_references() -> None:
     assert bleu(["a b c d e"], [["a b c d e"]])[0] == pytest.approx(100)
     assert bleu(["a b c d e", "x y z u v"], [["q", "x y z u v"], ["a b c d e", None]])[0] == pytest.approx(100)
     assert bleu(["a b c d e"], [["f g h i j"]])[0] < 20
+
+
+def test_rouge() -> None:
+    """F1 of common words, pairs of words and the longest common subsequence; 'cats' has the stem of 'cat'."""
+    found = rouge(["The cats sat on mats.", "nothing"], ["A cat on the mat sat.", "else"])
+    # In the first line 5 words of 5 and of 6 are common, no pair of words, and a subsequence of 3 words: cat, on, mat.
+    first = {"ROUGE-1": 10 / 11, "ROUGE-2": 0.0, "ROUGE-L": 6 / 11}
+    assert found == pytest.approx({name: 50 * value for name, value in first.items()})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_ext.cli.training import LanguageConfig, TranslationConfig
+from llm_ext.cli.training import LanguageConfig, SummaryConfig, TranslationConfig
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,13 @@ from llm_ext.cli.training import LanguageConfig, TranslationConfig
 def test_a_setting_out_of_range_is_named(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LanguageConfig(**{name: value})
+
+
+def test_copying_needs_one_vocabulary() -> None:
+    assert SummaryConfig().copy
+    assert not TranslationConfig().copy
+    with pytest.raises(ValueError, match="copy needs --vocabularies shared, got 'two'"):
+        SummaryConfig(vocabularies="two")
 
 
 def test_settings_are_restored_from_their_saved_form() -> None:

@@ -21,6 +21,7 @@ from support.cli_runs import (
     last_step,
     log_without_times,
     losses,
+    summary_config,
     translation_config,
 )
 
@@ -50,6 +51,7 @@ def files(request: pytest.FixtureRequest, config: Config) -> list[Path]:
         language_config(dropout=0.2, steps=45, patience=20, attention="none", layers=2),
         translation_config(steps=45, patience=20, cell="lstm", layers=2, vocabularies="two", tie_head=False),
         translation_config(steps=45, patience=20, cell="rnn", input_feeding=True, tokens="bpe", vocab_size=300),
+        summary_config(steps=45, patience=20, cell="gru", longest_source=12),
     ],
     ids=lambda config: f"{config.task}-{config.cell}",
 )
