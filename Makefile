@@ -8,6 +8,7 @@
 # make gpu              on a machine with a GPU: build, test and measure there, without a network
 # make demo             train a language model on the plays of Shakespeare and compare it with torch.nn.RNN
 # make demo-translate   train a translator from English to French and compare it with a nearest-sentence baseline
+# make demo-summarize   train a summarizer on the documentation of installed Python code, with a first-words baseline
 # make bench            install the libraries that the benchmarks compare with, and run all benchmarks
 # make clean            remove .venv, the build and the site
 #
@@ -27,7 +28,7 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-isa docs cuda-check gpu demo demo-translate bench lint format clean
+.PHONY: build test test-isa docs cuda-check gpu demo demo-translate demo-summarize bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -84,6 +85,9 @@ demo: $(BUILT)
 
 demo-translate: $(BUILT)
 	$(BIN)/python examples/translation/demo.py $(DEMO)
+
+demo-summarize: $(BUILT)
+	$(BIN)/python examples/summaries/demo.py $(DEMO)
 
 bench: $(BUILT)
 	$(PIP) install --quiet --constraint constraints.txt 'llm_ext[bench]'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,7 @@ def test_train_and_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert sampled[0].startswith("ROMEO:")
 
 
-@pytest.mark.parametrize("demo", ["shakespeare", "translation"])
+@pytest.mark.parametrize("demo", ["shakespeare", "translation", "summaries"])
 def test_the_demos_run(
     demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,12 +74,22 @@ def test_the_demos_run(
     options = ["--seconds", "0.1"] if demo == "shakespeare" else []
     monkeypatch.setattr(sys, "argv", ["demo.py", "--minutes", "0.01", "--out", str(tmp_path / "run"), *options])
     monkeypatch.setitem(module.MODEL, "hidden", 32)
+    if demo == "summaries":
+        standard = Path(sysconfig.get_paths()["stdlib"])
+        monkeypatch.setattr(module, "files_of", lambda: [*standard.glob("[a-d]*.py")])
     module.main()
     said = capsys.readouterr().out
     assert f"The model is in {tmp_path / 'run'}" in said
     if demo == "translation":
         assert (tmp_path / "run/attention.html").stat().st_size > 1000
         assert "BLEU on 270 held-out sentences" in said
+    elif demo == "summaries":
+        assert "the first 10 words ROUGE-1 " in said
+        training, held_out = (
+            (tmp_path / "run" / f"{name}.tsv").read_text().splitlines() for name in ("training", "held-out")
+        )
+        assert len(training) > len(held_out) > 5
+        assert not {line.split("\t")[1] for line in training} & {line.split("\t")[1] for line in held_out}
     else:
         assert "validation loss, nats per token" in said
 
