@@ -16,9 +16,9 @@ from llm_ext.cli.data import PairFiles
 from llm_ext.cli.inference import Translator, draw, explain_translation, rouge
 from llm_ext.cli.training import SummaryConfig
 
-sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _demo import parser, run_demo, start_run, train_or_exit
-from docstrings import Pair, files_of, pairs_of
+from summaries.docstrings import Pair, files_of, pairs_of
 
 # Fraction of the files.
 HELD_OUT = 0.05
