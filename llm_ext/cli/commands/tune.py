@@ -20,6 +20,7 @@ from llm_ext.cli.commands.train import (
     read_settings,
     training_files,
 )
+from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.pipeline import fingerprints
 from llm_ext.cli.training.task import Fold
@@ -123,7 +124,7 @@ def _begin(options: argparse.Namespace, study: Study) -> Definition:
     if options.resume:
         definition = _saved(options, study)
     else:
-        definition, first = _define(options)
+        definition, first = _define(options, study)
         study.path.mkdir(parents=True, exist_ok=True)
     config, fold = base_config(definition), Fold(0, definition.folds) if definition.folds > 1 else None
     with study.locked(), tempfile.TemporaryDirectory(prefix=".check.", dir=study.path) as scratch:
@@ -147,12 +148,13 @@ def _saved(options: argparse.Namespace, study: Study) -> Definition:
     return study.definition()
 
 
-def _define(options: argparse.Namespace) -> tuple[Definition, dict[str, Any]]:
+def _define(options: argparse.Namespace, study: Study) -> tuple[Definition, dict[str, Any]]:
     """Return the definition of the search that the options describe, and values of its first trial."""
     from llm_ext.cli.tuning import Definition, default_space, read_space
 
     task, from_file, given = read_settings(options)
-    files = [str(path.resolve()) for path in training_files(options, task)]
+    files = training_files(options, task)
+    check_files(files)
     if own := [name for name in WITHOUT if name in from_file]:
         raise CommandError(f"{options.config}: a search sets {', '.join(map(option_name, own))} itself: leave it out")
     path = options.space or default_space(task)
@@ -164,7 +166,7 @@ def _define(options: argparse.Namespace) -> tuple[Definition, dict[str, Any]]:
     make_config(options, task, settings)
     definition = Definition(
         task=task,
-        files=files,
+        files=[str(path.resolve()) for path in copy_pipes(files, study.cache)],
         fingerprints=[],
         settings=settings,
         space=space,
