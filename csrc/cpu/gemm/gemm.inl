@@ -101,8 +101,8 @@ static inline void long_product(const S* a, int64_t stride, int64_t rows, int64_
   }
 }
 
-// long_product without conversion, stored to `out` [rows, cols]. In functions that are not inlined, `finish` captures by
-// value, so that the compiler need not read references again after each store.
+// long_product without conversion, stored to `out` [rows, cols]. In functions that are not inlined, `finish` captures
+// by value, so that the compiler need not read references again after each store.
 template <typename L, typename R, typename S>
 __attribute__((noinline)) static void store_product(const L* a, int64_t stride, int64_t rows, int64_t k,
                                                     const R* packed, int64_t cols, S* out) {
