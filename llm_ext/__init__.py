@@ -1,8 +1,8 @@
 """Fused recurrent layers and attention for PyTorch, on CPU and CUDA.
 
 Layers: :class:`RNN`, :class:`GRU`, :class:`LSTM`, their cells, :class:`Linear`, :class:`AttentionPool` and
-:class:`AdditiveAttention`. Models: :class:`LLM` and :class:`Seq2Seq`. The functions behind them are in
-:mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`.
+:class:`AdditiveAttention`. Models: :class:`LLM`, :class:`Seq2Seq` and :class:`SequenceClassifier`. The
+functions behind them are in :mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import cast as _cast
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the compiled module)
 
 from llm_ext import _C, models, nn, ops, reference
-from llm_ext.models import LLM, BeamHypothesis, EncoderOutput, LLMState, Seq2Seq, Seq2SeqState
+from llm_ext.models import (
+    LLM,
+    BeamHypothesis,
+    ClassifierOutput,
+    EncoderOutput,
+    LLMState,
+    Seq2Seq,
+    Seq2SeqState,
+    SequenceClassifier,
+)
 from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AttentionPool, GRUCell, Linear, LSTMCell, RNNCell
 from llm_ext.ops.argument_checks import ArgumentError
 
@@ -30,6 +39,7 @@ __all__ = [
     "AttentionPool",
     "BeamHypothesis",
     "BuildInfo",
+    "ClassifierOutput",
     "EncoderOutput",
     "GRUCell",
     "LLMState",
@@ -38,6 +48,7 @@ __all__ = [
     "RNNCell",
     "Seq2Seq",
     "Seq2SeqState",
+    "SequenceClassifier",
     "build_info",
     "clear_packed_weight_cache",
     "cpu_cache_bytes",

@@ -36,7 +36,16 @@ FUNCTIONS = {
     "additive_attention",
     "attention_step",
 }
-MODELS = {"LLM", "LLMState", "Seq2Seq", "Seq2SeqState", "EncoderOutput", "BeamHypothesis"}
+MODELS = {
+    "LLM",
+    "LLMState",
+    "Seq2Seq",
+    "Seq2SeqState",
+    "EncoderOutput",
+    "BeamHypothesis",
+    "SequenceClassifier",
+    "ClassifierOutput",
+}
 MEMORY = {"packed_weight_cache_bytes", "clear_packed_weight_cache", "cpu_cache_bytes", "empty_cpu_cache"}
 PUBLIC = {
     "llm_ext": LAYERS

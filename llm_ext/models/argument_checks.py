@@ -1,4 +1,4 @@
-"""Checks of arguments that both models share. `model` is the name that begins each message."""
+"""Checks of arguments that the models share. `model` is the name that begins each message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from llm_ext.models.recurrent_layers import CELLS, RecurrentLayer
 from llm_ext.ops import argument_checks
 from llm_ext.ops._transforms import is_recorded
 
-__all__ = ["check_cell", "check_dropout", "check_id_dtype", "check_ids", "check_keep", "check_lengths", "check_state"]
+__all__ = [
+    "check_cell",
+    "check_dropout",
+    "check_id_dtype",
+    "check_ids",
+    "check_keep",
+    "check_lengths",
+    "check_sequence",
+    "check_state",
+]
 
 
 def check_dropout(model: str, dropout: float) -> None:
@@ -33,6 +42,19 @@ def check_ids(model: str, name: str, ids: Tensor, letters: str) -> None:
     check_id_dtype(model, name, ids)
 
 
+def check_sequence(model: str, name: str, x: Tensor, feature_dim: int | None, weight: Tensor) -> None:
+    """Raise unless `x` is ``[B, S]`` of ids, or ``[B, S, F]`` with F = `feature_dim` of the dtype of `weight`."""
+    if feature_dim is None:
+        check_ids(model, name, x, "B, S")
+        return
+    if x.dim() != 3 or x.shape[2] != feature_dim:
+        raise ValueError(f"{model}: {name} must be [B, S, F] = [*, *, {feature_dim}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{model}: {name} must be features of dtype {weight.dtype}, got {x.dtype}".replace("torch.", "")
+        )
+
+
 def check_id_dtype(model: str, name: str, ids: Tensor) -> None:
     """Raise TypeError unless token ids are of an integer dtype that torch.nn.functional.embedding takes."""
     if ids.dtype not in (torch.int64, torch.int32):
@@ -46,7 +68,7 @@ def check_lengths(model: str, name: str, lengths: Tensor | None, ids: Tensor, le
     """
     if lengths is None:
         return
-    B, T = ids.shape
+    B, T = ids.shape[:2]
     if lengths.shape != (B,):
         raise ValueError(f"{model}: {name} must be [B] = [{B}], got {list(lengths.shape)}")
     if lengths.dtype != torch.int64:

@@ -10,7 +10,15 @@ from typing import NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from llm_ext.models.argument_checks import check_cell, check_dropout, check_id_dtype, check_ids, check_state
+from llm_ext.models.argument_checks import (
+    check_cell,
+    check_dropout,
+    check_id_dtype,
+    check_ids,
+    check_lengths,
+    check_sequence,
+    check_state,
+)
 from llm_ext.models.bypass import may_bypass
 from llm_ext.models.initialization import init_recurrent_
 from llm_ext.models.recurrent_layers import call_recurrent, join_state, recurrent_layer, split_state
@@ -58,6 +66,10 @@ class LLM(nn.Module):
     α are the causal softmax weights of `AttentionPool`. The state has a fixed size: to continue a text takes one step
     per token, however long the text is.
 
+    With `feature_dim` the model can describe something else than text: `condition` reads feature vectors f, such as
+    those of an image or of speech, as it reads tokens, with ``W_f f + b_f`` as their embeddings, and returns the state
+    from which the text begins.
+
     Args:
         vocab_size: V, number of token ids.
         embedding_dim: E, size of the embeddings.
@@ -71,6 +83,8 @@ class LLM(nn.Module):
         attention: Vectors to pool: "hidden" states, "embedding"s, or "none" for no attention. Default: "hidden".
         attn_dim: A, size of the attention space. Default: the size of the pooled vectors, at most 128.
         score: "linear" or "tanh", see `AttentionPool`. Default: "linear".
+        feature_dim: F, size of the feature vectors that `condition` reads; None for a model of text alone. Default:
+            None.
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
@@ -83,6 +97,7 @@ class LLM(nn.Module):
 
     Attributes:
         embedding: The `AffineEmbedding`.
+        projection: The `Linear` map of feature vectors to embeddings; None without `feature_dim`.
         rnn: The `RNN`, `GRU` or `LSTM`.
         pool: The causal `AttentionPool`, or None.
         dropout: Dropout before the head.
@@ -113,6 +128,7 @@ class LLM(nn.Module):
         attention: str = "hidden",
         attn_dim: int | None = None,
         score: str = "linear",
+        feature_dim: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,7 +142,8 @@ class LLM(nn.Module):
             raise ValueError(f"LLM: attention must be one of hidden, embedding, none, got {attention!r}")
         pooled_dim = {"hidden": hidden_dim, "embedding": embedding_dim, "none": 0}[attention]
         attn_dim = min(pooled_dim, 128) if attn_dim is None else operator.index(attn_dim)
-        self._config: dict[str, int | float | str] = {
+        feature_dim = None if feature_dim is None else as_size("LLM", "feature_dim", feature_dim)
+        self._config: dict[str, int | float | str | None] = {
             "vocab_size": vocab_size,
             "embedding_dim": embedding_dim,
             "hidden_dim": hidden_dim,
@@ -138,10 +155,14 @@ class LLM(nn.Module):
             "attention": attention,
             "attn_dim": attn_dim,
             "score": score,
+            "feature_dim": feature_dim,
         }
         self.vocab_size = vocab_size
         self.attention = attention
         self.embedding = AffineEmbedding(vocab_size, embedding_dim, device=device, dtype=dtype)
+        self.projection = (
+            None if feature_dim is None else Linear(feature_dim, embedding_dim, device=device, dtype=dtype)
+        )
         between = dropout if n_layers > 1 else 0.0
         self.rnn = recurrent_layer(cell, nonlinearity)(
             embedding_dim, hidden_dim, n_layers, dropout=between, device=device, dtype=dtype
@@ -157,7 +178,7 @@ class LLM(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialize every layer, with orthogonal U and zero biases; the forget gates of an LSTM get a bias of 1."""
-        for module in (self.embedding, self.rnn, self.pool, self.head):
+        for module in (self.embedding, self.projection, self.rnn, self.pool, self.head):
             if module is not None:
                 module.reset_parameters()
         init_recurrent_(self.rnn)
@@ -166,7 +187,7 @@ class LLM(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
 
-    def config(self) -> dict[str, int | float | str]:
+    def config(self) -> dict[str, int | float | str | None]:
         """Return the constructor's arguments without `device` and `dtype`, as JSON types, for ``LLM(**config)``."""
         return dict(self._config)
 
@@ -196,6 +217,36 @@ class LLM(nn.Module):
             raise
         return self._scores(features), after
 
+    def condition(self, features: Tensor, lengths: Tensor | None = None) -> LLMState:
+        """Read feature vectors, and return the state from which `forward` and `generate` continue with text.
+
+        Args:
+            features: One vector ``[B, F]`` or a sequence ``[B, S, F]`` for each text.
+            lengths: Vectors of each sequence, ``[B]`` int64. None: all have S.
+
+        Raises:
+            RuntimeError: The model has no `feature_dim`.
+            ValueError: A shape does not fit.
+            TypeError: A dtype does not fit.
+
+        Example:
+            >>> model = llm_ext.LLM(100, 16, 32, 100, 1, 0.0, feature_dim=40)
+            >>> state = model.condition(torch.randn(4, 50, 40), torch.tensor([50, 31, 44, 7]))
+            >>> captions = torch.randint(100, (4, 12))
+            >>> scores, _ = model(captions[:, :-1], state)
+            >>> scores.shape
+            torch.Size([4, 11, 100])
+        """
+        if self.projection is None:
+            raise RuntimeError("LLM: condition needs a model with feature_dim")
+        sequence = features.unsqueeze(1) if features.dim() == 2 else features
+        check_sequence("LLM", "features", sequence, self.projection.in_features, self.projection.weight)
+        check_lengths("LLM", "lengths", lengths, sequence, "S")
+        if lengths is not None:
+            beyond = torch.arange(sequence.shape[1], device=sequence.device) >= lengths.unsqueeze(1)
+            sequence = sequence.masked_fill(beyond.unsqueeze(-1), 0)  # a batch may hold anything there
+        return self._read(self.projection(sequence.transpose(0, 1)), None, self.pool, lengths)[1]
+
     def _scores(self, features: Tensor) -> Tensor:
         """Return scores ``[B, T, O]`` of features ``[B, T, *]``."""
         if self.training:
@@ -212,15 +263,21 @@ class LLM(nn.Module):
         pool: Pool | None,
     ) -> tuple[Tensor, LLMState]:
         """Return the input of the head, ``[B, T, H + D]``, and the state after ids ``[T, B]``."""
-        embedded = embedding(ids)  # [T, B, E]
+        return self._read(embedding(ids), state, pool)
+
+    def _read(
+        self, embedded: Tensor, state: LLMState | None, pool: Pool | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, LLMState]:
+        """Return the same for embeddings ``[T, B, E]``."""
         before = None if state is None else join_state(state.hidden, state.cell)
-        h, after = call_recurrent(self.rnn, embedded, before)
+        h, after = call_recurrent(self.rnn, embedded, before, lengths)
         hidden, cell = split_state(after)
         h = h.transpose(0, 1)
         if pool is None:
             return h, LLMState(hidden, None, cell)
         e = h if self.attention == "hidden" else embedded.transpose(0, 1)
-        c, attention = pool(e, state=None if state is None else state.attention)
+        padded = {} if lengths is None else {"lengths": lengths}
+        c, attention = pool(e, state=None if state is None else state.attention, **padded)
         return torch.cat((h, c), -1), LLMState(hidden, attention, cell)
 
     def generate(
@@ -231,6 +288,7 @@ class LLM(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        state: LLMState | None = None,
     ) -> Tensor:
         """Continue a prompt by sampling.
 
@@ -239,7 +297,7 @@ class LLM(nn.Module):
         Returns:
             The prompt followed by the new ids, ``[P + max_new_tokens]`` or ``[B, P + max_new_tokens]``.
         """
-        new = list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator))
+        new = list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, state))
         if not new:
             return prompt_ids.clone()
         tail = torch.stack(new, 1).to(prompt_ids.dtype)  # [B, max_new_tokens]
@@ -253,6 +311,7 @@ class LLM(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        state: LLMState | None = None,
     ) -> Iterator[Tensor]:
         """Yield sampled ids ``[B]`` one by one, each at the cost of one step, however long the text is.
 
@@ -266,6 +325,7 @@ class LLM(nn.Module):
             top_k: Sample among the k largest scores only.
             top_p: Sample among the fewest largest scores whose probabilities sum to at least p.
             generator: Source of randomness; None for torch's default generator.
+            state: State before the prompt, of `forward` or `condition`; None at the start of a text.
 
         Raises:
             ValueError: The prompt is empty, or a number is out of range.
@@ -280,7 +340,7 @@ class LLM(nn.Module):
             raise ValueError(f"{op}: max_new_tokens must be at least 0, got {max_new_tokens}")
         check_sampling(op, temperature, top_k, top_p)
         # Inference tensors could not take part in training later, so the ids are copied outside of inference mode.
-        stream = self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator)
+        stream = self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, state)
         return (ids.clone() for ids in stream)
 
     @torch.inference_mode()
@@ -292,9 +352,9 @@ class LLM(nn.Module):
         top_k: int | None,
         top_p: float | None,
         generator: torch.Generator | None,
+        state: LLMState | None,
     ) -> Iterator[Tensor]:
         ids = prompt_ids.t() if prompt_ids.dim() == 2 else prompt_ids[:, None]  # [T, B]
-        state: LLMState | None = None
         embedding: Embedding = self.embedding
         pool: Pool | None = self.pool
         for n in range(max_new_tokens):

@@ -17,6 +17,7 @@ from llm_ext.models.argument_checks import (
     check_ids,
     check_keep,
     check_lengths,
+    check_sequence,
     check_state,
 )
 from llm_ext.models.beam_search import BeamHypothesis, BeamSearch, length_limits
@@ -129,7 +130,7 @@ class Seq2Seq(nn.Module):
         P(y_t) = p_t softmax(W_o z_t + b_o)[y_t] + (1 - p_t) Σ_s α_ts [x_s = y_t]
 
     Args:
-        source_vocab_size: V_s, number of token ids of sources.
+        source_vocab_size: V_s, number of token ids of sources; None for sources of feature vectors.
         target_vocab_size: V, number of token ids of targets.
         embedding_dim: E, size of the embeddings and of the readout.
         hidden_dim: H, size of the hidden states of the decoder, and of the encoder in each direction.
@@ -144,18 +145,22 @@ class Seq2Seq(nn.Module):
         share_embedding: Use one embedding for sources and targets, which must have one vocabulary. Default: False.
         tie_head: Use the weight of the target embedding as the weight of the head. Default: False.
         copy: Copy tokens of the source. Sources and targets must have one vocabulary. Default: False.
+        source_feature_dim: F, size of the feature vectors of sources, which the encoder reads in place of embeddings;
+            None for sources of token ids. Default: None.
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
     Raises:
-        ValueError: A size, probability or name is out of range.
+        ValueError: A size, probability or name is out of range, or not exactly one of `source_vocab_size` and
+            `source_feature_dim` is given.
 
     Shape:
-        - Input: source ids ``[B, S]`` and target ids ``[B, T]``, int64 or int32.
+        - Input: source ids ``[B, S]`` and target ids ``[B, T]``, int64 or int32; or source features ``[B, S, F]`` of
+          the dtype of the parameters.
         - Output: scores ``[B, T, V]``, whose softmax is the probability of each token.
 
     Attributes:
-        source_embedding: The `AffineEmbedding` of sources.
+        source_embedding: The `AffineEmbedding` of sources; None for sources of feature vectors.
         target_embedding: The `AffineEmbedding` of targets; the same one if shared.
         encoder: The bidirectional `RNN`, `GRU` or `LSTM`.
         bridge: The `Linear` map from the encoder's last hidden states to the decoder's first.
@@ -186,7 +191,7 @@ class Seq2Seq(nn.Module):
 
     def __init__(
         self,
-        source_vocab_size: int,
+        source_vocab_size: int | None,
         target_vocab_size: int,
         embedding_dim: int,
         hidden_dim: int,
@@ -200,11 +205,18 @@ class Seq2Seq(nn.Module):
         share_embedding: bool = False,
         tie_head: bool = False,
         copy: bool = False,
+        source_feature_dim: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        source_vocab_size = as_size("Seq2Seq", "source_vocab_size", source_vocab_size)
+        if (source_vocab_size is None) == (source_feature_dim is None):
+            got = f"got {source_vocab_size} and {source_feature_dim}"
+            raise ValueError(f"Seq2Seq: exactly one of source_vocab_size and source_feature_dim must be given, {got}")
+        if source_vocab_size is not None:
+            source_vocab_size = as_size("Seq2Seq", "source_vocab_size", source_vocab_size)
+        if source_feature_dim is not None:
+            source_feature_dim = as_size("Seq2Seq", "source_feature_dim", source_feature_dim)
         target_vocab_size = as_size("Seq2Seq", "target_vocab_size", target_vocab_size)
         embedding_dim = as_size("Seq2Seq", "embedding_dim", embedding_dim)
         hidden_dim, n_layers = as_size("Seq2Seq", "hidden_dim", hidden_dim), as_size("Seq2Seq", "n_layers", n_layers)
@@ -215,11 +227,13 @@ class Seq2Seq(nn.Module):
         copy = as_flag("Seq2Seq", "copy", copy)
         check_dropout("Seq2Seq", dropout)
         check_cell("Seq2Seq", cell)
+        if copy and source_vocab_size is None:
+            raise ValueError("Seq2Seq: copy needs sources of token ids, got source_feature_dim")
         for name, flag in (("share_embedding", share_embedding), ("copy", copy)):
             if flag and source_vocab_size != target_vocab_size:
                 got = f"{source_vocab_size} and {target_vocab_size}"
                 raise ValueError(f"Seq2Seq: {name} needs one vocabulary, got sizes {got}")
-        self._config: dict[str, int | float | str] = {
+        self._config: dict[str, int | float | str | None] = {
             "source_vocab_size": source_vocab_size,
             "target_vocab_size": target_vocab_size,
             "embedding_dim": embedding_dim,
@@ -233,20 +247,23 @@ class Seq2Seq(nn.Module):
             "share_embedding": share_embedding,
             "tie_head": tie_head,
             "copy": copy,
+            "source_feature_dim": source_feature_dim,
         }
-        self.source_vocab_size = source_vocab_size
+        self.source_vocab_size, self.source_feature_dim = source_vocab_size, source_feature_dim
         self.target_vocab_size = target_vocab_size
         self.input_feeding = input_feeding
         self.tie_head = tie_head
         self.copy = copy
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         E, H = embedding_dim, hidden_dim
-        self.source_embedding = AffineEmbedding(source_vocab_size, E, **factory)
+        self.source_embedding = None if source_vocab_size is None else AffineEmbedding(source_vocab_size, E, **factory)
         self.target_embedding = (
-            self.source_embedding if share_embedding else AffineEmbedding(target_vocab_size, E, **factory)
+            self.source_embedding
+            if share_embedding and self.source_embedding is not None
+            else AffineEmbedding(target_vocab_size, E, **factory)
         )
         layers, between = recurrent_layer(cell, nonlinearity), dropout if n_layers > 1 else 0.0
-        self.encoder = layers(E, H, n_layers, dropout=between, bidirectional=True, **factory)
+        self.encoder = layers(source_feature_dim or E, H, n_layers, dropout=between, bidirectional=True, **factory)
         self.bridge = Linear(2 * H, H, **factory)
         self.cell_bridge = Linear(2 * H, H, **factory) if cell == "lstm" else None
         self.decoder = layers(E + E * input_feeding, H, n_layers, dropout=between, **factory)
@@ -263,7 +280,8 @@ class Seq2Seq(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize every layer, with orthogonal U and zero biases; the forget gates of an LSTM get a bias of 1."""
         for layer in (self.source_embedding, self.target_embedding, self.attention):
-            layer.reset_parameters()
+            if layer is not None:
+                layer.reset_parameters()
         for recurrent in (self.encoder, self.decoder):
             recurrent.reset_parameters()
             init_recurrent_(recurrent)
@@ -279,7 +297,7 @@ class Seq2Seq(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
 
-    def config(self) -> dict[str, int | float | str]:
+    def config(self) -> dict[str, int | float | str | None]:
         """Return the constructor's arguments without `device` and `dtype`, as JSON types, for ``Seq2Seq(**config)``."""
         return dict(self._config)
 
@@ -296,7 +314,7 @@ class Seq2Seq(nn.Module):
         """Score the tokens that follow each prefix of a given target (teacher forcing).
 
         Args:
-            source: Token ids, ``[B, S]`` int64 or int32.
+            source: Token ids ``[B, S]`` int64 or int32, or features ``[B, S, F]``.
             target: Token ids, ``[B, T]`` int64 or int32; each row begins with the id that begins every target.
             source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             target_lengths: Tokens of each target, ``[B]`` int64; the scores beyond them are undefined. None: all have
@@ -311,7 +329,7 @@ class Seq2Seq(nn.Module):
             TypeError: The ids are not int64 or int32, the lengths not int64, or `keep` not bool.
             IndexError: A token id is not in its vocabulary. Ids beyond the lengths may have any value.
         """
-        check_ids("Seq2Seq", "source", source, "B, S")
+        self._check_source(source)
         check_ids("Seq2Seq", "target", target, "B, T")
         if target.shape[0] != source.shape[0]:
             raise ValueError(f"Seq2Seq: target must have the {source.shape[0]} rows of source, got {target.shape[0]}")
@@ -348,6 +366,9 @@ class Seq2Seq(nn.Module):
             return None
         return cast(Tensor, self.dropout(like.new_ones(rows, size or like.shape[-1])))
 
+    def _check_source(self, source: Tensor) -> None:
+        check_sequence("Seq2Seq", "source", source, self.source_feature_dim, self.bridge.weight)
+
     # ---- encoder
 
     def encode(
@@ -356,7 +377,7 @@ class Seq2Seq(nn.Module):
         """Read sources.
 
         Args:
-            source: Token ids, ``[B, S]`` int64 or int32.
+            source: Token ids ``[B, S]`` int64 or int32, or features ``[B, S, F]``.
             lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             input_projections: The result of `input_projections`, for inference with unchanged weights, or None.
 
@@ -367,7 +388,7 @@ class Seq2Seq(nn.Module):
             ValueError, TypeError, IndexError: As `forward`.
             RuntimeError: `input_projections` are given in training mode or with gradients enabled.
         """
-        check_ids("Seq2Seq", "source", source, "B, S")
+        self._check_source(source)
         check_lengths("Seq2Seq", "lengths", lengths, source, "S")
         return self._encode(source, lengths, input_projections)
 
@@ -405,13 +426,14 @@ class Seq2Seq(nn.Module):
             mask = self._dropout_mask(source.shape[0], features)
             return features if mask is None else features * mask
 
-        projected = projections is not None and lengths is None
-        embedded = None if projected and not self.copy else self.source_embedding(source.t())
-        if projections is not None and lengths is None:
+        if projections is not None and lengths is not None:
+            projections = None
+        embedded = self._embed(source.transpose(0, 1), projections)
+        if projections is not None:
             read, last = self._encode_projected(source.t(), projections)
         else:
-            assert embedded is not None
-            read, last = call_recurrent(self.encoder, drop(embedded), None, lengths)
+            x = source.transpose(0, 1) if embedded is None else drop(embedded)
+            read, last = call_recurrent(self.encoder, x, None, lengths)
         key = read
         if self.copy:
             assert embedded is not None
@@ -425,26 +447,26 @@ class Seq2Seq(nn.Module):
         self, source: Tensor, packing: Packing, projections: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, State]:
         """Return the same for sources of unequal lengths, packed from the ids to the projected output."""
-        B, S = source.shape
+        B, S = source.shape[:2]
 
         def drop(features: Tensor) -> Tensor:
             mask = self._dropout_mask(B, features)
             return features if mask is None else features * mask.index_select(0, packing.batch_rows)
 
         index = packing.batch_rows * S + packing.steps
-        ids = source.flatten().index_select(0, index)
-        embedded = None if projections is not None and not self.copy else self.source_embedding(ids)
+        x = source.flatten(0, 1).index_select(0, index)  # ids [N], or features [N, F]
+        embedded = self._embed(x, projections)
         if projections is not None:
-            read, last = self._encode_projected(ids, projections, packing.batch_sizes)
+            read, last = self._encode_projected(x, projections, packing.batch_sizes)
         else:
-            assert embedded is not None
-            packed, last = call_recurrent(self.encoder, PackedSequence(drop(embedded), packing.batch_sizes), None)
+            x = x if embedded is None else drop(embedded)
+            packed, last = call_recurrent(self.encoder, PackedSequence(x, packing.batch_sizes), None)
             read = packed.data  # [N, 2 H]
         key = read
         if self.copy:
             assert embedded is not None
             first = int(packing.batch_sizes[0])
-            rows = torch.arange(first, len(ids)) - packing.batch_sizes[packing.steps[first:] - 1]
+            rows = torch.arange(first, len(x)) - packing.batch_sizes[packing.steps[first:] - 1]
             before = torch.cat((embedded.new_zeros(first, embedded.shape[1]), embedded.index_select(0, rows)))
             key = torch.cat((read, embedded, before), -1)
         keys = self.attention.project_keys(key.unsqueeze(0)).squeeze(0)
@@ -454,6 +476,12 @@ class Seq2Seq(nn.Module):
         )
         order = packing.rows.argsort()
         return keys, values, tuple(tensor.index_select(1, order) for tensor in last)
+
+    def _embed(self, source: Tensor, projections: list[Tensor] | None) -> Tensor | None:
+        """Return the embeddings of sources; None if nothing reads them, and for sources of feature vectors."""
+        if self.source_embedding is None or (projections is not None and not self.copy):
+            return None
+        return cast(Tensor, self.source_embedding(source))
 
     def _encode_projected(
         self, ids: Tensor, projections: list[Tensor], batch_sizes: Tensor | None = None
@@ -488,7 +516,9 @@ class Seq2Seq(nn.Module):
         the target only without input feeding. Otherwise they are None.
         """
 
-        def project(embedding: AffineEmbedding, layer: RecurrentLayer, directions: int) -> list[Tensor] | None:
+        def project(embedding: AffineEmbedding | None, layer: RecurrentLayer, directions: int) -> list[Tensor] | None:
+            if embedding is None:
+                return None
             bypassed = may_bypass(embedding, AffineEmbedding) and may_bypass(layer, RNN, GRU, LSTM)
             if not bypassed or not use_native_gemm(embedding.weight):
                 return None
@@ -655,7 +685,7 @@ class Seq2Seq(nn.Module):
         Call `eval()` first to disable dropout.
 
         Args:
-            source: Token ids, ``[B, S]`` int64 or int32.
+            source: Token ids ``[B, S]`` int64 or int32, or features ``[B, S, F]``.
             end: The id that begins and ends every target.
             source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             max_length: Largest number of ids of a row. None: 10 more than twice those of its source.
@@ -681,7 +711,7 @@ class Seq2Seq(nn.Module):
     ) -> Iterator[Tensor]:
         limits = length_limits(source, source_lengths, max_length)
         encoder_output, state = self._encode(source, source_lengths, input_projections)
-        ids = source.new_full((len(source),), end)
+        ids = torch.full((len(source),), end, device=source.device)
         ended = limits <= 0
         for n in range(1, int(limits.max()) + 1 if len(limits) else 0):
             if ended.all():
@@ -725,7 +755,7 @@ class Seq2Seq(nn.Module):
         the batch. Call `eval()` first to disable dropout.
 
         Args:
-            source: Token ids, ``[B, S]`` int64 or int32.
+            source: Token ids ``[B, S]`` int64 or int32, or features ``[B, S, F]``.
             end: The id that begins and ends every target.
             source_lengths: Tokens of each source, ``[B]`` int64. None: all have S.
             beam: K, number of open targets of each source; 1 is greedy search.
@@ -780,7 +810,7 @@ class Seq2Seq(nn.Module):
             state.reorder_(beams.advance(scores))
 
     def _check_search(self, source: Tensor, end: int, source_lengths: Tensor | None, max_length: int | None) -> None:
-        check_ids("Seq2Seq", "source", source, "B, S")
+        self._check_source(source)
         check_lengths("Seq2Seq", "source_lengths", source_lengths, source, "S")
         if not 0 <= end < self.target_vocab_size:
             raise ValueError(f"Seq2Seq: end must be an id from 0 to {self.target_vocab_size - 1}, got {end}")
@@ -799,10 +829,11 @@ def _apply_mask(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _fill_padding(ids: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return ids ``[B, T]`` with the id 0 beyond the lengths, where a batch may hold any number."""
+    """Return ids ``[B, T]`` or features ``[B, T, F]`` with 0 beyond the lengths, where a batch may hold any number."""
     if lengths is None:
         return ids
-    return ids.masked_fill(~within_lengths(lengths, ids.shape[1]), 0)
+    within = within_lengths(lengths, ids.shape[1])
+    return ids.masked_fill(~(within if ids.dim() == 2 else within.unsqueeze(-1)), 0)
 
 
 def _check_scores(scores: Tensor) -> None:

@@ -44,7 +44,8 @@ def expected_scores(m: llm_ext.Seq2Seq, source: Tensor, target: Tensor, lengths:
     With copying the scores are the logarithms of the mixture.
     """
     config = m.config()
-    L = int(config["n_layers"])
+    L = m.decoder.num_layers
+    assert m.source_embedding is not None
     layers = getattr(nn, str(config["cell"]).upper())
     options: dict[str, Any] = {"num_layers": L, "dtype": torch.float64}
     if config["cell"] == "rnn":
