@@ -158,5 +158,5 @@ def test_makefile_names_the_packages_of_pyproject() -> None:
     assert variable("BUILD_NEEDS") == build
     assert variable("GPU_NEEDS") == names(extras["test"])
     pinned = names([line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalnum()])
-    needed = build.union(*(names(extras[extra]) for extra in ("cli", "tune", "test", "lint", "docs")))
+    needed = build.union(*(names(extras[extra]) for extra in ("cli", "data", "tune", "test", "lint", "docs")))
     assert needed <= pinned, f"constraints.txt does not pin {sorted(needed - pinned)}"

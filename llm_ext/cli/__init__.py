@@ -1,8 +1,8 @@
-"""The command `llm-ext`: train, tune, evaluate, sample from, translate with and explain recurrent models of text.
+"""The command `llm-ext`: train, tune, evaluate, use and explain recurrent models of text, sound, images and video.
 
-    data/        tokenizers, encoded texts and pairs, files
+    data/        tokenizers, encoded texts, pairs and samples, files
     checkpoint   run directories: checkpoints and tokenizers on disk
-    inference/   loss, generation, translation, pictures of attention
+    inference/   loss, generation, translation, labels and texts of samples, pictures of attention
     training/    settings, tasks, the training loop, its log
     tuning/      search of settings by cross-validation
     commands/    one file per command: its options and what it runs

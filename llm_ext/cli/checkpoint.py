@@ -20,24 +20,42 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from llm_ext.cli.data.features import FeatureReader
 from llm_ext.cli.data.files import read_json, sync_directory, write_json
+from llm_ext.cli.data.labels import Labels, load_labels
 from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer
 from llm_ext.cli.errors import CommandError
-from llm_ext.models import LLM, Seq2Seq
+from llm_ext.models import LLM, Seq2Seq, SequenceClassifier
 
-__all__ = ["STATE", "WEIGHTS", "Checkpoint", "Model", "Run"]
+__all__ = ["STATE", "WEIGHTS", "Checkpoint", "Model", "Run", "Vocabulary"]
 
-Model = LLM | Seq2Seq
+Model = LLM | Seq2Seq | SequenceClassifier
+# What names the rows of an embedding or of a head.
+Vocabulary = Tokenizer | Labels
 
 RUN = "llm_ext run"
 CHECKPOINT = "llm_ext checkpoint"
 WEIGHTS, STATE = "model.safetensors", "state.safetensors"
-MODELS: dict[str, Callable[..., Model]] = {"lm": LLM, "translate": Seq2Seq, "summarize": Seq2Seq}
+
+
+def _transcriber(**config: Any) -> Model:
+    return Seq2Seq(**config) if "target_vocab_size" in config else SequenceClassifier(**config)
+
+
+MODELS: dict[str, Callable[..., Model]] = {
+    "lm": LLM,
+    "translate": Seq2Seq,
+    "summarize": Seq2Seq,
+    "classify": SequenceClassifier,
+    "transcribe": _transcriber,
+}
 # What a run of each task holds, and the command that uses it.
 COMMANDS = {
     "lm": ("a language model", "generate"),
     "translate": ("a translator", "translate"),
     "summarize": ("a summarizer", "summarize"),
+    "classify": ("a classifier", "predict"),
+    "transcribe": ("a transcriber", "predict"),
 }
 
 
@@ -113,11 +131,14 @@ class Run:
     Attributes:
         vocabulary: File of the tokenizer; of a translator with two vocabularies, that of the sources.
         target_vocabulary: File of the tokenizer of the targets.
+        features: File of the front end and the normalization of a model that reads samples.
+        labels: File of the labels of a classifier.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.vocabulary, self.target_vocabulary = path / "vocabulary.json", path / "vocabulary.target.json"
+        self.features, self.labels = path / "features.json", path / "labels.json"
         self._pointers = path / "run.json"
 
     def exists(self) -> bool:
@@ -160,22 +181,60 @@ class Run:
         checkpoint.check_task("lm")
         model = checkpoint.model()
         assert isinstance(model, LLM)
-        (tokenizer,) = self.tokenizers(model)
-        return model.eval(), tokenizer
+        return model.eval(), load_tokenizer(self.vocabulary, model.vocab_size)
 
-    def tokenizers(self, model: Model) -> tuple[Tokenizer, ...]:
-        """Load the tokenizer of a language model, or those of a translator: source and target, possibly the same.
+    def tokenizers(self, model: Seq2Seq) -> tuple[Tokenizer, Tokenizer]:
+        """Load the tokenizers of a translator: source and target, possibly the same.
+
+        Raises:
+            CommandError: A file is missing, damaged, or does not fit the model.
+        """
+        assert model.source_vocab_size is not None
+        # The model has one more id, the end of a line.
+        source = load_tokenizer(self.vocabulary, model.source_vocab_size - 1)
+        if model.config()["share_embedding"]:
+            return source, source
+        return source, load_tokenizer(self.target_vocabulary, model.target_vocab_size - 1)
+
+    def feature_reader(self, model: Seq2Seq | SequenceClassifier) -> FeatureReader:
+        """Load what reads the samples of a classifier or transcriber.
+
+        Raises:
+            CommandError: A file is missing, damaged, or does not fit the model.
+        """
+        tokenizer = None
+        if isinstance(model, SequenceClassifier) and model.vocab_size is not None:
+            tokenizer = load_tokenizer(self.vocabulary, model.vocab_size)
+        reader = FeatureReader.load(self.features, tokenizer)
+        size = model.feature_dim if isinstance(model, SequenceClassifier) else model.source_feature_dim
+        if size != (None if reader.mean is None else len(reader.mean)):
+            raise CommandError(f"{self.features}: does not fit the model, which reads {size} features")
+        return reader
+
+    def transcript_tokenizer(self, model: Seq2Seq | SequenceClassifier) -> Tokenizer:
+        """Load the tokenizer of a transcriber; its head has one more row, the end of a text or the blank of CTC.
+
+        Raises:
+            CommandError: The file is missing, damaged, or does not fit the model.
+        """
+        return load_tokenizer(self.vocabulary, model.head.out_features - 1)
+
+    def vocabularies(self, model: Model, task: str) -> tuple[Vocabulary, ...]:
+        """Load what names the rows of the model's embeddings, first, and of its head, last.
 
         Raises:
             CommandError: A file is missing, damaged, or does not fit the model.
         """
         if isinstance(model, LLM):
             return (load_tokenizer(self.vocabulary, model.vocab_size),)
-        # The model has one more id, the end of a line.
-        source = load_tokenizer(self.vocabulary, model.source_vocab_size - 1)
-        if model.config()["share_embedding"]:
-            return source, source
-        return source, load_tokenizer(self.target_vocabulary, model.target_vocab_size - 1)
+        if task in ("translate", "summarize"):
+            assert isinstance(model, Seq2Seq)
+            return self.tokenizers(model)
+        reader = self.feature_reader(model)  # reports an error if it does not fit the model
+        if task == "transcribe":
+            return (self.transcript_tokenizer(model),)
+        labels = load_labels(self.labels, model.head.out_features)
+        return (labels,) if reader.tokenizer is None else (reader.tokenizer, labels)
 
     def save(
         self,
@@ -191,7 +250,7 @@ class Run:
 
         Args:
             step: Step of the training.
-            model: Arguments of `LLM` or `Seq2Seq`.
+            model: Arguments of the model's class.
             weights: Parameters of the model.
             training: JSON values needed to continue.
             state: Tensors needed to continue.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.cli_runs import language_config, translation_config
@@ -41,7 +42,7 @@ def _interruptible() -> Iterator[None]:
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not plot the loss at the end of each training, which takes longer than the training."""
-    monkeypatch.setattr("llm_ext.cli.training.pipeline.plot_loss", lambda records, path: None)
+    monkeypatch.setattr("llm_ext.cli.training.pipeline.plot_loss", lambda records, path, unit: None)
 
 
 @pytest.fixture
@@ -62,6 +63,23 @@ def pairs(tmp_path: Path) -> Path:
     reversed_lines = [" ".join(reversed(line.upper().split())) for line in lines]
     rows = zip(lines, reversed_lines, strict=True)
     path.write_text("".join(f"{source}\t{target}\tauthor\n" for source, target in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    """An archive of 120 sequences of pulses in one of three features: its label, and a letter for each pulse."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(0, 0.1, (120, 16, 4)).astype(np.float32)
+    lengths, labels, texts = generator.integers(9, 17, 120), generator.integers(3, size=120), []
+    for row, label in enumerate(labels):
+        letters = [int(label), *generator.integers(3, size=2).tolist()]
+        for place, letter in zip((1, 4, 7), letters, strict=True):
+            x[row, place : place + 2, letter] += 1
+        texts.append("".join("abc"[letter] for letter in letters))
+    path = tmp_path / "arrays.npz"
+    speakers = [f"speaker {row % 5}" for row in range(120)]
+    np.savez(path, x=x, lengths=lengths, label=[f"class {label}" for label in labels], text=texts, speaker=speakers)
     return path
 
 

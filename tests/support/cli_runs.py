@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
-from llm_ext.cli.training import LanguageConfig, SummaryConfig, TranslationConfig, read_log
+from llm_ext.cli.training import (
+    ClassificationConfig,
+    LanguageConfig,
+    SummaryConfig,
+    TranscriptionConfig,
+    TranslationConfig,
+    read_log,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +31,7 @@ COMMON: dict[str, Any] = {
     "device": "cpu",
 }
 LANGUAGE: dict[str, Any] = {**COMMON, "batch": 4, "chunk": 8}
+SAMPLES: dict[str, Any] = {**COMMON, "batch": 8, "dropout": 0.1, "layers": 1, "kind": "array"}
 TRANSLATION: dict[str, Any] = {**COMMON, "batch": 8, "dropout": 0.1}
 
 
@@ -40,6 +48,16 @@ def translation_config(**changes: Any) -> TranslationConfig:
 def summary_config(**changes: Any) -> SummaryConfig:
     """Settings of a summarizer that trains in a fraction of a second."""
     return SummaryConfig(**{**TRANSLATION, "steps": 30, **changes})
+
+
+def classification_config(**changes: Any) -> ClassificationConfig:
+    """Settings of a classifier of arrays that trains in a fraction of a second."""
+    return ClassificationConfig(**{**SAMPLES, "steps": 30, **changes})
+
+
+def transcription_config(**changes: Any) -> TranscriptionConfig:
+    """Settings of a transcriber of arrays that trains in a fraction of a second."""
+    return TranscriptionConfig(**{**SAMPLES, "steps": 30, **changes})
 
 
 def language_options(**changes: Any) -> list[str]:

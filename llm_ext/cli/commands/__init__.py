@@ -24,7 +24,8 @@ CLI = (
     "tomli",
     "tqdm",
 )
-EXTRAS = dict.fromkeys(CLI, "cli") | {"optuna": "cli,tune"}
+DATA = ("av", "jiwer", "librosa", "PIL", "soundfile")
+EXTRAS = dict.fromkeys(CLI, "cli") | dict.fromkeys(DATA, "cli,data") | {"optuna": "cli,tune"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_cache",
+    "add_features",
     "add_model",
     "add_pair_files",
     "add_search",
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "check_search",
     "pair_files",
+    "sample_path",
     "search_options",
     "warn",
 ]
@@ -52,6 +54,24 @@ def add_pair_files(parser: argparse.ArgumentParser, prefix: str = "", purpose: s
     parser.add_argument(
         f"--{prefix}target", type=Path, metavar="FILE", help=f"pairs: file of targets{purpose}, one per line"
     )
+
+
+def add_features(parser: argparse.ArgumentParser) -> None:
+    """Add --features, another way to give the samples."""
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="PATH",
+        help="samples: an .npz file, a directory or a manifest (.tsv), in place of FILE",
+    )
+
+
+def sample_path(options: argparse.Namespace, files: list[Path]) -> list[Path]:
+    """Return the one path of samples: --features, or the only one of `files`; none if neither is given."""
+    given = [path for path in (options.features, *files) if path is not None]
+    if len(given) > 1:
+        options.fail("give samples in one manifest (.tsv), one .npz file or one directory")
+    return given
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

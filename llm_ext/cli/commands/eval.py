@@ -1,4 +1,4 @@
-"""`llm-ext eval`: the loss of a text; loss, BLEU and ROUGE of pairs."""
+"""`llm-ext eval`: the loss of a text; loss, BLEU and ROUGE of pairs; accuracy or error rates of samples."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ import numpy as np
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.commands.arguments import (
     add_cache,
+    add_features,
     add_model,
     add_pair_files,
     add_search,
     add_traceback,
     check_search,
     pair_files,
+    sample_path,
     search_options,
     warn,
 )
 from llm_ext.cli.data.corpus import encode_text
+from llm_ext.cli.data.features import encode_samples
 from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.data.pairs import PairFiles, encode_pairs
+from llm_ext.cli.data.samples import read_samples
 from llm_ext.cli.device import find_device
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluation import Score, evaluate_pairs, evaluate_text
+from llm_ext.cli.inference.classifier import Classifier, evaluate_labels
+from llm_ext.cli.inference.confusion import draw_confusion
+from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_pairs, evaluate_text
 from llm_ext.cli.inference.stateful import StatefulLLM
+from llm_ext.cli.inference.transcriber import (
+    Transcriber,
+    encode_texts,
+    error_rates,
+    evaluate_transcripts,
+    fits_ctc,
+)
 from llm_ext.cli.inference.translator import Translator, bleu, rouge
 from llm_ext.cli.training.pipeline import CACHE
 
@@ -43,30 +56,50 @@ def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "eval",
-        help="measure the loss on text files, or loss, BLEU and ROUGE on pairs",
+        help="measure a model on text, pairs or samples",
         description="Measure the loss of a language model on text, loss and BLEU of a translator on pairs, and of a "
-        "summarizer ROUGE as well.",
+        "summarizer ROUGE as well, loss and accuracy of a classifier or loss and error rates of a transcriber on "
+        "samples.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="text, or one file of tab-separated pairs")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="text; one file of tab-separated pairs; or, for samples, a manifest",
+    )
     add_pair_files(parser)
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"lines read together (default: {BATCH})")
+    add_features(parser)
+    parser.add_argument(
+        "--confusion",
+        type=Path,
+        metavar="FILE",
+        help="classifier: picture of the confusion matrix, .svg or .png (default: confusion.svg in the run directory)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, metavar="N", help=f"lines or samples read together (default: {BATCH})"
+    )
     add_search(parser)
     add_cache(parser)
     add_traceback(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the loss, and how well a model writes the targets of pairs; return the exit code."""
+    """Print the loss, and how well a model writes the targets of pairs or knows samples; return the exit code."""
     two_files = options.source is not None or options.target is not None
     files = pair_files(options, options.files) if two_files else options.files
-    if not files:
-        options.fail("FILE is missing: give text to measure on")
+    if not files and options.features is None:
+        options.fail("FILE is missing: give text, pairs or samples to measure on")
     check_search(options)
-    check_files(files)
     run_directory = Run(options.dir)
     task = run_directory.checkpoint(options.checkpoint).task
+    if task in ("classify", "transcribe"):
+        return _evaluate_samples(options, run_directory, task)
+    if options.features is not None:
+        raise CommandError(f"{options.dir}: reads text: give FILE, not --features")
+    check_files(files)
     if task in ("translate", "summarize"):
         files = copy_pipes(pair_files(options, options.files), _cache(options))
         return _evaluate_translator(options, run_directory, PairFiles(*files), task == "summarize")
@@ -103,6 +136,62 @@ def _evaluate_translator(options: argparse.Namespace, run_directory: Run, files:
         for name, value in rouge(found, references).items():
             print(f"{name}     {value:.2f}")
     return 0
+
+
+def _evaluate_samples(options: argparse.Namespace, run_directory: Run, task: str) -> int:
+    paths = sample_path(options, options.files)
+    if not paths:
+        options.fail("FILE is missing: give samples to measure on")
+    picture: Path = options.confusion or options.dir / "confusion.svg"
+    if picture.suffix not in (".svg", ".png"):
+        options.fail(f"--confusion must end in .svg or .png, got {picture.name!r}")
+    device = find_device(options.device)
+    if task == "classify":
+        _evaluate_classifier(options, Classifier.load(run_directory, options.checkpoint, device), paths[0], picture)
+    else:
+        _evaluate_transcriber(options, Transcriber.load(run_directory, options.checkpoint, device), paths[0])
+    return 0
+
+
+def _evaluate_classifier(options: argparse.Namespace, classifier: Classifier, path: Path, picture: Path) -> None:
+    reader, labels = classifier.reader, classifier.labels
+    samples = read_samples(path, reader.front_end.kind, "label")
+    classes = np.array(labels.encode(samples), dtype=np.int64)
+    encoded = encode_samples(samples, reader, _cache(options))
+    score, table = evaluate_labels(
+        classifier.model, encoded, reader, np.arange(len(samples)), classes, labels.size, classifier.device, Processes()
+    )
+    draw_confusion(table, labels.names, picture)
+    print(f"loss        {score.loss:.4f} nats per sample, over {score.tokens:,} samples")
+    print(f"accuracy    {100 * (score.accuracy or 0):.2f} % ({score.correct:,} of {score.tokens:,})")
+    print(f"confusion   saved in {picture}")
+
+
+def _evaluate_transcriber(options: argparse.Namespace, transcriber: Transcriber, path: Path) -> None:
+    reader, tokenizer = transcriber.reader, transcriber.tokenizer
+    samples = read_samples(path, reader.front_end.kind, "text")
+    ids = encode_texts(samples, tokenizer)
+    encoded = encode_samples(samples, reader, _cache(options))
+    fit = [n for n in range(len(samples)) if not transcriber.ctc or fits_ctc(int(encoded.lengths[n]), ids[n])]
+    if fit:
+        score = evaluate_transcripts(
+            transcriber.model,
+            transcriber.ctc,
+            encoded,
+            reader,
+            np.array(fit),
+            ids,
+            tokenizer,
+            transcriber.device,
+            Processes(),
+        )
+        print(f"loss        {score.loss:.4f} nats per token, over {score.tokens:,} tokens")
+    if len(fit) < len(samples):
+        warn(f"{path}: the loss leaves out {len(samples) - len(fit):,} samples with fewer steps than their text needs")
+    texts = list(transcriber.transcribe(samples, options.batch, search_options(options)))
+    characters, words = error_rates([str(sample.target) for sample in samples], texts)
+    print(f"CER         {100 * characters:.2f} % of the characters")
+    print(f"WER         {100 * words:.2f} % of the words, over {len(samples):,} samples")
 
 
 def _cache(options: argparse.Namespace) -> Path:

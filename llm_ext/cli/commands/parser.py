@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_ext.cli.commands import eval, explain, generate, summarize, train, translate, tune
+from llm_ext.cli.commands import eval, explain, generate, predict, summarize, train, translate, tune
 
 __all__ = ["parse"]
 
@@ -32,10 +32,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llm-ext",
-        description="Train and use recurrent language models, translators and summarizers.",
+        description="Train and use recurrent language models, translators, summarizers, classifiers and transcribers.",
         epilog="'llm-ext COMMAND --help' lists the options of a command.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, tune, eval, generate, translate, summarize, explain):
+    for command in (train, tune, eval, generate, translate, summarize, predict, explain):
         command.add_parser(commands)
     return parser

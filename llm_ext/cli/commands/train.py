@@ -9,8 +9,15 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_ext.cli.commands.arguments import add_cache, add_pair_files, add_traceback, pair_files
-from llm_ext.cli.training.config import CONFIGS, Config, TranslationConfig
+from llm_ext.cli.commands.arguments import (
+    add_cache,
+    add_features,
+    add_pair_files,
+    add_traceback,
+    pair_files,
+    sample_path,
+)
+from llm_ext.cli.training.config import CONFIGS, Config, SampleConfig, TranslationConfig
 from llm_ext.cli.training.config_file import read_config
 from llm_ext.cli.training.pipeline import Outcome, resume, train
 
@@ -41,8 +48,11 @@ def add_parser(commands: Commands) -> None:
         usage="llm-ext train FILE [FILE ...] --out DIR [options]\n"
         "       llm-ext train --task translate|summarize FILE.tsv --out DIR [options]\n"
         "       llm-ext train --task translate|summarize --source FILE --target FILE --out DIR [options]\n"
+        "       llm-ext train --task classify|transcribe --kind KIND MANIFEST.tsv --out DIR [options]\n"
+        "       llm-ext train --task classify|transcribe --kind KIND --features FILE.npz|DIR --out DIR [options]\n"
         "       llm-ext train --resume --out DIR [options]",
-        description="Train a language model on text, or a translator or a summarizer on pairs of lines.",
+        description="Train a language model on text, a translator or a summarizer on pairs of lines, or a classifier "
+        "or a transcriber of sound, images, video or arrays.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_data(parser)
@@ -66,14 +76,22 @@ def add_parser(commands: Commands) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the task and its files, and --config."""
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="text, or one file of tab-separated pairs")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="text; one file of tab-separated pairs; or, for samples, a manifest with the columns file and label or "
+        "text",
+    )
     parser.add_argument(
         "--task",
         choices=CONFIGS,
         help="lm: predict the next token of a text; translate: write the target of a source; summarize: likewise, with "
-        "long sources and copying (default: lm)",
+        "long sources and copying; classify: label a sample; transcribe: write the text of a sample (default: lm)",
     )
     add_pair_files(parser)
+    add_features(parser)
     parser.add_argument(
         "--config",
         type=Path,
@@ -92,8 +110,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> Outcome:
     task, from_file, given = read_settings(options)
-    val = pair_files(options, options.val, "val-") if _reads_pairs(task) else options.val
-    files = training_files(options, task)
+    files, val = training_files(options, task), options.val
+    if _reads_pairs(task):
+        val = pair_files(options, val, "val-")
+    elif _reads_samples(task) and len(val) > 1:
+        options.fail(f"--val takes one path of samples, got {len(val)}")
     return train(make_config(options, task, from_file | given), files, options.out, val=val, cache=options.cache)
 
 
@@ -107,6 +128,8 @@ def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any], dic
     others = [option_name(name) for name in given if task not in settings[name]]
     if not _reads_pairs(task):
         others += _given_pair_files(options)
+    if not _reads_samples(task) and options.features is not None:
+        others.append("--features")
     if others:
         options.fail(f"not for --task {task}: {', '.join(others)}")
     return task, from_file, given
@@ -114,9 +137,13 @@ def read_settings(options: argparse.Namespace) -> tuple[str, dict[str, Any], dic
 
 def training_files(options: argparse.Namespace, task: str) -> list[Path]:
     """Return the files to train on."""
-    files: list[Path] = pair_files(options, options.files) if _reads_pairs(task) else options.files
+    files: list[Path] = options.files
+    if _reads_pairs(task):
+        files = pair_files(options, files)
+    elif _reads_samples(task):
+        files = sample_path(options, files)
     if not files:
-        options.fail("FILE is missing: give text to train on")
+        options.fail(f"FILE is missing: give {'samples' if _reads_samples(task) else 'text'} to train on")
     return files
 
 
@@ -124,11 +151,15 @@ def _reads_pairs(task: str) -> bool:
     return issubclass(CONFIGS[task], TranslationConfig)
 
 
+def _reads_samples(task: str) -> bool:
+    return issubclass(CONFIGS[task], SampleConfig)
+
+
 def _resume(options: argparse.Namespace) -> Outcome:
     given, settings = given_settings(options), _settings()
     fixed = [option_name(name) for name in given if not _can_change(settings[name])]
     fixed += ["--task"] * (options.task is not None) + ["--config"] * (options.config is not None)
-    fixed += ["FILE"] * bool(options.files)
+    fixed += ["FILE"] * bool(options.files) + ["--features"] * (options.features is not None)
     fixed += ["--val"] * bool(options.val) + _given_pair_files(options)
     if fixed:
         options.fail(f"--resume continues with the settings of the run: leave out {', '.join(fixed)}")
@@ -153,7 +184,7 @@ def _describe(outcome: Outcome, out: Path) -> str:
             f"continue with: llm-ext train --resume --out {out}"
         )
     return (
-        f"done: step {progress.step}; best validation loss {progress.best_loss:.4f} nats per token "
+        f"done: step {progress.step}; best validation loss {progress.best_loss:.4f} nats per {outcome.unit} "
         f"at step {progress.best_step}; saved in {out}"
     )
 

@@ -20,9 +20,8 @@ from llm_ext.cli.commands.train import (
     read_settings,
     training_files,
 )
-from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.training.pipeline import fingerprints
+from llm_ext.cli.training.pipeline import fingerprints, input_files
 from llm_ext.cli.training.task import Fold
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ def add_parser(commands: Commands) -> None:
         usage="llm-ext tune FILE [FILE ...] --out DIR --trial-minutes X [options]\n"
         "       llm-ext tune --task translate FILE.tsv --out DIR --trial-minutes X [options]\n"
         "       llm-ext tune --task translate --source FILE --target FILE --out DIR --trial-minutes X [options]\n"
+        "       llm-ext tune --task classify|transcribe --kind KIND PATH --out DIR --trial-minutes X [options]\n"
         "       llm-ext tune --resume --out DIR [--trials N] [--minutes M]",
         description="Search settings of `llm-ext train` by trials: trainings on all but one of several parts of the "
         "data, measured on that part. The settings given as options are the same in all trials; --space names the "
@@ -138,7 +138,7 @@ def _begin(options: argparse.Namespace, study: Study) -> Definition:
 
 def _saved(options: argparse.Namespace, study: Study) -> Definition:
     """Return the definition of a search to continue."""
-    names = ("task", "config", "source", "target", "space", "folds", "trial_minutes", "trial_steps")
+    names = ("task", "config", "source", "target", "features", "space", "folds", "trial_minutes", "trial_steps")
     given = [name for name in names if getattr(options, name) is not None] + [*given_settings(options)]
     if given or options.files:
         words = [*map(option_name, given), *["FILE"] * bool(options.files)]
@@ -154,7 +154,6 @@ def _define(options: argparse.Namespace, study: Study) -> tuple[Definition, dict
 
     task, from_file, given = read_settings(options)
     files = training_files(options, task)
-    check_files(files)
     if own := [name for name in WITHOUT if name in from_file]:
         raise CommandError(f"{options.config}: a search sets {', '.join(map(option_name, own))} itself: leave it out")
     path = options.space or default_space(task)
@@ -163,10 +162,11 @@ def _define(options: argparse.Namespace, study: Study) -> tuple[Definition, dict
     if not space:
         options.fail(f"the options leave nothing to search: each setting of {path} is given")
     settings = {name: value for name, value in (from_file | given).items() if name not in space}
-    make_config(options, task, settings)
+    config = make_config(options, task, settings)
+    inputs = input_files(config, files, (), study.cache, None)
     definition = Definition(
         task=task,
-        files=[str(path.resolve()) for path in copy_pipes(files, study.cache)],
+        files=inputs.names()["files"],
         fingerprints=[],
         settings=settings,
         space=space,

@@ -1,8 +1,8 @@
-"""Batches of encoded pairs of similar length."""
+"""Batches of samples and of encoded pairs of similar length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from llm_ext.cli.data.tokenizer import Ids
 from llm_ext.cli.errors import CommandError
 from llm_ext.ops.packing import within_lengths
 
-__all__ = ["PairBatch", "PairBatches", "make_batch", "order_by_length", "pad_lines"]
+__all__ = ["Batches", "PairBatch", "PairBatches", "make_batch", "order_by_length", "pad_lines"]
 
 # Pairs are sorted by length within this many batches: enough that almost all targets of a batch have the same length,
 # and few enough that batches differ from pass to pass.
@@ -75,11 +75,51 @@ def pad_lines(lines: Sequence[Ids | Sequence[int]], end: int) -> tuple[Tensor, T
     return ids, lengths if bool((lengths < ids.shape[1]).any()) else None
 
 
-class PairBatches:
-    """Batches of pairs of similar length; the pairs of a step are a function of the step alone.
+class Batches:
+    """Indices of samples of similar length; those of a step are a function of the step alone.
 
-    Each pass shuffles the pairs, sorts them by length within pools of `POOL` batches, and shuffles the batches. The
-    last batch of a pass is completed with the first pairs of its shuffle.
+    Each pass shuffles the samples, sorts them by length within pools of `POOL` batches, and shuffles the batches. The
+    last batch of a pass is completed with the first samples of its shuffle.
+
+    Args:
+        chosen: Indices of the samples to train on.
+        size: B, samples per batch of all processes together.
+        seed: Seed of the shuffles.
+        order: Returns the order that sorts the samples of some indices by length.
+        what: What the samples are, for the message.
+
+    Raises:
+        CommandError: There are fewer samples than one batch needs.
+    """
+
+    def __init__(
+        self, chosen: Indices, size: int, seed: int, order: Callable[[Indices], Indices], what: str = "samples"
+    ) -> None:
+        if len(chosen) < size:
+            raise CommandError(
+                f"there must be at least batch × processes = {size} {what} to train on, got {len(chosen)}; "
+                f"give more {what}, or a smaller --batch"
+            )
+        self.chosen, self.size, self.seed, self.order = chosen, size, seed, order
+        self.steps_per_pass = -(-len(chosen) // size)
+        self._pass, self._order = -1, np.empty((0, size), dtype=np.int64)
+
+    def indices(self, step: int) -> Indices:
+        """Return the samples of a step, [B], in the order of `order`."""
+        number, index = divmod(step, self.steps_per_pass)
+        if number != self._pass:
+            generator = np.random.default_rng((self.seed, number))
+            order = np.resize(generator.permutation(self.chosen), self.steps_per_pass * self.size)
+            for begin in range(0, len(order), POOL * self.size):
+                pool = order[begin : begin + POOL * self.size]
+                pool[:] = pool[self.order(pool)]
+            self._pass, self._order = number, generator.permutation(order.reshape(-1, self.size))
+        indices: Indices = self._order[index]
+        return indices
+
+
+class PairBatches(Batches):
+    """Batches of pairs of similar length, longest target first.
 
     Args:
         pairs: All pairs.
@@ -93,27 +133,8 @@ class PairBatches:
     """
 
     def __init__(self, pairs: EncodedPairs, chosen: Indices, size: int, seed: int, ends: tuple[int, int]) -> None:
-        if len(chosen) < size:
-            raise CommandError(
-                f"there must be at least batch × processes = {size} pairs to train on, got {len(chosen)}; "
-                "give more pairs, or a smaller --batch"
-            )
-        self.pairs, self.chosen, self.size, self.seed, self.ends = pairs, chosen, size, seed, ends
-        self.steps_per_pass = -(-len(chosen) // size)
-        self._pass, self._order = -1, np.empty((0, size), dtype=np.int64)
-
-    def indices(self, step: int) -> Indices:
-        """Return the pairs of a step, [B], longest target first."""
-        number, index = divmod(step, self.steps_per_pass)
-        if number != self._pass:
-            generator = np.random.default_rng((self.seed, number))
-            order = np.resize(generator.permutation(self.chosen), self.steps_per_pass * self.size)
-            for begin in range(0, len(order), POOL * self.size):
-                pool = order[begin : begin + POOL * self.size]
-                pool[:] = pool[order_by_length(self.pairs, pool)]
-            self._pass, self._order = number, generator.permutation(order.reshape(-1, self.size))
-        indices: Indices = self._order[index]
-        return indices
+        super().__init__(chosen, size, seed, lambda indices: order_by_length(pairs, indices), "pairs")
+        self.pairs, self.ends = pairs, ends
 
     def read(self, step: int, mine: slice) -> tuple[PairBatch, int]:
         """Return the rows `mine` of a step, and the number of target tokens of the whole step."""

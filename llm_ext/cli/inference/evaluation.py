@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,35 +16,50 @@ from llm_ext.cli.data.corpus import Corpus
 from llm_ext.cli.data.pairs import EncodedPairs, Indices
 from llm_ext.cli.data.tokenizer import Tokenizer
 
-__all__ = ["EvaluationStoppedError", "Processes", "Score", "evaluate_pairs", "evaluate_text"]
+__all__ = [
+    "EvaluationStoppedError",
+    "Processes",
+    "Score",
+    "TokenTotals",
+    "evaluate_pairs",
+    "evaluate_text",
+    "shared_batches",
+]
 
 # Streams read in parallel, and tokens of each per chunk. Larger values are not faster on a CPU. Each stream starts
 # without its context, which at 32 streams raises the loss by less than 0.01.
 STREAMS, CHUNK = 32, 256
-# Pairs per batch.
+# Pairs or samples per batch.
 PAIRS = 64
 
 
 @dataclass(frozen=True)
 class Score:
-    """The loss over a text.
+    """The loss over a text, or over samples with labels.
 
     Attributes:
         nats: Sum over all predicted tokens.
-        tokens: Number of predicted tokens.
-        characters: Length of their text in characters.
-        bytes: Length of their text in bytes.
+        tokens: Number of predicted tokens, or of samples.
+        characters: Length of their text in characters; 0 for labels.
+        bytes: Length of their text in bytes; 0 for labels.
+        correct: Samples whose label was predicted; None for text.
     """
 
     nats: float
     tokens: int
     characters: int
     bytes: int
+    correct: int | None = None
 
     @property
     def loss(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
+
+    @property
+    def accuracy(self) -> float | None:
+        """Fraction of the samples whose label was predicted; None for text."""
+        return None if self.correct is None else self.correct / self.tokens
 
     @property
     def perplexity(self) -> float:
@@ -54,6 +69,18 @@ class Score:
     def bits(self, count: int) -> float:
         """Return the bits per token, character or byte, given the `count` of them."""
         return self.nats / math.log(2) / count if count else math.nan
+
+    def record(self) -> dict[str, float]:
+        """Return what the log of a training holds besides the loss."""
+        if self.accuracy is not None:
+            return {"accuracy": self.accuracy}
+        return {"bits_per_character": self.bits(self.characters)}
+
+    def describe(self, unit: str) -> str:
+        """Return the loss in words; `unit` is what it is the mean over."""
+        if self.accuracy is not None:
+            return f"{self.loss:.4f} nats per {unit}, accuracy {100 * self.accuracy:.2f} %"
+        return f"{self.loss:.4f} nats ({self.bits(self.tokens):.4f} bits) per {unit}"
 
 
 class EvaluationStoppedError(Exception):
@@ -108,7 +135,7 @@ def evaluate_text(
     starts = begin + length * np.arange(count, dtype=np.int64)
     starts = starts[processes.rank :: processes.count]
     left = np.minimum(length, end - 1 - starts)  # tokens to predict in each stream
-    totals = _Totals(tokenizer)
+    totals = TokenTotals(tokenizer)
     with torch.inference_mode():
         for offset in range(0, length, CHUNK):
             if processes.stop():
@@ -145,22 +172,29 @@ def evaluate_pairs(
     Raises:
         EvaluationStoppedError: `processes.stop` returned True.
     """
-    order = indices[order_by_length(pairs, indices)]
-    totals = _Totals(tokenizer)
+    totals = TokenTotals(tokenizer)
     with torch.inference_mode():
-        for begin in range(0, len(order), PAIRS * processes.count):
-            if processes.stop():
-                raise EvaluationStoppedError
-            begin += PAIRS * processes.rank
-            mine = order[begin : begin + PAIRS]
-            if not len(mine):
-                continue
+        for mine in shared_batches(indices[order_by_length(pairs, indices)], processes):
             batch = make_batch(pairs, mine, ends)
             totals.add(_pair_nats(model, batch, device), batch.expected)
     return totals.score(device, processes)
 
 
-class _Totals:
+def shared_batches(order: Indices, processes: Processes) -> Iterator[Indices]:
+    """Yield the indices of the batches that this process measures.
+
+    Raises:
+        EvaluationStoppedError: `processes.stop` returned True.
+    """
+    for begin in range(0, len(order), PAIRS * processes.count):
+        if processes.stop():
+            raise EvaluationStoppedError
+        begin += PAIRS * processes.rank
+        if len(mine := order[begin : begin + PAIRS]):
+            yield mine
+
+
+class TokenTotals:
     """Sums over the predicted tokens of this process."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -170,10 +204,12 @@ class _Totals:
         self._sums = np.zeros(4)
 
     def add(self, nats: float, predicted: Tensor) -> None:
+        """Add the loss of some predicted ids."""
         ids = predicted.numpy()
         self._sums += nats, ids.size, self._characters[ids].sum(), self._bytes[ids].sum()
 
     def score(self, device: torch.device, processes: Processes) -> Score:
+        """Return the score of all processes."""
         nats, *counts = processes.sum(torch.from_numpy(self._sums).to(device)).tolist()
         return Score(nats, *(int(count) for count in counts))
 

@@ -14,7 +14,7 @@ from llm_ext.cli.inference.picture import AttentionMap, Weights
 from llm_ext.cli.inference.translator import SearchOptions, Translator
 from llm_ext.models import LLM
 
-__all__ = ["END_OF_LINE", "explain_language_model", "explain_translation", "group_into_words"]
+__all__ = ["END_OF_LINE", "explain_language_model", "explain_translation", "group_into_words", "token_texts"]
 
 END_OF_LINE = "⏎"
 # Longer words are cut to this many characters.
@@ -62,8 +62,8 @@ def explain_translation(
         _, state, attention = model.step(last, state, encoder_output, need_weights=True)
         assert attention is not None
         weights.append(attention[0, 0].double().cpu().numpy())
-    columns = group_into_words([*_token_texts(translator.source.tokenizer, ids), END_OF_LINE])
-    rows = group_into_words([*_token_texts(translator.target.tokenizer, written), END_OF_LINE])
+    columns = group_into_words([*token_texts(translator.source.tokenizer, ids), END_OF_LINE])
+    rows = group_into_words([*token_texts(translator.target.tokenizer, written), END_OF_LINE])
     return AttentionMap(
         title=f"{text.strip()}\n→ {target}",
         rows=[word for word, _ in rows],
@@ -90,7 +90,7 @@ def explain_language_model(model: LLM, tokenizer: Tokenizer, text: str) -> Atten
     if model.pool is None:
         raise CommandError("the model has no attention to look at; train one with --attention hidden or embedding")
     ids = tokenizer.encode(text)
-    words = group_into_words(_token_texts(tokenizer, ids.tolist()))
+    words = group_into_words(token_texts(tokenizer, ids.tolist()))
     if len(words) < 2:
         raise CommandError(f"--text must hold at least two words, got {text!r}")
     weights: list[Weights] = []
@@ -143,7 +143,7 @@ def group_into_words(pieces: Sequence[str]) -> list[Word]:
     return words
 
 
-def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Return the text of each token; a character that spans several tokens belongs to the last of them."""
     texts = []
     pending = b""

@@ -215,9 +215,9 @@ class Translator:
         """Return whether this many tokens outweigh the input projections, one per vocabulary entry."""
         model = self.model
         w_hh = model.encoder.all_weights[0][1]
-        values = (2 * model.source_vocab_size + model.target_vocab_size) * len(w_hh)
-        largest = max(model.source_vocab_size, model.target_vocab_size)
-        return tokens > largest and values * w_hh.element_size() <= MAX_PROJECTION_BYTES
+        vocabularies = (self.source.size, self.target.size)
+        values = (2 * vocabularies[0] + vocabularies[1]) * len(w_hh)
+        return tokens > max(vocabularies) and values * w_hh.element_size() <= MAX_PROJECTION_BYTES
 
     def _batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         source, lengths = pad_lines(sources, self.source.end)

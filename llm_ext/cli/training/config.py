@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from llm_ext.cli.data.augmentation import AUGMENTATIONS
+from llm_ext.cli.data.features import FrontEnd
+from llm_ext.cli.data.samples import KINDS as SAMPLE_KINDS
 from llm_ext.cli.data.tokenizer import KINDS
 from llm_ext.models.recurrent_layers import CELLS
 from llm_ext.ops.argument_checks import NONLINEARITIES
 
-__all__ = ["CONFIGS", "Config", "LanguageConfig", "SummaryConfig", "TranslationConfig"]
+__all__ = [
+    "CONFIGS",
+    "ClassificationConfig",
+    "Config",
+    "LanguageConfig",
+    "SampleConfig",
+    "SummaryConfig",
+    "TranscriptionConfig",
+    "TranslationConfig",
+]
 
 SCHEDULES = ("one-cycle", "cosine", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -49,6 +62,8 @@ class Config:
     """The settings that all tasks share; the configs of the tasks add their own."""
 
     task: ClassVar[str]
+    # What the loss is the mean over.
+    unit: ClassVar[str] = "token"
 
     tokens: str = _setting(
         "bytes", "kind of tokens: bytes, characters, or byte pairs learned from the text", group="data", choices=KINDS
@@ -95,7 +110,7 @@ class Config:
 
     # With the defaults of batch, chunk, lr, schedule and clip an Elman network reaches 1.517 nats per character on the
     # plays of Shakespeare in 4,800 steps.
-    batch: int = _setting(32, "streams or pairs per step, in each process", group="training", least=1)
+    batch: int = _setting(32, "streams, pairs or samples per step, in each process", group="training", least=1)
     steps: int | None = _setting(
         None,
         f"number of steps to train (default: {DEFAULT_STEPS} without --minutes)",
@@ -276,8 +291,153 @@ class SummaryConfig(TranslationConfig):
     )
 
 
+@dataclass(frozen=True)
+class SampleConfig(Config):
+    """The settings that the tasks on sound, images, video and arrays share."""
+
+    cell: str = _with_default("cell", "gru")
+    layers: int = _with_default("layers", 2)
+    hidden: int = _with_default("hidden", 128)
+    dropout: float = _with_default("dropout", 0.3)
+    warmup: float = _with_default("warmup", 0.1)
+
+    kind: str = _setting(
+        "audio",
+        "kind of files: audio (log-mel spectrogram), image (rows or patches), video (frames), array (.npy), or text",
+        group="data",
+        choices=SAMPLE_KINDS,
+    )
+    rate: int | None = _setting(
+        None,
+        "audio: samples per second to resample to (default: those of the first file)",
+        group="data",
+        type=int,
+        least=100,
+        most=1 << 20,
+    )
+    mels: int = _setting(40, "audio: bands of the mel scale", group="data", least=2, most=1000)
+    image_size: str | None = _setting(
+        None,
+        "images and video: size to scale to (default: that of the first file)",
+        group="data",
+        type=str,
+        metavar="HxW",
+    )
+    patch: int = _setting(0, "images: height and width of a patch; 0 reads row by row", group="data", least=0)
+    colour: bool = _setting(False, "images and video: read red, green and blue, not brightness", group="data")
+    stack: int = _setting(1, "consecutive vectors that are joined into one step", group="data", least=1)
+    center: bool = _setting(
+        False,
+        "subtract from each feature its mean over the sample, which removes the sound of a room or of a microphone",
+        group="data",
+    )
+    val_column: str | None = _setting(
+        None,
+        "without --val, column of groups, such as speakers, that are held out whole (default: none)",
+        group="data",
+        type=str,
+    )
+    val_values: str = _setting(
+        "",
+        "groups of --val-column to hold out, separated by commas (default: a fraction of the groups)",
+        group="data",
+        metavar="NAMES",
+    )
+    augment: str = _setting(
+        "",
+        f"random changes of training samples, separated by commas: {', '.join(AUGMENTATIONS)} (default: none)",
+        group="training",
+        metavar="NAMES",
+    )
+    label_smoothing: float = _setting(0.0, "label smoothing of the training loss", group="training", least=0, most=0.9)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.augmentations:
+            if name not in AUGMENTATIONS:
+                raise ValueError(f"augment must name some of {', '.join(AUGMENTATIONS)}, got {name!r}")
+        if other := self.augmentations & ({"words"} if self.kind != "text" else {*AUGMENTATIONS} - {"words"}):
+            raise ValueError(f"augment must not name {', '.join(sorted(other))} with --kind {self.kind}")
+        if self.val_values and self.val_column is None:
+            raise ValueError("val-values needs --val-column")
+        if self.image_size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.image_size):
+            raise ValueError(f"image-size must be HxW, such as 28x28, got {self.image_size!r}")
+
+    @property
+    def augmentations(self) -> frozenset[str]:
+        """The random changes of training samples."""
+        return frozenset(filter(None, self.augment.split(",")))
+
+    @property
+    def held_out(self) -> list[str]:
+        """The groups to hold out."""
+        return [value for value in self.val_values.split(",") if value]
+
+    def front_end(self) -> FrontEnd:
+        """Return how files become sequences of vectors."""
+        size = None
+        if self.image_size is not None and self.kind in ("image", "video"):
+            size = tuple(map(int, self.image_size.split("x")))
+        return FrontEnd(
+            self.kind,
+            self.rate,
+            self.mels,
+            cast("tuple[int, int] | None", size),
+            self.patch,
+            self.colour,
+            self.stack,
+            self.center,
+        )
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(SampleConfig):
+    """Settings to train a classifier.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    task: ClassVar[str] = "classify"
+    unit: ClassVar[str] = "sample"
+
+    pooling: str = _setting(
+        "attention",
+        "vector from which the class is predicted: attention over the steps, or the last state",
+        group="model",
+        choices=("attention", "last"),
+    )
+    bidirectional: bool = _setting(True, "read in both directions", group="model")
+
+
+@dataclass(frozen=True)
+class TranscriptionConfig(SampleConfig):
+    """Settings to train a transcriber.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    task: ClassVar[str] = "transcribe"
+
+    tokens: str = _with_default("tokens", "chars")
+
+    decoder: str = _setting(
+        "ctc",
+        "ctc: a token or none at each step; attention: a decoder that attends to the steps",
+        group="model",
+        choices=("ctc", "attention"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "text":
+            raise ValueError("kind must not be text for --task transcribe; --task translate reads text")
+
+
 CONFIGS: dict[str, type[Config]] = {
-    config.task: config for config in (LanguageConfig, TranslationConfig, SummaryConfig)
+    config.task: config
+    for config in (LanguageConfig, TranslationConfig, SummaryConfig, ClassificationConfig, TranscriptionConfig)
 }
 
 

@@ -96,7 +96,7 @@ class LanguageTask(Task):
     def __init__(self, fabric: Fabric, config: LanguageConfig, data: LanguageData, model: LLM) -> None:
         self.fabric, self.config, self.notes = fabric, config, []
         self.tokenizer = data.tokenizer
-        self.tokenizers = (data.tokenizer,)
+        self.vocabularies = (data.tokenizer,)
         self.model = model
         self.module = self.stateful = StatefulLLM(model)
 

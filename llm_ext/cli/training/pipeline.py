@@ -11,17 +11,19 @@ from typing import Any
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.training.config import CONFIGS, Config
+from llm_ext.cli.training.classification import ClassificationTask
+from llm_ext.cli.training.config import CONFIGS, Config, SampleConfig
 from llm_ext.cli.training.language import LanguageTask
 from llm_ext.cli.training.launch import launch
 from llm_ext.cli.training.plot import plot_loss
 from llm_ext.cli.training.report import read_log
 from llm_ext.cli.training.task import Fold, InputFiles, Task
 from llm_ext.cli.training.trainer import Progress, Trainer, Watcher
+from llm_ext.cli.training.transcription import TranscriptionTask
 from llm_ext.cli.training.transfer import freeze, initialize_from
 from llm_ext.cli.training.translation import TranslationTask
 
-__all__ = ["CACHE", "LOG", "PLOT", "Outcome", "fingerprints", "resume", "train"]
+__all__ = ["CACHE", "LOG", "PLOT", "Outcome", "fingerprints", "input_files", "resume", "train"]
 
 # Names in a run directory.
 LOG, PLOT, CACHE = "log.jsonl", "loss.svg", "cache"
@@ -30,6 +32,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "lm": LanguageTask.create,
     "translate": TranslationTask.create,
     "summarize": TranslationTask.create,
+    "classify": ClassificationTask.create,
+    "transcribe": TranscriptionTask.create,
 }
 
 
@@ -41,11 +45,13 @@ class Outcome:
         progress: The steps and losses so far.
         signal: Number of the signal that stopped the training early; 0 if none did.
         first: Whether this is the first process, which reports to the user.
+        unit: What the loss is the mean over.
     """
 
     progress: Progress
     signal: int
     first: bool
+    unit: str = "token"
 
 
 def train(
@@ -62,7 +68,8 @@ def train(
 
     Args:
         config: The settings, an instance of one of `CONFIGS`.
-        files: The text; for pairs one file of tab-separated pairs, or a file of sources and one of targets.
+        files: The text; for pairs one file of tab-separated pairs, or a file of sources and one of targets; for samples
+            a manifest, an `.npz` file or a directory.
         out: Run directory for tokenizers, checkpoints, log and plot; it must not hold a run.
         val: The same for validation; empty to hold out a part of `files`.
         cache: Directory for the encoded text; by default inside `out`.
@@ -75,16 +82,15 @@ def train(
     run = Run(out)
     if run.exists():
         raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-    check_files([*files, *val])
     cache = cache or out / CACHE
-    inputs = InputFiles(copy_pipes(files, cache), copy_pipes(val, cache), cache, fold)
+    inputs = input_files(config, files, val, cache, fold)
     init_from = None if config.init_from is None else Path(config.init_from)
     if init_from is not None:
         Run(init_from).checkpoint("best")  # reports an error before the text is encoded
     fabric = launch(config, alone=watcher is not None)
     task = TASKS[config.task](fabric, config, run, inputs)
     if init_from is not None:
-        task.notes.append(initialize_from(task.model, task.tokenizers, init_from, config.init))
+        task.notes.append(initialize_from(task.model, task.vocabularies, init_from, config.init))
     freeze(task.model, config.frozen)
     return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress(), watcher))
 
@@ -121,10 +127,9 @@ def resume(
     except (KeyError, TypeError, ValueError) as error:
         raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
     config = dataclasses.replace(config, **changes)
-    inputs = InputFiles(files, val, cache or out / CACHE, fold)
-    check_files([*files, *val])
+    inputs = input_files(config, files, val, cache or out / CACHE, fold)
     model = checkpoint.model()
-    run.tokenizers(model)  # reports an error if they do not fit the model
+    run.vocabularies(model, checkpoint.task)  # reports an error if they do not fit the model
     fabric = launch(config, alone=watcher is not None)
     task = TASKS[config.task](fabric, config, run, inputs, model)
     if task.fingerprints != fingerprints:
@@ -148,12 +153,26 @@ def fingerprints(config: Config, files: Sequence[Path], scratch: Path, cache: Pa
     Raises:
         CommandError: A file, or one of the settings, cannot be used.
     """
-    check_files(files)
-    task = TASKS[config.task](launch(config, alone=True), config, Run(scratch), InputFiles(files, (), cache, fold))
+    inputs = input_files(config, files, (), cache, fold)
+    task = TASKS[config.task](launch(config, alone=True), config, Run(scratch), inputs)
     if fold is not None and not task.folds:
         raise CommandError(f"--folds: not for --task {config.task}; --folds 1 holds out --val-fraction")
     freeze(task.model, config.frozen)
     return task.fingerprints
+
+
+def input_files(
+    config: Config, files: Sequence[Path], val: Sequence[Path], cache: Path, fold: Fold | None
+) -> InputFiles:
+    """Return the files of a training, with copies of pipes; paths of samples are checked as they are read.
+
+    Raises:
+        CommandError: A file cannot be used.
+    """
+    if isinstance(config, SampleConfig):
+        return InputFiles(files, val, cache, fold)
+    check_files([*files, *val])
+    return InputFiles(copy_pipes(files, cache), copy_pipes(val, cache), cache, fold)
 
 
 def _fit(trainer: Trainer) -> Outcome:
@@ -161,5 +180,5 @@ def _fit(trainer: Trainer) -> Outcome:
     first, out = trainer.fabric.is_global_zero, trainer.run.path
     signal = trainer.fit(out / LOG)
     if first and trainer.watcher is None:
-        plot_loss(read_log(out / LOG), out / PLOT)
-    return Outcome(trainer.progress, signal, first)
+        plot_loss(read_log(out / LOG), out / PLOT, trainer.config.unit)
+    return Outcome(trainer.progress, signal, first, trainer.config.unit)

@@ -11,12 +11,13 @@ from llm_ext.cli.data.files import atomic_write
 __all__ = ["plot_loss"]
 
 
-def plot_loss(records: Iterable[dict[str, Any]], path: Path) -> None:
+def plot_loss(records: Iterable[dict[str, Any]], path: Path, unit: str = "token") -> None:
     """Plot the training and validation loss over the steps.
 
     Args:
         records: Records of the log.
         path: The picture, SVG or PNG by its suffix.
+        unit: What the loss is the mean over.
     """
     # Imported here because it takes a second and is needed only at the end of a training.
     from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def plot_loss(records: Iterable[dict[str, Any]], path: Path) -> None:
         if points:
             marker = "o" if name == "validation" else ""
             axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}")
     axes.grid(alpha=0.3)
     if any(curves.values()):
         axes.legend()

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from llm_ext.cli.checkpoint import Model
-from llm_ext.cli.data.tokenizer import Tokenizer
+from llm_ext.cli.checkpoint import Model, Vocabulary
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score
 
@@ -30,7 +29,7 @@ class InputFiles:
     """The files that a training reads.
 
     Attributes:
-        training: The text, or one or two files of pairs.
+        training: The text, one or two files of pairs, or one path of samples.
         val: The same for validation; empty to hold out a part of `training`.
         cache: Directory for the encoded text.
         fold: The part of `training` to hold out, without `val`; None to hold out `val_fraction` of it.
@@ -60,7 +59,7 @@ class Task(ABC):
     Attributes:
         model: The model to train.
         module: What Fabric wraps: the model, or a module around it.
-        tokenizers: One tokenizer of a language model; two of a translator, source and target.
+        vocabularies: What names the rows of embeddings and head, as `Run.vocabularies` returns it.
         fingerprints: Hashes of the texts, to detect changes when a run is resumed.
         batch: Rows per step of all processes together.
         unit: What a row is, in words.
@@ -70,7 +69,7 @@ class Task(ABC):
 
     model: Model
     module: nn.Module
-    tokenizers: tuple[Tokenizer, ...]
+    vocabularies: tuple[Vocabulary, ...]
     fingerprints: list[str]
     batch: int
     unit: str

@@ -189,7 +189,7 @@ class Trainer:
         self.tokens += tokens
         self.busy_seconds += time.perf_counter() - started
         speed = self.tokens / self.busy_seconds
-        self.report.advance(done, f"step {progress.step}, loss {mean_loss:.3f}, {speed:,.0f} tokens/s")
+        self.report.advance(done, f"step {progress.step}, loss {mean_loss:.3f}, {speed:,.0f} {config.unit}s/s")
         if progress.step % config.log_every == 0:
             progress.recent = progress.losses / config.log_every
             progress.losses = 0.0
@@ -230,7 +230,7 @@ class Trainer:
             "validation",
             progress.step,
             loss=score.loss,
-            bits_per_character=score.bits(score.characters),
+            **score.record(),
             best=best,
             tokens_per_second=round(speed),
             seconds=round(progress.seconds, 3),
@@ -240,8 +240,8 @@ class Trainer:
         self._save(best)
         recent = "" if progress.recent is None else f"training {progress.recent:.4f}, "
         self.report.say(
-            f"step {progress.step}: {recent}validation {score.loss:.4f} nats "
-            f"({score.bits(score.tokens):.4f} bits) per token, {speed:,.0f} tokens/s{', best' if best else ''}"
+            f"step {progress.step}: {recent}validation {score.describe(self.config.unit)}, "
+            f"{speed:,.0f} {self.config.unit}s/s{', best' if best else ''}"
         )
 
     def _save(self, best: bool) -> None:

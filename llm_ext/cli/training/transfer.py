@@ -9,16 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_ext.cli.checkpoint import Model, Run
-from llm_ext.cli.data.tokenizer import Tokenizer
+from llm_ext.cli.checkpoint import Model, Run, Vocabulary
 from llm_ext.cli.errors import CommandError
-from llm_ext.models import LLM, Seq2Seq
+from llm_ext.models import LLM, Seq2Seq, SequenceClassifier
 
 __all__ = ["freeze", "initialize_from"]
 
 # Prefixes of the parameters of each part that --freeze names.
 _PREFIXES: dict[type[Model], dict[str, tuple[str, ...]]] = {
     LLM: {"embedding": ("embedding.",), "encoder": ("rnn.",), "attention": ("pool.",), "head": ("head.",)},
+    SequenceClassifier: {
+        "embedding": ("embedding.",),
+        "encoder": ("encoder.",),
+        "attention": ("pool.",),
+        "head": ("head.",),
+    },
     Seq2Seq: {
         "embedding": ("source_embedding.", "target_embedding."),
         "encoder": ("encoder.",),
@@ -27,6 +32,7 @@ _PREFIXES: dict[type[Model], dict[str, tuple[str, ...]]] = {
         "head": ("readout.", "head.", "gate."),
     },
 }
+_NAMES = {LLM: "a language model", Seq2Seq: "a translator", SequenceClassifier: "a classifier"}
 
 
 def freeze(model: Model, parts: Sequence[str]) -> None:
@@ -47,15 +53,15 @@ def freeze(model: Model, parts: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def initialize_from(model: Model, tokenizers: Sequence[Tokenizer], path: Path, part: str) -> str:
+def initialize_from(model: Model, vocabularies: Sequence[Vocabulary], path: Path, part: str) -> str:
     """Copy weights of the best checkpoint of another run into a model.
 
-    Rows of embeddings and output layers are matched by token, whatever their ids; tokens that the other run does not
-    have keep their new weights.
+    Rows of embeddings and output layers are matched by token or label, whatever their ids; those that the other run
+    does not have keep their new weights.
 
     Args:
         model: The model to initialize.
-        tokenizers: One of a language model, or those of source and target.
+        vocabularies: What names the rows of its embeddings, first, and of its head, last.
         path: Directory of the other run.
         part: "embedding"; "encoder", which includes the embedding it reads; or "all", for a run of the same task.
 
@@ -66,14 +72,15 @@ def initialize_from(model: Model, tokenizers: Sequence[Tokenizer], path: Path, p
         CommandError: The other run cannot be read, or does not fit.
     """
     run = Run(path)
-    other = run.checkpoint("best").model()
+    checkpoint = run.checkpoint("best")
+    other = checkpoint.model()
     if part == "all" and type(other) is not type(model):
-        names = {LLM: "a language model", Seq2Seq: "a translator"}
         raise CommandError(
-            f"--init-from {path}: holds {names[type(other)]}, but this run trains {names[type(model)]}; "
+            f"--init-from {path}: holds {_NAMES[type(other)]}, but this run trains {_NAMES[type(model)]}; "
             "--init encoder or --init embedding takes what both have"
         )
-    tokens, other_tokens = _tokens_of_rows(model, tokenizers), _tokens_of_rows(other, run.tokenizers(other))
+    tokens = _tokens_of_rows(model, vocabularies)
+    other_tokens = _tokens_of_rows(other, run.vocabularies(other, checkpoint.task))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     other_parameters = dict(other.named_parameters(remove_duplicate=False))
     count, matched = 0, 0
@@ -94,7 +101,8 @@ def initialize_from(model: Model, tokenizers: Sequence[Tokenizer], path: Path, p
             parameter.copy_(weights)
         count += 1
     size = len(tokens[next(iter(tokens))])
-    return f"initialized {count} tensors from {path}, which has {matched:,} of the {size:,} tokens"
+    found = f", which has {matched:,} of the {size:,} tokens" if matched else ""
+    return f"initialized {count} tensors from {path}{found}"
 
 
 def _matches(model: Model, other: Model, part: str) -> Iterator[tuple[str, str]]:
@@ -122,17 +130,25 @@ def _matches(model: Model, other: Model, part: str) -> Iterator[tuple[str, str]]
 
 
 def _embeddings(model: Model) -> tuple[str, ...]:
-    return ("embedding",) if isinstance(model, LLM) else ("source_embedding", "target_embedding")
+    return ("source_embedding", "target_embedding") if isinstance(model, Seq2Seq) else ("embedding",)
 
 
-def _tokens_of_rows(model: Model, tokenizers: Sequence[Tokenizer]) -> dict[str, list[bytes | None]]:
-    """Return, for each parameter with one row per token, the tokens of its rows; None is the end of a line."""
-    if isinstance(model, LLM):
-        pieces: list[bytes | None] = [*tokenizers[0].pieces]
-        return {name: pieces for name in ("embedding.weight", "head.weight", "head.bias")}
-    source, target = ([*tokenizer.pieces, None] for tokenizer in tokenizers)
-    rows = {name: target for name in ("target_embedding.weight", "head.weight", "head.bias")}
-    return {"source_embedding.weight": source, **rows}
+def _tokens_of_rows(model: Model, vocabularies: Sequence[Vocabulary]) -> dict[str, list[bytes | None]]:
+    """Return, for each parameter with one row per token or label, what names its rows.
+
+    None is the end of a line, or the blank of CTC.
+    """
+    first, last = ([*vocabulary.pieces, None] for vocabulary in (vocabularies[0], vocabularies[-1]))
+    if isinstance(model, Seq2Seq):
+        rows = {name: last for name in ("target_embedding.weight", "head.weight", "head.bias")}
+        return rows if model.source_embedding is None else {"source_embedding.weight": first, **rows}
+    rows = {"embedding.weight": first, "head.weight": last, "head.bias": last}
+    # Models without a None have one row less.
+    return {
+        name: tokens[: len(parameter)]
+        for name, tokens in rows.items()
+        if (parameter := dict(model.named_parameters()).get(name)) is not None
+    }
 
 
 def _copy_rows(parameter: Tensor, tokens: list[bytes | None], weights: Tensor, other_tokens: list[bytes | None]) -> int:

@@ -97,7 +97,7 @@ class TranslationTask(Task):
     def __init__(self, fabric: Fabric, config: TranslationConfig, data: TranslationData, model: Seq2Seq) -> None:
         self.fabric, self.config, self.notes = fabric, config, data.notes
         self.source, self.target = data.source, data.target
-        self.tokenizers = (data.source.tokenizer, data.target.tokenizer)
+        self.vocabularies = (data.source.tokenizer, data.target.tokenizer)
         self.ends = (data.source.end, data.target.end)
         self.model = self.module = model
 

@@ -11,6 +11,7 @@ from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from llm_ext.cli.data.files import atomic_write
+from llm_ext.cli.training.config import CONFIGS
 from llm_ext.cli.training.config_file import write_config
 from llm_ext.cli.tuning.study import Definition, Study
 
@@ -24,12 +25,12 @@ LABEL = {"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0.8}
 
 def in_bits(definition: Definition) -> bool:
     """Return whether trials are compared by bits per character, because losses per token cannot be compared."""
-    return not VOCABULARY.isdisjoint(definition.space)
+    return CONFIGS[definition.task].unit == "token" and not VOCABULARY.isdisjoint(definition.space)
 
 
 def measure(definition: Definition) -> str:
     """Return the unit of the losses."""
-    return "bits per character" if in_bits(definition) else "nats per token"
+    return "bits per character" if in_bits(definition) else f"nats per {CONFIGS[definition.task].unit}"
 
 
 def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:

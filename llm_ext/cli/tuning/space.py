@@ -25,7 +25,7 @@ NOT_SEARCHED = {
     *("device", "devices", "nodes", "precision", "log_every", "seed"),
     *("minutes", "steps", "patience", "validate_every"),
     *("init", "init_from", "freeze"),
-    *("longest", "val_fraction"),
+    *("longest", "val_fraction", "val_column", "val_values", "kind"),
 }
 
 

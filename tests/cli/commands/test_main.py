@@ -336,7 +336,9 @@ def test_a_missing_package_is_named() -> None:
     assert done.stderr == "llm-ext: tokenizers is not installed: pip install --no-build-isolation '.[cli]'\n"
 
 
-@pytest.mark.parametrize("command", [None, "train", "tune", "eval", "generate", "translate", "summarize", "explain"])
+@pytest.mark.parametrize(
+    "command", [None, "train", "tune", "eval", "generate", "translate", "summarize", "predict", "explain"]
+)
 def test_help_names_every_option_with_its_default(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*([command] if command else []), "--help"])

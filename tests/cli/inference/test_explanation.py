@@ -10,7 +10,7 @@ from llm_ext import LLM, Seq2Seq
 from llm_ext.cli import CommandError
 from llm_ext.cli.data import ByteTokenizer, CharTokenizer, LineTokenizer
 from llm_ext.cli.inference import Translator, explain_language_model, explain_translation
-from llm_ext.cli.inference.explanation import END_OF_LINE, _token_texts, group_into_words
+from llm_ext.cli.inference.explanation import END_OF_LINE, group_into_words, token_texts
 
 
 def test_tokens_make_words() -> None:
@@ -23,8 +23,8 @@ def test_tokens_make_words() -> None:
 
 
 def test_characters_of_several_tokens() -> None:
-    assert _token_texts(ByteTokenizer(), list("né!".encode())) == ["n", "", "é", "!"]
-    assert _token_texts(ByteTokenizer(), [0xFF, 0x61]) == ["\ufffd", "a"]
+    assert token_texts(ByteTokenizer(), list("né!".encode())) == ["n", "", "é", "!"]
+    assert token_texts(ByteTokenizer(), [0xFF, 0x61]) == ["\ufffd", "a"]
 
 
 @torch.no_grad()

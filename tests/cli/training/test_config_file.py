@@ -17,11 +17,15 @@ from llm_ext.cli.training.config_file import read_config, write_config
 pytestmark = pytest.mark.usefixtures("no_plot")
 
 
+# Settings of type str that do not take any value.
+FORMATTED = {"freeze": "head,embedding", "augment": "mask,noise", "image_size": "8x9"}
+
+
 def other_value(field: dataclasses.Field[Any]) -> Any:
     """A value of a setting that is not its default."""
     meta = field.metadata
-    if field.name == "freeze":
-        return "head,embedding"
+    if field.name in FORMATTED:
+        return FORMATTED[field.name]
     if meta["choices"]:
         return next(choice for choice in meta["choices"] if choice != field.default)
     if meta["type"] is bool:
@@ -32,6 +36,8 @@ def other_value(field: dataclasses.Field[Any]) -> Any:
 @pytest.mark.parametrize("task", CONFIGS)
 def test_every_setting_is_read_as_it_was_written(task: str, tmp_path: Path) -> None:
     settings = {field.name: other_value(field) for field in dataclasses.fields(CONFIGS[task])}
+    if settings.get("copy"):
+        settings["vocabularies"] = "shared"  # copying needs it
     write_config(tmp_path / "all.toml", task, settings, "all")
     assert read_config(tmp_path / "all.toml", None) == (task, settings)
     assert read_config(tmp_path / "all.toml", task) == (task, settings)
@@ -40,7 +46,7 @@ def test_every_setting_is_read_as_it_was_written(task: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour = 'red'", "--task lm has no setting 'colour'; see llm-ext train --help"),
+        ("flavour = 'red'", "--task lm has no setting 'flavour'; see llm-ext train --help"),
         ("label-smoothing = 0.1", "has no setting 'label-smoothing'; it is a setting of --task translate"),
         ("hidden = '7'", "hidden must be of type int, got '7'"),
         ("hidden = 7.5", "hidden must be of type int, got 7.5"),

@@ -1,4 +1,4 @@
-"""Training of both tasks: results, resuming, failures."""
+"""Training of all tasks: results, resuming, failures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import pytest
 import torch
 from support.cli_runs import (
     assert_same_runs,
+    classification_config,
     language_config,
     last_step,
     log_without_times,
     losses,
     summary_config,
+    transcription_config,
     translation_config,
 )
 
@@ -40,7 +42,8 @@ SignalAt = Callable[..., None]
 @pytest.fixture
 def files(request: pytest.FixtureRequest, config: Config) -> list[Path]:
     """Training data of a config's task."""
-    return [request.getfixturevalue("text" if config.task == "lm" else "pairs")]
+    names = {"lm": "text", "translate": "pairs", "summarize": "pairs"}
+    return [request.getfixturevalue(names.get(config.task, "arrays"))]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,9 @@ def files(request: pytest.FixtureRequest, config: Config) -> list[Path]:
         translation_config(steps=45, patience=20, cell="lstm", layers=2, vocabularies="two", tie_head=False),
         translation_config(steps=45, patience=20, cell="rnn", input_feeding=True, tokens="bpe", vocab_size=300),
         summary_config(steps=45, patience=20, cell="gru", longest_source=12),
+        classification_config(steps=45, patience=20, cell="lstm", augment="mask,noise,shift,warp"),
+        transcription_config(steps=45, patience=20, cell="gru", augment="mask"),
+        transcription_config(steps=45, patience=20, cell="rnn", decoder="attention"),
     ],
     ids=lambda config: f"{config.task}-{config.cell}",
 )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from support.cli_process import CommandProcess
-from support.cli_runs import LANGUAGE, TRANSLATION, language_config, losses
+from support.cli_runs import LANGUAGE, SAMPLES, TRANSLATION, language_config, losses
 
 from llm_ext.cli import main
 from llm_ext.cli.checkpoint import Run
@@ -26,6 +26,7 @@ from llm_ext.cli.tuning import Study
 pytestmark = pytest.mark.usefixtures("no_plot")
 
 SignalAt = Callable[..., None]
+SETTINGS = {"translate": TRANSLATION, "classify": SAMPLES}
 SPACE = """
 cell = ["rnn", "gru"]
 hidden = { low = 8, high = 24, step = 8 }
@@ -53,7 +54,8 @@ def command(folder: Path, *arguments: object, space: str = SPACE) -> list[str]:
     if "--resume" in words:
         return words
     (folder / "space.toml").write_text(space)
-    defaults = {**(TRANSLATION if "translate" in words else LANGUAGE), "folds": 2, "trial_steps": 12, "trials": 3}
+    settings = next((each for task, each in SETTINGS.items() if task in words), LANGUAGE)
+    defaults = {**settings, "folds": 2, "trial_steps": 12, "trials": 3}
     options = {f"--{name.replace('_', '-')}": value for name, value in defaults.items()}
     searched = [f"--{line.split(' =')[0]}" for line in space.strip().splitlines()]
     without = [*words, *searched, "--validate-every", "--log-every"]
@@ -181,6 +183,24 @@ def test_a_translator_with_several_vocabularies(pairs: Path, tmp_path: Path, tun
     assert "bits per character" in said
     assert {trial.params["tokens"] for trial in trials(tmp_path / "out")} == {"chars", "bytes"}
     assert (tmp_path / "out/best.toml").read_text().splitlines()[1] == 'task = "translate"'
+
+
+def test_a_classifier_by_groups(arrays: Path, tmp_path: Path, tune: Tune) -> None:
+    """Each fold holds out two or three of five speakers."""
+    options = ("--features", arrays, "--task", "classify", "--kind", "array", "--batch", 8, "--val-column", "speaker")
+    out = tmp_path / "out"
+    code, said, errors = tune(*options, "--out", out, "--trials", 2, space="layers = [1, 2]\nlr = [1e-2]\n")
+    assert (code, errors) == (0, "")
+    assert "nats per sample" in said
+    best = (out / "best.toml").read_text()
+    assert 'task = "classify"' in best
+    assert 'val-column = "speaker"' in best
+    for message, *more in (
+        ("--val-values: each fold holds out other groups", "--val-values", "speaker 1"),
+        ("--folds 6: the samples have only 5 groups", "--folds", 6),
+    ):
+        code, _, errors = tune(*options, "--out", tmp_path / "refused", *more)
+        assert (code, message in errors) == (1, True), errors
 
 
 def test_processes_share_a_search(text: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from llm_ext.cli.tuning import default_space, read_space
 from llm_ext.cli.tuning.space import encloses, suggest
 
 
-@pytest.mark.parametrize("task", ["lm", "translate"])
+@pytest.mark.parametrize("task", ["lm", "translate", "classify"])
 def test_default_spaces_have_the_defaults_and_only_valid_values(task: str) -> None:
     space = read_space(default_space(task), task)
     defaults = CONFIGS[task]()
