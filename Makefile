@@ -9,6 +9,7 @@
 # make demo             train a language model on the plays of Shakespeare and compare it with torch.nn.RNN
 # make demo-translate   train a translator from English to French and compare it with a nearest-sentence baseline
 # make demo-summarize   train a summarizer on the documentation of installed Python code, with a first-words baseline
+# make demo-audio       train a classifier of spoken digits and draw where it listened
 # make bench            install the libraries that the benchmarks compare with, and run all benchmarks
 # make clean            remove .venv, the build and the site
 #
@@ -28,7 +29,7 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-isa docs cuda-check gpu demo demo-translate demo-summarize bench lint format clean
+.PHONY: build test test-isa docs cuda-check gpu demo demo-translate demo-summarize demo-audio bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -88,6 +89,9 @@ demo-translate: $(BUILT)
 
 demo-summarize: $(BUILT)
 	$(BIN)/python examples/summaries/demo.py $(DEMO)
+
+demo-audio: $(BUILT)
+	$(BIN)/python examples/spoken_digits/demo.py $(DEMO)
 
 bench: $(BUILT)
 	$(PIP) install --quiet --constraint constraints.txt 'llm_ext[bench]'

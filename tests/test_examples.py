@@ -66,7 +66,7 @@ def test_train_and_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert sampled[0].startswith("ROMEO:")
 
 
-@pytest.mark.parametrize("demo", ["shakespeare", "translation", "summaries"])
+@pytest.mark.parametrize("demo", ["shakespeare", "translation", "summaries", "spoken_digits"])
 def test_the_demos_run(
     demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +90,9 @@ def test_the_demos_run(
         )
         assert len(training) > len(held_out) > 5
         assert not {line.split("\t")[1] for line in training} & {line.split("\t")[1] for line in held_out}
+    elif demo == "spoken_digits":
+        assert "Accuracy on 50 recordings that were not trained on" in said
+        assert (tmp_path / "run/attention.png").stat().st_size > 10_000
     else:
         assert "validation loss, nats per token" in said
 
