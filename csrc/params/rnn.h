@@ -130,7 +130,7 @@ struct RecurrenceAdjointParams {
 };
 
 // The gradient of <adjoint, tangents> by the activations, where the tangents solve the system. "State" is h, and c in
-// an LSTM.
+// an LSTM. Pointers that belong to other cells are null; outputs overlap nothing.
 template <typename S>
 struct RecurrenceCurvatureParams {
   LinearizedRecurrence<S> at;  // w_hh and w_hr are not read

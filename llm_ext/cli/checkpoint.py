@@ -30,7 +30,7 @@ from llm_ext.models import LLM, Seq2Seq, SequenceClassifier
 __all__ = ["STATE", "WEIGHTS", "Checkpoint", "Model", "Run", "Vocabulary"]
 
 Model = LLM | Seq2Seq | SequenceClassifier
-# What names the rows of an embedding or of a head.
+# Names of the rows of an embedding or of a head.
 Vocabulary = Tokenizer | Labels
 
 RUN = "llm_ext run"
@@ -49,7 +49,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "classify": SequenceClassifier,
     "transcribe": _transcriber,
 }
-# What a run of each task holds, and the command that uses it.
+# For each task the model that its runs hold, and the command that uses it.
 COMMANDS = {
     "lm": ("a language model", "generate"),
     "translate": ("a translator", "translate"),
@@ -197,7 +197,7 @@ class Run:
         return source, load_tokenizer(self.target_vocabulary, model.target_vocab_size - 1)
 
     def feature_reader(self, model: Seq2Seq | SequenceClassifier) -> FeatureReader:
-        """Load what reads the samples of a classifier or transcriber.
+        """Load the reader of the samples of a classifier or transcriber.
 
         Raises:
             CommandError: A file is missing, damaged, or does not fit the model.
@@ -220,7 +220,7 @@ class Run:
         return load_tokenizer(self.vocabulary, model.head.out_features - 1)
 
     def vocabularies(self, model: Model, task: str) -> tuple[Vocabulary, ...]:
-        """Load what names the rows of the model's embeddings, first, and of its head, last.
+        """Load the names of the rows of the model's embeddings, first, and of its head, last.
 
         Raises:
             CommandError: A file is missing, damaged, or does not fit the model.

@@ -976,30 +976,14 @@ def _tangent_fake(
     return _fake_system(mode, w_hh, y)
 
 
-def _adjoint_fake(
-    mode: str,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    saved: Tensor | None,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    *others: Any,
-) -> System:
+def _adjoint_fake(mode: str, *tensors: Any) -> System:
+    w_hh, _w_hr, _saved, y, h0, c0 = tensors[:6]
     dc0 = y.new_empty(0) if c0 is None else y.new_empty(c0.shape)
     return *_fake_system(mode, w_hh, y), y.new_empty(h0.shape), dc0
 
 
-def _curvature_fake(
-    mode: str,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    saved: Tensor | None,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    *others: Any,
-) -> System:
+def _curvature_fake(mode: str, *tensors: Any) -> System:
+    _w_hh, _w_hr, saved, y, h0, c0 = tensors[:6]
     first = None if saved is None else c0 if mode == "LSTM" else h0
     results = (saved, None if mode == "LSTM" else y, first)
     return tuple(y.new_empty(0 if like is None else like.shape) for like in results)

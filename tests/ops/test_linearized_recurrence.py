@@ -38,6 +38,16 @@ def linear_system(
     return theta, vector, [new(rows.B, P)] + ([new(rows.B, H)] if mode == "LSTM" else [])
 
 
+def draw_sizes(recurrence: Recurrence, data: Any) -> tuple[Rows, int]:
+    """Draw rows and a hidden size, and seed torch."""
+    sizes = sorted(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), reverse=True)
+    packed, reverse = data.draw(st.booleans()), data.draw(st.booleans())
+    H = data.draw(st.sampled_from([1, 3, 8, 17, 64, 130][recurrence.projected :]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    rows = Rows(len(sizes), sizes[0], torch.tensor(sizes) if packed else None, reverse)
+    return rows, H
+
+
 def doubled(theta: Theta) -> Theta:
     return Theta(*(None if t is None else t.double() for t in theta))  # type: ignore[arg-type]
 
@@ -47,11 +57,7 @@ def doubled(theta: Theta) -> Theta:
 @given(data=st.data())
 def test_kernels_solve_the_system(recurrence: Recurrence, dtype: torch.dtype, data: Any) -> None:
     """Both kernels give what loops of torch's ops give, also where parts of the right side are absent."""
-    sizes = sorted(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), reverse=True)
-    packed, reverse = data.draw(st.booleans()), data.draw(st.booleans())
-    H = data.draw(st.sampled_from([1, 3, 8, 17, 64, 130][recurrence.projected :]))
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    rows = Rows(len(sizes), sizes[0], torch.tensor(sizes) if packed else None, reverse)
+    rows, H = draw_sizes(recurrence, data)
     theta, vector, state = linear_system(recurrence, rows, H, dtype)
     mode = recurrence.mode
     absent = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
@@ -72,11 +78,7 @@ def test_kernels_solve_the_system(recurrence: Recurrence, dtype: torch.dtype, da
 @given(data=st.data())
 def test_last_derivatives(recurrence: Recurrence, dtype: torch.dtype, data: Any) -> None:
     """Where nothing is differentiated further, kernels replace the derivatives of the residual and the activations."""
-    sizes = sorted(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), reverse=True)
-    packed, reverse = data.draw(st.booleans()), data.draw(st.booleans())
-    H = data.draw(st.sampled_from([1, 3, 8, 17, 64, 130][recurrence.projected :]))
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    rows = Rows(len(sizes), sizes[0], torch.tensor(sizes) if packed else None, reverse)
+    rows, H = draw_sizes(recurrence, data)
     mode = recurrence.mode
     theta, p, p0 = linear_system(recurrence, rows, H, dtype)
     adjoint = [torch.randn_like(t) for t in p]

@@ -26,8 +26,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "predict",
         help="label or transcribe files",
-        description="Print a line for each sample: its name and a tab, then of a classifier the label, a tab and its "
-        "probability, of a transcriber the text.",
+        description="Print a line for each sample: its name, and after a tab the text that a transcriber writes, or "
+        "the label that a classifier chooses, with its probability after another tab.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)

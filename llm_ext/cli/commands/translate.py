@@ -33,7 +33,7 @@ def add_line_command(commands: Commands, task: str, does: str) -> None:
     Args:
         commands: The command line.
         task: The task, which is also the name of the command.
-        does: What it does to lines, as an imperative.
+        does: Its effect on lines, as an imperative.
     """
     parser = commands.add_parser(
         task,

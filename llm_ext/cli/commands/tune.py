@@ -157,7 +157,7 @@ def _define(options: argparse.Namespace, study: Study) -> tuple[Definition, dict
     if own := [name for name in WITHOUT if name in from_file]:
         raise CommandError(f"{options.config}: a search sets {', '.join(map(option_name, own))} itself: leave it out")
     path = options.space or default_space(task)
-    # What an option says is the same in all trials. What a file says of a setting to search is a value to begin with.
+    # An option fixes its setting in all trials. A file only gives the first value of a setting that is searched.
     space = {name: values for name, values in read_space(path, task).items() if name not in given}
     if not space:
         options.fail(f"the options leave nothing to search: each setting of {path} is given")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["AUGMENTATIONS", "augment_features", "drop_words"]
 
-# What --augment may name.
+# The values of --augment.
 AUGMENTATIONS = ("mask", "noise", "shift", "warp", "words")
 
 # Fractions of the steps and of the features that a mask covers at most; masks of each kind.

@@ -86,7 +86,7 @@ class Batches:
         size: B, samples per batch of all processes together.
         seed: Seed of the shuffles.
         order: Returns the order that sorts the samples of some indices by length.
-        what: What the samples are, for the message.
+        what: Word for the samples in the message.
 
     Raises:
         CommandError: There are fewer samples than one batch needs.

@@ -28,12 +28,15 @@ class Sample:
         data: A file; the text itself of kind "text"; or features ``[S, F]`` of an `.npz` file.
         target: Its label or its text; None if unknown.
         columns: Further columns of the manifest.
+        key: File relative to the manifest or directory, or number of the line or row. It does not change if the data
+            are moved or named by another path.
     """
 
     name: str
     data: Path | str | npt.NDArray[Any]
     target: str | None
     columns: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
 
 
 def read_samples(path: Path, kind: str, target: str, need_target: bool = True) -> list[Sample]:
@@ -97,24 +100,26 @@ def _in_manifest(path: Path, kind: str, target: str) -> Iterator[Sample]:
         columns = dict(zip(names, values, strict=True))
         where, found_target = f"{path}: line {number}", columns.pop(target, None)
         if kind == "text":
-            yield Sample(where, columns.pop("text"), found_target, columns)
+            yield Sample(where, columns.pop("text"), found_target, columns, str(number))
             continue
-        file = path.parent / columns.pop("file")
+        relative = columns.pop("file")
+        file = path.parent / relative
         if not file.is_file():
             raise CommandError(f"{where}: {file}: no such file")
-        yield Sample(str(file), file, found_target, columns)
+        yield Sample(str(file), file, found_target, columns, relative)
 
 
 def _in_directory(path: Path, target: str) -> Iterator[Sample]:
     for file in sorted(path.rglob("*")):
         if not file.is_file() or file.name.startswith("."):
             continue
+        key = str(file.relative_to(path))
         if target == "label":
-            yield Sample(str(file), file, None if file.parent == path else file.parent.name)
+            yield Sample(str(file), file, None if file.parent == path else file.parent.name, key=key)
         elif file.suffix != ".txt":
             text = file.with_suffix(".txt")
             lines = [line.strip() for _, line in read_lines(text)] if text.is_file() else []
-            yield Sample(str(file), file, " ".join(filter(None, lines)) or None)
+            yield Sample(str(file), file, " ".join(filter(None, lines)) or None, key=key)
 
 
 def _in_arrays(path: Path, target: str) -> Iterator[Sample]:
@@ -138,4 +143,4 @@ def _in_arrays(path: Path, target: str) -> Iterator[Sample]:
     for row, length in enumerate(lengths.tolist()):
         data = x[row, :length] if x.ndim == 3 else x[begins[row] : begins[row + 1]]
         columns = {name: str(values[row]) for name, values in arrays.items()}
-        yield Sample(f"{path}: row {row + 1}", data, columns.pop(target, None), columns)
+        yield Sample(f"{path}: row {row + 1}", data, columns.pop(target, None), columns, str(row + 1))

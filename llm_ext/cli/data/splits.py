@@ -24,7 +24,7 @@ def groups_of(samples: Sequence[Sample], column: str | None) -> list[str]:
         CommandError: A sample lacks the column.
     """
     if column is None:
-        return [sample.name for sample in samples]
+        return [sample.key for sample in samples]
     for sample in samples:
         if column not in sample.columns:
             found = ", ".join(sample.columns) or "none"

@@ -34,7 +34,7 @@ class SampleExplanation:
         features: ``[S, F]``.
         influence: How much the result depends on each feature, ``[S, F]``: the absolute value of gradient times
             normalized feature.
-        rows: What attended: the label, or each written token.
+        rows: The label, or each written token, whose attention is shown.
         weights: Their weights on the steps, ``[rows, S]``.
         summary: One line for the terminal.
     """
@@ -137,7 +137,7 @@ def draw_sample(explanation: SampleExplanation, path: Path) -> None:
     Steps go from left to right; those of an image that is read row by row from top to bottom.
 
     Args:
-        explanation: What to draw.
+        explanation: The explanation to draw.
         path: The picture, PNG or SVG by its suffix.
 
     Raises:

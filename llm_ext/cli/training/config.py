@@ -62,7 +62,7 @@ class Config:
     """The settings that all tasks share; the configs of the tasks add their own."""
 
     task: ClassVar[str]
-    # What the loss is the mean over.
+    # The loss is the mean over these.
     unit: ClassVar[str] = "token"
 
     tokens: str = _setting(

@@ -45,7 +45,7 @@ class Outcome:
         progress: The steps and losses so far.
         signal: Number of the signal that stopped the training early; 0 if none did.
         first: Whether this is the first process, which reports to the user.
-        unit: What the loss is the mean over.
+        unit: Unit over which the loss is the mean.
     """
 
     progress: Progress

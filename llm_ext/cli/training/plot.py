@@ -17,7 +17,7 @@ def plot_loss(records: Iterable[dict[str, Any]], path: Path, unit: str = "token"
     Args:
         records: Records of the log.
         path: The picture, SVG or PNG by its suffix.
-        unit: What the loss is the mean over.
+        unit: Unit over which the loss is the mean.
     """
     # Imported here because it takes a second and is needed only at the end of a training.
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What the tasks on samples share: reading, splitting and encoding them, batches, augmentation."""
+"""Code that the tasks on samples share: reading, splitting and encoding them, batches, augmentation."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Task(ABC):
     Attributes:
         model: The model to train.
         module: What Fabric wraps: the model, or a module around it.
-        vocabularies: What names the rows of embeddings and head, as `Run.vocabularies` returns it.
+        vocabularies: Names of the rows of embeddings and head, as `Run.vocabularies` returns it.
         fingerprints: Hashes of the texts, to detect changes when a run is resumed.
         batch: Rows per step of all processes together.
         unit: What a row is, in words.

@@ -61,7 +61,7 @@ def initialize_from(model: Model, vocabularies: Sequence[Vocabulary], path: Path
 
     Args:
         model: The model to initialize.
-        vocabularies: What names the rows of its embeddings, first, and of its head, last.
+        vocabularies: Names of the rows of its embeddings, first, and of its head, last.
         path: Directory of the other run.
         part: "embedding"; "encoder", which includes the embedding it reads; or "all", for a run of the same task.
 

@@ -1,4 +1,4 @@
-"""What a search found: a table, a picture, the best settings."""
+"""The results of a search: a table, a picture, the best settings."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def tune(study: Study, definition: Definition, budget: Budget, say: Callable[[st
 
     Args:
         study: The directory, opened.
-        definition: What the search is about.
+        definition: The description of the search.
         budget: The end of the search.
         say: Receives one line for each trial.
 

@@ -39,7 +39,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Definition:
-    """What a search is about; it cannot change once the search has begun.
+    """The description of a search; it cannot change once the search has begun.
 
     Attributes:
         task: The task.
@@ -121,7 +121,7 @@ class Study:
         """Begin a search or join it; call it inside `locked`.
 
         Args:
-            definition: What the search is about.
+            definition: The description of the search.
             first: Values of the first trial; those that the space does not have are drawn.
 
         Raises:

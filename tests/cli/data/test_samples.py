@@ -96,7 +96,7 @@ def test_groups_are_never_divided() -> None:
 
 
 def test_hold_out() -> None:
-    samples = [Sample(f"{n}", "", "x", {"speaker": "abcde"[n % 5]}) for n in range(100)]
+    samples = [Sample(f"{n}", "", "x", {"speaker": "abcde"[n % 5]}, f"{n}") for n in range(100)]
     training, validation = hold_out(samples, "speaker", ["b", "d"], 0.1)
     assert {n % 5 for n in validation.tolist()} == {1, 3}
     assert len(training) == 60
@@ -108,6 +108,27 @@ def test_hold_out() -> None:
         hold_out(samples, "speaker", ["f"], 0.1)
     with pytest.raises(CommandError, match="0: expected a column room; its further columns: speaker"):
         hold_out(samples, "room", [], 0.1)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "directory", "arrays"])
+def test_hold_out_does_not_depend_on_the_place_of_the_data(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was started with a relative path is resumed with the absolute one, and must hold out the same."""
+    path = tmp_path / {"manifest": "data.tsv", "directory": "data", "arrays": "data.npz"}[kind]
+    names = [f"{n % 2}/{n}.npy" for n in range(40)]
+    folder = path if kind == "directory" else tmp_path
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    if kind == "manifest":
+        path.write_text("file\tlabel\n" + "".join(f"{name}\t{name[0]}\n" for name in names))
+    elif kind == "arrays":
+        np.savez(path, x=np.zeros((40, 2, 3)), label=np.arange(40) % 2)
+    monkeypatch.chdir(tmp_path)
+    splits = [hold_out(read_samples(given, "array", "label"), None, [], 0.4)[1] for given in (path, Path(path.name))]
+    assert 4 <= len(splits[0]) <= 36
+    assert splits[0].tolist() == splits[1].tolist()
 
 
 def test_log_mel(tmp_path: Path) -> None:

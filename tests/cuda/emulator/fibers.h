@@ -1,5 +1,5 @@
-// What a kernel sees of the scheduler: its launch, its position, and the calls that can wait. Every kernel is compiled
-// with this header, so it includes no header of the standard library that takes long.
+// The scheduler's interface for kernels: the launch, the position of a thread, and the calls that can wait. Every
+// kernel is compiled with this header, so it includes no header of the standard library that takes long.
 #pragma once
 
 #include <cstddef>
@@ -27,14 +27,14 @@ struct Launch {
   size_t blocks() const { return size_t{grid_x} * grid_y * grid_z; }
 };
 
-// Of a thread.
+// The position of a thread.
 struct Position {
   unsigned index = 0;  // within the block
   unsigned block_x = 0, block_y = 0, block_z = 0;
   unsigned char* shared = nullptr;  // shared memory of the block
 };
 
-// The launch that runs, and the thread that does.
+// The running launch, and the position of the running thread.
 const Launch& launch();
 const Position& position();
 
