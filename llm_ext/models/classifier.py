@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llm_ext.models.argument_checks import check_cell, check_dropout, check_lengths, check_sequence
 from llm_ext.models.initialization import init_recurrent_
-from llm_ext.models.recurrent_layers import call_recurrent, recurrent_layer
+from llm_ext.models.recurrent_layers import call_recurrent, fill_padding, recurrent_layer
 from llm_ext.nn import AffineEmbedding, AttentionPool, Linear
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.nn.scripting import refuse_script
@@ -211,9 +211,7 @@ class SequenceClassifier(nn.Module):
         name = "SequenceClassifier"
         check_sequence(name, "x", x, self.feature_dim, self.head.weight)
         check_lengths(name, "lengths", lengths, x, "S")
-        if lengths is not None:
-            beyond = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
-            x = x.masked_fill(beyond.unsqueeze(-1) if x.dim() == 3 else beyond, 0)  # a batch may hold anything there
+        x = fill_padding(x, lengths)
         if self.embedding is not None:
             x = self._drop(self.embedding(x))
         read, last = call_recurrent(self.encoder, x.transpose(0, 1), None, lengths)

@@ -21,7 +21,7 @@ from llm_ext.models.argument_checks import (
 )
 from llm_ext.models.bypass import may_bypass
 from llm_ext.models.initialization import init_recurrent_
-from llm_ext.models.recurrent_layers import call_recurrent, join_state, recurrent_layer, split_state
+from llm_ext.models.recurrent_layers import call_recurrent, fill_padding, join_state, recurrent_layer, split_state
 from llm_ext.models.sampling import check_sampling, sample
 from llm_ext.nn import AffineEmbedding, AttentionPool, Linear
 from llm_ext.nn.arguments import as_size
@@ -242,10 +242,8 @@ class LLM(nn.Module):
         sequence = features.unsqueeze(1) if features.dim() == 2 else features
         check_sequence("LLM", "features", sequence, self.projection.in_features, self.projection.weight)
         check_lengths("LLM", "lengths", lengths, sequence, "S")
-        if lengths is not None:
-            beyond = torch.arange(sequence.shape[1], device=sequence.device) >= lengths.unsqueeze(1)
-            sequence = sequence.masked_fill(beyond.unsqueeze(-1), 0)  # a batch may hold anything there
-        return self._read(self.projection(sequence.transpose(0, 1)), None, self.pool, lengths)[1]
+        sequence = fill_padding(sequence, lengths).transpose(0, 1)
+        return self._read(self.projection(sequence), None, self.pool, lengths)[1]
 
     def _scores(self, features: Tensor) -> Tensor:
         """Return scores ``[B, T, O]`` of features ``[B, T, *]``."""

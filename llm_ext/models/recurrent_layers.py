@@ -10,8 +10,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from llm_ext.nn import GRU, LSTM, RNN
+from llm_ext.ops.packing import within_lengths
 
-__all__ = ["CELLS", "RecurrentLayer", "State", "call_recurrent", "join_state", "recurrent_layer", "split_state"]
+__all__ = [
+    "CELLS",
+    "RecurrentLayer",
+    "State",
+    "call_recurrent",
+    "fill_padding",
+    "join_state",
+    "recurrent_layer",
+    "split_state",
+]
 
 CELLS = ("rnn", "gru", "lstm")
 
@@ -44,6 +54,14 @@ def call_recurrent(
     hx = state[0] if state is not None and len(state) == 1 else state
     y, hx_n = layer(x, hx) if lengths is None else layer(x, hx, lengths=lengths)
     return y, hx_n if isinstance(hx_n, tuple) else (hx_n,)
+
+
+def fill_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return ids ``[B, T]`` or features ``[B, T, F]`` with 0 beyond the lengths, where a batch may hold any number."""
+    if lengths is None:
+        return x
+    within = within_lengths(lengths, x.shape[1])
+    return x.masked_fill(~(within if x.dim() == 2 else within.unsqueeze(-1)), 0)
 
 
 def join_state(hidden: Tensor, cell: Tensor | None) -> State:

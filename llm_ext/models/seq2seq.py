@@ -28,6 +28,7 @@ from llm_ext.models.recurrent_layers import (
     RecurrentLayer,
     State,
     call_recurrent,
+    fill_padding,
     join_state,
     recurrent_layer,
     split_state,
@@ -37,7 +38,7 @@ from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops._transforms import is_recorded
 from llm_ext.ops.linear import use_native_gemm
-from llm_ext.ops.packing import Packing, pack_lengths, within_lengths
+from llm_ext.ops.packing import Packing, pack_lengths
 
 __all__ = ["EncoderOutput", "InputProjections", "Seq2Seq", "Seq2SeqState"]
 
@@ -337,7 +338,7 @@ class Seq2Seq(nn.Module):
         check_lengths("Seq2Seq", "target_lengths", target_lengths, target, "T")
         check_keep("Seq2Seq", keep, target)
         encoder_output, state = self._encode(source, source_lengths, None)
-        x = self.target_embedding(_fill_padding(target, target_lengths))  # [B, T, E]
+        x = self.target_embedding(fill_padding(target, target_lengths))  # [B, T, E]
         B = len(x)
         x = _apply_mask(x, self._dropout_mask(B, x))
         if self.input_feeding:
@@ -408,7 +409,7 @@ class Seq2Seq(nn.Module):
             elif bool((lengths > 0).all()):  # an empty row cannot be packed
                 packing = pack_lengths(lengths, S)
         if packing is None or self.copy:
-            source = _fill_padding(source, lengths)
+            source = fill_padding(source, lengths)
         if packing is None:
             keys, values, last = self._encode_padded(source, lengths, projections)
         else:
@@ -826,14 +827,6 @@ def _concatenate_directions(state: Tensor) -> Tensor:
 def _apply_mask(features: Tensor, mask: Tensor | None) -> Tensor:
     """Multiply features ``[B, T, *]`` by a mask ``[B, *]`` at every position."""
     return features if mask is None else features * mask.unsqueeze(1)
-
-
-def _fill_padding(ids: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return ids ``[B, T]`` or features ``[B, T, F]`` with 0 beyond the lengths, where a batch may hold any number."""
-    if lengths is None:
-        return ids
-    within = within_lengths(lengths, ids.shape[1])
-    return ids.masked_fill(~(within if ids.dim() == 2 else within.unsqueeze(-1)), 0)
 
 
 def _check_scores(scores: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_ext.ops.packing import within_lengths
+
 __all__ = ["AUGMENTATIONS", "augment_features", "drop_words"]
 
 # The values of --augment.
@@ -59,7 +61,7 @@ def augment_features(
         x = _interpolate(x.reshape(B, -1, size, channels), at.clamp(0, size - 1), 2).reshape(B, S, -1)
     if "noise" in names:
         x = x + torch.rand(B, 1, 1) * NOISE * torch.randn_like(x)
-    kept = torch.arange(S) < lengths[:, None]
+    kept = within_lengths(lengths, S)
     if "mask" in names:
         for _ in range(MASKS):
             kept = kept & ~_runs(lengths, S, TIME_MASK)
@@ -76,7 +78,7 @@ def drop_words(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         lengths: ``[B]`` int64.
     """
     kept = torch.rand(ids.shape) >= DROP
-    kept &= torch.arange(ids.shape[1]) < lengths[:, None]
+    kept &= within_lengths(lengths, ids.shape[1])
     kept[:, 0] |= ~kept.any(1)
     rows = [row[mask] for row, mask in zip(ids, kept, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), kept.sum(1)

@@ -14,7 +14,7 @@ from llm_ext.cli.data.tokenizer import Ids
 from llm_ext.cli.errors import CommandError
 from llm_ext.ops.packing import within_lengths
 
-__all__ = ["Batches", "PairBatch", "PairBatches", "make_batch", "order_by_length", "pad_lines"]
+__all__ = ["Batches", "PairBatch", "PairBatches", "make_batch", "make_targets", "order_by_length", "pad_lines"]
 
 # Pairs are sorted by length within this many batches: enough that almost all targets of a batch have the same length,
 # and few enough that batches differ from pass to pass.
@@ -41,6 +41,23 @@ class PairBatch(NamedTuple):
     expected: Tensor
 
 
+def make_targets(lines: Sequence[Ids], end: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return targets for teacher forcing.
+
+    Args:
+        lines: The ids of each line.
+        end: The id that begins and ends every target, and fills it.
+
+    Returns:
+        The ids to read and the ids to predict, ``[B, T]`` int64; the lengths ``[B]`` int64, or None if all have T; and
+        the positions before the padding, ``[B, T]`` bool.
+    """
+    expected, lengths = pad_lines(lines, end)
+    target = torch.cat((expected.new_full((len(expected), 1), end), expected[:, :-1]), 1)
+    keep = torch.ones_like(expected, dtype=torch.bool)
+    return target, expected, lengths, keep if lengths is None else within_lengths(lengths, expected.shape[1])
+
+
 def make_batch(pairs: EncodedPairs, indices: Indices, ends: tuple[int, int]) -> PairBatch:
     """Read pairs into a batch.
 
@@ -50,11 +67,7 @@ def make_batch(pairs: EncodedPairs, indices: Indices, ends: tuple[int, int]) -> 
         ends: The ids that end a source and a target.
     """
     source, source_lengths = pad_lines([pairs.source(i) for i in indices.tolist()], ends[0])
-    expected, target_lengths = pad_lines([pairs.target(i) for i in indices.tolist()], ends[1])
-    target = torch.cat((expected.new_full((len(expected), 1), ends[1]), expected[:, :-1]), 1)
-    keep = torch.ones_like(expected, dtype=torch.bool)
-    if target_lengths is not None:
-        keep = within_lengths(target_lengths, expected.shape[1])
+    target, expected, target_lengths, keep = make_targets([pairs.target(i) for i in indices.tolist()], ends[1])
     return PairBatch(source, target, source_lengths, target_lengths, keep, expected[keep])
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.data.batches import pad_lines
+from llm_ext.cli.data.batches import make_targets
 from llm_ext.cli.data.features import EncodedSamples, FeatureReader
 from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.data.samples import Sample
@@ -22,6 +22,7 @@ from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score, TokenTotals, shared_batches
 from llm_ext.cli.inference.translator import SearchOptions
 from llm_ext.models import LLM, Seq2Seq, SequenceClassifier
+from llm_ext.ops.packing import within_lengths
 
 __all__ = [
     "Transcriber",
@@ -72,10 +73,8 @@ def encode_texts(samples: Sequence[Sample], tokenizer: LineTokenizer) -> list[Id
 
 def make_transcript_batch(x: Tensor, lengths: Tensor, ids: Sequence[Ids], end: int) -> TranscriptBatch:
     """Put samples and their texts side by side."""
-    expected, padded = pad_lines(ids, end)
+    target, expected, padded, keep = make_targets(ids, end)
     target_lengths = torch.full((len(ids),), expected.shape[1]) if padded is None else padded
-    target = torch.cat((expected.new_full((len(expected), 1), end), expected[:, :-1]), 1)
-    keep = torch.arange(expected.shape[1]) < target_lengths[:, None]
     return TranscriptBatch(x, lengths, target, expected, target_lengths, keep)
 
 
@@ -133,7 +132,7 @@ def evaluate_transcripts(
             on_device = TranscriptBatch(*(tensor.to(device) for tensor in batch))
             if ctc:
                 nats = ctc_nats(model(on_device.x, on_device.lengths), on_device, tokenizer.end)
-                predicted = batch.expected[torch.arange(batch.keep.shape[1]) < batch.target_lengths[:, None] - 1]
+                predicted = batch.expected[within_lengths(batch.target_lengths - 1, batch.keep.shape[1])]
             else:
                 x, lengths, target, _, target_lengths, keep = on_device
                 scores = model(x, target, lengths, target_lengths, keep)
