@@ -85,7 +85,7 @@ struct RecurrenceBackwardParams {
 };
 
 // The linear system that the tangents (a, h, c) of a recurrence solve: a of the pre-activations, h of the states, c of
-// the cell states. Outputs of its two kernels overlap neither inputs nor each other. docs/math/derivatives.md.
+// the cell states. docs/math/derivatives.md.
 template <typename S>
 struct LinearizedRecurrence {
   RecurrenceSizes sizes;  // input is 0
@@ -130,7 +130,7 @@ struct RecurrenceAdjointParams {
 };
 
 // The gradient of <adjoint, tangents> by the activations, where the tangents solve the system. "State" is h, and c in
-// an LSTM. Pointers that belong to other cells are null; outputs overlap nothing.
+// an LSTM. Pointers that belong to other cells are null.
 template <typename S>
 struct RecurrenceCurvatureParams {
   LinearizedRecurrence<S> at;  // w_hh and w_hr are not read
