@@ -9,6 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.data.augmentation import mix_samples
 from llm_ext.cli.data.labels import Labels, load_labels
 from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.errors import CommandError
@@ -102,8 +103,11 @@ class ClassificationTask(SampleTask):
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, int]:
         indices = self.batches.indices(step)[self.mine]
         x, lengths = self.read(indices.tolist())
-        x, lengths, classes = self.fabric.to_device((x, lengths, torch.from_numpy(self.classes[indices])))
-        return F.cross_entropy(module(x, lengths), classes, label_smoothing=self.label_smoothing), self.batch
+        targets = F.one_hot(torch.from_numpy(self.classes[indices]), self.labels.size).to(torch.float32)
+        if "mix" in self.augmentations:
+            x, lengths, targets = mix_samples(x, lengths, targets)
+        x, lengths, targets = self.fabric.to_device((x, lengths, targets))
+        return F.cross_entropy(module(x, lengths), targets, label_smoothing=self.label_smoothing), self.batch
 
     def validate(self, module: nn.Module, processes: Processes) -> Score:
         score, _ = evaluate_labels(

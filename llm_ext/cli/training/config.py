@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from llm_ext.cli.data.augmentation import AUGMENTATIONS
+from llm_ext.cli.data.augmentation import AUGMENTATIONS, augmentations_of
 from llm_ext.cli.data.features import FrontEnd
 from llm_ext.cli.data.samples import KINDS as SAMPLE_KINDS
 from llm_ext.cli.data.tokenizer import KINDS
@@ -356,7 +356,7 @@ class SampleConfig(Config):
         for name in self.augmentations:
             if name not in AUGMENTATIONS:
                 raise ValueError(f"augment must name some of {', '.join(AUGMENTATIONS)}, got {name!r}")
-        if other := self.augmentations & ({"words"} if self.kind != "text" else {*AUGMENTATIONS} - {"words"}):
+        if other := self.augmentations - augmentations_of(self.kind):
             raise ValueError(f"augment must not name {', '.join(sorted(other))} with --kind {self.kind}")
         if self.val_values and self.val_column is None:
             raise ValueError("val-values needs --val-column")
@@ -433,6 +433,8 @@ class TranscriptionConfig(SampleConfig):
         super().__post_init__()
         if self.kind == "text":
             raise ValueError("kind must not be text for --task transcribe; --task translate reads text")
+        if "mix" in self.augmentations:
+            raise ValueError("augment must not name mix for --task transcribe: two texts have no mean")
 
 
 CONFIGS: dict[str, type[Config]] = {

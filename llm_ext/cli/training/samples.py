@@ -146,10 +146,13 @@ class SampleTask(Task):
         x, lengths = self.data.reader.pad([self.training.rows(index) for index in indices])
         if self.data.reader.tokenizer is not None:
             return drop_words(x, lengths) if "words" in self.augmentations else (x, lengths)
-        names = self.augmentations - {"words"}
-        if not names:
+        if not self.augmentations:
             return x, lengths
-        return augment_features(x, lengths, names, self.data.reader.front_end.layout(x.shape[-1]))
+        mean, std = self.data.reader.mean, self.data.reader.std
+        assert mean is not None
+        assert std is not None
+        layout = self.data.reader.front_end.layout(x.shape[-1])
+        return augment_features(x, lengths, self.augmentations, layout, (mean, std))
 
     def describe_sizes(self) -> str:
         """Return the number of samples and features in words."""

@@ -165,7 +165,9 @@ def test_wrong_command_lines(arrays: Path, tmp_path: Path, capsys: pytest.Captur
     for arguments, message in (
         (["train", arrays, "--task", "classify", "--augment", "blur"], "augment must name some of mask"),
         (["train", arrays, "--task", "classify", "--val-values", "a"], "val-values needs --val-column"),
+        (["train", arrays, "--task", "classify", "--kind", "image", "--augment", "channel"], "must not name channel"),
         (["train", arrays, "--task", "transcribe", "--kind", "text"], "kind must not be text"),
+        (["train", arrays, "--task", "transcribe", "--augment", "mix"], "augment must not name mix"),
         (["train", arrays, "--task", "classify", "--image-size", "8"], "image-size must be HxW"),
         (["train", arrays, "--features", arrays, "--task", "classify"], "give samples in one manifest"),
         (["train", "--features", arrays], "not for --task lm: --features"),

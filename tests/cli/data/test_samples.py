@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from llm_ext.cli import CommandError
 from llm_ext.cli.data import FeatureReader, FrontEnd, Sample, encode_samples, group_fold, hold_out, read_samples
-from llm_ext.cli.data.augmentation import augment_features, drop_words
+from llm_ext.cli.data.augmentation import augment_features, augmentations_of, drop_words, mix_samples
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("librosa")
@@ -239,11 +240,12 @@ def test_augmentation() -> None:
     beyond = torch.arange(20) >= lengths[:, None]
     x[beyond] = 0
     layout = (1, 12, 1)
-    for name in ("mask", "noise", "shift", "warp"):
+    mean, std = torch.randn(12), 0.5 + torch.rand(12)
+    for name in augmentations_of("audio") - {"mix"}:
         torch.manual_seed(1)
-        changed, new_lengths = augment_features(x, lengths, frozenset({name}), layout)
+        changed, new_lengths = augment_features(x, lengths, frozenset({name}), layout, (mean, std))
         torch.manual_seed(1)
-        again, _ = augment_features(x, lengths, frozenset({name}), layout)
+        again, _ = augment_features(x, lengths, frozenset({name}), layout, (mean, std))
         assert torch.equal(changed, again), name
         assert changed.shape[1] == int(new_lengths.max()), name
         assert not changed[torch.arange(changed.shape[1]) >= new_lengths[:, None]].any(), name
@@ -257,6 +259,37 @@ def test_augmentation() -> None:
     step = moved[:, 0, 2:10] - moved[:, 0, 1:9]
     torch.testing.assert_close(step, torch.ones(6, 8))
     assert (moved[:, 0, 5] - 5).abs().max() <= 0.08 * 12
+
+
+def test_augmentation_of_power() -> None:
+    """Noise adds to the power; a channel has one gain for all steps, different for each sample."""
+    mean, std = torch.randn(24), 0.5 + torch.rand(24)
+    power = 10 * torch.rand(50, 7, 24) - 20  # a log-mel spectrogram, stacked by two
+    normalized, lengths = (power - mean) / std, torch.full((50,), 7)
+    names = [frozenset({name}) for name in ("background", "channel")]
+    noisy, colored = (augment_features(normalized, lengths, name, (2, 12, 1), (mean, std))[0] for name in names)
+    added = (noisy * std + mean).exp() - power.exp()
+    assert (added > -1e-5 * power.exp()).all()
+    loudest = 10 * math.log10(float(added.mean((1, 2)).max() / power.exp().mean()))
+    quietest = 10 * math.log10(float(added.mean((1, 2)).min() / power.exp().mean()))
+    assert -25 < loudest < 0
+    assert -70 < quietest < -35
+    gain = (colored * std + mean - power).reshape(50, 14, 12)
+    torch.testing.assert_close(gain, gain[:, :1].expand_as(gain), atol=1e-5, rtol=0)
+    assert 0.3 < float(gain.std(0).mean()) < 2
+    assert gain.diff(dim=2).abs().max() < 3
+
+
+def test_samples_are_mixed() -> None:
+    """Samples and targets are mixed by the same weights: a sample of c in all features has the target c."""
+    values = torch.rand(9, 1)
+    lengths = torch.arange(1, 10)
+    x = values[:, :, None].expand(9, 9, 4).masked_fill(torch.arange(9)[:, None] >= lengths[:, None, None], 0)
+    mixed, new_lengths, targets = mix_samples(x, lengths, values)
+    assert (new_lengths >= lengths).all()
+    assert not torch.equal(targets, values)
+    torch.testing.assert_close(mixed[:, 0], targets.expand(9, 4))  # all samples have a first step
+    assert not mixed[torch.arange(9) >= new_lengths[:, None]].any()
 
 
 def test_words_are_dropped() -> None:

@@ -55,7 +55,7 @@ def files(request: pytest.FixtureRequest, config: Config) -> list[Path]:
         translation_config(steps=45, patience=20, cell="lstm", layers=2, vocabularies="two", tie_head=False),
         translation_config(steps=45, patience=20, cell="rnn", input_feeding=True, tokens="bpe", vocab_size=300),
         summary_config(steps=45, patience=20, cell="gru", longest_source=12),
-        classification_config(steps=45, patience=20, cell="lstm", augment="mask,noise,shift,warp"),
+        classification_config(steps=45, patience=20, cell="lstm", augment="mask,noise,shift,warp,mix"),
         transcription_config(steps=45, patience=20, cell="gru", augment="mask"),
         transcription_config(steps=45, patience=20, cell="rnn", decoder="attention"),
     ],
