@@ -1,5 +1,6 @@
 # make build            create .venv with pinned packages and compile the extension
 # make test             build, then run the tests; PYTEST="tests/nn -x" passes arguments to pytest
+# make test-cuda        test the CUDA kernels and ops compiled for the CPU, in an emulator; no GPU is needed
 # make test-isa LEVEL=avx2   run the op tests with the kernels of one ISA: baseline, avx2, avx512 or avx512_bf16
 # make docs             build the documentation in site/; a dead link or a missing docstring is an error
 # make lint             ruff, mypy --strict, clang-format, typos
@@ -29,7 +30,8 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-isa docs cuda-check gpu demo demo-translate demo-summarize demo-audio bench lint format clean
+.PHONY: build test test-cuda test-isa docs cuda-check gpu demo demo-translate demo-summarize demo-audio bench lint \
+    format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -48,8 +50,14 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 
 PARALLEL := -n auto --dist worksteal
 
+# They compile the CUDA half for the CPU, which takes as long as they run.
+EMULATED_TESTS := $(addprefix tests/cuda/test_, emulator.py host.py rnn_kernels.py attention_kernels.py)
+
 test: $(BUILT)
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) $(addprefix --ignore=, $(EMULATED_TESTS)) $(PYTEST)
+
+test-cuda: $(BUILT)
+	$(BIN)/python -m pytest $(PARALLEL) $(EMULATED_TESTS) $(PYTEST)
 
 # Registration, FLOPs and the rules for transforms do not depend on the ISA; their kernels are tested for each.
 ISA_INDEPENDENT := %/test_opcheck.py %/test_registration.py %/test_flops.py %/test_transforms.py

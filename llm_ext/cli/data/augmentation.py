@@ -23,7 +23,7 @@ NOISE = 0.4
 # Fraction of the features by which a row is shifted at most.
 SHIFT = 0.08
 # Speed and width of the features change by at most this fraction.
-SPEED, WIDTH = 0.2, 0.15
+SPEED, WIDTH = 0.2, 0.25
 # Background noise: decibels below the loudest tenth of a sample, at least and at most; nats by which its spectrum rises
 # or falls at most, from the middle to an end.
 BACKGROUND, TILT = (15.0, 60.0), 2.0
