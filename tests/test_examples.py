@@ -111,7 +111,7 @@ def test_the_peer_is_the_same_model(attention: str, score: str, layers: int) -> 
         first, state = model(x[:, :13])
         second, state = model(x[:, 13:], state)
         outputs = torch.cat((first, second), 1)
-        torch.nn.functional.cross_entropy(outputs.flatten(0, 1), y).backward()
+        torch.autograd.backward(torch.nn.functional.cross_entropy(outputs.flatten(0, 1), y))
         results.append((outputs, state))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
     gradients = dict(theirs.named_parameters())

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from llm_ext.nn.scripting import refuse_script, share_parameters
+from llm_ext.nn.scripting import as_type, refuse_script
 from llm_ext.ops import argument_checks
 
 Device = torch.device | str | int | None
 
 
 class RecurrentBase(nn.Module):
-    """Parameters of one or more cells, in the names, shapes and order of torch.nn."""
+    """Parameters of one or more cells, in the names, shapes and order of torch.nn.
+
+    It comes before a class of torch.nn in the bases of a layer or cell. All of the state in an instance is that of the
+    class of torch.nn, so that :mod:`llm_ext.conversion` only has to replace the class of a module.
+    """
 
     mode: str
     input_size: int
     hidden_size: int
     bias: bool
     proj_size: int
+    # Names of the parameters of each layer and direction: [w_ih, w_hh[, b_ih, b_hh][, w_hr]].
+    _all_weights: list[list[str]]
+    # The class of torch.nn with the same parameters and results.
+    _torch_type: ClassVar[type[nn.Module]]
 
-    def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, proj_size: int = 0) -> None:
-        super().__init__()
-        self.mode = mode
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.bias = bias
-        self.proj_size = proj_size
-        # Names of the parameters of each layer and direction: (w_ih, w_hh[, b_ih, b_hh][, w_hr]).
-        self._weight_names: list[tuple[str, ...]] = []
-
-    def _add_weights(self, suffix: str, input_size: int, device: Device, dtype: torch.dtype | None) -> None:
-        """Create the parameters of one more cell."""
+    def _add_weights(self, suffix: str, input_size: int, device: Device, dtype: torch.dtype | None) -> list[str]:
+        """Create the parameters of one more cell and return their names."""
         gates, outputs = argument_checks.gates_of(self.mode) * self.hidden_size, self.proj_size or self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (gates, input_size), "weight_hh": (gates, outputs)}
         if self.bias:
@@ -44,7 +41,7 @@ class RecurrentBase(nn.Module):
             shapes["weight_hr"] = (outputs, self.hidden_size)
         for name, shape in shapes.items():
             setattr(self, name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self._weight_names.append(tuple(name + suffix for name in shapes))
+        return [name + suffix for name in shapes]
 
     def _weights(self) -> Sequence[Sequence[Tensor]]:
         """Return the weights of each layer and direction.
@@ -52,7 +49,7 @@ class RecurrentBase(nn.Module):
         They are looked up in every call, because functional_call and parametrizations replace them.
         """
         found: Any = self._parameters
-        names = self._weight_names
+        names = self._all_weights
         try:
             if len(names) == 1 and len(names[0]) == 4:
                 # One direction of one layer is written out: a loop costs a tenth of the time of one step.
@@ -62,25 +59,11 @@ class RecurrentBase(nn.Module):
         except KeyError:  # a parametrization or weight_norm has replaced a parameter by an attribute
             return [[getattr(self, name) for name in row] for row in names]
 
-    def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/√H, 1/√H), in the order of torch.nn."""
-        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size else 0
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def _torch_module(self, suffix: str, **options: Any) -> nn.Module:
-        """Return the module of torch.nn with the same parameters and results, for torch.jit.script.
-
-        Its class is that of the cell with `suffix`; `options` are those that all classes with this suffix have.
-        """
+    def _scriptable(self) -> nn.Module:
+        """Return the module of torch.nn with the same parameters and results, for torch.jit.script."""
         if self.mode == "RNN_SIGMOID":
             refuse_script(self, "with nonlinearity='sigmoid'")
-        cell, *nonlinearity = self.mode.split("_")
-        if nonlinearity:
-            options["nonlinearity"] = nonlinearity[0].lower()
-        constructor = getattr(nn, cell + suffix)
-        module: nn.Module = constructor(self.input_size, self.hidden_size, bias=self.bias, device="meta", **options)
-        return share_parameters(self, module)
+        return as_type(self, self._torch_type)
 
     def _state(self, hx: Any) -> tuple[Tensor, ...]:
         """Return hx as a tuple of tensors; raise unless it is a Tensor, or for an LSTM a tuple or list of two."""

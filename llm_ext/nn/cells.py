@@ -15,37 +15,40 @@ from llm_ext.ops.recurrence import run
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
+_NAMES = [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]]
+_NAMES_WITHOUT_BIAS = [["weight_ih", "weight_hh"]]
+_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
+
 # The state that a user sees: h, or (h, c) of an LSTM.
 Hidden = TypeVar("Hidden", Tensor, tuple[Tensor, Tensor])
 
 
-class _Cell(RecurrentBase, Generic[Hidden]):
+class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
     """One cell, called for one step."""
 
+    proj_size = 0
+
     def __init__(
-        self,
-        mode: str,
-        input_size: int,
-        hidden_size: int,
-        bias: bool,
-        device: Device,
-        dtype: torch.dtype | None,
+        self, input_size: int, hidden_size: int, bias: bool, device: Device, dtype: torch.dtype | None
     ) -> None:
         name = type(self).__name__
-        sizes = as_size(name, "input_size", input_size, 0), as_size(name, "hidden_size", hidden_size, 0)
-        super().__init__(mode, *sizes, as_flag(name, "bias", bias))
+        nn.Module.__init__(self)  # that of RNNCellBase would draw the parameters itself
+        self.input_size = as_size(name, "input_size", input_size, 0)
+        self.hidden_size = as_size(name, "hidden_size", hidden_size, 0)
+        self.bias = as_flag(name, "bias", bias)
         self._add_weights("", self.input_size, device, dtype)
         if not self.bias:
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
+    @property
+    def _all_weights(self) -> list[list[str]]:  # type: ignore[override]  # the state of a cell of torch.nn has no names
+        return _NAMES if self.bias else _NAMES_WITHOUT_BIAS
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the cell of torch.nn with the same parameters, which torch.jit.script compiles instead."""
-        return self._torch_module("Cell") if type(self).forward is _Cell.forward else self
+        return self._scriptable() if type(self).forward is _Cell.forward else self
 
     def forward(self, input: Tensor, hx: Hidden | None = None) -> Hidden:
         """Apply the cell to one step.
@@ -92,8 +95,8 @@ class _Cell(RecurrentBase, Generic[Hidden]):
             self._check_state(state, input.shape[:-1], ("B",) if input.dim() == 2 else ())
 
 
-class RNNCell(_Cell[Tensor]):
-    r"""Apply one step of an Elman RNN; drop-in for :class:`torch.nn.RNNCell` with the same parameters and results.
+class RNNCell(_Cell[Tensor], nn.RNNCell):
+    r"""Apply one step of an Elman RNN; drop-in for :class:`torch.nn.RNNCell`, which it subclasses.
 
     ``h' = f(W_ih x + b_ih + W_hh h + b_hh)``
 
@@ -124,6 +127,7 @@ class RNNCell(_Cell[Tensor]):
         torch.Size([3, 20])
     """
 
+    _torch_type = nn.RNNCell
     nonlinearity: str
 
     def __init__(
@@ -136,15 +140,17 @@ class RNNCell(_Cell[Tensor]):
         dtype: torch.dtype | None = None,
     ) -> None:
         argument_checks.nonlinearity(type(self).__name__, nonlinearity)
-        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, bias, device, dtype)
-        self.nonlinearity = nonlinearity
+        self.nonlinearity = nonlinearity  # first, because the mode follows from it
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
+    @property
+    def mode(self) -> str:  # type: ignore[override]  # it follows `nonlinearity`, as in torch.nn
+        """The mode of the recurrence."""
+        return _MODES[self.nonlinearity]
 
 
-class GRUCell(_Cell[Tensor]):
-    r"""Apply one step of a GRU; drop-in for :class:`torch.nn.GRUCell` with the same parameters and results.
+class GRUCell(_Cell[Tensor], nn.GRUCell):
+    r"""Apply one step of a GRU; drop-in for :class:`torch.nn.GRUCell`, which it subclasses.
 
     ``r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)``, ``z`` likewise, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``,
     ``h' = (1 - z) n + z h``
@@ -175,6 +181,9 @@ class GRUCell(_Cell[Tensor]):
         torch.Size([3, 20])
     """
 
+    mode = "GRU"
+    _torch_type = nn.GRUCell
+
     def __init__(
         self,
         input_size: int,
@@ -183,11 +192,11 @@ class GRUCell(_Cell[Tensor]):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__("GRU", input_size, hidden_size, bias, device, dtype)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
 
-class LSTMCell(_Cell[tuple[Tensor, Tensor]]):
-    r"""Apply one step of an LSTM; drop-in for :class:`torch.nn.LSTMCell` with the same parameters and results.
+class LSTMCell(_Cell[tuple[Tensor, Tensor]], nn.LSTMCell):
+    r"""Apply one step of an LSTM; drop-in for :class:`torch.nn.LSTMCell`, which it subclasses.
 
     ``i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)``, ``f`` and ``o`` likewise, ``g`` with tanh, ``c' = f c + i g``,
     ``h' = o tanh(c')``
@@ -218,6 +227,9 @@ class LSTMCell(_Cell[tuple[Tensor, Tensor]]):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
+    mode = "LSTM"
+    _torch_type = nn.LSTMCell
+
     def __init__(
         self,
         input_size: int,
@@ -226,4 +238,4 @@ class LSTMCell(_Cell[tuple[Tensor, Tensor]]):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__("LSTM", input_size, hidden_size, bias, device, dtype)
+        super().__init__(input_size, hidden_size, bias, device, dtype)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llm_ext import ops
 from llm_ext.nn.arguments import check_input
-from llm_ext.nn.scripting import share_parameters
+from llm_ext.nn.scripting import as_type
 
 __all__ = ["Linear"]
 
@@ -50,6 +50,4 @@ class Linear(nn.Linear):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the torch.nn.Linear with the same parameters, which torch.jit.script compiles instead."""
-        if type(self).forward is not Linear.forward:
-            return self
-        return share_parameters(self, nn.Linear(self.in_features, self.out_features, device="meta"))
+        return as_type(self, nn.Linear) if type(self).forward is Linear.forward else self

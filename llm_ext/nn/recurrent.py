@@ -18,21 +18,18 @@ from llm_ext.ops.recurrence import run
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
+# Whether each direction is reversed, by `bidirectional`.
+_DIRECTIONS = ((False,), (False, True))
+
 # The state that a user sees: h, or (h, c) of an LSTM.
 Hidden = TypeVar("Hidden", Tensor, tuple[Tensor, Tensor])
 
 
-class _Layers(RecurrentBase, Generic[Hidden]):
-    """Layers and directions of one mode, as torch.nn.RNNBase.
+class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
+    """Layers and directions of one mode.
 
     From `forward` on, a state is a tuple of tensors.
     """
-
-    num_layers: int
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    _directions: tuple[bool, ...]
 
     def __init__(
         self,
@@ -51,7 +48,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         name = type(self).__name__
         input_size, hidden_size = as_size(name, "input_size", input_size), as_size(name, "hidden_size", hidden_size)
         num_layers, proj_size = as_size(name, "num_layers", num_layers), as_size(name, "proj_size", proj_size, 0)
-        super().__init__(mode, input_size, hidden_size, as_flag(name, "bias", bias), proj_size)
+        nn.Module.__init__(self)  # that of RNNBase refuses the sigmoid nonlinearity
         if proj_size >= hidden_size:
             raise ValueError(f"{name}: proj_size must be below hidden_size = {hidden_size}, got {proj_size}")
         if not isinstance(dropout, numbers.Real) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
@@ -60,52 +57,35 @@ class _Layers(RecurrentBase, Generic[Hidden]):
             warnings.warn(
                 f"{name}: dropout={dropout} acts between layers, and has no effect with num_layers=1", stacklevel=3
             )
-        self.num_layers = num_layers
+        self.mode, self.input_size, self.hidden_size = mode, input_size, hidden_size
+        self.num_layers, self.proj_size = num_layers, proj_size
+        self.bias = as_flag(name, "bias", bias)
         self.batch_first = as_flag(name, "batch_first", batch_first)
         self.dropout = float(dropout)
         self.bidirectional = as_flag(name, "bidirectional", bidirectional)
 
-        self._directions = (False, True) if self.bidirectional else (False,)
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        self._all_weights = []
         for layer in range(num_layers):
             layer_input = (proj_size or hidden_size) * len(suffixes) if layer else input_size
             for suffix in suffixes:
-                self._add_weights(f"_l{layer}{suffix}", layer_input, device, dtype)
+                self._all_weights.append(self._add_weights(f"_l{layer}{suffix}", layer_input, device, dtype))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
         self.reset_parameters()
 
     @property
-    def all_weights(self) -> list[list[Tensor]]:
+    def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of each layer and direction, in the order of the states."""
-        return [list(row) for row in self._weights()]
+        rows: Any = self._weights()
+        return [list(row) for row in rows]
 
     def flatten_parameters(self) -> None:
         """Do nothing. torch.nn arranges memory for cuDNN here."""
 
-    def extra_repr(self) -> str:
-        defaults = {
-            "proj_size": 0,
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0,
-            "bidirectional": False,
-        }
-        words = [f"{self.input_size}, {self.hidden_size}"]
-        words += [f"{name}={getattr(self, name)}" for name, usual in defaults.items() if getattr(self, name) != usual]
-        return ", ".join(words)
-
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the layer of torch.nn with the same parameters, which torch.jit.script compiles instead."""
-        if type(self).forward is not _Layers.forward:
-            return self
-        return self._torch_module(
-            "",
-            num_layers=self.num_layers,
-            batch_first=self.batch_first,
-            dropout=self.dropout if self.num_layers > 1 else 0.0,
-            bidirectional=self.bidirectional,
-            **({"proj_size": self.proj_size} if self.proj_size else {}),
-        )
+        return self._scriptable() if type(self).forward is _Layers.forward else self
 
     @overload
     def forward(
@@ -145,7 +125,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
         given = state = None if hx is None else self._state(hx)
         if state is not None and (state[0].dim() != dim or state[-1].dim() != dim):  # an op also takes [B, H]
             self._check_arguments(input, state)
-        R = len(self._weight_names)
+        R = len(self._all_weights)
         if not batched:
             if lengths is not None:
                 raise ArgumentError(f"{type(self).__name__}: lengths belong to a batch, got input {list(input.shape)}")
@@ -157,7 +137,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
             x = input.transpose(0, 1)
         dropout = self.dropout if self.training else 0.0
         try:
-            y, last = run(self.mode, x, state, self._weights(), self._directions, dropout, None, lengths)
+            y, last = run(self.mode, x, state, self._weights(), _DIRECTIONS[self.bidirectional], dropout, None, lengths)
         except (ArgumentError, TypeError):
             self._check_arguments(input, given)
             raise
@@ -175,7 +155,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
     ) -> tuple[PackedSequence, Hidden]:
         """Apply the layers to packed rows; states are in the order of the batch before packing."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        batch, R = int(batch_sizes[0]), len(self._weight_names)
+        batch, R = int(batch_sizes[0]), len(self._all_weights)
         if lengths is not None:
             raise ArgumentError(f"{type(self).__name__}: lengths belong to a Tensor, got a PackedSequence too")
         given: tuple[Tensor, ...] | None = None
@@ -188,7 +168,9 @@ class _Layers(RecurrentBase, Generic[Hidden]):
                 state = tuple([tensor.index_select(1, sorted_indices) for tensor in state])
         dropout = self.dropout if self.training else 0.0
         try:
-            y, last = run(self.mode, data, state, self._weights(), self._directions, dropout, batch_sizes, None)
+            y, last = run(
+                self.mode, data, state, self._weights(), _DIRECTIONS[self.bidirectional], dropout, batch_sizes, None
+            )
         except (ArgumentError, TypeError):
             if given is not None:
                 self._check_state(given, (R, batch), ("L", "B"))
@@ -206,7 +188,7 @@ class _Layers(RecurrentBase, Generic[Hidden]):
             argument_checks.fail_shape(type(self).__name__, "input", letters, (None, None, self.input_size), input)
         if state is None:
             return
-        R = len(self._weight_names)
+        R = len(self._all_weights)
         if len(shape) == 2:
             self._check_state(state, (R,), ("L",))
         else:
@@ -259,6 +241,7 @@ class RNN(_Layers[Tensor]):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
+    _torch_type = nn.RNN
     nonlinearity: str
 
     def __init__(
@@ -332,6 +315,8 @@ class GRU(_Layers[Tensor]):
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
+
+    _torch_type = nn.GRU
 
     def __init__(
         self,
@@ -409,6 +394,8 @@ class LSTM(_Layers[tuple[Tensor, Tensor]]):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
 
+    _torch_type = nn.LSTM
+
     def __init__(
         self,
         input_size: int,
@@ -435,3 +422,19 @@ class LSTM(_Layers[tuple[Tensor, Tensor]]):
             dtype,
             proj_size,
         )
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Return the sizes ``[R, B, H]`` of the cell states, as torch.nn.LSTM does."""
+        return nn.LSTM.get_expected_cell_size(self, input, batch_sizes)  # type: ignore[arg-type]
+
+    def check_forward_args(  # type: ignore[override]
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """Raise unless input and states have the sizes of this layer, as torch.nn.LSTM does."""
+        nn.LSTM.check_forward_args(self, input, hidden, batch_sizes)  # type: ignore[arg-type]
+
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states with the rows of the batch in another order, as torch.nn.LSTM does."""
+        return nn.LSTM.permute_hidden(self, hx, permutation)  # type: ignore[arg-type]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, TypeVar
+import copy
+from typing import NoReturn
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-__all__ = ["refuse_script", "share_parameters"]
-
-Module = TypeVar("Module", bound=nn.Module)
+__all__ = ["as_type", "refuse_script"]
 
 
-def share_parameters(layer: nn.Module, other: Module) -> Module:
-    """Return `other`, a module with the same names of parameters, with the parameters and the mode of `layer`."""
+def as_type(layer: nn.Module, torch_type: type[nn.Module]) -> nn.Module:
+    """Return a shallow copy of `layer` as a module of `torch_type`, which torch.jit.script compiles instead."""
     if layer._forward_hooks or layer._forward_pre_hooks:
         refuse_script(layer, "with forward hooks")
-    for name, parameter in layer._parameters.items():
-        setattr(other, name, parameter)
-    return other.train(layer.training)
+    if parametrize.is_parametrized(layer):
+        refuse_script(layer, "with parametrizations")
+    other = copy.copy(layer)
+    other.__class__ = torch_type
+    return other
 
 
 def refuse_script(module: nn.Module, why: str = "") -> NoReturn:

@@ -141,6 +141,60 @@ def test_replaced_parameters(name: str) -> None:
         layer.flatten_parameters()
 
 
+@every_module
+def test_contract_of_torch_base_classes(name: str) -> None:
+    """Attributes and methods of torch's layers and cells that libraries use, also after the weights are replaced."""
+    layers: list[Any] = [getattr(module, name)(3, 5, *ARGUMENTS[name]) for module in (llm_ext, torch.nn)]
+    layer, torch_layer = layers
+    torch_layer.load_state_dict(layer.state_dict())
+    assert issubclass(type(layer), torch.nn.RNNCellBase if is_cell(name) else torch.nn.RNNBase)
+    assert {attribute for attribute in dir(torch_layer) if not attribute.startswith("__")} <= set(dir(layer))
+    assert vars(layer).keys() == vars(torch_layer).keys()
+    if is_cell(name):
+        return
+    assert layer._all_weights == torch_layer._all_weights
+    assert layer._flat_weights_names == torch_layer._flat_weights_names
+
+    def replaced() -> None:
+        for each in layers:
+            each.weight_hh_l0 = torch.nn.Parameter(torch.ones_like(each.weight_hh_l0))
+
+    for change in (lambda: None, replaced, lambda: [each.double() for each in layers]):
+        change()
+        weights = [weight for row in layer.all_weights for weight in row]
+        assert all(a is b for a, b in zip(layer._flat_weights, weights, strict=True))
+        assert_same_bits(layer._flat_weights, torch_layer._flat_weights)
+
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    batch_sizes = torch.tensor([2, 1])
+    hx = random_state(layer, 4, 4 if layer.batch_first else 2)
+    for method, arguments in (
+        ("check_input", (x, None)),
+        ("check_input", (x.float(), None)),
+        ("check_input", (x, batch_sizes)),
+        ("check_forward_args", (x, hx, None)),
+        ("check_forward_args", (x[..., :2], hx, None)),
+        ("check_forward_args", (x[:3, :1], hx, None)),
+        ("check_hidden_size", (flatten(hx)[0], (4, 2, 5))),
+        ("get_expected_hidden_size", (x, None)),
+        ("get_expected_hidden_size", (x[0], batch_sizes)),
+        ("permute_hidden", (hx, None)),
+        ("permute_hidden", (hx, torch.tensor([1, 0]))),
+        *((("get_expected_cell_size", (x, None)),) if name == "LSTM" else ()),
+    ):
+        results = []
+        for each in layers:
+            try:
+                results.append(getattr(each, method)(*arguments))
+            except Exception as error:
+                results.append((type(error), str(error)))
+        ours, theirs = results
+        if method == "permute_hidden":
+            assert_same_bits(ours, theirs)
+        else:
+            assert ours == theirs, method
+
+
 class Doubled(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight

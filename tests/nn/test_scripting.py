@@ -68,6 +68,13 @@ def test_hooks_are_not_lost() -> None:
         torch.jit.script(layer)
 
 
+def test_parametrizations_are_not_lost() -> None:
+    layer = llm_ext.GRU(3, 5)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", nn.Tanh())
+    with pytest.raises(RuntimeError, match="cannot compile ParametrizedGRU with parametrizations"):
+        torch.jit.script(nn.Sequential(layer))
+
+
 def test_a_forward_of_ones_own_is_compiled() -> None:
     class Doubled(llm_ext.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
