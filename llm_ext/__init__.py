@@ -2,7 +2,8 @@
 
 Layers: :class:`RNN`, :class:`GRU`, :class:`LSTM`, their cells, :class:`Linear`, :class:`AttentionPool` and
 :class:`AdditiveAttention`. Models: :class:`LLM`, :class:`Seq2Seq` and :class:`SequenceClassifier`. The
-functions behind them are in :mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`.
+functions behind them are in :mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`. :func:`convert` makes
+the layers of a model of torch.nn those of llm_ext.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import cast as _cast
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the compiled module)
 
 from llm_ext import _C, models, nn, ops, reference
+from llm_ext.conversion import Convertible, convert, convertible, patched, revert, to_torch
 from llm_ext.models import (
     LLM,
     BeamHypothesis,
@@ -40,6 +42,7 @@ __all__ = [
     "BeamHypothesis",
     "BuildInfo",
     "ClassifierOutput",
+    "Convertible",
     "EncoderOutput",
     "GRUCell",
     "LLMState",
@@ -51,13 +54,18 @@ __all__ = [
     "SequenceClassifier",
     "build_info",
     "clear_packed_weight_cache",
+    "convert",
+    "convertible",
     "cpu_cache_bytes",
     "empty_cpu_cache",
     "models",
     "nn",
     "ops",
     "packed_weight_cache_bytes",
+    "patched",
     "reference",
+    "revert",
+    "to_torch",
 ]
 
 

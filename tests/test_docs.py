@@ -41,7 +41,7 @@ def test_python_blocks_run(page: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_readme_and_guides_have_blocks() -> None:
     with_blocks = {name_of(page) for page in PAGES if blocks_of(page)}
-    guides = {"layers", "attention", "models", "ops", "installation"}
+    guides = {"layers", "attention", "models", "ops", "installation", "conversion"}
     assert {"README.md", *(f"docs/guides/{guide}.md" for guide in guides)} <= with_blocks
 
 

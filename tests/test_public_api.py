@@ -46,10 +46,12 @@ MODELS = {
     "SequenceClassifier",
     "ClassifierOutput",
 }
+CONVERSION = {"Convertible", "convert", "convertible", "patched", "revert", "to_torch"}
 MEMORY = {"packed_weight_cache_bytes", "clear_packed_weight_cache", "cpu_cache_bytes", "empty_cpu_cache"}
 PUBLIC = {
     "llm_ext": LAYERS
     | MODELS
+    | CONVERSION
     | MEMORY
     | {"ArgumentError", "BuildInfo", "build_info", "ops", "reference", "nn", "models"},
     "llm_ext.nn": LAYERS | {"AffineEmbedding"},
@@ -100,7 +102,7 @@ def test_nothing_is_public_by_accident(name: str) -> None:
 def public_modules() -> list[str]:
     return [
         info.name
-        for package in (ops, reference, nn, models)
+        for package in (ops, reference, nn, models, llm_ext.conversion)
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
         if not info.name.split(".")[-1].startswith("_")
     ]
