@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -26,8 +25,6 @@ class RecurrentBase(nn.Module):
     hidden_size: int
     bias: bool
     proj_size: int
-    # Names of the parameters of each layer and direction: [w_ih, w_hh[, b_ih, b_hh][, w_hr]].
-    _all_weights: list[list[str]]
     # The class of torch.nn with the same parameters and results.
     _torch_type: ClassVar[type[nn.Module]]
 
@@ -42,22 +39,6 @@ class RecurrentBase(nn.Module):
         for name, shape in shapes.items():
             setattr(self, name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         return [name + suffix for name in shapes]
-
-    def _weights(self) -> Sequence[Sequence[Tensor]]:
-        """Return the weights of each layer and direction.
-
-        They are looked up in every call, because functional_call and parametrizations replace them.
-        """
-        found: Any = self._parameters
-        names = self._all_weights
-        try:
-            if len(names) == 1 and len(names[0]) == 4:
-                # One direction of one layer is written out: a loop costs a tenth of the time of one step.
-                w_ih, w_hh, b_ih, b_hh = names[0]
-                return [(found[w_ih], found[w_hh], found[b_ih], found[b_hh])]
-            return [[found[name] for name in row] for row in names]
-        except KeyError:  # a parametrization or weight_norm has replaced a parameter by an attribute
-            return [[getattr(self, name) for name in row] for row in names]
 
     def _scriptable(self) -> nn.Module:
         """Return the module of torch.nn with the same parameters and results, for torch.jit.script."""

@@ -15,8 +15,6 @@ from llm_ext.ops.recurrence import run
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
-_NAMES = [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]]
-_NAMES_WITHOUT_BIAS = [["weight_ih", "weight_hh"]]
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
 
 # The state that a user sees: h, or (h, c) of an LSTM.
@@ -42,9 +40,16 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
             self.register_parameter("bias_hh", None)
         self.reset_parameters()
 
-    @property
-    def _all_weights(self) -> list[list[str]]:  # type: ignore[override]  # the state of a cell of torch.nn has no names
-        return _NAMES if self.bias else _NAMES_WITHOUT_BIAS
+    def _weights(self) -> list[tuple[Tensor | None, ...]]:
+        """Return the weights of the cell.
+
+        They are looked up in every call, because functional_call and parametrizations replace them.
+        """
+        found = self._parameters
+        try:
+            return [(found["weight_ih"], found["weight_hh"], found["bias_ih"], found["bias_hh"])]
+        except KeyError:  # a parametrization or weight_norm has replaced a parameter by an attribute
+            return [(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the cell of torch.nn with the same parameters, which torch.jit.script compiles instead."""

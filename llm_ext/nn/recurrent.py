@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar, overload
 
 import torch
@@ -65,6 +66,7 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         self.bidirectional = as_flag(name, "bidirectional", bidirectional)
 
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        # Names of the parameters of each layer and direction: [w_ih, w_hh[, b_ih, b_hh][, w_hr]].
         self._all_weights = []
         for layer in range(num_layers):
             layer_input = (proj_size or hidden_size) * len(suffixes) if layer else input_size
@@ -73,6 +75,22 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
         self.reset_parameters()
+
+    def _weights(self) -> Sequence[Sequence[Tensor]]:
+        """Return the weights of each layer and direction.
+
+        They are looked up in every call, because functional_call and parametrizations replace them.
+        """
+        found: Any = self._parameters
+        names = self._all_weights
+        try:
+            if len(names) == 1 and len(names[0]) == 4:
+                # One direction of one layer is written out: a loop costs a tenth of the time of one step.
+                w_ih, w_hh, b_ih, b_hh = names[0]
+                return [(found[w_ih], found[w_hh], found[b_ih], found[b_hh])]
+            return [[found[name] for name in row] for row in names]
+        except KeyError:  # a parametrization or weight_norm has replaced a parameter by an attribute
+            return [[getattr(self, name) for name in row] for row in names]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
