@@ -31,7 +31,7 @@ _undo: list[Callable[[], None]] = []
 
 
 @contextmanager
-def patched(*, linear: bool = False, strict_types: bool = False) -> Iterator[None]:
+def patched(*, linear: bool = False, strict_types: bool = True) -> Iterator[None]:
     """Make the layers and cells that are built inside a ``with`` block those of llm_ext.
 
     For code that builds its layers itself: ``torch.nn.LSTM(...)`` and the like give what :func:`convert` makes of them,
@@ -41,7 +41,8 @@ def patched(*, linear: bool = False, strict_types: bool = False) -> Iterator[Non
 
     Args:
         linear: As in :func:`convert`.
-        strict_types: As in :func:`convert`.
+        strict_types: As in :func:`convert`, but the default is True, because code of others may ask for the classes of
+            torch.nn.
 
     Example:
         >>> with llm_ext.patched():

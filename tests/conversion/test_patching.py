@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import GRUCell as ImportedBefore
 
 import llm_ext
+from llm_ext.conversion import strict
 
 CLASSES = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell, nn.Linear)
 
@@ -71,12 +72,12 @@ def test_subclasses() -> None:
 def test_nested_contexts_and_exceptions() -> None:
     built: list[nn.Module] = []
 
-    @llm_ext.patched(strict_types=True)
+    @llm_ext.patched()
     def build_strictly() -> None:
         built.append(nn.GRU(3, 5))
         raise ZeroDivisionError
 
-    @llm_ext.patched()
+    @llm_ext.patched(strict_types=False)
     def build() -> None:
         built.append(nn.GRU(3, 5))
         with pytest.raises(ZeroDivisionError):
@@ -122,7 +123,7 @@ def test_other_threads_are_not_affected() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    ours, theirs = llm_ext.LSTM, nn.LSTM
+    ours, theirs = strict.LSTM, nn.LSTM
     assert found == {
         "first": [ours, ours, theirs, theirs],
         "second": [theirs, ours, ours, theirs],
