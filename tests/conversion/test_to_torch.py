@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -74,4 +75,13 @@ def test_tools() -> None:
     kinds = [type(m).__module__.partition(".modules")[0] for m in (quantized.rnn, quantized.gru, quantized.head)]
     assert kinds == ["torch.ao.nn.quantized.dynamic"] * 3
     assert (quantized(x) - expected).abs().max() < 0.1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        passed_over = quantize(model)
+    said = {
+        str(each.message).partition(": torch.ao.quantization leaves layers of llm_ext in floating point; ")[0]
+        for each in caught
+    }
+    assert said == {"LSTM", "GRU", "Linear"}
+    assert torch.equal(passed_over(x), expected)
     assert type(model.rnn) is llm_ext.LSTM
