@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from llm_ext import LSTM
+import llm_ext
 
 
 class Tagger(nn.Module):
@@ -12,7 +12,7 @@ class Tagger(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(1000, 64)
-        self.lstm: nn.Module = nn.LSTM(64, 128, num_layers=2, bidirectional=True, batch_first=True)
+        self.lstm = nn.LSTM(64, 128, num_layers=2, bidirectional=True, batch_first=True)
         self.head = nn.Linear(256, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -26,9 +26,7 @@ def main() -> None:
     model, tokens = Tagger(), torch.randint(1000, (16, 40))
     before = model(tokens)
 
-    lstm = LSTM(64, 128, num_layers=2, bidirectional=True, batch_first=True)
-    lstm.load_state_dict(model.lstm.state_dict())
-    model.lstm = lstm
+    llm_ext.convert(model)
 
     after = model(tokens)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)

@@ -52,7 +52,7 @@ def convert(model: Model, *, filter: Filter | None = None, linear: bool = False,
     subclass of what it was. A warning names the modules that are left; :func:`convertible` lists all.
 
     Args:
-        model: Any module, which may be a layer itself. Convert before ``torch.compile``, sharding and quantizing.
+        model: Any module, which may be a layer itself. Convert before sharding and quantizing.
         filter: Called with a module and its name in the model; False leaves the module as it is.
         linear: Also convert ``torch.nn.Linear``.
         strict_types: Converted layers are still instances of ``torch.nn.RNN``, ``GRU`` and ``LSTM``, for code that asks
@@ -99,7 +99,7 @@ def convertible(model: nn.Module, *, filter: Filter | None = None, linear: bool 
 
     Returns:
         An entry for each recurrent module, and each linear one if asked, in the order of ``model.named_modules()``.
-        Modules that llm_ext already computes are not listed.
+        Modules that already are those of llm_ext are not listed.
 
     Raises:
         TypeError: The model is no module.
@@ -183,7 +183,7 @@ def _recurrent_modules(
 def _is_considered(module: nn.Module, linear: bool) -> bool:
     """Return whether a module is recurrent, or linear if asked, and does not compute with llm_ext."""
     if isinstance(module, torch.jit.ScriptModule):
-        name = module.original_name
+        name = getattr(module, "original_name", "")
     elif type(module).__module__.startswith("torch.ao.nn."):
         name = type(module).__name__
     else:
