@@ -77,6 +77,7 @@ def test_the_demos_run(
     if demo == "summaries":
         standard = Path(sysconfig.get_paths()["stdlib"])
         monkeypatch.setattr(module, "files_of", lambda: [*standard.glob("[a-d]*.py")])
+        monkeypatch.setattr(module, "HELD_OUT", 0.3)  # of a few files, whose paths differ from machine to machine
     module.main()
     said = capsys.readouterr().out
     assert f"The model is in {tmp_path / 'run'}" in said

@@ -19,8 +19,8 @@ from llm_ext.ops.recurrence import run
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
-# Whether each direction is reversed, by `bidirectional`.
-_DIRECTIONS = ((False,), (False, True))
+# Whether each direction is reversed.
+_ONE_DIRECTION, _BOTH_DIRECTIONS = (False,), (False, True)
 
 # The state that a user sees: h, or (h, c) of an LSTM.
 Hidden = TypeVar("Hidden", Tensor, tuple[Tensor, Tensor])
@@ -92,6 +92,9 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         except KeyError:  # a parametrization or weight_norm has replaced a parameter by an attribute
             return [[getattr(self, name) for name in row] for row in names]
 
+    def _directions(self) -> tuple[bool, ...]:
+        return _BOTH_DIRECTIONS if self.bidirectional else _ONE_DIRECTION
+
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters of each layer and direction, in the order of the states."""
@@ -155,7 +158,7 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             x = input.transpose(0, 1)
         dropout = self.dropout if self.training else 0.0
         try:
-            y, last = run(self.mode, x, state, self._weights(), _DIRECTIONS[self.bidirectional], dropout, None, lengths)
+            y, last = run(self.mode, x, state, self._weights(), self._directions(), dropout, None, lengths)
         except (ArgumentError, TypeError):
             self._check_arguments(input, given)
             raise
@@ -186,9 +189,7 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
                 state = tuple([tensor.index_select(1, sorted_indices) for tensor in state])
         dropout = self.dropout if self.training else 0.0
         try:
-            y, last = run(
-                self.mode, data, state, self._weights(), _DIRECTIONS[self.bidirectional], dropout, batch_sizes, None
-            )
+            y, last = run(self.mode, data, state, self._weights(), self._directions(), dropout, batch_sizes, None)
         except (ArgumentError, TypeError):
             if given is not None:
                 self._check_state(given, (R, batch), ("L", "B"))
