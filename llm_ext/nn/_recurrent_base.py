@@ -47,20 +47,21 @@ class RecurrentBase(NotQuantized, nn.Module):
             refuse_script(self, "with nonlinearity='sigmoid'")
         return as_type(self, self._torch_type)
 
-    def _state(self, hx: Any) -> tuple[Tensor, ...]:
+    def _state(self, hx: Any, name: str = "hx") -> tuple[Tensor, ...]:
         """Return hx as a tuple of tensors; raise unless it is a Tensor, or for an LSTM a tuple or list of two."""
         if self.mode != "LSTM":
             if isinstance(hx, Tensor):
                 return (hx,)
-            self._fail_hidden("hx", "a Tensor", hx)
+            self._fail_hidden(name, "a Tensor", hx)
         if not isinstance(hx, (tuple, list)):
-            self._fail_hidden("hx", "a tuple (h, c)", hx)
+            self._fail_hidden(name, "a tuple (h, c)", hx)
         if len(hx) != 2:
-            raise TypeError(f"{type(self).__name__}: hx must be a tuple (h, c), got a {type(hx).__name__} of {len(hx)}")
+            got = f"a {type(hx).__name__} of {len(hx)}"
+            raise TypeError(f"{type(self).__name__}: {name} must be a tuple (h, c), got {got}")
         h, c = hx
         if not isinstance(h, Tensor) or not isinstance(c, Tensor):
             i = 1 if isinstance(h, Tensor) else 0
-            self._fail_hidden(f"hx[{i}]", "a Tensor", hx[i])
+            self._fail_hidden(f"{name}[{i}]", "a Tensor", hx[i])
         return h, c
 
     def _zeros(self, like: Tensor, *leading: int) -> tuple[Tensor, ...]:
@@ -78,3 +79,31 @@ class RecurrentBase(NotQuantized, nn.Module):
         labels = ("hx[0]", "hx[1]") if self.mode == "LSTM" else ("hx",)
         H, P = self.hidden_size, self.proj_size or self.hidden_size
         argument_checks.layer_states(type(self).__name__, self.mode, state, leading, letters, (P, H), labels)
+
+    def _checked_resets(
+        self,
+        reset: Tensor | None,
+        reset_to: Any,
+        letters: str,
+        sizes: tuple[int, ...],
+        leading: dict[str, int],
+        like: Tensor,
+        dtypes: tuple[torch.dtype, ...] = argument_checks.DTYPES,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return reset, and reset_to as a tuple; raise, in the words of the module's own arguments, unless they fit.
+
+        Args:
+            reset: The argument of that name.
+            reset_to: The argument of that name.
+            letters: Names of the sizes of `reset`.
+            sizes: These sizes.
+            leading: Sizes of `reset_to` before the features, by letter; B may be 1.
+            like: The input, on whose device the arguments must be.
+            dtypes: Dtypes that `reset_to` may have.
+        """
+        to = None if reset_to is None else self._state(reset_to, "reset_to")
+        name, features = type(self).__name__, (self.proj_size or self.hidden_size, self.hidden_size)
+        expected = letters, sizes, tuple(leading.values()), tuple(leading)
+        argument_checks.resets(name, self.mode, reset, to, *expected, features, dtypes, ("input", like))
+        assert reset is not None
+        return reset, to

@@ -55,13 +55,22 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
         """Return the cell of torch.nn with the same parameters, which torch.jit.script compiles instead."""
         return self._scriptable() if type(self).forward is _Cell.forward else self
 
-    def forward(self, input: Tensor, hx: Hidden | None = None) -> Hidden:
+    def forward(
+        self,
+        input: Tensor,
+        hx: Hidden | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_to: Hidden | None = None,
+    ) -> Hidden:
         """Apply the cell to one step.
 
         Args:
             input: Input ``[B, I]``, or ``[I]`` without a batch.
             hx: State before the step, ``[B, H]``, or ``[H]`` without a batch; for an LSTM the tuple or list of the
                 hidden state and the cell state. ``None`` means zeros.
+            reset: Rows whose state is replaced before the step, bool ``[B]``, or ``[]`` without a batch.
+            reset_to: State that replaces it, in the form of `hx`, or ``[1, H]`` for all rows. ``None`` means zeros.
 
         Returns:
             The state after the step, in the layout of `hx`.
@@ -78,6 +87,8 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
             state = given
             if state[0].dim() != input.dim() or state[-1].dim() != input.dim():  # the op also takes [1, B, H]
                 self._check_arguments(input, state)
+        if reset is not None or reset_to is not None:
+            state = self._after_reset(input, state, reset, reset_to)
         if not batched:
             state = tuple([tensor.unsqueeze(0) for tensor in state])
         try:
@@ -90,6 +101,21 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
             last = tuple([tensor.squeeze(0).clone() for tensor in last])
         after: Any = last if len(last) > 1 else last[0]
         return after  # type: ignore[no-any-return]
+
+    def _after_reset(
+        self, input: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, reset_to: Hidden | None
+    ) -> tuple[Tensor, ...]:
+        """Return the state with the rows replaced that `reset` selects."""
+        self._check_arguments(input, state)
+        leading = {"B": input.shape[0]} if input.dim() == 2 else {}
+        autocast = torch.is_autocast_enabled(input.device.type)
+        dtypes = argument_checks.DTYPES if autocast else (state[0].dtype,)
+        letters, sizes = ", ".join(leading), tuple(leading.values())
+        reset, to = self._checked_resets(reset, reset_to, letters, sizes, leading, input, dtypes)
+        rows = reset.unsqueeze(-1)
+        if to is None:
+            return tuple([tensor.masked_fill(rows, 0) for tensor in state])
+        return tuple([torch.where(rows, new, old) for new, old in zip(to, state, strict=True)])
 
     def _check_arguments(self, input: Tensor, state: tuple[Tensor, ...] | None) -> None:
         """Raise if a shape does not fit, in the words of the cell's own arguments."""

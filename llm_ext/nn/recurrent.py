@@ -110,14 +110,33 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Hidden | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: Hidden | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: Hidden | None = None,
     ) -> tuple[Tensor, Hidden]: ...
 
     @overload
-    def forward(self, input: PackedSequence, hx: Hidden | None = None) -> tuple[PackedSequence, Hidden]: ...
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Hidden | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_to: Hidden | None = None,
+    ) -> tuple[PackedSequence, Hidden]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Hidden | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Hidden | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: Hidden | None = None,
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         """Apply the layers to a sequence.
 
@@ -129,6 +148,11 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             lengths: Steps of each row of a padded batch, int64 ``[B]`` on the device of `input`, from 0 to T, in any
                 order. Beyond them the output is 0, and the states are those after the last step of each row. On CUDA
                 they cause no synchronization. A PackedSequence has lengths of its own.
+            reset: Whether the state of a row is replaced before a step, in every layer: bool ``[T, B]``, ``[B, T]``
+                with batch_first, ``[T]`` without a batch, or ``[N]`` in the order of the data of a PackedSequence.
+                Beyond `lengths` it has no effect. Its values are read on the host, for which a call on CUDA waits. A
+                bidirectional layer takes none.
+            reset_to: States that replace it, in the form of `hx`, or ``[R, 1, H]`` for all rows. ``None`` means zeros.
 
         Returns:
             The hidden states of the last layer in the layout of `input`, with D P features for D directions, and the
@@ -139,13 +163,16 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             TypeError: An argument has the wrong type.
         """
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths)
+            return self._forward_packed(input, hx, lengths, reset, reset_to)
         dim = input.dim()
         batched = dim != 2
         x = input
         given = state = None if hx is None else self._state(hx)
         if state is not None and (state[0].dim() != dim or state[-1].dim() != dim):  # an op also takes [B, H]
             self._check_arguments(input, state)
+        to: tuple[Tensor, ...] | None = None
+        if reset is not None or reset_to is not None:
+            reset, to = self._resets(input, reset, reset_to)
         R = len(self._all_weights)
         if not batched:
             if lengths is not None:
@@ -158,7 +185,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             x = input.transpose(0, 1)
         dropout = self.dropout if self.training else 0.0
         try:
-            y, last = run(self.mode, x, state, self._weights(), self._directions(), dropout, None, lengths)
+            weights, directions = self._weights(), self._directions()
+            y, last = run(self.mode, x, state, weights, directions, dropout, None, lengths, None, reset, to)
         except (ArgumentError, TypeError):
             self._check_arguments(input, given)
             raise
@@ -171,8 +199,26 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         h_n: Any = last if len(last) > 1 else last[0]
         return y, h_n
 
+    def _resets(
+        self, input: Tensor, reset: Tensor | None, reset_to: Hidden | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return the resets of a padded batch as the op takes them."""
+        self._check_arguments(input, None)
+        R, sizes = len(self._all_weights), tuple(input.shape[:-1])
+        if len(sizes) == 1:
+            reset, to = self._checked_resets(reset, reset_to, "T", sizes, {"L": R}, input)
+            return reset.unsqueeze(1), None if to is None else tuple([tensor.unsqueeze(1) for tensor in to])
+        letters, B = ("B, T", sizes[0]) if self.batch_first else ("T, B", sizes[1])
+        reset, to = self._checked_resets(reset, reset_to, letters, sizes, {"L": R, "B": B}, input)
+        return reset.T if self.batch_first else reset, to
+
     def _forward_packed(
-        self, input: PackedSequence, hx: Hidden | None, lengths: Tensor | None
+        self,
+        input: PackedSequence,
+        hx: Hidden | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_to: Hidden | None,
     ) -> tuple[PackedSequence, Hidden]:
         """Apply the layers to packed rows; states are in the order of the batch before packing."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -187,9 +233,16 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             if sorted_indices is not None:
                 self._check_state(state, (R, batch), ("L", "B"))
                 state = tuple([tensor.index_select(1, sorted_indices) for tensor in state])
+        to: tuple[Tensor, ...] | None = None
+        if reset is not None or reset_to is not None:
+            sizes = {"L": R, "B": batch}
+            reset, to = self._checked_resets(reset, reset_to, "N", (len(data),), sizes, data)
+            if to is not None and sorted_indices is not None:
+                to = tuple([tensor.expand(-1, batch, -1).index_select(1, sorted_indices) for tensor in to])
         dropout = self.dropout if self.training else 0.0
         try:
-            y, last = run(self.mode, data, state, self._weights(), self._directions(), dropout, batch_sizes, None)
+            weights, directions = self._weights(), self._directions()
+            y, last = run(self.mode, data, state, weights, directions, dropout, batch_sizes, None, None, reset, to)
         except (ArgumentError, TypeError):
             if given is not None:
                 self._check_state(given, (R, batch), ("L", "B"))
@@ -198,6 +251,11 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             last = tuple([tensor.index_select(1, unsorted_indices) for tensor in last])
         h_n: Any = last if len(last) > 1 else last[0]
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _checked_resets(self, *args: Any) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        if self.bidirectional:
+            raise ArgumentError(f"{type(self).__name__}: reset needs one direction, got bidirectional=True")
+        return super()._checked_resets(*args)
 
     def _check_arguments(self, input: Tensor, state: tuple[Tensor, ...] | None) -> None:
         """Raise if a shape does not fit, in the words of the layer's own arguments."""
@@ -233,7 +291,7 @@ class RNN(_Layers[Tensor]):
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Inputs: input, hx, lengths
+    Inputs: input, hx, lengths, reset, reset_to
         See :meth:`forward`. Shapes: input ``[T, B, I]``, hx ``[R, B, H]`` with R = layers * directions.
 
     Outputs: output, h_n
@@ -308,7 +366,7 @@ class GRU(_Layers[Tensor]):
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Inputs: input, hx, lengths
+    Inputs: input, hx, lengths, reset, reset_to
         See :meth:`forward`. Shapes: input ``[T, B, I]``, hx ``[R, B, H]`` with R = layers * directions.
 
     Outputs: output, h_n
@@ -383,7 +441,7 @@ class LSTM(_Layers[tuple[Tensor, Tensor]]):
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Inputs: input, (h_0, c_0), lengths
+    Inputs: input, (h_0, c_0), lengths, reset, reset_to
         See :meth:`forward`. Shapes: input ``[T, B, I]``, h_0 ``[R, B, P]`` and c_0 ``[R, B, H]`` with
         R = layers * directions.
 

@@ -104,11 +104,13 @@ def autocast_arguments(*tensors: Tensor | None) -> Any:
 
 
 def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:
-    """Return `tensors` in the dtype of `like` where CPU autocast is on and would cast them anyway.
+    """Return `tensors` in the dtype of `like` where autocast is on and would cast them anyway.
 
     Layers under autocast pass each other rounded results; ops that are called through the dispatcher cast them there.
     """
-    if not torch.is_autocast_enabled("cpu") or not isinstance(like, Tensor) or like.dtype not in _AUTOCAST_DTYPES:
+    if not isinstance(like, Tensor) or like.dtype not in _AUTOCAST_DTYPES:
+        return tensors
+    if not torch.is_autocast_enabled(like.device.type):
         return tensors
     return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)
 

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from llm_ext.ops._transforms import is_mapped, unwrapped
+from llm_ext.ops._transforms import is_mapped, is_recorded, unwrapped
 
 # Modes of a recurrence, as torch.nn.RNNBase.mode spells them; RNN_SIGMOID is an extension.
 MODES = ("RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "GRU", "LSTM")
@@ -73,8 +73,8 @@ def _check(
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Return whether Python can read the values of a tensor: it is on the CPU, not a fake tensor and not mapped."""
-    return type(tensor) is Tensor and tensor.is_cpu and not is_mapped(tensor)
+    """Return whether Python can read the values of a tensor: it is on the CPU, not recorded and not mapped."""
+    return tensor.is_cpu and not is_recorded(tensor) and not is_mapped(tensor)
 
 
 def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> None:
@@ -184,6 +184,9 @@ def recurrence(
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    reset: Tensor | None = None,
+    reset_to: tuple[Tensor, ...] | None = None,
+    reverse: bool = False,
 ) -> None:
     """Raise unless the arguments of one direction of one layer fit together.
 
@@ -206,6 +209,14 @@ def recurrence(
             _check(op, name, tensor, f"1, B, {letter}", (1, batch, width), (w_ih.dtype,), like)
         elif tensor is not None:
             _check(op, name, tensor, f"B, {letter}", (batch, width), (w_ih.dtype,), like)
+    if reset is not None or reset_to is not None:
+        if reverse:
+            raise ArgumentError(f"{op}: reset needs one forward direction, got reverse=True")
+        layered = reset_to and all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in reset_to)
+        leading: Sizes = (1, batch) if layered else (batch,)
+        letters = ("1", "B") if layered else ("B",)
+        steps = _steps_of(x, batch_sizes)
+        resets(op, mode, reset, reset_to, *steps, leading, letters, (P, H), (w_ih.dtype,), ("x", x))
 
 
 def multilayer_rnn(
@@ -218,6 +229,8 @@ def multilayer_rnn(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Raise unless the arguments of `ops.multilayer_rnn` fit together."""
     if mode not in MODES:
@@ -255,11 +268,50 @@ def multilayer_rnn(
     else:
         features = (("I", weights[0][0].shape[1]),)
         batch = _sequence(op, x, batch_sizes, lengths, features, first.dtype, ("weights[0][0]", first))
-    if state is None:
-        if batch is None and batch_sizes is not None and _has_values(batch_sizes):
-            raise ArgumentError(f"{op}: h0 must be given with batch_sizes of no steps, got None")
+    if state is not None:
+        layer_states(op, mode, state, (rows, batch), ("L", "B"), (P, H), ("h0", "c0"), same, like)
+    elif batch is None and batch_sizes is not None and _has_values(batch_sizes):
+        raise ArgumentError(f"{op}: h0 must be given with batch_sizes of no steps, got None")
+    if reset is not None or reset_to is not None:
+        if directions == 2:
+            raise ArgumentError(f"{op}: reset needs one forward direction, got bidirectional=True")
+        steps = _steps_of(x, batch_sizes)
+        resets(op, mode, reset, reset_to, *steps, (rows, batch), ("L", "B"), (P, H), same, like)
+
+
+def _steps_of(x: Tensor, batch_sizes: Tensor | None) -> tuple[str, Sizes]:
+    """Return the letters and the sizes of a tensor with one element for each step of each row of x."""
+    return ("T, B", tuple(x.shape[:2])) if batch_sizes is None else ("N", (x.shape[0],))
+
+
+def resets(
+    op: str,
+    mode: str,
+    reset: Tensor | None,
+    reset_to: tuple[Tensor, ...] | None,
+    letters: str,
+    sizes: Sizes,
+    leading: Sizes,
+    leading_letters: tuple[str, ...],
+    features: tuple[int, int],
+    dtypes: tuple[torch.dtype, ...],
+    like: tuple[str, Tensor],
+) -> None:
+    """Raise unless reset has these sizes, and reset_to is as `layer_states` has it, or has 1 in place of B."""
+    if reset is None:
+        raise ArgumentError(f"{op}: reset_to belongs to reset, got reset=None")
+    _check(op, "reset", reset, letters, sizes, (torch.bool,), like)
+    if reset_to is None:
         return
-    layer_states(op, mode, state, (rows, batch), ("L", "B"), (P, H), ("h0", "c0"), same, like)
+    if leading_letters and leading_letters[-1] == "B" and all(_has_one_row(tensor) for tensor in reset_to):
+        leading = (*leading[:-1], 1)
+    names = ("reset_to[0]", "reset_to[1]") if mode == "LSTM" else ("reset_to",)
+    layer_states(op, mode, reset_to, leading, leading_letters, features, names, dtypes, like)
+
+
+def _has_one_row(state: Tensor) -> bool:
+    """Return whether a state is [*, 1, features]."""
+    return isinstance(state, Tensor) and state.dim() > 1 and state.shape[-2] == 1
 
 
 def layer_states(

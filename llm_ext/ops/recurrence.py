@@ -76,6 +76,8 @@ def rnn(
     lengths: Tensor | None = None,
     nonlinearity: str = "tanh",
     reverse: bool = False,
+    reset: Tensor | None = None,
+    reset_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Apply one direction of one Elman RNN layer to a sequence.
 
@@ -93,6 +95,11 @@ def rnn(
             Beyond them y is 0. On CUDA, lengths outside this range are clamped, not checked.
         nonlinearity: f: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
         reverse: Run from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
+        reset: Whether the state of a row is replaced before a step, bool ``[T, B]``, or ``[N]`` in the order of the
+            rows of a packed sequence. Beyond lengths it has no effect. It excludes `reverse`. Its values are read on
+            the host, for which a call on CUDA waits.
+        reset_to: State that a reset puts in place, ``[B, H]`` or ``[1, B, H]``, or with 1 in place of B. ``None`` means
+            zeros.
 
     Returns:
         Every state y ``[T, B, H]`` (packed: ``[N, H]``), and the state after the last step of each row in the shape of
@@ -112,7 +119,9 @@ def rnn(
     argument_checks.nonlinearity("rnn", nonlinearity)
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     state = None if h0 is None else (h0,)
-    y, (h_n,) = run(_MODES[nonlinearity], x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
+    to = None if reset_to is None else (reset_to,)
+    mode = _MODES[nonlinearity]
+    y, (h_n,) = run(mode, x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths, None, reset, to)
     return y, h_n.squeeze(0) if h0 is None else h_n
 
 
@@ -127,6 +136,8 @@ def gru(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
+    reset_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Apply one direction of one GRU layer to a sequence.
 
@@ -144,6 +155,8 @@ def gru(
         batch_sizes: See :func:`rnn`.
         lengths: See :func:`rnn`.
         reverse: See :func:`rnn`.
+        reset: See :func:`rnn`.
+        reset_to: See :func:`rnn`.
 
     Returns:
         Every state y ``[T, B, H]`` (packed: ``[N, H]``), and the state after the last step of each row in the shape of
@@ -162,7 +175,8 @@ def gru(
     """
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     state = None if h0 is None else (h0,)
-    y, (h_n,) = run("GRU", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
+    to = None if reset_to is None else (reset_to,)
+    y, (h_n,) = run("GRU", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths, None, reset, to)
     return y, h_n.squeeze(0) if h0 is None else h_n
 
 
@@ -178,6 +192,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
+    reset_to: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     r"""Apply one direction of one LSTM layer to a sequence.
 
@@ -197,6 +213,9 @@ def lstm(
         batch_sizes: See :func:`rnn`.
         lengths: See :func:`rnn`.
         reverse: See :func:`rnn`.
+        reset: See :func:`rnn`.
+        reset_to: State ``(h, c)`` that a reset puts in place, in the shapes of `state`, or with 1 in place of B.
+            ``None`` means zeros.
 
     Returns:
         Every output y ``[T, B, P]`` (packed: ``[N, P]``), and the state ``(h_n, c_n)`` after the last step of each row
@@ -216,7 +235,7 @@ def lstm(
         (torch.Size([20, 8, 128]), torch.Size([8, 128]), torch.Size([8, 128]))
     """
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    y, (h_n, c_n) = run("LSTM", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths)
+    y, (h_n, c_n) = run("LSTM", x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths, None, reset, reset_to)
     return y, (h_n.squeeze(0), c_n.squeeze(0)) if state is None else (h_n, c_n)
 
 
@@ -231,6 +250,8 @@ def multilayer_rnn(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
 ) -> tuple[Tensor, State]:
     r"""Apply several recurrent layers, each to the output of the layer below.
 
@@ -252,6 +273,9 @@ def multilayer_rnn(
         lengths: See :func:`rnn`.
         input_projections: For each direction of the first layer ``W_ih x + b_ih`` of every id, ``[V, G H]`` with G
             gates; w_ih and b_ih of the first layer are then not read. Inference on the CPU only.
+        reset: See :func:`rnn`. It excludes `bidirectional`.
+        reset_to: State that a reset puts in place, in the form of `state`, ``[R, B, *]`` or ``[R, 1, *]``. ``None``
+            means zeros.
 
     Returns:
         The output y of the last layer, ``[T, B, D P]`` with D directions (packed: ``[N, D P]``), and the state after
@@ -275,7 +299,7 @@ def multilayer_rnn(
     if input_projections and x.dtype == torch.int32:
         x = x.long()
     directions = (False, True) if bidirectional else (False,)
-    return run(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
+    return run(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to)
 
 
 # ---- the path of a call
@@ -294,6 +318,8 @@ class _Call(NamedTuple):
         batch_sizes: rows of each step of a packed sequence.
         lengths: steps of each row of a padded batch.
         input_projections: those of each direction of the first layer.
+        reset: whether the state of a row is replaced before a step, bool [T, B] or [N].
+        reset_to: the state that replaces it, as `state`, or with one row in place of B. None means zeros.
     """
 
     mode: str
@@ -305,6 +331,8 @@ class _Call(NamedTuple):
     batch_sizes: Tensor | None = None
     lengths: Tensor | None = None
     input_projections: Sequence[Tensor] | None = None
+    reset: Tensor | None = None
+    reset_to: State | None = None
 
 
 def run(
@@ -317,18 +345,28 @@ def run(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
 ) -> tuple[Tensor, State]:
     """Choose the ops of a call and run them; `_Call` has the arguments.
 
     The new state is [R, B, *], or [B, *] if a state of one direction was given in that shape.
 
-    1. A transform of torch is active: layer by layer, each direction with rules for all transforms.
-    2. Lengths on the CPU: the rows are packed once for all layers and directions. A graph that is recorded must not
-       depend on their values, so there each op packs.
-    3. One direction of one layer: its op.
-    4. No derivative, dropout or projection: one op for all layers and directions.
-    5. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
+    1. Resets: the pieces of the rows between them are packed once for all layers, and take one of the paths below. A
+       graph that is recorded must not depend on their values, so it records the reference.
+    2. A transform of torch is active: layer by layer, each direction with rules for all transforms.
+    3. Lengths on the CPU: the rows are packed once for all layers and directions. In a graph that is recorded each op
+       packs.
+    4. One direction of one layer: its op.
+    5. No derivative, dropout or projection: one op for all layers and directions.
+    6. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
     """
+    if reset is not None or reset_to is not None:
+        return _run_resets(
+            _Call(
+                mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
+            )
+        )
     transformed = transforms_active()
     packs = not transformed and lengths is not None and not is_on_cuda(x) and not is_recorded(lengths)
     if len(weights) == 1 and not (transformed or packs or input_projections):
@@ -354,6 +392,50 @@ def run(
     return _layer_by_layer(call)
 
 
+def _run_resets(call: _Call) -> tuple[Tensor, State]:
+    """Run a call with resets: each piece of a row between them is a row of a packed sequence, with a state of its own.
+
+    These rows are shorter and more than those of the batch, so that resets cost little and can even save time.
+    """
+    w_hh = call.weights[0][1]
+    assert w_hh is not None
+    x, *tensors = match_dtype(w_hh, call.x, *(call.state or ()), *(call.reset_to or ()))
+    given = len(call.state or ())
+    state = tuple(tensors[:given]) if call.state is not None else None
+    reset_to = tuple(tensors[given:]) if call.reset_to is not None else None
+    call = call._replace(x=x, state=state, reset_to=reset_to)
+    _check(call)
+    x, state, reset, lengths, batch_sizes = call.x, call.state, call.reset, call.lengths, call.batch_sizes
+    assert reset is not None
+    if is_recorded(reset) or is_mapped(reset) or (lengths is not None and is_mapped(lengths)):
+        return _run_reference(call)
+    with without_transforms():
+        sizes = [None if tensor is None else unwrapped(tensor).cpu() for tensor in (lengths, batch_sizes)]
+        pieces = packing.pack_pieces(unwrapped(reset).cpu(), *sizes)
+    call = call._replace(reset=None, reset_to=None)
+    if pieces is None:
+        return run(*call)
+    rows, starts, ends = pieces.to(x.device)
+    if state is None:
+        state = _zero_state(call, x.shape[1] if batch_sizes is None else int(batch_sizes[0]))
+    if reset_to is None:
+        reset_to = tuple(torch.zeros_like(old) for old in state)
+    else:
+        reset_to = tuple(
+            to.reshape(*old.shape[:-2], *to.shape[-2:]).expand_as(old) for to, old in zip(reset_to, state, strict=True)
+        )
+    first = (torch.cat(both, -2).index_select(-2, starts) for both in zip(state, reset_to, strict=True))
+    padded = x if batch_sizes is None else x.unsqueeze(1)
+    call = call._replace(x=rows.pack(padded), state=tuple(first), batch_sizes=rows.batch_sizes, lengths=None)
+    y, last = run(*call)
+    y = rows.pad(y, *padded.shape[:2])
+    states = (
+        old.to(new.dtype).index_copy(-2, rows.rows, new.index_select(-2, ends))
+        for old, new in zip(state, last, strict=True)
+    )
+    return y if batch_sizes is None else y.squeeze(1), tuple(states)
+
+
 def _run_transformed(call: _Call) -> tuple[Tensor, State]:
     """Run a call under a transform of torch."""
     _check(call)
@@ -374,7 +456,8 @@ def _run_transformed(call: _Call) -> tuple[Tensor, State]:
 
 def _run_reference(call: _Call) -> tuple[Tensor, State]:
     """Run a call in torch's own ops, a loop over steps."""
-    mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections = call
+    mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to = call
+    options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset}
     if len(weights) > 1 or input_projections:
         rows = [[tensor for tensor in row if tensor is not None] for row in weights]
         return reference.multilayer_rnn(
@@ -384,14 +467,15 @@ def _run_reference(call: _Call) -> tuple[Tensor, State]:
             rows,
             bidirectional=len(directions) == 2,
             dropout=dropout,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
             input_projections=input_projections,
+            reset_to=reset_to,
+            **options,
         )
     w_ih, w_hh, b_ih, b_hh, w_hr = unpack_weights(weights[0])
     assert w_ih is not None
     assert w_hh is not None
-    options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reverse": directions[0]}
+    to: Any = reset_to if reset_to is None or mode == "LSTM" else reset_to[0]
+    options |= {"reverse": directions[0], "reset_to": to}
     last: State
     if mode == "LSTM":
         y, last = reference.lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, **options)  # type: ignore[arg-type]
@@ -421,8 +505,7 @@ def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) 
     if T > 0 and bool((lengths == T).all()):
         return run_rows(call._replace(lengths=None))
     if state is None:
-        sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if call.mode == "LSTM" else (w_hh.shape[1],)
-        state = tuple(w_hh.new_zeros((len(call.weights), B, size)) for size in sizes)
+        state = _zero_state(call, B)
     with without_transforms():
         rows = packing.pack_lengths(lengths.cpu(), T).to(x.device)
     first = tuple(tensor.index_select(-2, rows.rows) for tensor in state)
@@ -430,6 +513,14 @@ def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) 
     # Under autocast the new state has another dtype than the given one.
     states = (old.to(new.dtype).index_copy(-2, rows.rows, new) for old, new in zip(state, last, strict=True))
     return rows.pad(y, T, B), tuple(states)
+
+
+def _zero_state(call: _Call, B: int) -> State:
+    """Return zeros [R, B, *] as the state of a call."""
+    w_hh = call.weights[0][1]
+    assert w_hh is not None
+    sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if call.mode == "LSTM" else (w_hh.shape[1],)
+    return tuple(w_hh.new_zeros((len(call.weights), B, size)) for size in sizes)
 
 
 def _one_direction(
@@ -471,7 +562,7 @@ def _one_direction(
 
 def _all_layers(call: _Call) -> tuple[Tensor, State]:
     """Run all layers and directions in one op, which has no derivative."""
-    mode, x, state, weights, directions, _, batch_sizes, _, input_projections = call
+    mode, x, state, weights, directions, _, batch_sizes, _, input_projections, *_ = call
     flat = [tensor for row in weights for tensor in row]
     bias, bidirectional, projections = len(weights[0]) == 4, len(directions) == 2, list(input_projections or ())
     try:
@@ -486,7 +577,7 @@ def _all_layers(call: _Call) -> tuple[Tensor, State]:
 
 def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, State]:
     """Run the layers one after the other; `transformed`: with rules for every transform of torch."""
-    mode, x, state, weights, directions, dropout, batch_sizes, lengths, _ = call
+    mode, x, state, weights, directions, dropout, batch_sizes, lengths, *_ = call
     count, R = len(directions), len(weights)
     expected = [R, R] if mode == "LSTM" else [R]
     if R % count or (state is not None and [tensor is not None and len(tensor) for tensor in state] != expected):
@@ -547,11 +638,12 @@ def _split(mode: str, state: State | None) -> tuple[Tensor | None, Tensor | None
 
 def _check(call: _Call) -> None:
     """Raise if the arguments of a call do not fit together; a call of one direction names its function."""
-    mode, x, state, weights, directions, _, batch_sizes, lengths, input_projections = call
+    mode, x, state, weights, directions, _, batch_sizes, lengths, input_projections, reset, reset_to = call
     if len(weights) == 1 and not input_projections:
         op = mode.split("_")[0].lower()
         given = state if state is not None else (None,) * (2 if mode == "LSTM" else 1)
-        argument_checks.recurrence(op, mode, x, given, unpack_weights(weights[0]), batch_sizes, lengths)
+        own = unpack_weights(weights[0])
+        argument_checks.recurrence(op, mode, x, given, own, batch_sizes, lengths, reset, reset_to, directions[0])
     else:
         argument_checks.multilayer_rnn(
             "multilayer_rnn",
@@ -563,6 +655,8 @@ def _check(call: _Call) -> None:
             batch_sizes,
             lengths,
             input_projections,
+            reset,
+            reset_to,
         )
 
 

@@ -8,6 +8,8 @@ The functions share these arguments and results:
 - `batch_sizes`: Rows of each step, int64 ``[T]``, positive and not increasing; N is their sum.
 - `lengths`: Steps of each row, int64 ``[B]``, from 0 to T. Values of `x` beyond them are ignored, and y is 0 there.
 - `reverse`: Run from the last step of a row to its first; ``y[t]`` still belongs to ``x[t]``.
+- `reset`: bool ``[T, B]``, or ``[N]`` with `batch_sizes`. Before each step where it is set, the state of the row is
+  replaced by that of `reset_to`, which has the form of the given state, with B rows or one; None means zeros.
 - A state is ``[B, H]`` or, as torch.nn lays out the state of one layer, ``[1, B, H]``; None means zeros.
 
 They return every hidden state in the layout of `x`, and the state after the last step of each row in the layout of the
@@ -42,6 +44,8 @@ def rnn(
     lengths: Tensor | None = None,
     nonlinearity: str = "tanh",
     reverse: bool = False,
+    reset: Tensor | None = None,
+    reset_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elman recurrence, ``h_t = f(W x_t + b_ih + U h_{t-1} + b_hh)``.
 
@@ -51,7 +55,8 @@ def rnn(
     """
     mode = f"RNN_{nonlinearity.upper()}"
     wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
-    y, (h_n,) = _run(mode, wx, None if h0 is None else (h0,), w_hh, b_hh, None, batch_sizes, lengths, reverse)
+    first, to = (None if tensor is None else (tensor,) for tensor in (h0, reset_to))
+    y, (h_n,) = _run(mode, wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
     return y, h_n
 
 
@@ -66,6 +71,8 @@ def gru(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
+    reset_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit, with the gates r, z, n of torch.nn.GRU.
 
@@ -77,7 +84,8 @@ def gru(
     Source: Cho et al., arXiv 1406.1078. Here, as in torch.nn.GRU, r is applied after the product with U_n.
     """
     wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
-    y, (h_n,) = _run("GRU", wx, None if h0 is None else (h0,), w_hh, b_hh, None, batch_sizes, lengths, reverse)
+    first, to = (None if tensor is None else (tensor,) for tensor in (h0, reset_to))
+    y, (h_n,) = _run("GRU", wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
     return y, h_n
 
 
@@ -93,6 +101,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
+    reset_to: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Long short-term memory, with the gates i, f, g, o of torch.nn.LSTM.
 
@@ -106,7 +116,7 @@ def lstm(
     forget", 2000; the projection: Sak et al., arXiv 1402.1128.
     """
     wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
-    y, (h_n, c_n) = _run("LSTM", wx, state, w_hh, b_hh, w_hr, batch_sizes, lengths, reverse)
+    y, (h_n, c_n) = _run("LSTM", wx, state, w_hh, b_hh, w_hr, batch_sizes, lengths, reverse, reset, reset_to)
     return y, (h_n, c_n)
 
 
@@ -121,6 +131,8 @@ def multilayer_rnn(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
 ) -> tuple[Tensor, State]:
     """Several recurrent layers, each reading the output of the one below it, in one or two directions.
 
@@ -136,6 +148,8 @@ def multilayer_rnn(
         lengths: See the top of the module.
         input_projections: For each direction of the first layer ``W_ih x + b_ih`` of every id, ``[V, G H]``; w_ih and
             b_ih of the first layer are then not read.
+        reset: See the top of the module.
+        reset_to: State in the form of `state`, ``[R, B, *]`` or ``[R, 1, *]``. None means zeros.
 
     Returns:
         The output y of the last layer, ``[T, B, D P]`` with D directions and P = H without w_hr (packed: ``[N, D P]``),
@@ -155,8 +169,8 @@ def multilayer_rnn(
                 wx = input_projections[direction][x]
             else:
                 wx = F.linear(x, w_ih, b_ih)
-            first = None if state is None else tuple(tensor[row] for tensor in state)
-            y, new = _run(mode, wx, first, w_hh, b_hh, w_hr, batch_sizes, lengths, reverse=direction == 1)
+            first, to = (None if s is None else tuple(tensor[row] for tensor in s) for s in (state, reset_to))
+            y, new = _run(mode, wx, first, w_hh, b_hh, w_hr, batch_sizes, lengths, direction == 1, reset, to)
             outputs.append(y)
             last.append(new)
         x = torch.cat(outputs, -1)
@@ -189,6 +203,8 @@ def _run(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    reset: Tensor | None,
+    reset_to: State | None,
 ) -> tuple[Tensor, State]:
     """Run one direction of one layer over wx, W x + b_ih of every step: ``[T, B, G H]`` or packed ``[N, G H]``."""
     P = w_hh.shape[1]
@@ -197,15 +213,27 @@ def _run(
         sizes = (P, len(w_hh) // 4) if mode == "LSTM" else (P,)
         state = tuple(wx.new_zeros(B, size) for size in sizes)
     now = tuple(tensor.reshape(tensor.shape[-2:]) for tensor in state)
+    if reset_to is None:
+        reset_to = tuple(torch.zeros_like(tensor) for tensor in now)
+    else:
+        reset_to = tuple(to.reshape(to.shape[-2:]).expand_as(tensor) for to, tensor in zip(reset_to, now, strict=True))
 
     rows = [wx.shape[1]] * len(wx) if batch_sizes is None else batch_sizes.tolist()
     steps = wx.unbind(0) if batch_sizes is None else torch.split(wx, rows)
+    resets = reset if reset is None or batch_sizes is None else torch.split(reset, rows)
     y = [wx.new_empty(0, P)] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        new = _STEPS[mode](steps[t], tuple(tensor[: rows[t]] for tensor in now), w_hh, b_hh, w_hr)
+        before = tuple(tensor[: rows[t]] for tensor in now)
+        if resets is not None:
+            before = tuple(
+                torch.where(resets[t][:, None], to[: rows[t]], tensor)
+                for to, tensor in zip(reset_to, before, strict=True)
+            )
+        new = _STEPS[mode](steps[t], before, w_hh, b_hh, w_hr)
         y[t] = new[0]
         if lengths is not None:
-            # Beyond its length a row keeps its state: the last one, or in reverse the one it is to start from.
+            # Beyond its length a row keeps its state, which is not reset there: the last one, or in reverse the one it
+            # is to start from.
             runs = (t < lengths)[:, None]
             y[t] = y[t].masked_fill(~runs, 0)
             new = tuple(torch.where(runs, after, before) for after, before in zip(new, now, strict=True))
