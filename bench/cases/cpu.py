@@ -17,12 +17,13 @@ from bench.cases.recurrence import (
     multilayer,
     odd_sizes,
     packed,
+    resets,
     scaling,
     sequence,
     single_step,
 )
 from bench.cases.transforms import double_backward, forward_mode, per_sample_gradients
-from bench.cells import CELLS, RNN, Cell
+from bench.cells import CELLS, LSTM, RNN, Cell
 from bench.comparison import Case, Mean
 
 __all__ = ["CASES", "MEANS"]
@@ -144,6 +145,7 @@ def _transform_cases() -> Iterator[Case]:
 CASES: tuple[Case, ...] = (
     *(case for cell in CELLS for case in _recurrent_cases(cell)),
     single_step(RNN, 512),
+    *(resets(LSTM, "training", B, 128, 256) for B in (8, 128)),
     *_attention_cases(),
     *_linear_cases(),
     *_transform_cases(),

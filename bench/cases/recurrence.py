@@ -30,6 +30,7 @@ __all__ = [
     "odd_sizes",
     "packed",
     "reference_outputs",
+    "resets",
     "scaling",
     "sequence",
     "single_step",
@@ -93,6 +94,7 @@ def reference_outputs(
     *,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the outputs of `layer_call` by the float64 reference."""
     x, weights = double(x), [double(parameter) for parameter in layer.parameters()]
@@ -108,6 +110,7 @@ def reference_outputs(
             bidirectional=layer.bidirectional,
             batch_sizes=batch_sizes,
             lengths=lengths,
+            reset=reset,
         )
         return y, *last
 
@@ -292,6 +295,51 @@ def packed(cell: Cell, phase: str, B: int, T: int, I: int, H: int) -> Case:  # n
     work = gflop(cell, tokens, I, H, training=training)
     name = f"recurrence/{kind_name(cell, 'packed', phase)}/{size_name(B=B, T=T, I=I, H=H)}"
     return Case(name, build, training, work, "GFLOP", {same_number: 1.0})
+
+
+def resets(cell: Cell, phase: str, B: int, T: int, H: int, share: float = 0.03) -> Case:
+    """Episodes inside a sequence: the state is reset before this share of the steps.
+
+    Without resets in a call, torch takes a loop over the steps. The layer of llm_ext without resets is a candidate, to
+    which the cost of resets is compared.
+    """
+    training = phase == "training"
+    without = f"llm_ext.{cell.name}, no resets"
+
+    def build(dtype: torch.dtype, threads: int) -> Comparison:
+        ours, other = make_layers(cell, H, H, dtype=dtype)
+        x = torch.randn(T, B, H, dtype=dtype, requires_grad=training)
+        g = torch.randn(T, B, H, dtype=dtype) if training else None
+        reset = torch.rand(T, B) < share
+
+        def loop() -> tuple[Tensor, ...]:
+            state, outputs = tuple(_zero_state(cell, x, B, H)), []
+            for step, mask in zip(x.unsqueeze(1), ~reset.unsqueeze(-1), strict=True):
+                kept = tuple(tensor * mask for tensor in state)
+                y, after = other(step, kept if len(kept) > 1 else kept[0])
+                state = after if isinstance(after, tuple) else (after,)
+                outputs.append(y)
+            return torch.cat(outputs), *state
+
+        def call(layer: Any) -> Callable[[], Call]:
+            return lambda: timed_call(lambda: layer(x, reset=reset), [x, *layer.parameters()], g)
+
+        return Comparison(
+            reference_outputs(other, x, g, reset=reset),
+            Candidate(f"llm_ext.{cell.name}", OURS, call(ours)),
+            [
+                Candidate(
+                    f"torch.nn.{cell.name}, step by step",
+                    "torch",
+                    lambda: timed_call(loop, [x, *other.parameters()], g),
+                ),
+                Candidate(without, OURS, layer_call(ours, x, g), reference=reference_outputs(other, x, g)),
+            ],
+        )
+
+    work = gflop(cell, T * B, H, H, training=training)
+    name = f"recurrence/{kind_name(cell, 'resets', phase)}/{size_name(B=B, T=T, I=H, H=H)}"
+    return Case(name, build, training, work, "GFLOP", {without: 1 / 1.1})
 
 
 def single_step(cell: Cell, H: int, targets: tuple[float | None, float | None] = (None, None)) -> Case:

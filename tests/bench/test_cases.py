@@ -30,6 +30,8 @@ CPU_CASES = [
     recurrence.input_free(LSTM, 3, 5, 4, target=0.85),
     recurrence.input_free(RNN, 1, 5, 4, target=0.8),
     recurrence.scaling(GRU, 2, 3, 4),
+    recurrence.resets(GRU, "inference", 3, 6, 4, share=0.3),
+    recurrence.resets(LSTM, "training", 3, 6, 4, share=0.3),
     recurrence.bfloat16(LSTM, "inference", 1, 3, 4, 4),
     recurrence.bfloat16(GRU, "training", 2, 3, 4, 4),
     *(linear.linear(phase, 3, 5, 4) for phase in PHASES),
