@@ -239,8 +239,10 @@ def test_transforms(recurrence: Recurrence) -> None:
         gradients = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
         penalty = sum((g.square().sum() for g in gradients), torch.zeros(()))
         with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(*pair) for pair in zip(values, tangents, strict=True)]
-            dual_tangents = [forward_ad.unpack_dual(t).tangent for t in run(*duals)]
+            make_dual: Any = forward_ad.make_dual
+            unpack_dual: Any = forward_ad.unpack_dual
+            duals = [make_dual(*pair) for pair in zip(values, tangents, strict=True)]
+            dual_tangents = [unpack_dual(t).tangent for t in run(*duals)]
         results.append(
             flatten(
                 (
@@ -253,7 +255,8 @@ def test_transforms(recurrence: Recurrence) -> None:
                 )
             )
         )
-    assert_all_close(f"{recurrence.op}_backward", *results)
+    found, expected = results
+    assert_all_close(f"{recurrence.op}_backward", found, expected)
 
 
 def test_vmap_over_resets_and_lengths() -> None:
