@@ -11,7 +11,7 @@ from llm_ext.nn._recurrent_base import Device, RecurrentBase
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
-from llm_ext.ops.recurrence import run
+from llm_ext.ops.recurrence import run_step
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -40,16 +40,16 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
             self.register_parameter("bias_hh", None)
         self.reset_parameters()
 
-    def _weights(self) -> list[tuple[Tensor | None, ...]]:
-        """Return the weights of the cell.
+    def _weights(self) -> tuple[Any, ...]:
+        """Return the weights of the cell: (w_ih, w_hh, b_ih, b_hh).
 
         They are looked up in every call, because functional_call and parametrizations replace them.
         """
         found = self._parameters
         try:
-            return [(found["weight_ih"], found["weight_hh"], found["bias_ih"], found["bias_hh"])]
+            return found["weight_ih"], found["weight_hh"], found["bias_ih"], found["bias_hh"]
         except KeyError:  # a parametrization or weight_norm has replaced a parameter by an attribute
-            return [(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the cell of torch.nn with the same parameters, which torch.jit.script compiles instead."""
@@ -92,8 +92,7 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
         if not batched:
             state = tuple([tensor.unsqueeze(0) for tensor in state])
         try:
-            x = input.unsqueeze(0) if batched else input.view(1, 1, *input.shape)
-            _, last = run(self.mode, x, state, self._weights(), (False,), 0.0, None, None)
+            last = run_step(self.mode, input if batched else input.unsqueeze(0), state, self._weights())
         except (ArgumentError, TypeError):
             self._check_arguments(input, given)
             raise

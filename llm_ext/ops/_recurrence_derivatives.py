@@ -419,6 +419,13 @@ def _in_gates(mode: str, w: Tensor) -> Tensor:
     return w.roll(-(w.shape[0] // 3), 0) if mode == "GRU" else w
 
 
+def gate_gradients(mode: str, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by W_ih x and by W_hh h, in the order of the gates, given those by the pre-activations."""
+    if mode == "GRU":
+        return _input_blocks(mode, a).roll(-(a.shape[-1] // 4), -1), _state_blocks(mode, a)
+    return a, a
+
+
 # ---- vmap
 
 

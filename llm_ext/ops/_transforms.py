@@ -20,6 +20,9 @@ _torch_func_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 # The vmap of is_grads_batched is older than torch.func and has no interpreter, only a dispatch key.
 _OLD_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
+# A context in which ops run without autograd, and the number of the backward pass that runs in this thread.
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
@@ -49,7 +52,6 @@ def autograd_kernel(op: Any, backward: Callable[..., Any], setup_context: Callab
     name = op.name().replace("::", ".")
     differentiate = make_autograd_impl(op, Info(backward, setup_context))
     is_grad_enabled, any_requires_grad = torch._C.is_grad_enabled, torch._C._any_requires_grad
-    below_autograd = torch._C._AutoDispatchBelowAutograd
     after_autograd, redispatch = torch._C._after_autograd_keyset, op.redispatch
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -141,10 +143,11 @@ def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None], needs: Sequence[
     """
     following = iter(ctx.next_functions)
     nodes = [None if tensor is None else next(following)[0] for tensor in inputs]
-    return [need and _is_executed(node) for need, node in zip(needs, nodes, strict=True)]
+    return [need and is_executed(node) for need, node in zip(needs, nodes, strict=True)]
 
 
-def _is_executed(node: Any) -> bool:
+def is_executed(node: Any) -> bool:
+    """Return whether the running backward pass comes to a node."""
     try:
         return node is not None and torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch does not say it of a leaf that torch.autograd.grad asks for

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext import reference
+from llm_ext.ops import _loops, argument_checks, packing
 from llm_ext.ops import _recurrence_derivatives as derivatives
-from llm_ext.ops import argument_checks, packing
 from llm_ext.ops._registration import (
     FAILURES,
     allows_tf32,
@@ -303,6 +303,20 @@ def multilayer_rnn(
 
 
 # ---- the path of a call
+
+
+def run_step(mode: str, x: Tensor, state: State, weights: tuple[Any, ...]) -> State:
+    """Run one step of a cell: x [B, I] and the weights (w_ih, w_hh, b_ih, b_hh) to the state after it, [B, *] each.
+
+    Autograd records a step as part of a loop, unless a transform of torch is active or a graph is being recorded.
+    """
+    if torch.is_grad_enabled() and not transforms_active() and not is_recorded(x):
+        try:
+            if _loops.is_supported(x, state, weights):
+                return _loops.step(mode, x, state, weights)
+        except FAILURES:  # the ordinary path explains it
+            pass
+    return run(mode, x.unsqueeze(0), state, (weights,), (False,), 0.0, None, None)[1]
 
 
 class _Call(NamedTuple):

@@ -261,8 +261,8 @@ def test_subclasses_stay_what_they_are(cls: Any, monkeypatch: pytest.MonkeyPatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llm_ext.convert(layer)
-    for module in (llm_ext.nn.recurrent, llm_ext.nn.cells):
-        monkeypatch.setattr(module, "run", fail)
+    for module, function in ((llm_ext.nn.recurrent, "run"), (llm_ext.nn.cells, "run_step")):
+        monkeypatch.setattr(module, function, fail)
     with pytest.raises(ZeroDivisionError):
         layer(x)
     monkeypatch.undo()

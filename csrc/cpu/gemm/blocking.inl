@@ -60,6 +60,9 @@ constexpr int64_t kPrefetchRows = 8;
 // the last rows use the current one. 6 MB, Zen 3: docs/lab/cpu-constants.md.
 constexpr int64_t kUncachedBytes = 6 << 20;
 
+// Up to this many rows, a product with W [k, cols] uses the unpacked W. Zen 5: docs/lab/cpu-constants.md.
+constexpr int64_t kUnpackedGradientRows = 32;
+
 // Multiply-adds of a product that are worth one more thread, which costs about 3 us. T16 H64 takes 8 us on one thread
 // or two.
 constexpr double kWorkPerThread = 1.0e5;

@@ -2,12 +2,15 @@
 //
 // row_dots: x W^T for W [cols, k], as dot products along k. A tile of accumulators, the vectors of its columns and one
 // vector of a row fill the register file; each dot product ends with a sum over lanes.
-// multiply_unpacked: x W for W [k, cols], vectors along the columns.
+// product_unpacked: x W for W [k, cols], vectors along the columns.
 #pragma once
 
+#include "cpu/gemm/blocking.inl"
 #include "cpu/isa/isa.h"
+#include "cpu/ranges.inl"
 #include "cpu/simd/load_store.inl"
 #include "cpu/simd/shuffle.inl"
+#include "cpu/simd/traits.inl"
 #include "cpu/simd/vec.inl"
 
 namespace llm_ext {
@@ -126,6 +129,32 @@ static inline void multiply_unpacked(const S* a, int64_t a_stride, int64_t k, co
     for (int v = 0; v < NV; ++v) {
       store_partial(y + m * y_stride + v * kLanes<S>, acc[m * NV + v], v + 1 < NV ? kLanes<S> : lanes);
     }
+  }
+}
+
+// Columns of y = a w for rows of a and w [k, *], unpacked: each panel of columns is read for all tiles of rows while it
+// is in the cache.
+template <typename S>
+static inline void product_unpacked(const S* a, int64_t a_stride, int64_t rows, int64_t k, const S* w, int64_t w_stride,
+                                    S* y, int64_t y_stride, Range columns) {
+  const Tiles tiles(rows, kMR, kMR);
+  const auto block = [&](auto vectors, int64_t col, int lanes) {
+    constexpr int NV = decltype(vectors)::value;
+    using Block = void (*)(const S*, int64_t, int64_t, const S*, int64_t, S*, int64_t, int);
+    static constexpr Block kTable[kMR] = {multiply_unpacked<S, 1, NV>, multiply_unpacked<S, 2, NV>,
+                                          multiply_unpacked<S, 3, NV>, multiply_unpacked<S, 4, NV>,
+                                          multiply_unpacked<S, 5, NV>, multiply_unpacked<S, 6, NV>};
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const Range r = tiles[i];
+      kTable[r.size() - 1](a + r.begin * a_stride, a_stride, k, w + col, w_stride, y + r.begin * y_stride + col,
+                           y_stride, lanes);
+    }
+  };
+  int64_t col = columns.begin;
+  for (; col + kNR<S> <= columns.end; col += kNR<S>) block(Constant<kNRVectors>{}, col, kLanes<S>);
+  for (; col < columns.end; col += kLanes<S>) {
+    const int64_t left = columns.end - col;
+    block(Constant<1>{}, col, left < kLanes<S> ? static_cast<int>(left) : kLanes<S>);
   }
 }
 

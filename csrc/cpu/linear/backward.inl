@@ -15,33 +15,6 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// Up to this many rows, dx = dy W uses the unpacked W. Zen 5: docs/lab/cpu-constants.md.
-constexpr int64_t kUnpackedGradientRows = 32;
-
-// dx = grad_y W for few rows: each panel of columns is read for all tiles of rows while it is in the cache.
-template <typename S>
-static inline void input_gradient_unpacked(const LinearBackwardParams<S>& p, Range columns) {
-  const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
-  const Tiles tiles(N, kMR, kMR);
-  const auto block = [&](auto vectors, int64_t col, int lanes) {
-    constexpr int NV = decltype(vectors)::value;
-    using Block = void (*)(const S*, int64_t, int64_t, const S*, int64_t, S*, int64_t, int);
-    static constexpr Block kTable[kMR] = {multiply_unpacked<S, 1, NV>, multiply_unpacked<S, 2, NV>,
-                                          multiply_unpacked<S, 3, NV>, multiply_unpacked<S, 4, NV>,
-                                          multiply_unpacked<S, 5, NV>, multiply_unpacked<S, 6, NV>};
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const Range rows = tiles[i];
-      kTable[rows.size() - 1](p.grad_y + rows.begin * O, O, O, p.w + col, I, p.dx + rows.begin * I + col, I, lanes);
-    }
-  };
-  int64_t col = columns.begin;
-  for (; col + kNR<S> <= columns.end; col += kNR<S>) block(Constant<kNRVectors>{}, col, kLanes<S>);
-  for (; col < columns.end; col += kLanes<S>) {
-    const int64_t left = columns.end - col;
-    block(Constant<1>{}, col, left < kLanes<S> ? static_cast<int>(left) : kLanes<S>);
-  }
-}
-
 // Sizes of the arrays in the workspace, in this order in memory, in elements of S.
 template <typename S>
 struct LinearBackwardWorkspace {
@@ -64,7 +37,7 @@ static void linear_backward(const LinearBackwardParams<S>& p, const ThreadTeam& 
   const int64_t N = p.sizes.rows, I = p.sizes.input, O = p.sizes.output;
   const LinearBackwardWorkspace<S> sizes(p.sizes, team.size);
   if (p.dx != nullptr && N <= kUnpackedGradientRows) {
-    input_gradient_unpacked(p, team.slice(I, kLanes<S>));
+    product_unpacked(p.grad_y, O, N, O, p.w, I, p.dx, I, team.slice(I, kLanes<S>));
   } else if (p.dx != nullptr) {
     pack_rows(WeightRows<S>{p.w, I, O}, I, O, team.slice(panels_of<S>(I)), p.workspace);
     team.sync();

@@ -4,6 +4,7 @@
 
 #include "cpu/gemm/blocking.inl"
 #include "cpu/gemm/gemm.inl"
+#include "cpu/gemm/gemv.inl"
 #include "cpu/gemm/packing.inl"
 #include "cpu/isa/isa.h"
 #include "cpu/ranges.inl"
@@ -188,11 +189,14 @@ class TangentPass : LinearizedPass<S, C> {
   S* m_;
 };
 
+// Whether the pass has one product with W_hh, whose rows are too few to pack W_hh for them.
+static inline bool one_small_step(const RecurrenceSizes& s) { return s.steps == 1 && s.batch <= kUnpackedGradientRows; }
+
 // Sizes of the arrays in the workspace of an adjoint pass, in this order in memory.
 template <typename S>
 struct AdjointWorkspace {
   explicit AdjointWorkspace(const RecurrenceSizes& s)
-      : hh(aligned(packed_size<S>(s.output, gates_of(s.mode) * s.hidden))),
+      : hh(one_small_step(s) ? 0 : aligned(packed_size<S>(s.output, gates_of(s.mode) * s.hidden))),
         hr(s.projected() ? aligned(packed_size<S>(s.hidden, s.output)) : 0),
         carry(aligned(s.batch * s.hidden)),
         total(hh + hr + carry) {}
@@ -223,14 +227,19 @@ class AdjointPass : LinearizedPass<S, C> {
         carry_(packed_hr_ + sizes_.hr) {}
 
   void run() {
-    pack_rows(WeightRows<S>{at_.w_hh, P, gates_}, P, gates_, team_.slice(panels_of<S>(P)), packed_hh_);
+    const bool packs = !one_small_step(s_);
+    if (packs) pack_rows(WeightRows<S>{at_.w_hh, P, gates_}, P, gates_, team_.slice(panels_of<S>(P)), packed_hh_);
     if (projected_) {
       pack_rows(WeightRows<S>{at_.w_hr, H, P}, H, P, team_.slice(panels_of<S>(H)), packed_hr_);
     }
     start_columns(static_cast<const S*>(nullptr), carry_, H, partition_.rows, partition_.columns);
     team_.sync();
     for (int64_t i = s_.steps - 1; i >= 0; --i) step(i);
-    into_h0(0, intersect(partition_.rows, {0, order_.rows(0)}));
+    if (packs) {
+      into_h0(0, intersect(partition_.rows, {0, order_.rows(0)}));
+    } else {
+      into_h0_unpacked();
+    }
     if (C::kHasCell) copy_columns(carry_, p_.dc0, H, partition_.rows, partition_.columns);
   }
 
@@ -277,6 +286,19 @@ class AdjointPass : LinearizedPass<S, C> {
       if (C::kCarries && !C::kHasCell) value += load_partial(carry_ + offset, lanes);
       store_partial(p_.dh0 + offset, value, lanes);
     });
+  }
+
+  void into_h0_unpacked() {
+    const Range r = partition_.rows, columns = partition_.output_columns;
+    product_unpacked(p_.a + r.begin * a_width_ + a_width_ - gates_, a_width_, r.size(), gates_, at_.w_hh, P,
+                     p_.dh0 + r.begin * P, P, columns);
+    if (!C::kCarries || C::kHasCell) return;
+    for (int64_t row = r.begin; row < r.end; ++row) {
+      for_each_vector<S>(columns.size(), [&](int64_t j, int lanes) {
+        S* const dh0 = p_.dh0 + row * P + columns.begin + j;
+        store_partial(dh0, load_partial(dh0, lanes) + load_partial(carry_ + row * P + columns.begin + j, lanes), lanes);
+      });
+    }
   }
 
   // Adds what does not come from later products to the gradient of a state.

@@ -1,0 +1,239 @@
+"""Steps of a cell under autograd, for loops written by hand: one product gives the gradients of the weights.
+
+The gradient of a weight is a sum over the steps that read it. Autograd would compute an outer product for each step and
+add it to the sum, which for few rows costs more than everything else. Here the node of a step only stores its rows, and
+a node that the steps of a loop share multiplies all of them, when autograd has come through all steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_ext.ops import _recurrence_derivatives as derivatives
+from llm_ext.ops._registration import torch_ops
+from llm_ext.ops._transforms import (
+    backward_pass_id,
+    below_autograd,
+    differentiable_gradients,
+    is_executed,
+    transforms_active,
+)
+
+__all__ = ["is_supported", "step"]
+
+# A state is (h,), or (h, c) of an LSTM; weights are (w_ih, w_hh, b_ih, b_hh).
+State = tuple[Tensor, ...]
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# Rows that are stored before they are multiplied: enough for a product at full speed.
+MOST_ROWS = 2048
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+_forward = {
+    "GRU": torch_ops.gru_forward.default,
+    "LSTM": torch_ops.lstm_forward.default,
+    "RNN": torch_ops.rnn_forward.default,
+}
+_adjoint = torch_ops.recurrence_adjoint.default
+
+
+class _Row(NamedTuple):
+    """The rows of one step: their gradients by the pre-activations, and what the weights multiplied."""
+
+    by_input: Tensor  # [B, G H], in the order of the gates of w_ih
+    by_state: Tensor  # [B, G H], in that of w_hh
+    x: Tensor
+    h: Tensor
+
+
+class _Sum:
+    """The gradients of the weights over the steps of one backward pass."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
+        self.count = 0
+        self.gradients: list[Tensor | None] = [None] * 4
+
+    def add_rows(self, row: _Row) -> None:
+        self.rows.append(row)
+        self.count += len(row.x)
+        if self.count >= MOST_ROWS:
+            self.multiply()
+
+    def multiply(self) -> None:
+        """Add the gradients of the stored rows."""
+        if not self.rows:
+            return
+        by_input, by_state, x, h = (torch.cat(tensors) for tensors in zip(*self.rows, strict=True))
+        self.rows, self.count = [], 0
+        self.add([by_input.T @ x, by_state.T @ h, by_input.sum(0), by_state.sum(0)])
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        self.gradients = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(self.gradients, gradients, strict=True)
+        ]
+
+
+class _Loop:
+    """What the steps of a loop share.
+
+    Attributes:
+        weights: the weights of the cell.
+        needs: for each of them whether it requires a gradient.
+        sums: the sum of each backward pass that runs, by its number.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.needs = _needs(weights)
+        self.sums: dict[int, _Sum] = {}
+
+    def sum_of_pass(self) -> _Sum:
+        number = backward_pass_id()
+        found = self.sums.get(number)
+        if found is None:
+            found = self.sums[number] = _Sum()
+        return found
+
+
+class _Weights(torch.autograd.Function):
+    """The node that the steps of a loop share. Its output, the token of the loop, has no value."""
+
+    @staticmethod
+    def forward(ctx: Any, loop: _Loop, *weights: Tensor | None) -> Tensor:
+        ctx.loop = loop
+        ctx.set_materialize_grads(False)
+        w_ih = weights[0]
+        assert w_ih is not None
+        return w_ih.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = ctx.loop.sums.pop(backward_pass_id(), None) or _Sum()
+        found.multiply()
+        needs = ctx.needs_input_grad[1:]
+        return None, *[gradient if need else None for gradient, need in zip(found.gradients, needs, strict=True)]
+
+
+class _Step(torch.autograd.Function):
+    """One step. Its arguments: mode, loop, token, x [B, I] and the state, each [B, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: str, loop: _Loop, token: Tensor, x: Tensor, *state: Tensor) -> State:
+        weights = loop.weights
+        kind = mode.split("_")[0]
+        options = (mode[4:].lower(), False, False) if kind == "RNN" else (False, False, True)
+        projection = (None,) if kind == "LSTM" else ()
+        with below_autograd():
+            y, *results = _forward[kind](x.unsqueeze(0), *state, *weights, *projection, None, None, *options)
+        saved = None if kind == "RNN" else results.pop()
+        ctx.mode, ctx.loop, ctx.token = mode, loop, token
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y.squeeze(0), saved, *weights, *state)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        mode, loop = ctx.mode, ctx.loop
+        x, y, saved, w_ih, w_hh, b_ih, b_hh, *state = ctx.saved_tensors
+        _, _, need_token, need_x, *need_state = ctx.needs_input_grad
+        collects = need_token and is_executed(ctx.token.grad_fn)
+        if torch.is_grad_enabled() or transforms_active():
+            needs = [need_x, *need_state, *(need and collects for need in loop.needs)]
+
+            count = len(state)
+
+            def call(x: Tensor, *tensors: Tensor) -> State:
+                weights = (*tensors[count:], None)
+                _, after = derivatives.one_direction(mode, x.unsqueeze(0), tensors[:count], weights, None, False)
+                return tuple([tensor.squeeze(0) for tensor in after])
+
+            dx, *found = differentiable_gradients(call, (x, *state, w_ih, w_hh, b_ih, b_hh), needs, grads)
+            if collects:
+                loop.sum_of_pass().add(found[count:])
+            return None, None, None, dx, *found[:count]
+        h, *c = state
+        with below_autograd():
+            a, _, _, dh, dc = _adjoint(
+                mode, w_hh, None, saved, y, h, *(c or (None,)), None, *(*grads, None)[:2], None, _sizes(len(x)), False
+            )
+        by_input, by_state = derivatives.gate_gradients(mode, a)
+        if collects:
+            loop.sum_of_pass().add_rows(_Row(by_input, by_state, x, h))
+        return None, None, None, by_input @ w_ih if need_x else None, dh, *([dc] if c else [])
+
+
+@functools.lru_cache(64)
+def _sizes(B: int) -> Tensor:
+    return torch.tensor([B])
+
+
+def _needs(weights: Weights) -> tuple[bool, ...]:
+    return tuple([w is not None and w.requires_grad for w in weights])
+
+
+# The token of the newest loop over each w_hh, by the id of the latter. The nodes of the steps keep the token.
+_tokens: dict[int, weakref.ref[Tensor]] = {}
+
+
+def _token(weights: Weights) -> Any:
+    """Return the token of the loop over these weights that still has steps, or that of a new one."""
+    key = id(weights[1])
+    found = _tokens.get(key)
+    token: Any = None if found is None else found()
+    if token is not None:
+        loop = token.loop
+        if all([old is new for old, new in zip(loop.weights, weights, strict=True)]) and loop.needs == _needs(weights):
+            return token
+    loop = _Loop(weights)
+    token = _Weights.apply(loop, *weights)  # type: ignore[no-untyped-call]
+    token.loop = loop
+
+    def forget(ref: weakref.ref[Tensor]) -> None:
+        if _tokens.get(key) is ref:
+            del _tokens[key]
+
+    _tokens[key] = weakref.ref(token, forget)
+    return token
+
+
+def is_supported(x: Tensor, state: State, weights: Weights) -> bool:
+    """Return whether `step` can run a step that autograd records.
+
+    It computes the gradient of the state in any case, so the first step of a loop is better run by an ordinary call.
+    """
+    w_ih, w_hh, _, _ = weights
+    return (
+        state[0].requires_grad
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device.type == "cpu"
+        and type(w_hh) in _TENSORS
+        and type(w_ih) in _TENSORS
+        and 0 not in x.shape
+        and any(_needs(weights))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def step(mode: str, x: Tensor, state: State, weights: Weights) -> State:
+    """Run one step, recorded by autograd.
+
+    Args:
+        mode: `RNN_TANH`, `RNN_RELU`, `RNN_SIGMOID`, `GRU` or `LSTM`.
+        x: Input ``[B, I]``.
+        state: State before the step, each ``[B, H]``.
+        weights: (w_ih, w_hh, b_ih, b_hh).
+
+    Returns:
+        The state after the step.
+    """
+    token = _token(weights)
+    after: State = _Step.apply(mode, token.loop, token, x, *state)  # type: ignore[no-untyped-call]
+    return after

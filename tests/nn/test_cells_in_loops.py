@@ -1,0 +1,202 @@
+"""Cells in loops under autograd: the steps of a loop share one product for the gradients of the weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.pairwise import parametrize_pairwise
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import llm_ext
+from llm_ext.ops import _loops
+
+Cell = nn.RNNCell | nn.GRUCell | nn.LSTMCell
+KINDS = ("RNN", "GRU", "LSTM")
+FLAGS = (False, True)
+INPUT, HIDDEN = 5, 7
+
+
+def both_cells(kind: str, bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    """The cell of torch.nn and that of llm_ext, with the same parameters."""
+    theirs = getattr(nn, f"{kind}Cell")(INPUT, HIDDEN, bias=bias, dtype=dtype)
+    ours = getattr(llm_ext, f"{kind}Cell")(INPUT, HIDDEN, bias=bias, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def inputs_of(kind: str, B: int = 3, T: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """The input [T, B, I] and the first state."""
+    state = [torch.randn(B, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(1 + (kind == "LSTM"))]
+    return [torch.randn(T, B, INPUT, dtype=dtype, requires_grad=True), *state]
+
+
+def run(cell: Cell, x: Tensor, *state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Every hidden state, and the last state."""
+    outputs = []
+    for step in x:
+        after = cell(step, state if len(state) > 1 else state[0])
+        state = after if isinstance(after, tuple) else (after,)
+        outputs.append(state[0])
+    return torch.stack(outputs), state
+
+
+def loss(cell: Cell, *inputs: Tensor) -> Tensor:
+    y, _ = run(cell, *inputs)
+    return (y * y).sum()
+
+
+def assert_same(kind: str, bias: bool, results: Callable[[Any, list[Tensor]], Any], atol: float = 1e-10) -> None:
+    """Compare what `results` computes with both cells."""
+    inputs = inputs_of(kind)
+    theirs, ours = (results(cell, inputs) for cell in both_cells(kind, bias))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def gradients(cell: Cell) -> list[Tensor | None]:
+    return [parameter.grad for parameter in cell.parameters()]
+
+
+@parametrize_pairwise(kind=KINDS, bias=FLAGS, dtype=(torch.float64, torch.float32), B=(1, 3, 40), rows=(5, 2048))
+def test_gradients(
+    kind: str, bias: bool, dtype: torch.dtype, B: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_loops, "MOST_ROWS", rows)
+    inputs = inputs_of(kind, B=B, dtype=dtype)
+    found = [
+        torch.autograd.grad(loss(cell, *inputs), [*inputs, *cell.parameters()])
+        for cell in both_cells(kind, bias, dtype)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_passes_over_the_same_steps(kind: str) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        value = loss(cell, *inputs)
+        # A pass that does not ask for the weights leaves nothing for the next one.
+        (dx,) = torch.autograd.grad(value, inputs[:1], retain_graph=True)
+        (dw,) = torch.autograd.grad(value, [cell.weight_hh], retain_graph=True)
+        torch.autograd.backward(value, retain_graph=True)
+        torch.autograd.backward(value)
+        return dx, dw, gradients(cell)
+
+    assert_same(kind, True, results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_losses_of_one_loop(kind: str) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        x, *state = inputs
+        first, second = loss(cell, *inputs), loss(cell, 2 * x, *state)
+        torch.autograd.backward(first)
+        after_first = [None if grad is None else grad.clone() for grad in gradients(cell)]
+        torch.autograd.backward(second)
+        return after_first, gradients(cell)
+
+    assert_same(kind, True, results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncated_backpropagation_and_changed_weights(kind: str) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        x, *state = (tensor.detach() for tensor in inputs)
+        for _ in range(3):
+            y, after = run(cell, x, *state)
+            torch.autograd.backward((y * y).sum())
+            with torch.no_grad():
+                for parameter in cell.parameters():
+                    parameter -= 0.1 * parameter.grad
+            state = [tensor.detach() for tensor in after]
+        return [*state, *cell.parameters()]
+
+    assert_same(kind, True, results)
+
+
+@parametrize_pairwise(kind=KINDS, bias=FLAGS)
+def test_derivatives_of_derivatives(kind: str, bias: bool) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        wanted = [*inputs, *cell.parameters()]
+        first = torch.autograd.grad(loss(cell, *inputs), wanted, create_graph=True)
+        penalty = torch.stack([(grad * grad).sum() for grad in first]).sum()
+        return first, torch.autograd.grad(penalty, wanted)
+
+    assert_same(kind, bias, results, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_gradients(kind: str) -> None:
+    directions = torch.randn(4, 6, 3, HIDDEN, dtype=torch.float64)
+
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        y, _ = run(cell, *inputs)
+        return torch.autograd.grad(y, [*inputs, *cell.parameters()], directions, is_grads_batched=True)
+
+    assert_same(kind, True, results)
+
+
+@parametrize_pairwise(kind=KINDS, reentrant=FLAGS)
+def test_checkpoints(kind: str, reentrant: bool) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        def outputs(*tensors: Tensor) -> Tensor:
+            return run(cell, *tensors)[0]
+
+        x, *state = inputs
+        total = outputs(*inputs)
+        for factor in (1, 3):
+            total = total + checkpoint(outputs, factor * x, *state, use_reentrant=reentrant)
+        torch.autograd.backward((total * total).sum())
+        return gradients(cell)
+
+    assert_same(kind, True, results)
+
+
+@pytest.mark.parametrize("frozen", ["weight_ih", "weight_hh", "bias_hh"])
+def test_frozen_weights(frozen: str) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        y, after = run(cell, *inputs)
+        getattr(cell, frozen).requires_grad_(False)
+        z, _ = run(cell, inputs[0], *after)
+        torch.autograd.backward(y.sum() + (z * z).sum())
+        return gradients(cell)
+
+    assert_same("LSTM", True, results)
+
+
+def test_hooks_and_weight_norm() -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        calls: list[Tensor] = []
+        cell.weight_ih.register_hook(lambda grad: calls.append(grad) or 2 * grad)  # type: ignore[func-returns-value]
+        nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+        torch.autograd.backward(loss(cell, *inputs))
+        return calls, gradients(cell)
+
+    assert_same("GRU", True, results)
+
+
+def test_weights_that_change_before_the_backward_pass() -> None:
+    _, cell = both_cells("GRU")
+    value = loss(cell, *inputs_of("GRU"))
+    with torch.no_grad():
+        cell.weight_hh.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(value)
+
+
+def test_nothing_outlives_the_loop() -> None:
+    _, cell = both_cells("LSTM")
+    before = len(_loops._tokens)
+    value = loss(cell, *inputs_of("LSTM"))
+    assert len(_loops._tokens) == before + 1
+    torch.autograd.backward(value)
+    pickle.loads(pickle.dumps(cell))
+    copy.deepcopy(cell)
+    del value
+    gc.collect()
+    assert len(_loops._tokens) == before
