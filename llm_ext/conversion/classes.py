@@ -38,7 +38,7 @@ CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
 _STRICT = CONVERTED | {nn.RNN: strict.RNN, nn.GRU: strict.GRU, nn.LSTM: strict.LSTM}
 _ORIGINAL = {ours: theirs for table in (CONVERTED, _STRICT) for theirs, ours in table.items()}
 
-# What `forward` in torch.nn calls and `forward` in llm_ext does not.
+# Methods that `forward` calls in torch.nn, but not in llm_ext.
 _CALLED_BY_FORWARD = (
     "check_forward_args",
     "check_hidden_size",

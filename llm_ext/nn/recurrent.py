@@ -150,7 +150,7 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
                 they cause no synchronization. A PackedSequence has lengths of its own.
             reset: Whether the state of a row is replaced before a step, in every layer: bool ``[T, B]``, ``[B, T]``
                 with batch_first, ``[T]`` without a batch, or ``[N]`` in the order of the data of a PackedSequence.
-                Beyond `lengths` it has no effect. Its values are read on the host, for which a call on CUDA waits. A
+                Beyond `lengths` it has no effect. Its values are read on the host, so a call on CUDA synchronizes. A
                 bidirectional layer takes none.
             reset_to: States that replace it, in the form of `hx`, or ``[R, 1, H]`` for all rows. ``None`` means zeros.
 

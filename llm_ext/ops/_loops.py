@@ -31,7 +31,7 @@ __all__ = ["is_supported", "step"]
 State = tuple[Tensor, ...]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
-# Rows that are stored before they are multiplied: enough for a product at full speed.
+# Most rows that are stored, which bounds the memory of a long loop.
 MOST_ROWS = 2048
 
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -82,7 +82,7 @@ class _Sum:
 
 
 class _Loop:
-    """What the steps of a loop share.
+    """The weights and the sums of gradients that the steps of a loop share.
 
     Attributes:
         weights: the weights of the cell.
@@ -147,7 +147,6 @@ class _Step(torch.autograd.Function):
         collects = need_token and is_executed(ctx.token.grad_fn)
         if torch.is_grad_enabled() or transforms_active():
             needs = [need_x, *need_state, *(need and collects for need in loop.needs)]
-
             count = len(state)
 
             def call(x: Tensor, *tensors: Tensor) -> State:

@@ -97,7 +97,7 @@ def rnn(
         reverse: Run from the last step to the first; ``y[t]`` still belongs to ``x[t]``.
         reset: Whether the state of a row is replaced before a step, bool ``[T, B]``, or ``[N]`` in the order of the
             rows of a packed sequence. Beyond lengths it has no effect. It excludes `reverse`. Its values are read on
-            the host, for which a call on CUDA waits.
+            the host, so a call on CUDA synchronizes.
         reset_to: State that a reset puts in place, ``[B, H]`` or ``[1, B, H]``, or with 1 in place of B. ``None`` means
             zeros.
 
@@ -409,7 +409,7 @@ def run(
 def _run_resets(call: _Call) -> tuple[Tensor, State]:
     """Run a call with resets: each piece of a row between them is a row of a packed sequence, with a state of its own.
 
-    These rows are shorter and more than those of the batch, so that resets cost little and can even save time.
+    These rows are more numerous and shorter than those of the batch, so resets cost little and can even save time.
     """
     w_hh = call.weights[0][1]
     assert w_hh is not None

@@ -36,7 +36,7 @@ def input_of(layer: Any, packed: bool = False) -> Any:
 
 
 def contents(module: nn.Module) -> dict[str, Any]:
-    """What a module holds, down to the identity of each object."""
+    """The contents of a module, down to the identity of each object."""
     return {name: id(value) for table in (vars(module), module._parameters) for name, value in table.items()}
 
 

@@ -97,11 +97,7 @@ def test_traced_training(name: str, options: dict[str, Any], recorded: bool) -> 
     actual, expected = traced(x), module(x)
     assert_same_bits(actual, expected)
     inputs = [x, *module.parameters()]
-    found, wanted = gradients(actual, inputs), gradients(expected, inputs)
-    if name in CELLS:  # in eager mode, a step is a part of a loop
-        torch.testing.assert_close(found, wanted)
-    else:
-        assert_same_bits(found, wanted)
+    assert_same_bits(gradients(actual, inputs), gradients(expected, inputs))
 
 
 def test_traced_lengths_are_no_constants() -> None:

@@ -102,13 +102,14 @@ def test_last_derivatives(recurrence: Recurrence, dtype: torch.dtype, data: Any)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("T", "B"), [(7, 24), (1, 24), (1, 70)])
 @pytest.mark.parametrize("recurrence", RECURRENCES, ids=str)
-def test_adjoint_is_the_transpose(recurrence: Recurrence, threads: int) -> None:
-    """<g, Tangent(v, p0)> = <Adjoint(g), (v, p0)>, at a size that is worth two threads."""
+def test_adjoint_is_the_transpose(recurrence: Recurrence, T: int, B: int, threads: int) -> None:
+    """<g, Tangent(v, p0)> = <Adjoint(g), (v, p0)>, at sizes that are worth two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rows = Rows(7, 24, None, False)
+        rows = Rows(T, B, None, False)
         theta, v, p0 = linear_system(recurrence, rows, 96, torch.float64)
         g = [torch.randn_like(t) for t in v]
         p = derivatives._solve_tangent(recurrence.mode, rows, theta, v, p0)
