@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from llm_ext.nn._recurrent_base import Device, RecurrentBase
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
-from llm_ext.ops.recurrence import run
+from llm_ext.ops.recurrence import run, run_all_states
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -117,6 +117,7 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         reset_to: Hidden | None = None,
+        return_all_states: Literal[False] = False,
     ) -> tuple[Tensor, Hidden]: ...
 
     @overload
@@ -127,7 +128,31 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         *,
         reset: Tensor | None = None,
         reset_to: Hidden | None = None,
+        return_all_states: Literal[False] = False,
     ) -> tuple[PackedSequence, Hidden]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Hidden | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: Hidden | None = None,
+        return_all_states: Literal[True],
+    ) -> tuple[Tensor, Hidden, Hidden]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Hidden | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_to: Hidden | None = None,
+        return_all_states: Literal[True],
+    ) -> tuple[PackedSequence, Hidden, Hidden]: ...
 
     def forward(
         self,
@@ -137,7 +162,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         reset_to: Hidden | None = None,
-    ) -> tuple[Tensor | PackedSequence, Hidden]:
+        return_all_states: bool = False,
+    ) -> tuple[Tensor | PackedSequence, Hidden] | tuple[Tensor | PackedSequence, Hidden, Hidden]:
         """Apply the layers to a sequence.
 
         Args:
@@ -153,17 +179,22 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
                 Beyond `lengths` it has no effect. Its values are read on the host, so a call on CUDA synchronizes. A
                 bidirectional layer takes none.
             reset_to: States that replace it, in the form of `hx`, or ``[R, 1, H]`` for all rows. ``None`` means zeros.
+            return_all_states: Return the states after every step, too; of an LSTM also every cell state. An LSTM then
+                saves its gates as in training.
 
         Returns:
             The hidden states of the last layer in the layout of `input`, with D P features for D directions, and the
-            states after the last step of every layer and direction, in the layout of `hx`.
+            states after the last step of every layer and direction, in the layout of `hx`. With `return_all_states`
+            also the states after every step of every layer and direction, ``[R, T, B, H]``, ``[R, B, T, H]`` with
+            batch_first, ``[R, T, H]`` without a batch, or ``[R, N, H]`` in the order of the data of a PackedSequence;
+            for an LSTM the tuple of hidden states and cell states. They are before dropout, and 0 beyond `lengths`.
 
         Raises:
             ValueError: A shape, dtype or device does not fit.
             TypeError: An argument has the wrong type.
         """
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, reset, reset_to)
+            return self._forward_packed(input, hx, lengths, reset, reset_to, return_all_states)
         dim = input.dim()
         batched = dim != 2
         x = input
@@ -186,7 +217,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         dropout = self.dropout if self.training else 0.0
         try:
             weights, directions = self._weights(), self._directions()
-            y, last = run(self.mode, x, state, weights, directions, dropout, None, lengths, None, reset, to)
+            call = (self.mode, x, state, weights, directions, dropout, None, lengths, None, reset, to)
+            y, last, *every = run_all_states(*call) if return_all_states else run(*call)
         except (ArgumentError, TypeError):
             self._check_arguments(input, given)
             raise
@@ -194,10 +226,15 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             y = y.squeeze(1)
             if R > 1:  # not a view, which could not be detached in place
                 last = tuple([tensor.squeeze(1).clone() for tensor in last])
+            every = [tuple([tensor.squeeze(2) for tensor in states]) for states in every]
         elif self.batch_first:
             y = y.transpose(0, 1)
+            every = [tuple([tensor.transpose(1, 2) for tensor in states]) for states in every]
         h_n: Any = last if len(last) > 1 else last[0]
-        return y, h_n
+        if not return_all_states:
+            return y, h_n
+        states: Any = every[0] if len(last) > 1 else every[0][0]
+        return y, h_n, states
 
     def _resets(
         self, input: Tensor, reset: Tensor | None, reset_to: Hidden | None
@@ -219,7 +256,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         lengths: Tensor | None,
         reset: Tensor | None,
         reset_to: Hidden | None,
-    ) -> tuple[PackedSequence, Hidden]:
+        return_all_states: bool,
+    ) -> tuple[PackedSequence, Hidden] | tuple[PackedSequence, Hidden, Hidden]:
         """Apply the layers to packed rows; states are in the order of the batch before packing."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         batch, R = int(batch_sizes[0]), len(self._all_weights)
@@ -242,7 +280,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         dropout = self.dropout if self.training else 0.0
         try:
             weights, directions = self._weights(), self._directions()
-            y, last = run(self.mode, data, state, weights, directions, dropout, batch_sizes, None, None, reset, to)
+            call = (self.mode, data, state, weights, directions, dropout, batch_sizes, None, None, reset, to)
+            y, last, *every = run_all_states(*call) if return_all_states else run(*call)
         except (ArgumentError, TypeError):
             if given is not None:
                 self._check_state(given, (R, batch), ("L", "B"))
@@ -250,7 +289,11 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         if unsorted_indices is not None:
             last = tuple([tensor.index_select(1, unsorted_indices) for tensor in last])
         h_n: Any = last if len(last) > 1 else last[0]
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), h_n
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        if not return_all_states:
+            return output, h_n
+        states: Any = every[0] if len(last) > 1 else every[0][0]
+        return output, h_n, states
 
     def _checked_resets(self, *args: Any) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         if self.bidirectional:
@@ -291,7 +334,7 @@ class RNN(_Layers[Tensor]):
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Inputs: input, hx, lengths, reset, reset_to
+    Inputs: input, hx, lengths, reset, reset_to, return_all_states
         See :meth:`forward`. Shapes: input ``[T, B, I]``, hx ``[R, B, H]`` with R = layers * directions.
 
     Outputs: output, h_n
@@ -366,7 +409,7 @@ class GRU(_Layers[Tensor]):
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Inputs: input, hx, lengths, reset, reset_to
+    Inputs: input, hx, lengths, reset, reset_to, return_all_states
         See :meth:`forward`. Shapes: input ``[T, B, I]``, hx ``[R, B, H]`` with R = layers * directions.
 
     Outputs: output, h_n
@@ -441,7 +484,7 @@ class LSTM(_Layers[tuple[Tensor, Tensor]]):
         device: Device of the parameters.
         dtype: Dtype of the parameters: float32, float64, bfloat16 or float16.
 
-    Inputs: input, (h_0, c_0), lengths, reset, reset_to
+    Inputs: input, (h_0, c_0), lengths, reset, reset_to, return_all_states
         See :meth:`forward`. Shapes: input ``[T, B, I]``, h_0 ``[R, B, P]`` and c_0 ``[R, B, H]`` with
         R = layers * directions.
 

@@ -922,10 +922,11 @@ def one_direction(
     weights: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
     reverse: bool,
+    all_states: bool = False,
 ) -> tuple[Tensor, State]:
     """Run one direction of one layer; x is [T, B, I] or packed rows [N, I], a state [B, *] or [1, B, *].
 
-    The new state is [B, *] if the given one is, else [1, B, *].
+    The new state is [B, *] if the given one is, else [1, B, *]; in an LSTM every c follows it if `all_states`.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
@@ -941,7 +942,10 @@ def one_direction(
             last.append(rows.last(c0, c))
         if state is None or state[0].dim() == 3:
             last = [tensor.unsqueeze(0) for tensor in last]
-        return [y if batch_sizes is not None else y.view(rows.T, rows.B, y.shape[-1]), *last]
+        every = [y] if c is None or not all_states else [y, c]
+        if batch_sizes is None:
+            every = [tensor.view(rows.T, rows.B, tensor.shape[-1]) for tensor in every]
+        return [every[0], *last, *every[1:]]
 
     duals = unpack_duals(tensors) if once and rows.T > 0 else None
     if duals is not None:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ from llm_ext.ops._transforms import (
     wanted_gradients,
     without_transforms,
 )
-from llm_ext.ops.argument_checks import gates_of, unpack_weights
+from llm_ext.ops.argument_checks import ArgumentError, gates_of, unpack_weights
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
@@ -239,6 +239,7 @@ def lstm(
     return y, (h_n.squeeze(0), c_n.squeeze(0)) if state is None else (h_n, c_n)
 
 
+@overload
 def multilayer_rnn(
     mode: str,
     x: Tensor,
@@ -252,7 +253,43 @@ def multilayer_rnn(
     input_projections: Sequence[Tensor] | None = None,
     reset: Tensor | None = None,
     reset_to: State | None = None,
-) -> tuple[Tensor, State]:
+    return_all_states: Literal[False] = False,
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def multilayer_rnn(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Weights],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
+    return_all_states: Literal[True],
+) -> tuple[Tensor, State, State]: ...
+
+
+def multilayer_rnn(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Weights],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
+    return_all_states: bool = False,
+) -> tuple[Tensor, State] | tuple[Tensor, State, State]:
     r"""Apply several recurrent layers, each to the output of the layer below.
 
     The result is that of one call of :func:`rnn`, :func:`gru` or :func:`lstm` for each layer and direction. Without a
@@ -276,10 +313,13 @@ def multilayer_rnn(
         reset: See :func:`rnn`. It excludes `bidirectional`.
         reset_to: State that a reset puts in place, in the form of `state`, ``[R, B, *]`` or ``[R, 1, *]``. ``None``
             means zeros.
+        return_all_states: Return the state after every step, too. It excludes `input_projections`.
 
     Returns:
         The output y of the last layer, ``[T, B, D P]`` with D directions (packed: ``[N, D P]``), and the state after
-        the last step of every layer and direction, each ``[R, B, *]``.
+        the last step of every layer and direction, each ``[R, B, *]``. With `return_all_states` also the state after
+        every step of every layer and direction, each ``[R, T, B, *]`` (packed: ``[R, N, *]``); beyond `lengths` it is
+        0.
 
     Raises:
         ValueError: The mode is unknown, or a shape, number or device does not fit.
@@ -299,7 +339,8 @@ def multilayer_rnn(
     if input_projections and x.dtype == torch.int32:
         x = x.long()
     directions = (False, True) if bidirectional else (False,)
-    return run(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to)
+    call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to)
+    return run_all_states(*call[:-1]) if return_all_states else run(*call)
 
 
 # ---- the path of a call
@@ -334,6 +375,8 @@ class _Call(NamedTuple):
         input_projections: those of each direction of the first layer.
         reset: whether the state of a row is replaced before a step, bool [T, B] or [N].
         reset_to: the state that replaces it, as `state`, or with one row in place of B. None means zeros.
+        all_states: whether the features of y are followed by the state of every layer and direction: those of h, then
+            those of c.
     """
 
     mode: str
@@ -347,6 +390,7 @@ class _Call(NamedTuple):
     input_projections: Sequence[Tensor] | None = None
     reset: Tensor | None = None
     reset_to: State | None = None
+    all_states: bool = False
 
 
 def run(
@@ -361,6 +405,7 @@ def run(
     input_projections: Sequence[Tensor] | None = None,
     reset: Tensor | None = None,
     reset_to: State | None = None,
+    all_states: bool = False,
 ) -> tuple[Tensor, State]:
     """Choose the ops of a call and run them; `_Call` has the arguments.
 
@@ -376,21 +421,25 @@ def run(
     6. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
     """
     if reset is not None or reset_to is not None:
-        return _run_resets(
-            _Call(
-                mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
-            )
+        call = _Call(
+            mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
         )
+        return _run_resets(call._replace(all_states=all_states))
     transformed = transforms_active()
-    packs = not transformed and lengths is not None and not is_on_cuda(x) and not is_recorded(lengths)
-    if len(weights) == 1 and not (transformed or packs or input_projections):
+    packs = not transformed and lengths is not None and (all_states or not is_on_cuda(x)) and not is_recorded(lengths)
+    if len(weights) == 1 and not (transformed or packs or input_projections or all_states):
         # Without a _Call: making one takes some per cent of the time of a single step.
         return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
     call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
+    if all_states:
+        call = call._replace(all_states=True)
     if transformed:
         return _run_transformed(call)
     if packs:
         return _run_packed(call, lambda packed: run(*packed))
+    if all_states:
+        # The rows of `saved` are those of packed rows, not of y, where the op packs.
+        return _layer_by_layer(call) if lengths is None else _run_reference(call)
     try:
         recorded = needs_autograd(x, *(state or ()), *[tensor for row in weights for tensor in row])
     except AttributeError as failure:  # an argument is not a tensor
@@ -404,6 +453,23 @@ def run(
     ):
         return _all_layers(call)
     return _layer_by_layer(call)
+
+
+def run_all_states(*args: Any) -> tuple[Tensor, State, State]:
+    """Do as `run`, and also return the state after every step, each [R, T, B, *] or [R, N, *]."""
+    call = _Call(*args)._replace(all_states=True)
+    if call.input_projections:
+        raise ArgumentError("multilayer_rnn: return_all_states excludes input_projections")
+    y, last = run(*call)
+    sizes = [tensor.shape[-1] for tensor in last for _ in call.weights]
+    y, *columns = torch.split(y, [y.shape[-1] - sum(sizes), *sizes], -1)
+    R = len(call.weights)
+    return y, last, tuple(torch.stack(columns[i : i + R]) for i in range(0, len(columns), R))
+
+
+def _with_states(y: Tensor, every: Sequence[Iterable[Tensor]]) -> Tensor:
+    """Return y with the states of each layer and direction as further features."""
+    return torch.cat((y, *[tensor for tensors in every for tensor in tensors]), -1)
 
 
 def _run_resets(call: _Call) -> tuple[Tensor, State]:
@@ -462,7 +528,7 @@ def _run_transformed(call: _Call) -> tuple[Tensor, State]:
     call = call._replace(x=x, state=state, weights=[autocast_arguments(*row) for row in call.weights])
     if lengths is not None:
         return _run_packed(call._replace(lengths=unwrapped(lengths)), _run_transformed)
-    if len(call.weights) == 1:
+    if len(call.weights) == 1 and not call.all_states:
         weights = unpack_weights(call.weights[0])
         return derivatives.one_direction(call.mode, x, state, weights, call.batch_sizes, call.directions[0])
     return _layer_by_layer(call, transformed=True)
@@ -470,11 +536,12 @@ def _run_transformed(call: _Call) -> tuple[Tensor, State]:
 
 def _run_reference(call: _Call) -> tuple[Tensor, State]:
     """Run a call in torch's own ops, a loop over steps."""
-    mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to = call
+    mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to, _ = call
     options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset}
-    if len(weights) > 1 or input_projections:
+    last: State
+    if len(weights) > 1 or input_projections or call.all_states:
         rows = [[tensor for tensor in row if tensor is not None] for row in weights]
-        return reference.multilayer_rnn(
+        y, last, every = reference.multilayer_rnn(
             mode,
             x,
             state,
@@ -483,14 +550,15 @@ def _run_reference(call: _Call) -> tuple[Tensor, State]:
             dropout=dropout,
             input_projections=input_projections,
             reset_to=reset_to,
+            return_all_states=True,
             **options,
         )
+        return _with_states(y, every) if call.all_states else y, last
     w_ih, w_hh, b_ih, b_hh, w_hr = unpack_weights(weights[0])
     assert w_ih is not None
     assert w_hh is not None
     to: Any = reset_to if reset_to is None or mode == "LSTM" else reset_to[0]
     options |= {"reverse": directions[0], "reset_to": to}
-    last: State
     if mode == "LSTM":
         y, last = reference.lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, **options)  # type: ignore[arg-type]
     else:
@@ -545,8 +613,12 @@ def _one_direction(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    all_states: bool = False,
 ) -> tuple[Tensor, State]:
-    """Run one direction of one layer; its state may be [B, *], and then comes back as [B, *], else as [1, B, *]."""
+    """Run one direction of one layer; its state may be [B, *], and then comes back as [B, *], else as [1, B, *].
+
+    In an LSTM, every c follows the new state if `all_states`.
+    """
     if len(weights) == 4:
         w_ih, w_hh, b_ih, b_hh = weights
         w_hr = None
@@ -555,10 +627,13 @@ def _one_direction(
     try:
         if mode == "LSTM":
             h0, c0 = (None, None) if state is None else state
-            save = needs_autograd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-            y, h_n, c_n, _ = _lstm_forward(
+            save = all_states or needs_autograd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+            y, h_n, c_n, saved = _lstm_forward(
                 x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reverse, allows_tf32(x), save
             )
+            if all_states:
+                H = c_n.shape[-1]  # saved has the blocks i f g o c
+                return y, (h_n, c_n, saved[:, 4 * H : 5 * H].view(*y.shape[:-1], H))
             return y, (h_n, c_n)
         (h0,) = (None,) if state is None else state
         if mode == "GRU":
@@ -597,10 +672,11 @@ def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, Sta
     if R % count or (state is not None and [tensor is not None and len(tensor) for tensor in state] != expected):
         _check(call)
     last: list[State] = []
+    every: list[State] = []
     for row in range(0, R, count):
         if row > 0 and dropout > 0:
             x = F.dropout(x, dropout)
-        if count == 2 and is_on_cuda(x) and not transformed:
+        if count == 2 and is_on_cuda(x) and not transformed and not call.all_states:
             given = None if state is None else tuple([tensor[row : row + 2] for tensor in state])
             x, after = _both_directions(mode, x, given, weights[row : row + 2], batch_sizes, lengths)
             last.append(after)
@@ -610,12 +686,17 @@ def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, Sta
             given = None if state is None else tuple([tensor[row + d : row + d + 1] for tensor in state])
             own = weights[row + d]
             if transformed:
-                y, after = derivatives.one_direction(mode, x, given, unpack_weights(own), batch_sizes, reverse)
+                y, after = derivatives.one_direction(
+                    mode, x, given, unpack_weights(own), batch_sizes, reverse, call.all_states
+                )
             else:
-                y, after = _one_direction(mode, x, given, own, batch_sizes, lengths, reverse)
+                y, after = _one_direction(mode, x, given, own, batch_sizes, lengths, reverse, call.all_states)
             outputs.append(y)
-            last.append(after)
+            last.append(after[: len(expected)])
+            every.append((y, *after[len(expected) :]))
         x = outputs[0] if count == 1 else torch.cat(outputs, -1)
+    if call.all_states:
+        x = _with_states(x, list(zip(*every, strict=True)))
     return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
 
 
@@ -652,7 +733,7 @@ def _split(mode: str, state: State | None) -> tuple[Tensor | None, Tensor | None
 
 def _check(call: _Call) -> None:
     """Raise if the arguments of a call do not fit together; a call of one direction names its function."""
-    mode, x, state, weights, directions, _, batch_sizes, lengths, input_projections, reset, reset_to = call
+    mode, x, state, weights, directions, _, batch_sizes, lengths, input_projections, reset, reset_to, _ = call
     if len(weights) == 1 and not input_projections:
         op = mode.split("_")[0].lower()
         given = state if state is not None else (None,) * (2 if mode == "LSTM" else 1)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def rnn(
     mode = f"RNN_{nonlinearity.upper()}"
     wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
     first, to = (None if tensor is None else (tensor,) for tensor in (h0, reset_to))
-    y, (h_n,) = _run(mode, wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
+    (y,), (h_n,) = _run(mode, wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
     return y, h_n
 
 
@@ -85,7 +86,7 @@ def gru(
     """
     wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
     first, to = (None if tensor is None else (tensor,) for tensor in (h0, reset_to))
-    y, (h_n,) = _run("GRU", wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
+    (y,), (h_n,) = _run("GRU", wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
     return y, h_n
 
 
@@ -116,8 +117,44 @@ def lstm(
     forget", 2000; the projection: Sak et al., arXiv 1402.1128.
     """
     wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
-    y, (h_n, c_n) = _run("LSTM", wx, state, w_hh, b_hh, w_hr, batch_sizes, lengths, reverse, reset, reset_to)
+    (y, _), (h_n, c_n) = _run("LSTM", wx, state, w_hh, b_hh, w_hr, batch_sizes, lengths, reverse, reset, reset_to)
     return y, (h_n, c_n)
+
+
+@overload
+def multilayer_rnn(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Sequence[Tensor]],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
+    return_all_states: Literal[False] = False,
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def multilayer_rnn(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Sequence[Tensor]],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    input_projections: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    reset_to: State | None = None,
+    return_all_states: Literal[True],
+) -> tuple[Tensor, State, State]: ...
 
 
 def multilayer_rnn(
@@ -133,7 +170,8 @@ def multilayer_rnn(
     input_projections: Sequence[Tensor] | None = None,
     reset: Tensor | None = None,
     reset_to: State | None = None,
-) -> tuple[Tensor, State]:
+    return_all_states: bool = False,
+) -> tuple[Tensor, State] | tuple[Tensor, State, State]:
     """Several recurrent layers, each reading the output of the one below it, in one or two directions.
 
     Args:
@@ -150,13 +188,16 @@ def multilayer_rnn(
             b_ih of the first layer are then not read.
         reset: See the top of the module.
         reset_to: State in the form of `state`, ``[R, B, *]`` or ``[R, 1, *]``. None means zeros.
+        return_all_states: Return the states after every step, too.
 
     Returns:
         The output y of the last layer, ``[T, B, D P]`` with D directions and P = H without w_hr (packed: ``[N, D P]``),
-        and the state after the last step of every layer and direction, each ``[R, B, *]``.
+        and the state after the last step of every layer and direction, each ``[R, B, *]``. With `return_all_states`
+        also the states after every step, each ``[R, T, B, *]`` or ``[R, N, *]``.
     """
     directions = 2 if bidirectional else 1
     last: list[State] = []
+    every: list[State] = []
     for layer in range(len(weights) // directions):
         if layer > 0 and dropout > 0:
             x = F.dropout(x, dropout)
@@ -170,11 +211,13 @@ def multilayer_rnn(
             else:
                 wx = F.linear(x, w_ih, b_ih)
             first, to = (None if s is None else tuple(tensor[row] for tensor in s) for s in (state, reset_to))
-            y, new = _run(mode, wx, first, w_hh, b_hh, w_hr, batch_sizes, lengths, direction == 1, reset, to)
-            outputs.append(y)
+            states, new = _run(mode, wx, first, w_hh, b_hh, w_hr, batch_sizes, lengths, direction == 1, reset, to)
+            outputs.append(states[0])
             last.append(new)
+            every.append(states)
         x = torch.cat(outputs, -1)
-    return x, tuple(torch.stack(tensors) for tensors in zip(*last, strict=True))
+    after, states = (tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True)) for rows in (last, every))
+    return (x, after, states) if return_all_states else (x, after)
 
 
 def _named(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -205,8 +248,11 @@ def _run(
     reverse: bool,
     reset: Tensor | None,
     reset_to: State | None,
-) -> tuple[Tensor, State]:
-    """Run one direction of one layer over wx, W x + b_ih of every step: ``[T, B, G H]`` or packed ``[N, G H]``."""
+) -> tuple[State, State]:
+    """Run one direction of one layer over wx, W x + b_ih of every step: ``[T, B, G H]`` or packed ``[N, G H]``.
+
+    Return the states after every step and after the last one.
+    """
     P = w_hh.shape[1]
     if state is None:
         B = wx.shape[1] if batch_sizes is None else int(batch_sizes[0])
@@ -221,7 +267,7 @@ def _run(
     rows = [wx.shape[1]] * len(wx) if batch_sizes is None else batch_sizes.tolist()
     steps = wx.unbind(0) if batch_sizes is None else torch.split(wx, rows)
     resets = reset if reset is None or batch_sizes is None else torch.split(reset, rows)
-    y = [wx.new_empty(0, P)] * len(rows)
+    every: list[State] = [()] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         before = tuple(tensor[: rows[t]] for tensor in now)
         if resets is not None:
@@ -230,17 +276,18 @@ def _run(
                 for to, tensor in zip(reset_to, before, strict=True)
             )
         new = _STEPS[mode](steps[t], before, w_hh, b_hh, w_hr)
-        y[t] = new[0]
+        every[t] = new
         if lengths is not None:
             # Beyond its length a row keeps its state, which is not reset there: the last one, or in reverse the one it
             # is to start from.
             runs = (t < lengths)[:, None]
-            y[t] = y[t].masked_fill(~runs, 0)
+            every[t] = tuple(tensor.masked_fill(~runs, 0) for tensor in new)
             new = tuple(torch.where(runs, after, before) for after, before in zip(new, now, strict=True))
         # The rows beyond batch_sizes[t] keep theirs, too.
         now = tuple(torch.cat((after, before[rows[t] :])) for after, before in zip(new, now, strict=True))
     last = tuple(tensor.reshape(given.shape).clone() for tensor, given in zip(now, state, strict=True))
-    return torch.cat((wx.new_empty(0, P), *y)).view(*wx.shape[:-1], P), last
+    joined = (torch.cat((tensor[:0], *(step[i] for step in every))) for i, tensor in enumerate(now))
+    return tuple(tensor.view(*wx.shape[:-1], tensor.shape[1]) for tensor in joined), last
 
 
 def _rnn_step(

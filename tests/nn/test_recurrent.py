@@ -611,3 +611,37 @@ def test_an_empty_tuple_is_not_a_state(name: str) -> None:
     x = torch.randn(4, 2) if name.endswith("Cell") else torch.randn(5, 4, 2)
     with pytest.raises(TypeError, match=f"{name}: hx must be a "):
         layer(x, ())
+
+
+@every_device
+@parametrize_pairwise(
+    name=LAYERS, bidirectional=FLAGS, num_layers=(1, 2), rows=("whole", "batch_first", "unbatched", "packed")
+)
+def test_all_states(name: str, bidirectional: bool, num_layers: int, rows: str, device: str) -> None:
+    """The states after every step are those of the op, in the layout of the input."""
+    options = {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": rows == "batch_first"}
+    layer = getattr(llm_ext, name)(3, 5, dtype=torch.float64, device=device, **options)
+    x, hx = torch.randn(6, 4, 3, dtype=torch.float64, device=device), random_state(layer, rows_of(layer), 4)
+    packed = pack_padded_sequence(x, torch.tensor([6, 6, 3, 1]))
+    given: Any = {"batch_first": x.transpose(0, 1), "unbatched": x[:, 0], "packed": packed}.get(rows, x)
+    data, sizes = (packed.data, packed.batch_sizes) if rows == "packed" else (x, None)
+    if rows == "unbatched":
+        data, hx = x[:, :1], tuple(h[:, 0] for h in hx) if name == "LSTM" else hx[:, 0]
+    op_state = tuple(h.view(len(h), -1, 5) for h in flatten(hx))
+    y, last, every = layer(given, hx, return_all_states=True)
+    assert_same_bits(flatten([y[0], last]), flatten([layer(given, hx)[0][0], layer(given, hx)[1]]))
+    _, _, expected = ops.multilayer_rnn(
+        layer.mode,
+        data,
+        op_state,
+        layer.all_weights,
+        bidirectional=bidirectional,
+        batch_sizes=sizes,
+        return_all_states=True,
+    )
+    if rows == "batch_first":
+        expected = tuple(tensor.transpose(1, 2) for tensor in expected)
+    elif rows == "unbatched":
+        expected = tuple(tensor.squeeze(2) for tensor in expected)
+    assert isinstance(every, tuple) == (name == "LSTM")
+    assert_same_bits(every, expected)
