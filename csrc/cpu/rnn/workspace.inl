@@ -11,9 +11,11 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// Sequences of at most this many rows, or four times as many in one or two steps, use unpacked weights. At 64 rows in
-// one step both paths are equally fast with cached packed weights, Zen 5: docs/lab/cpu-constants.md.
+// Sequences of at most this many rows use unpacked weights, and with AVX-512 also four times as many in one or two
+// steps. At 64 rows in one step both paths are equally fast with cached packed weights, Zen 5; on a Zen 3 the packed
+// path is faster: docs/lab/cpu-constants.md.
 constexpr int64_t kUnpackedRows = 16;
+constexpr int64_t kUnpackedRowsOfShort = LLM_EXT_VECTOR_BYTES == 64 ? 4 * kUnpackedRows : kUnpackedRows;
 
 // Block size for pre-activations, which are computed ahead of the loop over their steps: bytes, and at least
 // kStepBlockRows rows. Not tuned.
@@ -21,7 +23,7 @@ constexpr int64_t kStepBlockBytes = 2 << 20;
 constexpr int64_t kStepBlockRows = 192;
 
 static inline bool runs_unpacked(const RecurrenceSizes& s) {
-  return !s.projected() && total_rows(s) <= (s.steps <= 2 ? 4 * kUnpackedRows : kUnpackedRows);
+  return !s.projected() && total_rows(s) <= (s.steps <= 2 ? kUnpackedRowsOfShort : kUnpackedRows);
 }
 
 // The row limit of a block of steps. A block has at least one step.
