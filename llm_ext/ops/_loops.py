@@ -35,10 +35,13 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 MOST_ROWS = 2048
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-_forward = {
-    "GRU": torch_ops.gru_forward.default,
-    "LSTM": torch_ops.lstm_forward.default,
-    "RNN": torch_ops.rnn_forward.default,
+# The forward op of each mode, and its arguments after the biases.
+_FORWARD: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "GRU": (torch_ops.gru_forward.default, (None, None, False, False, True)),
+    "LSTM": (torch_ops.lstm_forward.default, (None, None, None, False, False, True)),
+} | {
+    f"RNN_{name.upper()}": (torch_ops.rnn_forward.default, (None, None, name, False, False))
+    for name in ("tanh", "relu", "sigmoid")
 }
 _adjoint = torch_ops.recurrence_adjoint.default
 
@@ -128,14 +131,13 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: str, loop: _Loop, token: Tensor, x: Tensor, *state: Tensor) -> State:
         weights = loop.weights
-        kind = mode.split("_")[0]
-        options = (mode[4:].lower(), False, False) if kind == "RNN" else (False, False, True)
-        projection = (None,) if kind == "LSTM" else ()
+        forward, options = _FORWARD[mode]
         with below_autograd():
-            y, *results = _forward[kind](x.unsqueeze(0), *state, *weights, *projection, None, None, *options)
-        saved = None if kind == "RNN" else results.pop()
+            y, *results = forward(x.unsqueeze(0), *state, *weights, *options)
+        saved = results.pop() if len(results) > len(state) else None
         ctx.mode, ctx.loop, ctx.token = mode, loop, token
         ctx.set_materialize_grads(False)
+        # y and not h, which the caller may write to.
         ctx.save_for_backward(x, y.squeeze(0), saved, *weights, *state)
         return tuple(results)
 

@@ -200,3 +200,22 @@ def test_nothing_outlives_the_loop() -> None:
     del value
     gc.collect()
     assert len(_loops._tokens) == before
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_the_state_may_be_written_to(kind: str) -> None:
+    """Rows of the state are cleared in place between steps, as torch.nn's cells allow."""
+    torch.manual_seed(0)
+    x, *first = inputs_of(kind)
+    gradients = []
+    for cell in both_cells(kind):
+        state = tuple(first)
+        for step in x:
+            after = cell(step, state if len(state) > 1 else state[0])
+            state = after if isinstance(after, tuple) else (after,)
+            for tensor in state:
+                tensor[0] = 0
+        loss = sum((tensor.square().sum() for tensor in state), torch.zeros(()))
+        gradients.append(torch.autograd.grad(loss, [x, *first, *cell.parameters()]))
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
