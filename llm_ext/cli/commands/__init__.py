@@ -25,7 +25,7 @@ CLI = (
     "tqdm",
 )
 DATA = ("av", "jiwer", "librosa", "PIL", "soundfile")
-EXTRAS = dict.fromkeys(CLI, "cli") | dict.fromkeys(DATA, "cli,data") | {"optuna": "cli,tune"}
+EXTRAS = dict.fromkeys(CLI, "cli") | dict.fromkeys(DATA, "cli,data") | {"optuna": "cli,tune", "transformers": "cli,hf"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_cache",
+    "add_checkpoint",
     "add_features",
     "add_model",
     "add_pair_files",
@@ -32,12 +33,17 @@ __all__ = [
 SIDES = ("source", "target")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the run directory, --checkpoint and --device."""
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the run directory and --checkpoint."""
     parser.add_argument("dir", type=Path, metavar="DIR", help="run directory of a trained model")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="checkpoint to use (default: best)"
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the run directory, --checkpoint and --device."""
+    add_checkpoint(parser)
     parser.add_argument(
         "--device",
         default="auto",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_ext.cli.commands import eval, explain, generate, predict, summarize, train, translate, tune
+from llm_ext.cli.commands import eval, explain, export, generate, predict, summarize, train, translate, tune
 
 __all__ = ["parse"]
 
@@ -36,6 +36,6 @@ def _build_parser() -> argparse.ArgumentParser:
         epilog="'llm-ext COMMAND --help' lists the options of a command.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, tune, eval, generate, translate, summarize, predict, explain):
+    for command in (train, tune, eval, generate, translate, summarize, predict, explain, export):
         command.add_parser(commands)
     return parser

@@ -32,7 +32,7 @@ class LineTokenizer(NamedTuple):
             CommandError: The vocabulary cannot represent the line.
         """
         # The space makes the first word of a line the same token as inside a line.
-        return self.tokenizer.encode(f" {line}" if self._leading_space else line)
+        return self.tokenizer.encode(f" {line}" if self.leading_space else line)
 
     def cut(self, ids: Ids, most: int) -> Ids:
         """Return the longest beginning of a line of at most `most` ids that ends with a word; at least one id."""
@@ -46,7 +46,7 @@ class LineTokenizer(NamedTuple):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the line of ids; ends are skipped."""
         text = self.tokenizer.decode(i for i in ids if i != self.end)
-        return _on_one_line(text.removeprefix(" ") if self._leading_space else text)
+        return _on_one_line(text.removeprefix(" ") if self.leading_space else text)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the line of ids up to the first end, as soon as each character is complete."""
@@ -57,14 +57,15 @@ class LineTokenizer(NamedTuple):
                     return
                 yield i
 
-        leading_space = self._leading_space
+        leading_space = self.leading_space
         for piece in self.tokenizer.stream(until_end()):
             if piece:
                 yield _on_one_line(piece.removeprefix(" ") if leading_space else piece)
                 leading_space = False
 
     @property
-    def _leading_space(self) -> bool:
+    def leading_space(self) -> bool:
+        """Whether a line is encoded with a space before it."""
         return self.tokenizer.kind == "bpe"
 
 

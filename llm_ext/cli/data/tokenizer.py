@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
 
 from llm_ext.cli.data.files import read_json, write_json
@@ -89,6 +90,10 @@ class Tokenizer(ABC):
     def contents(self) -> dict[str, Any]:
         """Return the JSON values from which `load_tokenizer` restores the tokenizer."""
 
+    @abstractmethod
+    def to_library(self) -> tokenizers.Tokenizer:
+        """Return a new tokenizer of the `tokenizers` library with the same ids."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
@@ -122,6 +127,12 @@ class ByteTokenizer(Tokenizer):
 
     def contents(self) -> dict[str, Any]:
         return {}
+
+    def to_library(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer(BPE(_byte_level_alphabet(), []))
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = ByteLevelDecoder()
+        return tokenizer
 
 
 class CharTokenizer(Tokenizer):
@@ -174,6 +185,13 @@ class CharTokenizer(Tokenizer):
 
     def contents(self) -> dict[str, Any]:
         return {"characters": self.characters}
+
+    def to_library(self) -> tokenizers.Tokenizer:
+        # Without an unknown token, which the model lacks, other characters are an error.
+        tokenizer = tokenizers.Tokenizer(WordLevel({character: i for i, character in enumerate(self.characters)}))
+        tokenizer.pre_tokenizer = Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = Fuse()
+        return tokenizer
 
     def _look_up(self, text: str) -> tuple[Ids, int | None]:
         """Return the ids of a text and the index of its first unknown character."""
@@ -246,6 +264,9 @@ class BpeTokenizer(Tokenizer):
 
     def contents(self) -> dict[str, Any]:
         return {"tokenizer": json.loads(self._tokenizer.to_str())}
+
+    def to_library(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def _encode(self, texts: list[str]) -> Ids:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -262,6 +262,7 @@ def pipe(text: bytes) -> Iterator[Path]:
         ("train --task summarize --out run x --vocabularies two", "--copy needs --vocabularies shared, got 'two'"),
         ("explain run --text x --out x.jpg", "--out must end in .html or .png, got 'x.jpg'"),
         ("explain run --text x", "required: --out"),
+        ("export run", "required: --hf"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,7 +338,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [None, "train", "tune", "eval", "generate", "translate", "summarize", "predict", "explain"]
+    "command", [None, "train", "tune", "eval", "generate", "translate", "summarize", "predict", "explain", "export"]
 )
 def test_help_names_every_option_with_its_default(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
