@@ -220,7 +220,9 @@ def test_reference_imports_torch_alone() -> None:
 
 
 def test_imports_go_one_way() -> None:
-    rule = "rule 14: cli -> hf -> models -> nn -> ops -> _C and reference, conversion -> nn; none imports cli, conversion"
+    rule = (
+        "rule 14: cli -> hf -> models -> nn -> ops -> _C and reference, conversion -> nn; none imports cli, conversion"
+    )
     for name, text in sources("llm_ext", ".py"):
         parts = name.removesuffix(".py").split("/")
         room = parts[1] if len(parts) > 2 else None  # None: llm_ext/__init__.py

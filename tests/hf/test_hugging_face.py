@@ -297,7 +297,7 @@ def test_training_of_a_translator(options: dict[str, Any], tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of language models, by their tokens, and of translators, by their vocabularies."""
     folder = tmp_path_factory.mktemp("runs")
     text, pairs = folder / "text.txt", folder / "pairs.tsv"
@@ -312,17 +312,18 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             train(language_config(steps=5, tokens=tokens, vocab_size=270), [text], found[tokens])
         for vocabularies, tokens in (("shared", "bpe"), ("two", "chars")):
             found[vocabularies] = folder / vocabularies
-            config = translation_config(steps=60, lr=1e-2, tokens=tokens, vocab_size=270, vocabularies=vocabularies)
-            train(config, [pairs], found[vocabularies])
+            options = {"steps": 150, "lr": 1e-2, "hidden": 32, "dropout": 0.0, "vocab_size": 270}
+            config = translation_config(tokens=tokens, vocabularies=vocabularies, **options)
+            train(config, [pairs], found[vocabularies], val=[pairs])
     return found
 
 
 @pytest.mark.parametrize("tokens", ["bytes", "chars", "bpe"])
 def test_an_exported_language_model(
-    plays: dict[str, Path], tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours, tokenizer = Run(plays[tokens]).load_language_model("best")
-    assert main(["export", str(plays[tokens]), "--hf", str(tmp_path)]) == 0
+    ours, tokenizer = Run(runs[tokens]).load_language_model("best")
+    assert main(["export", str(runs[tokens]), "--hf", str(tmp_path)]) == 0
     assert "LLMForCausalLM and its tokenizer" in capsys.readouterr().out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -341,14 +342,14 @@ def test_an_exported_language_model(
     for prompt, (found,) in zip(prompts, pipe(prompts, **options), strict=True):
         expected = ours.generate(torch.tensor(tokenizer.encode(prompt).tolist()), 6, temperature=0)
         assert found["generated_text"] == tokenizer.decode(expected.tolist())
-    assert main(["export", str(plays[tokens]), "--hf", str(tmp_path)]) == 1
+    assert main(["export", str(runs[tokens]), "--hf", str(tmp_path)]) == 1
     assert "must be a new or an empty folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("vocabularies", ["shared", "two"])
-def test_an_exported_translator(plays: dict[str, Path], vocabularies: str, tmp_path: Path) -> None:
-    translate = Translator.load(Run(plays[vocabularies]), "best", torch.device("cpu"))
-    export(Run(plays[vocabularies]), "best", tmp_path)
+def test_an_exported_translator(runs: dict[str, Path], vocabularies: str, tmp_path: Path) -> None:
+    translate = Translator.load(Run(runs[vocabularies]), "best", torch.device("cpu"))
+    export(Run(runs[vocabularies]), "best", tmp_path)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     target = transformers.AutoTokenizer.from_pretrained(tmp_path / "target") if vocabularies == "two" else fast
@@ -356,7 +357,8 @@ def test_an_exported_translator(plays: dict[str, Path], vocabularies: str, tmp_p
     for line in lines:
         assert fast(line).input_ids == [*translate.source.encode(line.strip()), translate.source.end]
     found = theirs.generate(**fast(lines, padding=True, return_tensors="pt"))
-    expected = translate.translate([translate.source.encode(line.strip()).tolist() for line in lines], max_length=60)
+    most = theirs.generation_config.max_length - 1
+    expected = translate.translate([translate.source.encode(line.strip()).tolist() for line in lines], max_length=most)
     assert target.batch_decode(found, skip_special_tokens=True) == [row[0] for row in expected]
     assert len({row[0] for row in expected}) > 1
 
@@ -379,10 +381,10 @@ def test_tokenizers_keep_their_ids(tmp_path: Path) -> None:
         fast_tokenizer(tokenizer_from_texts("chars", texts, 0))("Ω")
 
 
-def test_other_tasks_are_refused(plays: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_tasks_are_refused(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Checkpoint, "task", "classify")
     with pytest.raises(CommandError, match="holds a classifier, not a language model or a translator"):
-        export(Run(plays["chars"]), "best", tmp_path)
+        export(Run(runs["chars"]), "best", tmp_path)
 
 
 def test_trainers(tmp_path: Path) -> None:
