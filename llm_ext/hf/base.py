@@ -19,6 +19,7 @@ Model = TypeVar("Model", bound="RecurrentPreTrainedModel")
 class RecurrentPreTrainedModel(PreTrainedModel):
     """A model of llm_ext, `model`, as transformers expects it."""
 
+    model: Any
     # A state cannot go back, as assisted generation would need it.
     _is_stateful = True
 
@@ -38,7 +39,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             wrapped = cls(config)
         wrapped.model = model
-        return wrapped.train(model.training)
+        wrapped.train(model.training)
+        return wrapped
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -95,7 +97,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
                     resized[:kept] = parameter[:kept]
                 resized.requires_grad_(parameter.requires_grad)
             self.model = new.train(old.training)
-        return self.get_input_embeddings()
+        embedding: AffineEmbedding = self.get_input_embeddings()
+        return embedding
 
     def _set_vocab_size(self, size: int) -> None:
         """Change the size of the vocabulary in the configuration."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 from transformers import Cache
 
 from llm_ext.models import LLMState, Seq2SeqState
 
-__all__ = ["RecurrentCache", "map_rows"]
+__all__ = ["RecurrentCache", "map_rows", "state_of"]
 
 State = LLMState | Seq2SeqState
+Kind = TypeVar("Kind", LLMState, Seq2SeqState)
 
 
 def map_rows(state: State, change: Callable[[Tensor, int], Tensor]) -> State:
@@ -100,3 +101,18 @@ class RecurrentCache(Cache):
     def is_linear(self) -> list[bool]:
         """Whether the length is unknown, as in linear attention: no."""
         return [False]
+
+
+def state_of(cache: Any, kind: type[Kind]) -> Kind | None:
+    """Return the state of a cache, or None at the start of a text.
+
+    Raises:
+        TypeError: The cache is not a `RecurrentCache`, or not that of a model with states of this kind.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, RecurrentCache):
+        raise TypeError(f"cache must be a RecurrentCache, got {type(cache).__name__}")
+    if cache.state is not None and not isinstance(cache.state, kind):
+        raise TypeError(f"cache must hold the state of this model, {kind.__name__}, got {type(cache.state).__name__}")
+    return cache.state

@@ -10,9 +10,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from llm_ext.hf.base import RecurrentPreTrainedModel
-from llm_ext.hf.cache import RecurrentCache
+from llm_ext.hf.cache import RecurrentCache, state_of
 from llm_ext.hf.configuration import LLMConfig
 from llm_ext.hf.padding import find_padding
+from llm_ext.models import LLM, LLMState
 from llm_ext.models.recurrent_layers import fill_padding
 from llm_ext.nn import AffineEmbedding, Linear
 
@@ -37,6 +38,7 @@ class LLMForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     """
 
     config_class = LLMConfig
+    model: LLM
 
     def __init__(self, config: LLMConfig) -> None:
         super().__init__(config)
@@ -101,19 +103,17 @@ class LLMForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given, or a shape does not fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("LLMForCausalLM: exactly one of input_ids and inputs_embeds must be given")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         padding, lengths = find_padding(attention_mask, tokens), None
         if padding is not None:
             tokens, lengths = padding.align(tokens), padding.lengths
         x = fill_padding(tokens, lengths).transpose(0, 1)
-        state = None if cache is None else cache.state
-        features, state = self.model._read(
-            x if input_ids is None else self.model.embedding(x), state, self.model.pool, lengths
-        )
+        x = x if input_ids is None else self.model.embedding(x)
+        features, state = self.model._read(x, state_of(cache, LLMState), self.model.pool, lengths)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model._scores(features[:, kept] if padding is None else padding.restore(features, kept))
         loss = None

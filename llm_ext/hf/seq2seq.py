@@ -12,7 +12,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
 from llm_ext.hf.base import RecurrentPreTrainedModel
-from llm_ext.hf.cache import RecurrentCache
+from llm_ext.hf.cache import RecurrentCache, state_of
 from llm_ext.hf.configuration import Seq2SeqConfig
 from llm_ext.hf.padding import find_padding
 from llm_ext.models import EncoderOutput, Seq2Seq, Seq2SeqState
@@ -72,6 +72,7 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
     """
 
     config_class = Seq2SeqConfig
+    model: Seq2Seq
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__(config)
@@ -194,7 +195,7 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
                 raise ValueError("Seq2SeqForConditionalGeneration: targets must have no padding where a state is kept")
             if encoder_outputs is None:
                 encoder_outputs = self.get_encoder()(input_ids, attention_mask)
-            logits, state = self._steps(decoder_input_ids, encoder_outputs, None if cache is None else cache.state)
+            logits, state = self._steps(decoder_input_ids, encoder_outputs, state_of(cache, Seq2SeqState))
             if use_cache:
                 cache = RecurrentCache() if cache is None else cache
                 cache.advance(state, decoder_input_ids.shape[1])
@@ -222,7 +223,9 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
         return torch.stack(scores, 1), state
 
 
-def _align(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _align(ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return ids ``[B, S]`` with the tokens of each row first, and their lengths or None."""
+    if ids is None:
+        raise ValueError("Seq2SeqForConditionalGeneration: input_ids or encoder_outputs must be given")
     padding = find_padding(mask, ids)
     return (ids, None) if padding is None else (padding.align(ids), padding.lengths)
