@@ -179,9 +179,10 @@ def test_padding_leaves_loss_and_gradients(cell: str, attention: str, side: str)
 
 def test_a_new_model_is_initialized_as_an_llm() -> None:
     theirs = hf.LLMForCausalLM(hf.LLMConfig(vocab_size=V, embedding_dim=400, hidden_dim=64, n_layers=2, cell="lstm"))
-    U = theirs.model.rnn.weight_hh_l1.view(4, 64, 64)
+    parameters = dict(theirs.model.rnn.named_parameters())
+    U = parameters["weight_hh_l1"].view(4, 64, 64)
     assert_close("model", U @ U.mT, torch.eye(64).expand(4, 64, 64))
-    assert_same_bits(theirs.model.rnn.bias_ih_l0.view(4, 64)[1], torch.ones(64))
+    assert_same_bits(parameters["bias_ih_l0"].view(4, 64)[1], torch.ones(64))
     assert not theirs.model.head.bias.any()
     assert 0.9 < theirs.model.embedding.weight.std() < 1.1
     ids = {"eos_token_id": 0, "decoder_start_token_id": 0}
@@ -224,7 +225,7 @@ def test_the_vocabulary_is_resized() -> None:
     before = shared(ids, labels=ids).logits
     shared.resize_token_embeddings(20)
     assert_same_bits(shared(ids, labels=ids).logits[..., :V], before)
-    assert shared.model.head.weight is shared.model.source_embedding.weight
+    assert shared.model.head.weight is shared.get_input_embeddings().weight
     with pytest.raises(ValueError, match="must share one embedding"):
         translator()[1].resize_token_embeddings(20)
 
