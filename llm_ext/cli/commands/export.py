@@ -33,8 +33,11 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the folder; return the exit code."""
     # Imported here, because transformers takes seconds.
+    from transformers.utils import logging
+
     from llm_ext.cli.inference.hugging_face import export
 
+    logging.disable_progress_bar()
     out: Path = options.hf
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CommandError(f"{out}: must be a new or an empty folder")
