@@ -92,7 +92,7 @@ class LLMForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             inputs_embeds: Embeddings ``[B, T, E]`` in place of ids.
             labels: Ids to predict, ``[B, T]``; those of `input_ids`, with -100 where nothing is to be predicted. The
                 score at position t is that of the label at t + 1.
-            use_cache: Return the state. None: in evaluation mode, as the configuration says.
+            use_cache: Return the state. None: if a `cache` is given, or in evaluation mode, as the configuration says.
             logits_to_keep: Number of positions at the end to score, or their indices; 0 for all.
             kwargs: Arguments of the loss, such as `num_items_in_batch`; others are ignored.
 
@@ -107,7 +107,7 @@ class LLMForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("LLMForCausalLM: exactly one of input_ids and inputs_embeds must be given")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
         padding, lengths = find_padding(attention_mask, tokens), None
         if padding is not None:
             tokens, lengths = padding.align(tokens), padding.lengths

@@ -167,7 +167,7 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
             encoder_outputs: Result of ``get_encoder()(input_ids, attention_mask)``, in place of the sources.
             cache: State after the tokens before, which is replaced by that after these; None at the start.
             labels: Ids to predict, ``[N, T]``, with -100 where nothing is to be predicted.
-            use_cache: Return the state. Default: False.
+            use_cache: Return the state. None: if a `cache` is given.
             kwargs: Arguments of the loss, such as `num_items_in_batch`; others are ignored.
 
         Returns:
@@ -181,6 +181,8 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
             if labels is None:
                 raise ValueError("Seq2SeqForConditionalGeneration: decoder_input_ids or labels must be given")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if use_cache is None:
+            use_cache = cache is not None
         padding = find_padding(decoder_attention_mask, decoder_input_ids)
         if encoder_outputs is None and cache is None and not use_cache:
             # With the whole target at once the decoder runs in one call.
