@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,16 @@ def _run(arguments: list[str], streams: list[str], environment: dict[str, str]) 
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.exit(main(arguments))
+
+
+def torchrun_environments(count: int) -> list[dict[str, str]]:
+    """The environments that torchrun gives to `count` processes of this machine."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def peak_memory(function: Callable[..., object], *arguments: object) -> int:

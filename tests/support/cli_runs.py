@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.cli.training import (
     ClassificationConfig,
+    Config,
     LanguageConfig,
     SummaryConfig,
     TranscriptionConfig,
@@ -68,6 +70,14 @@ def language_options(**changes: Any) -> list[str]:
 def translation_options(**changes: Any) -> list[str]:
     """Options of `llm-ext train` for the same translator."""
     return ["--task", "translate", *_options({**TRANSLATION, **changes})]
+
+
+def options_of(config: Config) -> list[str]:
+    """Options of `llm-ext train` for any settings; those that are flags may only be on."""
+    given = [(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config)]
+    changed = {name: value for name, value, default in given if value != default}
+    flags = [f"--{name.replace('_', '-')}" for name, value in changed.items() if value is True]
+    return ["--task", config.task, *flags, *_options({n: value for n, value in changed.items() if value is not True})]
 
 
 def _options(settings: dict[str, Any]) -> list[str]:

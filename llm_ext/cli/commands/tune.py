@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 # Settings of `train` that a search sets itself, or that have no meaning for it.
-WITHOUT = ("devices", "log_every", "minutes", "nodes", "patience", "steps", "validate_every")
+WITHOUT = ("devices", "log_every", "minutes", "nodes", "patience", "steps", "strategy", "validate_every")
 TRIALS, FOLDS = 20, 3
 
 

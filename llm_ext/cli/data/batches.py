@@ -110,7 +110,7 @@ class Batches:
     ) -> None:
         if len(chosen) < size:
             raise CommandError(
-                f"there must be at least batch × processes = {size} {what} to train on, got {len(chosen)}; "
+                f"there must be at least one batch of {size} {what} to train on, got {len(chosen)}; "
                 f"give more {what}, or a smaller --batch"
             )
         self.chosen, self.size, self.seed, self.order = chosen, size, seed, order

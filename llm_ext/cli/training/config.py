@@ -28,6 +28,7 @@ __all__ = [
 
 SCHEDULES = ("one-cycle", "cosine", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
+STRATEGIES = ("auto", "ddp", "fsdp")
 # Parts of a model, as --freeze names them.
 PARTS = ("embedding", "encoder", "attention", "decoder", "head")
 
@@ -110,7 +111,7 @@ class Config:
 
     # With the defaults of batch, chunk, lr, schedule and clip an Elman network reaches 1.517 nats per character on the
     # plays of Shakespeare in 4,800 steps.
-    batch: int = _setting(32, "streams, pairs or samples per step, in each process", group="training", least=1)
+    batch: int = _setting(32, "streams, pairs or samples per step, those of all processes", group="training", least=1)
     steps: int | None = _setting(
         None,
         f"number of steps to train (default: {DEFAULT_STEPS} without --minutes)",
@@ -156,6 +157,14 @@ class Config:
     )
     devices: int = _setting(
         1, "number of devices, one process each; set by torchrun", group="hardware", least=1, resume=True
+    )
+    strategy: str = _setting(
+        "auto",
+        "ddp: each process has the whole model; fsdp: model and optimizer are divided between processes; auto: ddp if "
+        "there are several processes",
+        group="hardware",
+        choices=STRATEGIES,
+        resume=True,
     )
     nodes: int = _setting(1, "number of machines, with torchrun", group="hardware", least=1, resume=True)
     precision: str = _setting("32-true", "numeric precision", group="hardware", choices=PRECISIONS)

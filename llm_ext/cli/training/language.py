@@ -17,7 +17,7 @@ from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_text
 from llm_ext.cli.inference.stateful import StatefulLLM
 from llm_ext.cli.training.config import LanguageConfig
-from llm_ext.cli.training.task import InputFiles, Task
+from llm_ext.cli.training.task import InputFiles, Task, rows_of_process
 from llm_ext.models import LLM, LLMState
 
 __all__ = ["LanguageData", "LanguageTask"]
@@ -109,9 +109,7 @@ class LanguageTask(Task):
                 f"the text for validation must have at least 2 tokens, got {self.val_size}; "
                 "give more text, a larger --val-fraction, or --val"
             )
-        self.batch = config.batch * fabric.world_size
-        first = config.batch * fabric.global_rank
-        self.mine = slice(first, first + config.batch)
+        self.batch, self.mine = config.batch, rows_of_process(fabric, config.batch)
         self.streams = Streams(data.texts[0], *data.training, self.batch, config.chunk, self.mine)
 
     @classmethod

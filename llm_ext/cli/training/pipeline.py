@@ -13,8 +13,9 @@ from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.classification import ClassificationTask
 from llm_ext.cli.training.config import CONFIGS, Config, SampleConfig
+from llm_ext.cli.training.failures import Failures
 from llm_ext.cli.training.language import LanguageTask
-from llm_ext.cli.training.launch import launch
+from llm_ext.cli.training.launch import launch, process_count
 from llm_ext.cli.training.plot import plot_loss
 from llm_ext.cli.training.report import read_log
 from llm_ext.cli.training.task import Fold, InputFiles, Task
@@ -79,20 +80,25 @@ def train(
     Raises:
         CommandError: A file cannot be used, the loss is not finite, or a checkpoint cannot be saved.
     """
-    run = Run(out)
-    if run.exists():
-        raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-    cache = cache or out / CACHE
-    inputs = input_files(config, files, val, cache, fold)
-    init_from = None if config.init_from is None else Path(config.init_from)
-    if init_from is not None:
-        Run(init_from).checkpoint("best")  # reports an error before the text is encoded
-    fabric = launch(config, alone=watcher is not None)
-    task = TASKS[config.task](fabric, config, run, inputs)
-    if init_from is not None:
-        task.notes.append(initialize_from(task.model, task.vocabularies, init_from, config.init))
-    freeze(task.model, config.frozen)
-    return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress(), watcher))
+    run, alone = Run(out), watcher is not None
+    with Failures(alone) as failures:
+        pipes = [path for path in (*files, *val) if path.is_fifo() or path.is_char_device()]
+        if pipes and process_count(config, alone) > 1:
+            raise CommandError(f"{pipes[0]}: several processes cannot read a pipe; save it in a file")
+        fabric = launch(config, alone)
+        failures.watch(fabric)
+        if run.exists():
+            raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
+        cache = cache or out / CACHE
+        inputs = input_files(config, files, val, cache, fold)
+        init_from = None if config.init_from is None else Path(config.init_from)
+        if init_from is not None:
+            Run(init_from).checkpoint("best")  # reports an error before the text is encoded
+        task = TASKS[config.task](fabric, config, run, inputs)
+        if init_from is not None:
+            task.notes.append(initialize_from(task.model, task.vocabularies, init_from, config.init))
+        freeze(task.model, config.frozen)
+        return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress(), watcher))
 
 
 def resume(
@@ -115,29 +121,33 @@ def resume(
     Raises:
         CommandError: The checkpoint or the text is missing, damaged or changed; and as `train`.
     """
-    run = Run(out)
-    checkpoint = run.checkpoint("last")
-    saved = checkpoint.config["training"]
-    try:
-        config = CONFIGS[checkpoint.task].from_saved(saved["config"])
-        progress = Progress(**saved["progress"])
-        names = saved["names"]
-        files, val = ([Path(path) for path in names[part]] for part in ("files", "val"))
-        fingerprints = saved["fingerprints"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
-    config = dataclasses.replace(config, **changes)
-    inputs = input_files(config, files, val, cache or out / CACHE, fold)
-    model = checkpoint.model()
-    run.vocabularies(model, checkpoint.task)  # reports an error if they do not fit the model
-    fabric = launch(config, alone=watcher is not None)
-    task = TASKS[config.task](fabric, config, run, inputs, model)
-    if task.fingerprints != fingerprints:
-        raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
-    freeze(task.model, config.frozen)
-    trainer = Trainer(fabric, config, run, task, names, progress, watcher)
-    trainer.restore(checkpoint)
-    return _fit(trainer)
+    run, alone = Run(out), watcher is not None
+    with Failures(alone) as failures:
+        checkpoint = run.checkpoint("last")
+        saved = checkpoint.config["training"]
+        try:
+            config = CONFIGS[checkpoint.task].from_saved(saved["config"])
+            progress = Progress(**saved["progress"])
+            names = saved["names"]
+            files, val = ([Path(path) for path in names[part]] for part in ("files", "val"))
+            fingerprints = saved["fingerprints"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
+        config = dataclasses.replace(config, **changes)
+        if "strategy" not in changes and process_count(config, alone) == 1:
+            config = dataclasses.replace(config, strategy="auto")  # that of the run needs several processes
+        fabric = launch(config, alone)
+        failures.watch(fabric)
+        inputs = input_files(config, files, val, cache or out / CACHE, fold)
+        model = checkpoint.model()
+        run.vocabularies(model, checkpoint.task)  # reports an error if they do not fit the model
+        task = TASKS[config.task](fabric, config, run, inputs, model)
+        if task.fingerprints != fingerprints:
+            raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
+        freeze(task.model, config.frozen)
+        trainer = Trainer(fabric, config, run, task, names, progress, watcher)
+        trainer.restore(checkpoint)
+        return _fit(trainer)
 
 
 def fingerprints(config: Config, files: Sequence[Path], scratch: Path, cache: Path, fold: Fold | None) -> list[str]:
@@ -181,4 +191,6 @@ def _fit(trainer: Trainer) -> Outcome:
     signal = trainer.fit(out / LOG)
     if first and trainer.watcher is None:
         plot_loss(read_log(out / LOG), out / PLOT, trainer.config.unit)
+    # torchrun ends all processes when one ends with the code of a signal.
+    trainer.fabric.barrier()
     return Outcome(trainer.progress, signal, first, trainer.config.unit)

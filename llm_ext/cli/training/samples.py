@@ -20,7 +20,7 @@ from llm_ext.cli.data.splits import Indices, group_fold, groups_of, hold_out
 from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_texts
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.config import SampleConfig
-from llm_ext.cli.training.task import InputFiles, Task
+from llm_ext.cli.training.task import InputFiles, Task, rows_of_process
 
 __all__ = ["SampleData", "SampleTask"]
 
@@ -133,9 +133,7 @@ class SampleTask(Task):
         self.training, self.validation = data.encoded[0], data.encoded[-1]
         targets = hashlib.sha256(repr([sample.target for part in data.samples for sample in part]).encode())
         self.fingerprints = [*(encoded.fingerprint() for encoded in data.encoded), targets.hexdigest()]
-        self.batch = config.batch * fabric.world_size
-        first = config.batch * fabric.global_rank
-        self.mine = slice(first, first + config.batch)
+        self.batch, self.mine = config.batch, rows_of_process(fabric, config.batch)
 
     def make_batches(self, config: SampleConfig, chosen: Indices) -> Batches:
         """Return batches of samples of similar length."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from llm_ext.cli.checkpoint import Model, Vocabulary
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score
 
-__all__ = ["Fold", "InputFiles", "Task"]
+__all__ = ["Fold", "InputFiles", "Task", "rows_of_process"]
 
 
 class Fold(NamedTuple):
@@ -51,6 +52,12 @@ class InputFiles:
             "files": [str(path.resolve()) for path in self.training],
             "val": [str(path.resolve()) for path in self.val],
         }
+
+
+def rows_of_process(fabric: Fabric, batch: int) -> slice:
+    """Return the rows that this process reads of a batch, which the number of processes divides."""
+    size = batch // fabric.world_size
+    return slice(size * fabric.global_rank, size * (fabric.global_rank + 1))
 
 
 class Task(ABC):
@@ -124,4 +131,5 @@ class Task(ABC):
     def check_batch(self, saved: int) -> None:
         """Raise a CommandError if the number of rows per step differs from that of the saved run."""
         if saved != self.batch:
-            raise CommandError(f"cannot resume: batch × processes must be {saved} as before, got {self.batch}")
+            rows = self.unit.split()[0]
+            raise CommandError(f"cannot resume: each step must have {saved} {rows} as before, got {self.batch}")

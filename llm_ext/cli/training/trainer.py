@@ -10,7 +10,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -21,6 +21,7 @@ from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, Score
 from llm_ext.cli.training.config import Config
 from llm_ext.cli.training.report import Report
+from llm_ext.cli.training.sharding import full_tensor, gathered, shard_like
 from llm_ext.cli.training.signals import StopRequest
 from llm_ext.cli.training.task import Task
 
@@ -91,11 +92,13 @@ class Trainer:
         self.fabric, self.config, self.run, self.task = fabric, config, run, task
         self.names, self.progress, self.model = names, progress, task.model
         self.watcher = watcher
+        # Before the optimizer, because dividing a model replaces its parameters.
+        self.module = fabric.setup_module(task.module)
         self.trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
 
         # fused: one kernel per step instead of several per parameter.
         self.adam = torch.optim.Adam([parameter for _, parameter in self.trained], lr=config.lr, fused=True)
-        self.module, self.optimizer = fabric.setup(task.module, self.adam)
+        self.optimizer: Any = fabric.setup_optimizers(self.adam)
         self.saved_step: int | None = None
         self.stop_request = StopRequest()
         # Tokens read and time spent on them since the last validation.
@@ -112,9 +115,10 @@ class Trainer:
         if not tensors:
             return  # saved before the first step
         try:
-            keys = ("step", "exp_avg", "exp_avg_sq")
             moments = {
-                number: {key: tensors[f"{key}.{name}"] for key in keys} for number, (name, _) in enumerate(self.trained)
+                number: {"step": tensors[f"step.{name}"]}
+                | {key: shard_like(tensors[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+                for number, (name, parameter) in enumerate(self.trained)
             }
             self.task.load_state_tensors(tensors)
         except KeyError as error:
@@ -174,7 +178,7 @@ class Trainer:
             self.module, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
         )
         assert norm is not None
-        mean = self._sum(torch.stack((loss.detach(), norm)) / self.fabric.world_size)
+        mean = self._sum(torch.stack((loss.detach(), full_tensor(norm))) / self.fabric.world_size)
         mean_loss, mean_norm = mean.tolist()
         # Checked before the update, so that the weights stay finite.
         self._check_finite(progress.step + 1, "loss", mean_loss)
@@ -213,7 +217,8 @@ class Trainer:
         progress = self.progress
         self.module.eval()
         processes = Processes(self.fabric.global_rank, self.fabric.world_size, self._sum, self._stop_requested)
-        score = self.task.validate(self.module, processes)
+        with gathered(self.task.module):
+            score = self.task.validate(self.module, processes)
         self.module.train()
         self._check_finite(progress.step, "validation loss", score.loss)
         self._stop_requested()
@@ -254,7 +259,9 @@ class Trainer:
         # Before the first step Adam has no moments, and there is nothing to continue from.
         state = self.task.state_tensors(self._sum) if self.adam.state else {}
         for name, parameter in self.trained:
-            state |= {f"{key}.{name}": tensor for key, tensor in self.adam.state.get(parameter, {}).items()}
+            moments = self.adam.state.get(parameter, {})
+            state |= {f"{key}.{name}": full_tensor(tensor) for key, tensor in moments.items()}
+        weights = {name: full_tensor(parameter) for name, parameter in self.model.named_parameters()}
         training = {
             **self.task.metadata(),
             "config": config.to_saved(),
@@ -265,7 +272,6 @@ class Trainer:
         failure = ""
         if self.fabric.is_global_zero:
             try:
-                weights = dict(self.model.named_parameters())
                 self.run.save(progress.step, self.model.config(), weights, training, state, best=best, task=config.task)
             except OSError as error:
                 reason = f"{error.strerror}; {self._last_saved()}"

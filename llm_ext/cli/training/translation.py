@@ -19,7 +19,7 @@ from llm_ext.cli.data.tokenizer import load_tokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_pairs
 from llm_ext.cli.training.config import SummaryConfig, TranslationConfig
-from llm_ext.cli.training.task import Fold, InputFiles, Task
+from llm_ext.cli.training.task import Fold, InputFiles, Task, rows_of_process
 from llm_ext.models import Seq2Seq
 
 __all__ = ["TranslationData", "TranslationTask"]
@@ -112,9 +112,7 @@ class TranslationTask(Task):
                 "there must be at least one pair for validation, got none; "
                 "give more pairs, a larger --val-fraction, or --val"
             )
-        self.batch = config.batch * fabric.world_size
-        first = config.batch * fabric.global_rank
-        self.mine = slice(first, first + config.batch)
+        self.batch, self.mine = config.batch, rows_of_process(fabric, config.batch)
         self.batches = PairBatches(training, chosen, self.batch, config.seed, self.ends)
         self.longest = int(training.source_lengths[chosen].max()) + 1
 

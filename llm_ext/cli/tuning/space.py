@@ -22,7 +22,7 @@ Space = dict[str, Any]
 RANGE = {"low", "high", "step", "log"}
 # Settings that do not change the model or its training, that a search sets itself, or that change the validation data.
 NOT_SEARCHED = {
-    *("device", "devices", "nodes", "precision", "log_every", "seed"),
+    *("device", "devices", "nodes", "strategy", "precision", "log_every", "seed"),
     *("minutes", "steps", "patience", "validate_every"),
     *("init", "init_from", "freeze"),
     *("longest", "val_fraction", "val_column", "val_values", "kind"),

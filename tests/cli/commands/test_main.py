@@ -298,7 +298,7 @@ def test_failures_exit_with_1_and_a_message(
         ((*translate, short), "short: line 1: expected source and target separated by a tab, got no tab"),
         (
             (*translate, pairs, "--val", pairs, "--batch", 999),
-            "at least batch × processes = 999 pairs to train on, got ",
+            "at least one batch of 999 pairs to train on, got ",
         ),
         (("eval", plain, good), "holds no checkpoint"),
         (("eval", language_model, tmp_path / "no.txt"), "no.txt: no such file"),

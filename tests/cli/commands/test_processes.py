@@ -1,11 +1,10 @@
-"""`llm-ext` as a process: streams, signals, kills, several processes."""
+"""`llm-ext` as a process: streams, signals, kills."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,10 @@ from support.cli_runs import (
     language_config,
     language_options,
     last_step,
-    losses,
-    translation_config,
-    translation_options,
 )
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.training import Config, resume, train
+from llm_ext.cli.training import resume, train
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -108,43 +104,3 @@ def test_kills_at_random_moments_lose_nothing(text: Path, tmp_path: Path) -> Non
     assert {path.name for path in out.iterdir() if path.name.startswith((".", "step"))} == {
         Run(out).checkpoint(which).path.name for which in ("last", "best")
     }
-
-
-def two_processes(folder: Path, *arguments: object) -> None:
-    """Run a command in two processes, in the environment that torchrun gives them."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    processes = [CommandProcess(list(arguments), folder, environment=shared | rank) for rank in ranks]
-    for process in processes:
-        code, _, errors = process.wait()
-        assert code == 0, errors
-
-
-@pytest.mark.parametrize(
-    ("options", "config"),
-    [
-        # The state of an LSTM with attention has every part that a state can have.
-        (
-            language_options(steps=20, layers=2, cell="lstm"),
-            language_config(steps=20, layers=2, cell="lstm", batch=8),
-        ),
-        (translation_options(steps=20, dropout=0.0), translation_config(steps=20, dropout=0.0, batch=16)),
-    ],
-    ids=["lm", "translate"],
-)
-def test_two_processes_train_like_one_with_twice_the_batch(
-    options: list[str], config: Config, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    data = request.getfixturevalue("text" if config.task == "lm" else "pairs")
-    two, one = tmp_path / "two", tmp_path / "one"
-    two_processes(tmp_path, "train", data, "--out", two, *options)
-    train(config, [data], one)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    # Checkpoints hold the state of both processes.
-    two_processes(tmp_path, "train", "--resume", "--out", two, "--steps", 30)
-    resume(one, {"steps": 30})
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)

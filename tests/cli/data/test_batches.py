@@ -85,5 +85,5 @@ def test_processes_share_a_batch(pairs: Path) -> None:
 
 
 def test_too_few_pairs(pairs: Path) -> None:
-    with pytest.raises(CommandError, match=r"at least batch × processes = 300 pairs to train on, got 200"):
+    with pytest.raises(CommandError, match=r"at least one batch of 300 pairs to train on, got 200"):
         PairBatches(encoded(pairs), np.arange(200), 300, 1, ENDS)

@@ -158,7 +158,7 @@ def test_what_cannot_be_resumed(config: Config, files: list[Path], tmp_path: Pat
     value = json.loads(saved)
     value["training"]["config"]["batch"] = 5
     path.write_text(json.dumps(value))
-    with pytest.raises(CommandError, match=f"batch × processes must be {config.batch} as before, got 5"):
+    with pytest.raises(CommandError, match=f"each step must have {config.batch} (streams|pairs) as before, got 5"):
         resume(out, {"steps": 40})
     for damaged in ({"colour": "red"}, 7):
         value["training"]["config"] = damaged

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import signal
-import socket
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from support.cli_process import CommandProcess
+from support.cli_process import CommandProcess, torchrun_environments
 from support.cli_runs import LANGUAGE, SAMPLES, TRANSLATION, language_config, losses
 
 from llm_ext.cli import main
@@ -206,16 +205,9 @@ def test_a_classifier_by_groups(arrays: Path, tmp_path: Path, tune: Tune) -> Non
 def test_processes_share_a_search(text: Path, tmp_path: Path) -> None:
     """In the environment that torchrun gives two processes, which must not become one training."""
     out = tmp_path / "out"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     arguments: list[object] = [*command(tmp_path, text, "--out", out, "--trials", 8)]
-    processes = [
-        CommandProcess(arguments, tmp_path, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
+    environments = torchrun_environments(2)
+    processes = [CommandProcess(arguments, tmp_path, environment=environment) for environment in environments]
     ended = [process.wait() for process in processes]
     assert [(code, errors) for code, _, errors in ended] == [(0, "")] * 2
     found = trials(out)
