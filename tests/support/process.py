@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # The server has called no op, so its forks have no threads and no cached memory.
@@ -53,6 +53,18 @@ def check_fork(code: str, *arguments: object, timeout: float = 120) -> str:
             raise TimeoutError(f"the code did not end in {timeout} seconds")
         assert process.exitcode == 0, Path(streams[2]).read_text()
         return Path(streams[1]).read_text()
+
+
+def run_ranks(count: int, function: Callable[..., object], *arguments: object, timeout: float = 60) -> None:
+    """Call `function(rank, *arguments)` in `count` forks at the same time."""
+    processes = [CONTEXT.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * count
 
 
 def redirect(streams: Sequence[str]) -> None:
