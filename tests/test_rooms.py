@@ -223,11 +223,15 @@ def test_imports_go_one_way() -> None:
     rule = (
         "rule 14: cli -> hf -> models -> nn -> ops -> _C and reference, conversion -> nn; none imports cli, conversion"
     )
+    needs_opacus = ("llm_ext/privacy.py", "llm_ext/cli/training/privacy.py")
     for name, text in sources("llm_ext", ".py"):
         parts = name.removesuffix(".py").split("/")
         room = parts[1] if len(parts) > 2 else None  # None: llm_ext/__init__.py
         rooms = {m.split(".")[1] for m in imported_modules(text) if m.startswith("llm_ext.") and m != "llm_ext.py"}
         rooms &= set(ROOMS_BELOW)
+        if name not in needs_opacus:
+            opacus = {m for m in imported_modules(text) if m.startswith(("opacus", "llm_ext.privacy"))}
+            assert not opacus, f"{rule}, nor privacy: {name}"
         if room is None:
             assert not {"cli", "hf"} & rooms, f"{rule}: {name}"
         else:

@@ -1,10 +1,10 @@
-"""The condition under which a model may use the weights of a layer directly instead of calling the layer."""
+"""The conditions under which a model may use the weights of a layer without calling it, or mix the rows of a batch."""
 
 from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["may_bypass"]
+__all__ = ["keeps_samples_apart", "may_bypass"]
 
 
 def may_bypass(layer: nn.Module, *types: type[nn.Module]) -> bool:
@@ -15,3 +15,11 @@ def may_bypass(layer: nn.Module, *types: type[nn.Module]) -> bool:
     """
     hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
     return type(layer) in types and "forward" not in vars(layer) and not hooked
+
+
+def keeps_samples_apart(model: nn.Module) -> bool:
+    """Return whether the gradients of each sample are computed, so that each layer must read [B, ...].
+
+    Opacus and the expanded weights of torch mark parameters by an attribute.
+    """
+    return model.training and any(hasattr(parameter, "grad_sample") for parameter in model.parameters())

@@ -19,7 +19,7 @@ from llm_ext.models.argument_checks import (
     check_sequence,
     check_state,
 )
-from llm_ext.models.bypass import may_bypass
+from llm_ext.models.bypass import keeps_samples_apart, may_bypass
 from llm_ext.models.initialization import init_recurrent_
 from llm_ext.models.recurrent_layers import call_recurrent, fill_padding, join_state, recurrent_layer, split_state
 from llm_ext.models.sampling import check_sampling, sample
@@ -210,7 +210,9 @@ class LLM(nn.Module):
         if state is not None and not isinstance(state, LLMState):
             raise TypeError(f"LLM: state must be an LLMState, got {type(state).__name__}")
         try:
-            features, after = self._features(x.t(), state, self.embedding, self.pool)
+            apart = keeps_samples_apart(self)  # looking up ids in time order is faster
+            embedded = self.embedding(x).transpose(0, 1) if apart else self.embedding(x.t())
+            features, after = self._read(embedded, state, self.pool)
         except (RuntimeError, TypeError, AttributeError):
             if state is not None:
                 check_state("LLM", self.rnn, state.hidden, state.cell, x.shape[0])
@@ -242,8 +244,8 @@ class LLM(nn.Module):
         sequence = features.unsqueeze(1) if features.dim() == 2 else features
         check_sequence("LLM", "features", sequence, self.projection.in_features, self.projection.weight)
         check_lengths("LLM", "lengths", lengths, sequence, "S")
-        sequence = fill_padding(sequence, lengths).transpose(0, 1)
-        return self._read(self.projection(sequence), None, self.pool, lengths)[1]
+        projected = self.projection(fill_padding(sequence, lengths))
+        return self._read(projected.transpose(0, 1), None, self.pool, lengths)[1]
 
     def _scores(self, features: Tensor) -> Tensor:
         """Return scores ``[B, T, O]`` of features ``[B, T, *]``."""

@@ -21,7 +21,7 @@ from llm_ext.models.argument_checks import (
     check_state,
 )
 from llm_ext.models.beam_search import BeamHypothesis, BeamSearch, length_limits
-from llm_ext.models.bypass import may_bypass
+from llm_ext.models.bypass import keeps_samples_apart, may_bypass
 from llm_ext.models.copying import first_positions, pointer_generator
 from llm_ext.models.initialization import init_recurrent_
 from llm_ext.models.recurrent_layers import (
@@ -337,6 +337,8 @@ class Seq2Seq(nn.Module):
         check_lengths("Seq2Seq", "source_lengths", source_lengths, source, "S")
         check_lengths("Seq2Seq", "target_lengths", target_lengths, target, "T")
         check_keep("Seq2Seq", keep, target)
+        if keep is not None and keeps_samples_apart(self):
+            return self.forward(source, target, source_lengths, target_lengths)[keep]
         encoder_output, state = self._encode(source, source_lengths, None)
         x = self.target_embedding(fill_padding(target, target_lengths))  # [B, T, E]
         B = len(x)
@@ -406,7 +408,7 @@ class Seq2Seq(nn.Module):
         if lengths is not None and lengths.is_cpu and not is_recorded(lengths):
             if bool((lengths == S).all()):
                 lengths = None
-            elif bool((lengths > 0).all()):  # an empty row cannot be packed
+            elif bool((lengths > 0).all()) and not keeps_samples_apart(self):  # an empty row cannot be packed
                 packing = pack_lengths(lengths, S)
         if packing is None or self.copy:
             source = fill_padding(source, lengths)
@@ -429,7 +431,8 @@ class Seq2Seq(nn.Module):
 
         if projections is not None and lengths is not None:
             projections = None
-        embedded = self._embed(source.transpose(0, 1), projections)
+        embedded = self._embed(source, projections)
+        embedded = None if embedded is None else embedded.transpose(0, 1)
         if projections is not None:
             read, last = self._encode_projected(source.t(), projections)
         else:
@@ -440,9 +443,9 @@ class Seq2Seq(nn.Module):
             assert embedded is not None
             before = nn.functional.pad(embedded, (0, 0, 0, 0, 1, 0))[:-1]
             key = torch.cat((read, embedded, before), -1)
-        keys, values = self.attention.project_keys(key), self.value(drop(read))  # [S, B, *]
         # Contiguous rows of a source, because every step of the decoder reads them.
-        return keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), last
+        keys = self.attention.project_keys(key.transpose(0, 1)).contiguous()
+        return keys, self.value(drop(read).transpose(0, 1)).contiguous(), last
 
     def _encode_packed(
         self, source: Tensor, packing: Packing, projections: list[Tensor] | None
@@ -501,8 +504,10 @@ class Seq2Seq(nn.Module):
     def _first_state(self, last: State, like: Tensor) -> Seq2SeqState:
         """Return the first state of the decoder from the last state of the encoder."""
         h, c = split_state(last)
-        hidden = torch.tanh(self.bridge(_concatenate_directions(h)))
-        cell = None if c is None or self.cell_bridge is None else self.cell_bridge(_concatenate_directions(c))
+        hidden = torch.tanh(_map_states(self.bridge, _concatenate_directions(h)))
+        cell = None
+        if c is not None and self.cell_bridge is not None:
+            cell = _map_states(self.cell_bridge, _concatenate_directions(c))
         fed = like.new_zeros(h.shape[1], self.readout.out_features) if self.input_feeding else None
         return Seq2SeqState(hidden, cell, fed)
 
@@ -822,6 +827,11 @@ class Seq2Seq(nn.Module):
 def _concatenate_directions(state: Tensor) -> Tensor:
     """Return states ``[2 L, B, H]`` of two directions as ``[L, B, 2 H]``."""
     return torch.cat((state[0::2], state[1::2]), -1)
+
+
+def _map_states(layer: nn.Module, states: Tensor) -> Tensor:
+    """Apply a layer, which reads the batch first, to states ``[L, B, *]``."""
+    return cast(Tensor, layer(states.transpose(0, 1))).transpose(0, 1).contiguous()
 
 
 def _apply_mask(features: Tensor, mask: Tensor | None) -> Tensor:

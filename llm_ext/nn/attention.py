@@ -172,7 +172,20 @@ class AttentionPool(nn.Module):
                 raise
         elif u is None:
             u = (self.v @ self.weight).to(e.dtype)  # W e is never formed
+        return self._pool(e, scored, u, scores, lengths, mask, need_weights, state)
 
+    def _pool(
+        self,
+        e: Tensor,
+        scored: Tensor,
+        u: Tensor | None,
+        scores: Tensor | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        need_weights: bool,
+        state: State | None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
+        """Pool e by u or by scores; `scored` is e without what it has beyond lengths and mask."""
         new_state = None
         if self.causal:
             c, new_state = ops.prefix_pool(e, u, scores=scores, lengths=lengths, mask=mask, state=state)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llm_ext.ops._registration import needed, refuse_derivative, torch_ops
 from llm_ext.ops._transforms import (
@@ -679,12 +680,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, given those of y, the activations and c."""
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
-    grad_y, grad_saved, grad_c = grads
-    if grad_saved is not None and _uses_last_kernel(rows, theta):
-        adjoint = _adjoint_kernel(mode, rows, theta, (None, grad_y, grad_c), grad_saved)
-    else:
-        adjoint = solve_adjoint(mode, rows, theta, *_system_gradients(mode, theta, grad_y, grad_saved, grad_c))
-    solved, d0 = _split_system(mode, adjoint)
+    solved, d0 = _adjoint_of_results(mode, rows, theta, grads)
     by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
     return [
         by_input @ _in_blocks(mode, w_ih) if need_x else None,
@@ -696,6 +692,16 @@ def _gradients(
         by_state.sum(0) if need_b_hh else None,
         solved[1].T @ _projected(theta) if need_w_hr else None,
     ]
+
+
+def _adjoint_of_results(mode: str, rows: Rows, theta: Theta, grads: Vector) -> tuple[System, State]:
+    """Return the adjoint of the system and of the initial state, given the gradients of y, the activations and c."""
+    grad_y, grad_saved, grad_c = grads
+    if grad_saved is not None and _uses_last_kernel(rows, theta):
+        adjoint = _adjoint_kernel(mode, rows, theta, (None, grad_y, grad_c), grad_saved)
+    else:
+        adjoint = solve_adjoint(mode, rows, theta, *_system_gradients(mode, theta, grad_y, grad_saved, grad_c))
+    return _split_system(mode, adjoint)
 
 
 def gradients_of_op(
@@ -821,6 +827,60 @@ class Recurrence(torch.autograd.Function):
         return _vmap(Recurrence, info.batch_size, in_dims[:-1], tuple(others), slice(3, 8), once)
 
 
+class SampleRecurrence(torch.autograd.Function):
+    """One direction of one layer, with a gradient of the weights for each of S samples.
+
+    Arguments: mode, rows, positions, x [N, I], h0, c0, and w_ih, w_hh, b_ih, b_hh, w_hr with a first dimension of size
+    S, along which their values are the same. Row n is a step of sample ``positions[n] // T``; `positions` is None where
+    the samples are the B rows of the batch. Results: y and, for an LSTM, c.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mode: str, rows: Rows, positions: Tensor | None, x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        h0, c0, *weights = tensors
+        shared = [None if weight is None else weight[0] for weight in weights]
+        results = Recurrence.forward(mode, rows, x, h0, c0, *shared, True)  # type: ignore[arg-type]
+        y, saved, c = (*results, None, None)[:3]
+        ctx.mode, ctx.rows, ctx.samples = mode, rows, len(weights[0])  # type: ignore[arg-type]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(positions, x, shared[0], shared[1], shared[4], saved, y, h0, c0)
+        return (y,) if c is None else (y, c)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, grad_c: Tensor | None = None) -> tuple[Any, ...]:
+        mode, rows = ctx.mode, ctx.rows
+        positions, x, w_ih, *values = ctx.saved_tensors
+        theta = Theta(*values)
+        need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = ctx.needs_input_grad[3:]
+        solved, d0 = _adjoint_of_results(mode, rows, theta, (grad_y, None, grad_c))
+        by_input, by_state = gate_gradients(mode, solved[0])
+
+        def by_sample(tensor: Tensor) -> Tensor:
+            """Return rows [N, *] as [S, T, *], with zeros where a sample has no step."""
+            if positions is None:
+                return tensor.view(rows.T, rows.B, tensor.shape[-1]).transpose(0, 1)
+            padded = tensor.new_zeros(ctx.samples * rows.T, tensor.shape[-1])
+            return padded.index_copy_(0, positions, tensor).view(ctx.samples, rows.T, tensor.shape[-1])
+
+        of_input, of_state = by_sample(by_input), by_sample(by_state)
+        return (
+            None,
+            None,
+            None,
+            by_input @ w_ih if need_x else None,
+            d0[0] if need_h0 else None,
+            d0[1] if need_c0 else None,
+            of_input.mT @ by_sample(x) if need_w_ih else None,
+            of_state.mT @ by_sample(rows.previous(theta.h0, theta.y)) if need_w_hh else None,
+            of_input.sum(1) if need_b_ih else None,
+            of_state.sum(1) if need_b_hh else None,
+            by_sample(solved[1]).mT @ by_sample(_projected(theta)) if need_w_hr else None,
+        )
+
+
 def _tangent_system(
     mode: str,
     rows: Rows,
@@ -923,15 +983,19 @@ def one_direction(
     batch_sizes: Tensor | None,
     reverse: bool,
     all_states: bool = False,
+    samples: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Run one direction of one layer; x is [T, B, I] or packed rows [N, I], a state [B, *] or [1, B, *].
 
     The new state is [B, *] if the given one is, else [1, B, *]; in an LSTM every c follows it if `all_states`.
+    `samples`: the weights are those of `SampleRecurrence`, which has no other derivative; `positions` are its argument.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
     assert w_hh is not None
-    rows, (h0, c0) = _first_states(mode, x, state, w_ih, w_hh, batch_sizes, reverse)
+    shapes = (w_ih[0], w_hh[0]) if samples else (w_ih, w_hh)
+    rows, (h0, c0) = _first_states(mode, x, state, *shapes, batch_sizes, reverse)
     tensors = (x.flatten(0, 1) if batch_sizes is None else x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     once = forward_mode_once(tensors)
 
@@ -947,6 +1011,10 @@ def one_direction(
             every = [tensor.view(rows.T, rows.B, tensor.shape[-1]) for tensor in every]
         return [every[0], *last, *every[1:]]
 
+    if samples:
+        y, *c = SampleRecurrence.apply(mode, rows, positions, *tensors)  # type: ignore[no-untyped-call]
+        y, *last = results(y, *c or (None,))
+        return y, tuple(last)
     duals = unpack_duals(tensors) if once and rows.T > 0 else None
     if duals is not None:
         with without_transforms():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -419,7 +420,14 @@ def run(
     4. One direction of one layer: its op.
     5. No derivative, dropout or projection: one op for all layers and directions.
     6. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
+
+    Before all of these, `run_samples` takes calls with `SampleWeights`.
     """
+    if type(weights) is SampleWeights:
+        call = _Call(
+            mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
+        )
+        return run_samples(call._replace(all_states=all_states))
     if reset is not None or reset_to is not None:
         call = _Call(
             mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
@@ -531,7 +539,7 @@ def _run_transformed(call: _Call) -> tuple[Tensor, State]:
     if len(call.weights) == 1 and not call.all_states:
         weights = unpack_weights(call.weights[0])
         return derivatives.one_direction(call.mode, x, state, weights, call.batch_sizes, call.directions[0])
-    return _layer_by_layer(call, transformed=True)
+    return _layer_by_layer(call, derivatives.one_direction)
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, State]:
@@ -664,8 +672,39 @@ def _all_layers(call: _Call) -> tuple[Tensor, State]:
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
 
 
-def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, State]:
-    """Run the layers one after the other; `transformed`: with rules for every transform of torch."""
+class SampleWeights(list[Sequence[Any]]):
+    """Weights of a call of `run` whose gradients are those of each sample.
+
+    Each has a first dimension of the size of the batch, along which its values are the same.
+    """
+
+
+def run_samples(call: _Call) -> tuple[Tensor, State]:
+    """Run a call with `SampleWeights`, layer by layer."""
+    weights, lengths = call.weights, call.lengths
+    call = call._replace(weights=[[None if w is None else w[0].detach() for w in row] for row in weights])
+    _check(call)
+    if call.reset is not None:
+        raise ArgumentError("reset must be None for gradients of each sample, got a Tensor")
+    order = None if lengths is None else packing.pack_lengths(lengths.cpu(), len(call.x)).rows
+
+    def run_rows(call: _Call) -> tuple[Tensor, State]:
+        sizes, positions = call.batch_sizes, None
+        if sizes is not None:
+            steps = torch.arange(len(sizes)).repeat_interleave(sizes)
+            columns = torch.arange(len(steps)) - (sizes.cumsum(0) - sizes)[steps]
+            positions = (columns if order is None else order[columns]) * len(sizes) + steps
+            positions = positions.to(call.x.device)
+        one_direction = partial(derivatives.one_direction, samples=True, positions=positions)
+        return _layer_by_layer(call._replace(weights=weights), one_direction)
+
+    return run_rows(call) if lengths is None else _run_packed(call, run_rows)
+
+
+def _layer_by_layer(
+    call: _Call, one_direction: Callable[..., tuple[Tensor, State]] | None = None
+) -> tuple[Tensor, State]:
+    """Run the layers one after the other; `one_direction` replaces the ops, which have no rules for transforms."""
     mode, x, state, weights, directions, dropout, batch_sizes, lengths, *_ = call
     count, R = len(directions), len(weights)
     expected = [R, R] if mode == "LSTM" else [R]
@@ -676,7 +715,7 @@ def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, Sta
     for row in range(0, R, count):
         if row > 0 and dropout > 0:
             x = F.dropout(x, dropout)
-        if count == 2 and is_on_cuda(x) and not transformed and not call.all_states:
+        if count == 2 and is_on_cuda(x) and one_direction is None and not call.all_states:
             given = None if state is None else tuple([tensor[row : row + 2] for tensor in state])
             x, after = _both_directions(mode, x, given, weights[row : row + 2], batch_sizes, lengths)
             last.append(after)
@@ -685,10 +724,8 @@ def _layer_by_layer(call: _Call, transformed: bool = False) -> tuple[Tensor, Sta
         for d, reverse in enumerate(directions):
             given = None if state is None else tuple([tensor[row + d : row + d + 1] for tensor in state])
             own = weights[row + d]
-            if transformed:
-                y, after = derivatives.one_direction(
-                    mode, x, given, unpack_weights(own), batch_sizes, reverse, call.all_states
-                )
+            if one_direction is not None:
+                y, after = one_direction(mode, x, given, unpack_weights(own), batch_sizes, reverse, call.all_states)
             else:
                 y, after = _one_direction(mode, x, given, own, batch_sizes, lengths, reverse, call.all_states)
             outputs.append(y)

@@ -155,8 +155,8 @@ def test_dropout_masks() -> None:
     for lengths in (full, None):
         inputs.clear()
         m(source, target, lengths)
-        # The input of the encoder, of W_v and of the decoder has time first.
-        for features, time in zip(inputs, (0, 0, 0, 1), strict=True):
+        # The input of the encoder and of the decoder has time first.
+        for features, time in zip(inputs, (0, 1, 0, 1), strict=True):
             dropped = features == 0
             first = dropped.narrow(time, 0, 1)
             assert 0.2 < dropped.double().mean() < 0.8
