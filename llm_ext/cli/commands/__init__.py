@@ -25,7 +25,11 @@ CLI = (
     "tqdm",
 )
 DATA = ("av", "jiwer", "librosa", "PIL", "soundfile")
-EXTRAS = dict.fromkeys(CLI, "cli") | dict.fromkeys(DATA, "cli,data") | {"optuna": "cli,tune", "transformers": "cli,hf"}
+EXTRAS = (
+    dict.fromkeys(CLI, "cli")
+    | dict.fromkeys(DATA, "cli,data")
+    | {"opacus": "cli,privacy", "optuna": "cli,tune", "transformers": "cli,hf"}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

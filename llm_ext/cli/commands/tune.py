@@ -31,7 +31,19 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 # Settings of `train` that a search sets itself, or that have no meaning for it.
-WITHOUT = ("devices", "log_every", "minutes", "nodes", "patience", "steps", "strategy", "validate_every")
+WITHOUT = (
+    "devices",
+    "dp_delta",
+    "dp_epsilon",
+    "dp_max_norm",
+    "log_every",
+    "minutes",
+    "nodes",
+    "patience",
+    "steps",
+    "strategy",
+    "validate_every",
+)
 TRIALS, FOLDS = 20, 3
 
 

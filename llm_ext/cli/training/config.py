@@ -20,6 +20,7 @@ __all__ = [
     "ClassificationConfig",
     "Config",
     "LanguageConfig",
+    "PrivateConfig",
     "SampleConfig",
     "SummaryConfig",
     "TranscriptionConfig",
@@ -233,7 +234,40 @@ class Config:
 
 
 @dataclass(frozen=True)
-class LanguageConfig(Config):
+class PrivateConfig(Config):
+    """The settings that the tasks share which can be trained with differential privacy."""
+
+    dp_epsilon: float | None = _setting(
+        None,
+        "train with differential privacy, and spend this epsilon in --steps; lm, translate and summarize "
+        "(default: without)",
+        group="privacy",
+        type=float,
+        least=0.01,
+        most=1000,
+    )
+    dp_delta: float = _setting(1e-5, "delta of --dp-epsilon", group="privacy", least=1e-15, most=0.1)
+    dp_max_norm: float = _setting(
+        1.0,
+        "gradient norm above which the gradient of a sample is scaled down, in place of --clip",
+        group="privacy",
+        least=1e-6,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dp_epsilon is None:
+            return
+        if self.minutes is not None and self.steps is None:
+            raise ValueError("dp-epsilon needs --steps beside --minutes: the noise depends on the number of steps")
+        if self.devices * self.nodes > 1:
+            raise ValueError(f"dp-epsilon trains in one process, got {self.devices * self.nodes}")
+        if self.precision != "32-true":
+            raise ValueError(f"dp-epsilon needs --precision 32-true, got {self.precision!r}")
+
+
+@dataclass(frozen=True)
+class LanguageConfig(PrivateConfig):
     """Settings to train a language model.
 
     Raises:
@@ -250,7 +284,7 @@ class LanguageConfig(Config):
 
 
 @dataclass(frozen=True)
-class TranslationConfig(Config):
+class TranslationConfig(PrivateConfig):
     """Settings to train a translator.
 
     Raises:

@@ -12,11 +12,12 @@ from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.classification import ClassificationTask
-from llm_ext.cli.training.config import CONFIGS, Config, SampleConfig
+from llm_ext.cli.training.config import CONFIGS, Config, PrivateConfig, SampleConfig
 from llm_ext.cli.training.failures import Failures
 from llm_ext.cli.training.language import LanguageTask
 from llm_ext.cli.training.launch import launch, process_count
 from llm_ext.cli.training.plot import plot_loss
+from llm_ext.cli.training.privacy import PrivateLanguageTask, PrivateTranslationTask
 from llm_ext.cli.training.report import read_log
 from llm_ext.cli.training.task import Fold, InputFiles, Task
 from llm_ext.cli.training.trainer import Progress, Trainer, Watcher
@@ -35,6 +36,11 @@ TASKS: dict[str, Callable[..., Task]] = {
     "summarize": TranslationTask.create,
     "classify": ClassificationTask.create,
     "transcribe": TranscriptionTask.create,
+}
+PRIVATE_TASKS: dict[str, Callable[..., Task]] = {
+    "lm": PrivateLanguageTask.create,
+    "translate": PrivateTranslationTask.create,
+    "summarize": PrivateTranslationTask.create,
 }
 
 
@@ -94,7 +100,7 @@ def train(
         init_from = None if config.init_from is None else Path(config.init_from)
         if init_from is not None:
             Run(init_from).checkpoint("best")  # reports an error before the text is encoded
-        task = TASKS[config.task](fabric, config, run, inputs)
+        task = _tasks(config)[config.task](fabric, config, run, inputs)
         if init_from is not None:
             task.notes.append(initialize_from(task.model, task.vocabularies, init_from, config.init))
         freeze(task.model, config.frozen)
@@ -133,7 +139,10 @@ def resume(
             fingerprints = saved["fingerprints"]
         except (KeyError, TypeError, ValueError) as error:
             raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
-        config = dataclasses.replace(config, **changes)
+        try:
+            config = dataclasses.replace(config, **changes)
+        except ValueError as error:
+            raise CommandError(f"cannot resume: --{error}") from None
         if "strategy" not in changes and process_count(config, alone) == 1:
             config = dataclasses.replace(config, strategy="auto")  # that of the run needs several processes
         fabric = launch(config, alone)
@@ -141,7 +150,7 @@ def resume(
         inputs = input_files(config, files, val, cache or out / CACHE, fold)
         model = checkpoint.model()
         run.vocabularies(model, checkpoint.task)  # reports an error if they do not fit the model
-        task = TASKS[config.task](fabric, config, run, inputs, model)
+        task = _tasks(config)[config.task](fabric, config, run, inputs, model)
         if task.fingerprints != fingerprints:
             raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
         freeze(task.model, config.frozen)
@@ -183,6 +192,11 @@ def input_files(
         return InputFiles(files, val, cache, fold)
     check_files([*files, *val])
     return InputFiles(copy_pipes(files, cache), copy_pipes(val, cache), cache, fold)
+
+
+def _tasks(config: Config) -> dict[str, Callable[..., Task]]:
+    """Return what builds the task of a config."""
+    return PRIVATE_TASKS if isinstance(config, PrivateConfig) and config.dp_epsilon is not None else TASKS
 
 
 def _fit(trainer: Trainer) -> Outcome:

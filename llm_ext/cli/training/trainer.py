@@ -19,7 +19,8 @@ from torch import Tensor
 from llm_ext.cli.checkpoint import STATE, Checkpoint, Run
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, Score
-from llm_ext.cli.training.config import Config
+from llm_ext.cli.training.config import Config, PrivateConfig
+from llm_ext.cli.training.privacy import Privacy, PrivateTask
 from llm_ext.cli.training.report import Report
 from llm_ext.cli.training.sharding import full_tensor, gathered, shard_like
 from llm_ext.cli.training.signals import StopRequest
@@ -92,12 +93,19 @@ class Trainer:
         self.fabric, self.config, self.run, self.task = fabric, config, run, task
         self.names, self.progress, self.model = names, progress, task.model
         self.watcher = watcher
-        # Before the optimizer, because dividing a model replaces its parameters.
-        self.module = fabric.setup_module(task.module)
+        if not isinstance(task, PrivateTask):  # before the optimizer, because dividing a model replaces its parameters
+            self.module = fabric.setup_module(task.module)
         self.trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
 
         # fused: one kernel per step instead of several per parameter.
         self.adam = torch.optim.Adam([parameter for _, parameter in self.trained], lr=config.lr, fused=True)
+        self.privacy: Privacy | None = None
+        if isinstance(task, PrivateTask):
+            assert isinstance(config, PrivateConfig)
+            if fabric.world_size > 1:
+                raise CommandError(f"--dp-epsilon trains in one process, got {fabric.world_size}")
+            self.privacy = Privacy(config, task, self.adam, fabric.device)
+            self.module = fabric.setup_module(self.privacy.model)
         self.optimizer: Any = fabric.setup_optimizers(self.adam)
         self.saved_step: int | None = None
         self.stop_request = StopRequest()
@@ -121,6 +129,8 @@ class Trainer:
                 for number, (name, parameter) in enumerate(self.trained)
             }
             self.task.load_state_tensors(tensors)
+            if self.privacy is not None:
+                self.privacy.restore(checkpoint.config["training"]["privacy"], checkpoint.step)
         except KeyError as error:
             raise CommandError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
@@ -155,7 +165,7 @@ class Trainer:
         return (self.stop_request.number or signal.SIGTERM) if stopped else 0
 
     def _introduce(self) -> None:
-        for note in self.task.notes:
+        for note in [*self.task.notes, *(self.privacy.notes() if self.privacy is not None else [])]:
             self.report.say(note)
         processes = "1 process" if self.fabric.world_size == 1 else f"{self.fabric.world_size} processes"
         size = sum(parameter.numel() for parameter in self.model.parameters())
@@ -172,13 +182,8 @@ class Trainer:
         # Dropout depends on the step alone, so that a resumed training draws the same masks.
         torch.manual_seed(zlib.crc32(f"{config.seed} {progress.step} {self.fabric.global_rank}".encode()))
         loss, tokens = self.task.loss(self.module, progress.step)
-        self.optimizer.zero_grad()
-        self.fabric.backward(loss)
-        norm = self.fabric.clip_gradients(
-            self.module, self.optimizer, max_norm=config.clip or math.inf, error_if_nonfinite=False
-        )
-        assert norm is not None
-        mean = self._sum(torch.stack((loss.detach(), full_tensor(norm))) / self.fabric.world_size)
+        norm = self._gradients(loss)
+        mean = self._sum(torch.stack((loss.detach(), norm)) / self.fabric.world_size)
         mean_loss, mean_norm = mean.tolist()
         # Checked before the update, so that the weights stay finite.
         self._check_finite(progress.step + 1, "loss", mean_loss)
@@ -207,6 +212,18 @@ class Trainer:
                 seconds=round(progress.seconds, 3),
             )
 
+    def _gradients(self, loss: Tensor) -> Tensor:
+        """Compute the gradients for the optimizer; return their norm, without privacy that before clipping."""
+        if self.privacy is not None:
+            return self.privacy.gradients(loss, self.fabric.backward)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self.module, self.optimizer, max_norm=self.config.clip or math.inf, error_if_nonfinite=False
+        )
+        assert norm is not None
+        return full_tensor(norm)
+
     def _validation_due(self, done: float) -> bool:
         if self.watcher is not None:
             return self.watcher.due(done)
@@ -230,6 +247,7 @@ class Trainer:
             progress.misses += 1
         speed = self.tokens / self.busy_seconds if self.busy_seconds else 0.0
         self.tokens, self.busy_seconds = 0, 0.0
+        spent = {} if self.privacy is None else {"epsilon": self.privacy.spent()}
         # Log before the checkpoint: resuming removes the records of later steps than that of the checkpoint.
         self.report.record(
             "validation",
@@ -239,13 +257,15 @@ class Trainer:
             best=best,
             tokens_per_second=round(speed),
             seconds=round(progress.seconds, 3),
+            **spent,
         )
         if self.watcher is not None:
             self.watcher.validated(done, score)
         self._save(best)
         recent = "" if progress.recent is None else f"training {progress.recent:.4f}, "
+        privacy = "".join(f"epsilon {epsilon:.3g}, " for epsilon in spent.values())
         self.report.say(
-            f"step {progress.step}: {recent}validation {score.describe(self.config.unit)}, "
+            f"step {progress.step}: {recent}validation {score.describe(self.config.unit)}, {privacy}"
             f"{speed:,.0f} {self.config.unit}s/s{', best' if best else ''}"
         )
 
@@ -269,6 +289,8 @@ class Trainer:
             "names": self.names,
             "fingerprints": self.task.fingerprints,
         }
+        if self.privacy is not None:
+            training["privacy"] = self.privacy.to_saved()
         failure = ""
         if self.fabric.is_global_zero:
             try:
