@@ -30,6 +30,7 @@ __all__ = [
     "onnxruntime_call",
     "opacus_gradients",
     "openvino_call",
+    "private_step",
     "set_environment",
     "versions",
 ]
@@ -226,23 +227,57 @@ def _jax_call(
     return lambda: jax.block_until_ready(run(*inputs))
 
 
-def opacus_gradients(
-    model: Any, ids: Tensor, target: Tensor, loss: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
-) -> Call:
-    """Return Opacus's call for the gradients of each sample of a model with the parts embedding, lstm and head."""
+SampleLoss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+
+
+def _with_dplstm(model: Any) -> tuple[Any, list[Any]]:
+    """Return a model of the parts embedding, lstm and head with Opacus's LSTM instead, and its parameters."""
     opacus = importlib.import_module("opacus")
     layer = model.lstm
     dp = opacus.layers.DPLSTM(layer.input_size, layer.hidden_size, batch_first=True)
     dp.load_state_dict(layer.state_dict())
-    parts = (copy.deepcopy(model.embedding), dp.to(next(layer.parameters()).dtype), copy.deepcopy(model.head))
-    wrapped = opacus.GradSampleModule(type(model)(*parts), loss_reduction="sum")
-    embedding, _, head = parts
-    weights = (embedding.weight, dp.l0.ih.weight, dp.l0.hh.weight, dp.l0.ih.bias, dp.l0.hh.bias, *head.parameters())
+    embedding, head = copy.deepcopy(model.embedding), copy.deepcopy(model.head)
+    weights = [embedding.weight, dp.l0.ih.weight, dp.l0.hh.weight, dp.l0.ih.bias, dp.l0.hh.bias, *head.parameters()]
+    return type(model)(embedding, dp.to(next(layer.parameters()).dtype), head), weights
+
+
+def opacus_gradients(model: Any, ids: Tensor, target: Tensor, loss: SampleLoss) -> Call:
+    """Return Opacus's call for the gradients of each sample of a model with the parts embedding, lstm and head."""
+    opacus = importlib.import_module("opacus")
+    other, weights = _with_dplstm(model)
+    wrapped = opacus.GradSampleModule(other, loss_reduction="sum")
 
     def call() -> list[Tensor]:
         wrapped.zero_grad(set_to_none=True)
         torch.autograd.backward(loss(wrapped, ids, target))
         return [weight.grad_sample for weight in weights]
+
+    return call
+
+
+def private_step(model: Any, ids: Tensor, target: Tensor, loss: SampleLoss, max_norm: float, dplstm: bool) -> Call:
+    """Return Opacus's step of private training, with its own LSTM or with the layers of llm_ext as they are.
+
+    It returns the sum of the clipped gradients. The noise, which costs both the same, and the learning rate are 0.
+    """
+    opacus = importlib.import_module("opacus")
+    importlib.import_module("llm_ext.privacy")
+    own = copy.deepcopy(model)
+    other, weights = _with_dplstm(model) if dplstm else (own, list(own.parameters()))
+    wrapped = opacus.GradSampleModule(other, loss_reduction="sum")
+    optimizer = opacus.optimizers.DPOptimizer(
+        torch.optim.SGD(weights, lr=0.0),
+        noise_multiplier=0.0,
+        max_grad_norm=max_norm,
+        expected_batch_size=len(ids),
+        loss_reduction="sum",
+    )
+
+    def call() -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss(wrapped, ids, target))
+        optimizer.step()
+        return [weight.grad for weight in weights]
 
     return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from bench.cases.recurrence import (
     sequence,
     single_step,
 )
-from bench.cases.transforms import double_backward, forward_mode, per_sample_gradients
+from bench.cases.transforms import double_backward, forward_mode, per_sample_gradients, private_step
 from bench.cells import CELLS, LSTM, RNN, Cell
 from bench.comparison import Case, Mean
 
@@ -135,6 +136,8 @@ def _linear_cases() -> Iterator[Case]:
 
 def _transform_cases() -> Iterator[Case]:
     yield per_sample_gradients(64, 64, 65, 64, 256)
+    if find_spec("opacus") is not None:  # the step of either side is one of Opacus
+        yield private_step(64, 64, 65, 64, 256)
     for cell in CELLS:
         for B, T, H in ((8, 32, 64), (64, 64, 256), (1, 128, 512)):
             yield forward_mode(cell, B, T, H, target=0.4)

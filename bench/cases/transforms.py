@@ -18,7 +18,7 @@ from bench.comparison import OURS, Candidate, Case, Comparison, tensors
 from bench.timing import Call
 from llm_ext import reference
 
-__all__ = ["double_backward", "forward_mode", "per_sample_gradients"]
+__all__ = ["double_backward", "forward_mode", "per_sample_gradients", "private_step"]
 
 FORWARD_PASS = "a forward pass"
 
@@ -44,6 +44,28 @@ def _loss(model: Callable[[Tensor], Tensor], ids: Tensor, target: Tensor) -> Ten
     return F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="sum") / ids.shape[1]
 
 
+def _character_models(V: int, E: int, H: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return models of llm_ext, of torch, and of torch in float64, with the same weights."""
+    plain: dict[str, Any] = {"dtype": dtype}
+    other = _CharacterModel(
+        nn.Embedding(V, E, **plain), nn.LSTM(E, H, batch_first=True, **plain), nn.Linear(H, V, **plain)
+    )
+    ours = _CharacterModel(
+        nn.Embedding(V, E, **plain), llm_ext.LSTM(E, H, batch_first=True, **plain), llm_ext.Linear(H, V, **plain)
+    )
+    ours.load_state_dict(other.state_dict())
+    exact = _CharacterModel(nn.Embedding(V, E), nn.LSTM(E, H, batch_first=True), nn.Linear(H, V)).double()
+    exact.load_state_dict(other.state_dict())
+    return ours, other, exact
+
+
+def _gradients_by_loop(model: nn.Module, ids: Tensor, target: Tensor) -> list[Tensor]:
+    """Return the gradients of each sample, [B, ...] for each parameter."""
+    parameters, rows = list(model.parameters()), zip(ids.split(1), target.split(1), strict=True)  # type: ignore[no-untyped-call]
+    samples = [torch.autograd.grad(_loss(model, *row), parameters) for row in rows]
+    return [torch.stack(gradients) for gradients in zip(*samples, strict=True)]
+
+
 def per_sample_gradients(B: int, T: int, V: int, E: int, H: int) -> Case:
     """The gradients of every sample of a batch, as differentially private training needs them.
 
@@ -53,16 +75,7 @@ def per_sample_gradients(B: int, T: int, V: int, E: int, H: int) -> Case:
     opacus = "Opacus DPLSTM"
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
-        plain: dict[str, Any] = {"dtype": dtype}
-        other = _CharacterModel(
-            nn.Embedding(V, E, **plain), nn.LSTM(E, H, batch_first=True, **plain), nn.Linear(H, V, **plain)
-        )
-        ours = _CharacterModel(
-            nn.Embedding(V, E, **plain), llm_ext.LSTM(E, H, batch_first=True, **plain), llm_ext.Linear(H, V, **plain)
-        )
-        ours.load_state_dict(other.state_dict())
-        exact = _CharacterModel(nn.Embedding(V, E), nn.LSTM(E, H, batch_first=True), nn.Linear(H, V)).double()
-        exact.load_state_dict(other.state_dict())
+        ours, other, exact = _character_models(V, E, H, dtype)
         ids, target = torch.randint(V, (2, B, T))
 
         def mapped() -> Call:
@@ -75,18 +88,10 @@ def per_sample_gradients(B: int, T: int, V: int, E: int, H: int) -> Case:
             return lambda: tuple(gradients(parameters, ids, target).values())
 
         def loop(model: nn.Module) -> Callable[[], Call]:
-            parameters = list(model.parameters())
-
-            def each() -> list[Tensor]:
-                samples = [
-                    torch.autograd.grad(_loss(model, ids[i : i + 1], target[i : i + 1]), parameters) for i in range(B)
-                ]
-                return [torch.stack(gradients) for gradients in zip(*samples, strict=True)]
-
-            return lambda: each
+            return lambda: lambda: _gradients_by_loop(model, ids, target)
 
         return Comparison(
-            loop(exact)()(),
+            _gradients_by_loop(exact, ids, target),
             Candidate("llm_ext.LSTM, vmap(grad)", OURS, mapped),
             [
                 Candidate(opacus, "opacus", lambda: peers.opacus_gradients(other, ids, target, _loss)),
@@ -97,6 +102,27 @@ def per_sample_gradients(B: int, T: int, V: int, E: int, H: int) -> Case:
 
     name = f"transforms/per-sample/{size_name(B=B, T=T, V=V, E=E, H=H)}"
     return Case(name, build, True, B * T / 1e3, "k token", {opacus: 3.0, torch_loop: 10.0, ours_loop: 10.0})
+
+
+def private_step(B: int, T: int, V: int, E: int, H: int) -> Case:
+    """A step of private training by Opacus: the gradients of every sample, clipped and summed."""
+    opacus, max_norm = "Opacus DPLSTM", 0.1
+
+    def build(dtype: torch.dtype, threads: int) -> Comparison:
+        ours, other, exact = _character_models(V, E, H, dtype)
+        ids, target = torch.randint(V, (2, B, T))
+        samples = _gradients_by_loop(exact, ids, target)
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in samples]).norm(dim=0)
+        factor = (max_norm / (norms + 1e-6)).clamp(max=1)
+        call = peers.private_step
+        return Comparison(
+            [torch.tensordot(factor, gradient, 1) for gradient in samples],
+            Candidate("llm_ext.LSTM", OURS, lambda: call(ours, ids, target, _loss, max_norm, dplstm=False)),
+            [Candidate(opacus, "opacus", lambda: call(other, ids, target, _loss, max_norm, dplstm=True))],
+        )
+
+    name = f"transforms/private-step/{size_name(B=B, T=T, V=V, E=E, H=H)}"
+    return Case(name, build, True, B * T / 1e3, "k token", {opacus: 3.0})
 
 
 def _reference(layer: Any, x: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ CPU_CASES = [
     models.seq2seq_training(3, 7, 5, 4, 6),
     models.seq2seq_greedy(5, 2, 4, 5, 4, 6),
     transforms.per_sample_gradients(3, 5, 6, 4, 4),
+    *([transforms.private_step(3, 5, 6, 4, 4)] if find_spec("opacus") is not None else []),
     *(transforms.forward_mode(cell, 2, 3, 4, target=0.4) for cell in CELLS),
     *(transforms.double_backward(cell, 2, 3, 4, target=2) for cell in CELLS),
 ]
