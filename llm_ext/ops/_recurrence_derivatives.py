@@ -841,7 +841,7 @@ class SampleRecurrence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         h0, c0, *weights = tensors
         shared = [None if weight is None else weight[0] for weight in weights]
-        results = Recurrence.forward(mode, rows, x, h0, c0, *shared, True)  # type: ignore[arg-type]
+        results: Any = Recurrence.forward(mode, rows, x, h0, c0, *shared, True)  # type: ignore[call-arg, arg-type]
         y, saved, c = (*results, None, None)[:3]
         ctx.mode, ctx.rows, ctx.samples = mode, rows, len(weights[0])  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
