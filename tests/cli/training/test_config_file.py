@@ -30,7 +30,7 @@ def other_value(field: dataclasses.Field[Any]) -> Any:
         return next(choice for choice in meta["choices"] if choice != field.default)
     if meta["type"] is bool:
         return not field.default
-    return {int: 300, float: 0.375, str: 'a "quoted" \\ näme\n'}[meta["type"]]
+    return {int: 300, float: 0.0625, str: 'a "quoted" \\ näme\n'}[meta["type"]]
 
 
 @pytest.mark.parametrize("task", CONFIGS)
