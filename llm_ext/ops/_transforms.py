@@ -20,6 +20,7 @@ _torch_func_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 # The vmap of is_grads_batched is older than torch.func and has no interpreter, only a dispatch key.
 _OLD_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _jit_is_tracing: Callable[[], bool] = torch._C._is_tracing
+_is_exporting = torch.compiler.is_exporting
 # A context in which ops run without autograd, and the number of the backward pass that runs in this thread.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
@@ -36,8 +37,16 @@ def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
 
 @constant_in_graphs
 def transforms_active() -> bool:
-    """Return whether a transform of torch.func or forward-mode AD is active."""
-    return _torch_func_is_active() or forward_ad._current_level >= 0
+    """Return whether a transform of torch.func, forward-mode AD or an export to ONNX is active.
+
+    All of them need torch's own ops in place of the registered ones.
+    """
+    return _torch_func_is_active() or forward_ad._current_level >= 0 or exports_to_onnx()
+
+
+def exports_to_onnx() -> bool:
+    """Return whether torch.onnx.export records."""
+    return (_is_exporting() or _jit_is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def _has_tangent(arg: Any) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext import reference
-from llm_ext.ops import _loops, argument_checks, packing
+from llm_ext.ops import _loops, _onnx, argument_checks, packing
 from llm_ext.ops import _recurrence_derivatives as derivatives
 from llm_ext.ops._registration import (
     FAILURES,
@@ -34,6 +34,7 @@ from llm_ext.ops._registration import (
 )
 from llm_ext.ops._transforms import (
     differentiable_gradients,
+    exports_to_onnx,
     forward_mode_is_nested,
     is_mapped,
     is_recorded,
@@ -414,7 +415,8 @@ def run(
 
     1. Resets: the pieces of the rows between them are packed once for all layers, and take one of the paths below. A
        graph that is recorded must not depend on their values, so it records the reference.
-    2. A transform of torch is active: layer by layer, each direction with rules for all transforms.
+    2. A transform of torch is active: layer by layer, each direction with rules for all transforms. In an export to
+       ONNX: one of its operators for each layer.
     3. Lengths on the CPU: the rows are packed once for all layers and directions. In a graph that is recorded each op
        packs.
     4. One direction of one layer: its op.
@@ -495,6 +497,8 @@ def _run_resets(call: _Call) -> tuple[Tensor, State]:
     _check(call)
     x, state, reset, lengths, batch_sizes = call.x, call.state, call.reset, call.lengths, call.batch_sizes
     assert reset is not None
+    if exports_to_onnx():
+        _refuse_in_onnx(call)
     if is_recorded(reset) or is_mapped(reset) or (lengths is not None and is_mapped(lengths)):
         return _run_reference(call)
     with without_transforms():
@@ -525,21 +529,40 @@ def _run_resets(call: _Call) -> tuple[Tensor, State]:
 
 
 def _run_transformed(call: _Call) -> tuple[Tensor, State]:
-    """Run a call under a transform of torch."""
+    """Run a call under a transform of torch, or record it for ONNX."""
     _check(call)
-    lengths = call.lengths
-    if call.input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
+    lengths, onnx = call.lengths, exports_to_onnx()
+    if onnx:
+        _refuse_in_onnx(call)
+    elif call.input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
         # Mapped lengths cannot be read, and precomputed input projections are an optimization of inference.
         return _run_reference(call)
     x, *tensors = autocast_arguments(call.x, *(call.state or ()))
     state = tuple(tensors) if call.state is not None else None
     call = call._replace(x=x, state=state, weights=[autocast_arguments(*row) for row in call.weights])
+    if onnx:
+        return _onnx.run_layers(call.mode, x, state, call.weights, call.directions, call.dropout, lengths)
     if lengths is not None:
         return _run_packed(call._replace(lengths=unwrapped(lengths)), _run_transformed)
     if len(call.weights) == 1 and not call.all_states:
         weights = unpack_weights(call.weights[0])
         return derivatives.one_direction(call.mode, x, state, weights, call.batch_sizes, call.directions[0])
     return _layer_by_layer(call, derivatives.one_direction)
+
+
+def _refuse_in_onnx(call: _Call) -> None:
+    """Raise if the operators of ONNX cannot run a call."""
+    if call.reset is not None:
+        what, instead = "reset", "start a call for each episode, with its state"
+    elif call.batch_sizes is not None:
+        what, instead = "PackedSequence", "pass the padded batch and lengths"
+    elif call.input_projections:
+        what, instead = "input_projections", "pass the input"
+    elif unpack_weights(call.weights[0])[4] is not None:
+        what, instead = "proj_size", "export a layer without projection"
+    else:
+        return
+    raise NotImplementedError(f"llm_ext: a recurrence of ONNX takes no {what}; {instead}")
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, State]:
