@@ -89,8 +89,8 @@ def _layer(
 def _with_gates_of_onnx(op: str, tensor: Tensor | None) -> Tensor:
     """Return a weight or bias of torch, [G H, *], with its gates in the order of ONNX."""
     assert tensor is not None
-    gates = tensor.chunk(len(_GATES[op]))
-    return torch.cat([gates[i] for i in _GATES[op]])
+    order = torch.tensor(_GATES[op], device=tensor.device)
+    return tensor.reshape(len(order), -1).index_select(0, order).reshape(tensor.shape)
 
 
 def _operator(op: str, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Sequence[Tensor]:
