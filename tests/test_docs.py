@@ -43,7 +43,7 @@ def test_python_blocks_run(page: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_readme_and_guides_have_blocks() -> None:
     with_blocks = {name_of(page) for page in PAGES if blocks_of(page)}
-    guides = {"layers", "attention", "models", "ops", "installation", "conversion", "hugging-face", "privacy"}
+    guides = {"layers", "attention", "models", "ops", "installation", "conversion", "export", "hugging-face", "privacy"}
     assert {"README.md", *(f"docs/guides/{guide}.md" for guide in guides)} <= with_blocks
 
 
@@ -161,6 +161,6 @@ def test_makefile_names_the_packages_of_pyproject() -> None:
     assert variable("GPU_NEEDS") == names(extras["test"])
     pinned = names([line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalnum()])
     needed = build.union(
-        *(names(extras[extra]) for extra in ("cli", "data", "hf", "tune", "privacy", "test", "lint", "docs"))
+        *(names(extras[extra]) for extra in ("cli", "data", "hf", "tune", "privacy", "export", "test", "lint", "docs"))
     )
     assert needed <= pinned, f"constraints.txt does not pin {sorted(needed - pinned)}"

@@ -341,7 +341,7 @@ class Seq2Seq(nn.Module):
             return self.forward(source, target, source_lengths, target_lengths)[keep]
         encoder_output, state = self._encode(source, source_lengths, None)
         x = self.target_embedding(fill_padding(target, target_lengths))  # [B, T, E]
-        B = len(x)
+        B = x.shape[0]  # len would be a constant in a graph
         x = _apply_mask(x, self._dropout_mask(B, x))
         if self.input_feeding:
             mask = self._dropout_mask(B, x, self.readout.in_features)

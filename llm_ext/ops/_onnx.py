@@ -17,7 +17,7 @@ __all__ = ["run_layers"]
 State = tuple[Tensor, ...]
 
 # For each gate of ONNX its index among those of torch: i, o, f, c of an LSTM and z, r, h of a GRU.
-_GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
+_GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 _ACTIVATIONS = {"RNN_TANH": "Tanh", "RNN_RELU": "Relu", "RNN_SIGMOID": "Sigmoid"}
 
 
@@ -66,14 +66,9 @@ def _layer(
         return torch.stack([_with_gates_of_onnx(op, row[i]) for row in rows])
 
     bias = torch.cat((stack(2), stack(3)), 1) if rows[0][2] is not None else None
-    if state is None and lengths is not None:  # the state of rows without a step
-        zeros = x.new_zeros((D, x.shape[1], stack(1).shape[2]))
-        state = (zeros, zeros) if op == "LSTM" else (zeros,)
     sequence_lens = None if lengths is None else lengths.to(torch.int32)
     inputs = (x, stack(0), stack(1), bias, sequence_lens, *(state or ()))
-    attributes: dict[str, Any] = {
-        "direction": "bidirectional" if D == 2 else "reverse" if directions[0] else "forward"
-    }
+    attributes: dict[str, Any] = {"direction": "bidirectional" if D == 2 else "reverse" if directions[0] else "forward"}
     if op == "RNN":
         attributes["activations"] = [_ACTIVATIONS[mode]] * D
     elif op == "GRU":
@@ -81,14 +76,16 @@ def _layer(
     y, *last = _operator(op, inputs, attributes)
     if lengths is not None:
         # A row without a step keeps its state; ONNX does not say what the operators return for it.
-        assert state is not None
-        last = [torch.where((lengths > 0)[:, None], new, old) for new, old in zip(last, state, strict=True)]
+        before = state or [torch.zeros_like(tensor) for tensor in last]
+        last = [torch.where((lengths > 0)[:, None], new, old) for new, old in zip(last, before, strict=True)]
     return y.transpose(1, 2).flatten(2), tuple(last)
 
 
 def _with_gates_of_onnx(op: str, tensor: Tensor | None) -> Tensor:
     """Return a weight or bias of torch, [G H, *], with its gates in the order of ONNX."""
     assert tensor is not None
+    if op == "RNN":
+        return tensor
     order = torch.tensor(_GATES[op], device=tensor.device)
     return tensor.reshape(len(order), -1).index_select(0, order).reshape(tensor.shape)
 

@@ -558,6 +558,8 @@ def _refuse_in_onnx(call: _Call) -> None:
         what, instead = "PackedSequence", "pass the padded batch and lengths"
     elif call.input_projections:
         what, instead = "input_projections", "pass the input"
+    elif call.all_states:
+        what, instead = "return_all_states", "call one layer after the other, or each step"
     elif unpack_weights(call.weights[0])[4] is not None:
         what, instead = "proj_size", "export a layer without projection"
     else:
