@@ -27,9 +27,7 @@ FLAGS = (False, True)
 CASES = pairwise(
     kind=KINDS, num_layers=(1, 2), bidirectional=FLAGS, padded=FLAGS, state=FLAGS, bias=FLAGS, batch_first=FLAGS
 )
-I, H = 3, 5
-
-Export = tuple[Any, list[Tensor]]  # the model of ONNX, and its results
+SIZES = 3, 5  # I and H
 
 
 class Recurrences(nn.Module):
@@ -38,10 +36,10 @@ class Recurrences(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            getattr(llm_ext, name)(I, H, layers, bidirectional=both, bias=bias, batch_first=first, **options)
+            getattr(llm_ext, name)(*SIZES, layers, bidirectional=both, bias=bias, batch_first=first, **options)
             for (name, options), layers, both, _, _, bias, first in CASES
         )
-        self.cells = nn.ModuleList(getattr(llm_ext, name)(I, H) for name in CELLS)
+        self.cells = nn.ModuleList(getattr(llm_ext, name)(*SIZES) for name in CELLS)
 
     def forward(self, x: Tensor, lengths: Tensor, h0: Tensor, c0: Tensor) -> list[Any]:
         results: list[Any] = []
@@ -57,7 +55,7 @@ class Recurrences(nn.Module):
 
 def inputs_of_recurrences(T: int, B: int) -> tuple[Tensor, ...]:
     lengths = torch.arange(B) * T // (B - 1)  # 0 and T are among them
-    return torch.randn(T, B, I), lengths, torch.randn(4, B, H), torch.randn(4, B, H)
+    return torch.randn(T, B, SIZES[0]), lengths, *torch.randn(2, 4, B, SIZES[1])
 
 
 class Others(nn.Module):
@@ -137,16 +135,16 @@ def test_models_and_attention(dynamo: bool) -> None:
 
 def test_copy_of_torch_nn() -> None:
     """The exporter that traces also takes what `to_torch` returns."""
-    model = nn.Sequential(llm_ext.LSTM(I, H, bidirectional=True)).eval()
-    exported = export(llm_ext.to_torch(model), (torch.randn(6, 3, I),), [{0: "T", 1: "B"}], dynamo=False)
-    x = torch.randn(9, 4, I)
+    model = nn.Sequential(llm_ext.LSTM(*SIZES, bidirectional=True)).eval()
+    exported = export(llm_ext.to_torch(model), (torch.randn(6, 3, SIZES[0]),), [{0: "T", 1: "B"}], dynamo=False)
+    x = torch.randn(9, 4, SIZES[0])
     assert_all_close("lstm", run(exported, (x,)), model(x))
 
 
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.rnn = llm_ext.LSTM(I, H)
+        self.rnn = llm_ext.LSTM(*SIZES)
 
     def forward(self, x: Tensor) -> Any:
         return self.rnn(pack_padded_sequence(x, torch.tensor([6, 2])))[1]
@@ -164,15 +162,15 @@ def test_what_onnx_lacks_is_refused(options: dict[str, Any], given: dict[str, An
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rnn = llm_ext.LSTM(I, H, **options)
+            self.rnn = llm_ext.LSTM(*SIZES, **options)
 
         def forward(self, x: Tensor) -> Any:
             return self.rnn(x, **given)
 
     with pytest.raises(NotImplementedError, match=f"a recurrence of ONNX takes no {what}"):
-        export(Model().eval(), (torch.randn(6, 2, I),), [{}], dynamo=False)
+        export(Model().eval(), (torch.randn(6, 2, SIZES[0]),), [{}], dynamo=False)
 
 
 def test_packed_rows_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="ONNX takes no PackedSequence; pass the padded batch and lengths"):
-        export(Packed().eval(), (torch.randn(6, 2, I),), [{}], dynamo=False)
+        export(Packed().eval(), (torch.randn(6, 2, SIZES[0]),), [{}], dynamo=False)
