@@ -37,7 +37,8 @@ def test_programs_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     command = ["g++", "-std=c++20", "-O0", "run.cpp", "-o", "run", f"-I{TORCH / 'include'}", *libraries]
     namespace: dict[str, Any] = {}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as compiler:
-        with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+        with config.patch(quick):
             exec(program("compile.py"), namespace)  # compares Python's results
         _, errors = compiler.communicate()
         assert compiler.returncode == 0, errors
