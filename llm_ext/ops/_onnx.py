@@ -100,9 +100,10 @@ def _operator(op: str, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> S
     return torch.onnx.ops.symbolic_multi_out(op, inputs, attributes, dtypes=[dtype] * len(shapes), shapes=shapes)
 
 
-def _shapes_of_results(op: str, x: Tensor, w: Tensor, r: Tensor, *_: Tensor | None) -> list[tuple[int, ...]]:
+def _shapes_of_results(op: str, *inputs: Any) -> list[tuple[int, ...]]:
     """Return the shapes of the output and of each tensor of the state."""
-    (T, B), (D, _, H) = x.shape[:2], r.shape
+    x, _, w_hh, *_ = inputs
+    (T, B, _), (D, _, H) = x.shape, w_hh.shape
     return [(T, D, B, H), *[(D, B, H)] * (2 if op == "LSTM" else 1)]
 
 
@@ -119,5 +120,6 @@ class _TracedOperator(torch.autograd.Function):
         attributes = attributes | {"hidden_size": inputs[2].type().sizes()[2]}
         suffixes = {str: "_s", list: "_s", int: "_i"}
         named = {name + suffixes[type(value)]: value for name, value in attributes.items()}
-        given = [torch.onnx.symbolic_opset9.unused(g) if value is None else value for value in inputs]
+        unused: Any = torch.onnx.symbolic_opset9.unused
+        given = [unused(g) if value is None else value for value in inputs]
         return g.op(op, *given, **named, outputs=3 if op == "LSTM" else 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 from llm_ext.ops._transforms import is_mapped, is_recorded, unwrapped
 
 # torch.jit.trace warns that it does not record what the checks compare, and that the order of gates is a constant.
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"llm_ext\.ops\.(argument_checks|_onnx)$")
+_TracerWarning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
+warnings.filterwarnings("ignore", category=_TracerWarning, module=r"llm_ext\.ops\.(argument_checks|_onnx)$")
 
 # Modes of a recurrence, as torch.nn.RNNBase.mode spells them; RNN_SIGMOID is an extension.
 MODES = ("RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "GRU", "LSTM")

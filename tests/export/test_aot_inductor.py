@@ -50,7 +50,7 @@ def test_programs_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for weight in weights:  # the op gets the weight itself, not a copy
         assert any(re.search(rf"\b{weight}\b", call) for call in calls), weight
 
-    arguments = ["./run", "tagger.pt2", str(python), str(llm_ext._C.__file__)]  # type: ignore[attr-defined]
+    arguments = ["./run", "tagger.pt2", str(python), str(llm_ext._C.__file__)]
     printed = subprocess.run(arguments, capture_output=True, text=True, timeout=100, check=True).stdout
     expected = namespace["model"](namespace["x"], namespace["lengths"])
     assert torch.equal(torch.tensor([float(line) for line in printed.split()]), expected.flatten())
