@@ -75,9 +75,18 @@ def test_export_of_models_with_gradients() -> None:
             output, state = self.model.encode(source)
             return output.keys, output.values, state.hidden
 
+    class Translator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llm_ext.Seq2Seq(11, 11, 4, 6).eval()
+
+        def forward(self, source: Tensor) -> Any:
+            return self.model(source, source)
+
     ids, others = torch.randint(11, (3, 6)), torch.randint(11, (2, 9))
     check_export(llm_ext.LLM(11, 4, 5, 11, 1, 0.0), ids, others)
     check_export(Encoder(), ids, others)
+    check_export(Translator(), ids, others)
 
 
 CELLS = ("RNNCell", "GRUCell", "LSTMCell")
