@@ -121,7 +121,7 @@ def private_step(B: int, T: int, V: int, E: int, H: int) -> Case:
             [Candidate(opacus, "opacus", lambda: call(other, ids, target, _loss, max_norm, dplstm=True))],
         )
 
-    name = f"transforms/private-step/{size_name(B=B, T=T, V=V, E=E, H=H)}"
+    name = f"transforms/private-training/{size_name(B=B, T=T, V=V, E=E, H=H)}"
     return Case(name, build, True, B * T / 1e3, "k token", {opacus: 3.0})
 
 

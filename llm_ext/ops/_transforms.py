@@ -44,6 +44,7 @@ def transforms_active() -> bool:
     return _torch_func_is_active() or forward_ad._current_level >= 0 or exports_to_onnx()
 
 
+@constant_in_graphs
 def exports_to_onnx() -> bool:
     """Return whether torch.onnx.export records."""
     return (_is_exporting() or _jit_is_tracing()) and torch.onnx.is_in_onnx_export()
