@@ -126,7 +126,7 @@ def _measure(run: dict[str, Any], cases: Sequence[Case], settings: comparison.Se
             result = comparison.run(case, settings)
             run["cases"].append(result)
             print(f"\n{report.table(result)}", flush=True)
-            if result["ours"]["status"] != "measured":
+            if result["ours"]["status"] not in ("measured", "absent"):
                 status = 1
     except KeyboardInterrupt:
         print("\nInterrupted. The summary covers the cases that are complete.", file=sys.stderr)

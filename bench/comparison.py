@@ -226,8 +226,20 @@ def run(case: Case, settings: Settings) -> Entry:
         backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
         for backend in backends:
             backend.fp32_precision = "tf32" if case.tf32 else "ieee"
+    entry_of_case: Entry = {
+        "case": case.name,
+        "group": case.group,
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "unit": case.unit,
+        "work": work,
+    }
     try:
-        comparison = case.build(dtype, threads)
+        try:
+            comparison = case.build(dtype, threads)
+        except ImportError as error:  # a model of a package that is not installed
+            ours = {"name": OURS, "library": OURS, "status": "absent", "reason": str(error).splitlines()[0]}
+            return entry_of_case | {"ours": ours, "others": []}
         calls: dict[str, timing.Call] = {}
         with nullcontext() if case.training else torch.inference_mode():
             own_call, ours = _check(comparison.ours, comparison.reference, tolerance)
@@ -266,16 +278,7 @@ def run(case: Case, settings: Settings) -> Entry:
                 entry |= _times(seconds, turns.calls[entry["name"]], work)
                 entry |= {"ratio": median, "ratio_q1": q1, "ratio_q3": q3}
                 entry["met"] = None if entry["target"] is None else median >= entry["target"]
-    return {
-        "case": case.name,
-        "group": case.group,
-        "threads": threads,
-        "dtype": str(dtype).removeprefix("torch."),
-        "unit": case.unit,
-        "work": work,
-        "ours": ours,
-        "others": others,
-    }
+    return entry_of_case | {"ours": ours, "others": others}
 
 
 def _lowest_ratio(case: Entry, against: Sequence[str]) -> float | None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "jax_pool",
     "jax_scan",
     "libraries",
+    "model_versions",
     "not_installed",
     "onnx_model",
     "onnxruntime_call",
@@ -44,6 +46,22 @@ CPU_LIBRARIES: dict[str, tuple[str, ...]] = {
     "jax": ("jax", "jaxlib"),
     "opacus": ("opacus",),
 }
+# Packages whose models are cases: the extra `models`, without what these need.
+MODEL_PACKAGES = (
+    "asteroid",
+    "demucs",
+    "gluonts",
+    "openunmix",
+    "python-doctr",
+    "pytorch-forecasting",
+    "sb3-contrib",
+    "speechbrain",
+    "stanza",
+    "torch-geometric",
+    "torchaudio",
+    "torchrl",
+    "transformers",
+)
 CUDA_LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "compile": ("torch",),
@@ -67,6 +85,15 @@ def versions(device: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in sorted({name for modules in libraries(device).values() for name in modules}):
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    return found
+
+
+def model_versions() -> dict[str, str]:
+    """Return the version of each package whose models are cases, if it is installed."""
+    found = {}
+    for name in MODEL_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

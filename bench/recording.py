@@ -53,6 +53,8 @@ def versions(device: str = "cpu") -> dict[str, Any]:
         "build_info": dict(llm_ext.build_info()),
         "peers": peers.versions(device),
     }
+    if device == "cpu":
+        found["models"] = peers.model_versions()
     if device == "cuda":
         cudnn: Any = torch.backends.cudnn  # untyped in torch
         found["cudnn"] = cudnn.version()

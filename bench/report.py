@@ -48,6 +48,8 @@ def header(run: dict[str, Any]) -> str:
         f"llm_ext {versions['llm_ext']} ({build}), Python {versions['python']}",
         f"Peers: {', '.join(peers)}",
     ]
+    if models := versions.get("models"):
+        lines.append(f"Models: {', '.join(f'{name} {version}' for name, version in models.items())}")
     if absent := [word for word in settings["libraries"] if word in settings["absent"]]:
         lines.append(f"Skipped, not installed (pip install --no-build-isolation '.[bench]'): {', '.join(absent)}")
     if settings["device"] == "cuda":

@@ -8,10 +8,12 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import llm_ext
 from llm_ext import LLM
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -49,6 +51,59 @@ def _path_is_restored() -> Iterator[None]:
 def test_swap_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     load("swap_a_layer.py").main()
     assert capsys.readouterr().out.startswith("scores [16, 40, 10], largest difference ")
+
+
+def test_resets_of_sb3_contrib() -> None:
+    """The policy's LSTM is called once, and reads what it read in a loop over the steps."""
+    use_resets = load("reinforcement_learning/sb3_contrib_resets.py").use_resets
+    policy: Any = torch.nn.Module()
+    policy.lstm = torch.nn.LSTM(3, 5)
+    rows, steps = 4, 7
+    x, starts = torch.randn(rows * steps, 3), torch.rand(rows * steps) < 0.3
+    state = torch.randn(1, rows, 5), torch.randn(1, rows, 5)
+    expected, last = [], state
+    for features, begins in zip(x.view(rows, steps, 3).unbind(1), starts.view(rows, steps).unbind(1), strict=True):
+        keep = (~begins)[:, None].float()
+        y, last = policy.lstm(features[None], (keep * last[0], keep * last[1]))
+        expected.append(y[0])
+
+    use_resets(policy)
+    y, found = policy._process_sequence(x, state, starts.float(), policy.lstm)
+    assert type(policy.lstm) is llm_ext.LSTM
+    torch.testing.assert_close(y.view(rows, steps, 5), torch.stack(expected, 1))
+    torch.testing.assert_close(found, last)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("recorded", ["nothing", "zeros", "states"])
+def test_resets_of_torchrl(cell: str, recorded: str) -> None:
+    """The module gives the results, states and gradients that TorchRL computes episode by episode."""
+    modules = pytest.importorskip("torchrl.modules")
+    tensordict = pytest.importorskip("tensordict")
+    names = ["h", "c"] if cell == "LSTM" else ["h"]
+    module = getattr(modules, f"{cell}Module")(
+        input_size=3, hidden_size=5, num_layers=2, in_keys=["x", *names], out_keys=["y", *(("next", n) for n in names)]
+    )
+    begins = torch.rand(4, 9, 1) < 0.3
+    batch = tensordict.TensorDict({"x": torch.randn(4, 9, 3), "is_init": begins}, [4, 9])
+    if recorded != "nothing":
+        for name in names:
+            batch[name] = torch.randn(4, 9, 2, 5)
+            if recorded == "zeros":
+                batch[name][:, 1:][begins[:, 1:, 0]] = 0
+
+    def run() -> list[torch.Tensor]:
+        module.zero_grad()
+        with modules.set_recurrent_mode(True):
+            result = module(batch.clone())
+        results = [result["y"], *(result["next", name] for name in names)]
+        torch.autograd.backward([y.square().sum() for y in results])
+        return [*(y.detach() for y in results), *(parameter.grad for parameter in module.parameters())]
+
+    expected = run()
+    load("reinforcement_learning/torchrl_resets.py").use_resets(module)
+    assert type(module).__name__ == f"{cell}ModuleWithResets"
+    torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_pooling(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from bench.cases.attention import additive, pooling, prefix, streaming
 from bench.cases.linear import linear
 from bench.cases.models import llm_generation, llm_training, seq2seq_greedy, seq2seq_training
+from bench.cases.published import published_cases
 from bench.cases.recurrence import (
     bfloat16,
     input_free,
@@ -159,6 +160,7 @@ CASES: tuple[Case, ...] = (
     llm_generation(1, 128, 65, 128, 2048, torch.bfloat16),
     seq2seq_training(64, 15, 4096, 256, 512),
     seq2seq_greedy(1000, 32, 15, 4096, 256, 512),
+    *published_cases(),
     *(case for cell in CELLS for case in _scaling_cases(cell)),
 )
 

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from bench import comparison, limits, peers
-from bench.cases import attention, cpu, cuda_builders, linear, models, recurrence, transforms
+import llm_ext
+from bench import comparison, limits, peers, report
+from bench.cases import attention, cpu, cuda_builders, linear, models, published, recurrence, transforms
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.comparison import LIMIT, Case, Settings
 
 PHASES = ("inference", "training")
+
+
+class Small(nn.Module):
+    """Like a model of a package: some parameters before batch normalization, whose gradient is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 5, batch_first=True, bidirectional=True)
+        self.head, self.norm = nn.Linear(10, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.head(self.rnn(x)[0]).transpose(1, 2))
+        return y
+
+
+def small_model() -> published.Model:
+    return published.Model(Small(), lambda module, x: module(x), [torch.randn(4, 6, 3)])
+
+
 CPU_CASES = [
     *(
         case
@@ -49,6 +71,7 @@ CPU_CASES = [
     models.llm_generation(1, 4, 5, 4, 6, torch.bfloat16),
     models.seq2seq_training(3, 7, 5, 4, 6),
     models.seq2seq_greedy(5, 2, 4, 5, 4, 6),
+    *published.published("small", small_model),
     transforms.per_sample_gradients(3, 5, 6, 4, 4),
     *([transforms.private_step(3, 5, 6, 4, 4)] if find_spec("opacus") is not None else []),
     *(transforms.forward_mode(cell, 2, 3, 4, target=0.4) for cell in CELLS),
@@ -83,6 +106,36 @@ def test_candidates_agree_with_the_reference(case: Case, settings: Settings) -> 
         assert entry["status"] in ("measured", "absent"), entry
     # A target belongs to a candidate.
     assert case.targets.keys() <= {entry["name"] for entry in result["others"]}
+
+
+@pytest.mark.usefixtures("untimed")
+def test_converted_models_are_compared(settings: Settings) -> None:
+    """The results in inference, and in training the gradients as well, decide whether a model is timed."""
+
+    def scale_weights(model: Small) -> None:
+        assert isinstance(model.rnn, llm_ext.GRU)
+        model.rnn.weight_hh_l0_reverse.data.mul_(1.01)
+
+    def scale_gradients(model: Small) -> None:
+        model.rnn.weight_hh_l0_reverse.register_hook(lambda gradient: 1.01 * gradient)
+
+    def statuses(change: Callable[[Small], None]) -> list[tuple[str, str]]:
+        cases = published.published("small", small_model, use_resets=change)
+        results = [comparison.run(case, settings) for case in cases]
+        return [(result["ours"]["status"], result["others"][0]["status"]) for result in results]
+
+    assert statuses(scale_weights) == [("wrong", "skipped"), ("wrong", "skipped")]
+    assert statuses(scale_gradients) == [("measured", "measured"), ("wrong", "skipped")]
+
+
+def test_a_missing_package_is_named(settings: Settings) -> None:
+    def build() -> published.Model:
+        raise ImportError("No module named 'absent'")
+
+    for case in published.published("absent", build):
+        entry = comparison.run(case, settings)
+        assert (entry["ours"]["status"], entry["others"]) == ("absent", [])
+        assert "absent: No module named 'absent'" in report.table(entry)
 
 
 def test_work_counts_every_matrix_product() -> None:
