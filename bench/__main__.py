@@ -42,13 +42,13 @@ def select_cases(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
         ValueError: a pattern selects nothing.
     """
     names: set[str] = set()
+    known = {case.group for case in cases}
     for pattern in patterns:
+        groups = known.intersection(known if pattern == "all" else _GROUPS.get(pattern, (pattern,)))
         found = [
             case.name
             for case in cases
-            if pattern == "all"
-            or case.group in _GROUPS.get(pattern, (pattern,))
-            or fnmatch.fnmatchcase(case.name, f"*{pattern}*")
+            if (case.group in groups if groups else fnmatch.fnmatchcase(case.name, f"*{pattern}*"))
         ]
         if not found:
             raise ValueError(f"no case matches {pattern!r}; `python -m bench` lists them")

@@ -63,12 +63,11 @@ class GRUModuleWithResets(GRUModule):  # type: ignore[misc]
 def use_resets(model: nn.Module) -> None:
     """Convert a model, and make its LSTMModules and GRUModules call their layers once for a batch."""
     llm_ext.convert(model, strict_types=True)  # TorchRL asks for nn.LSTM and nn.GRU
-    for module in model.modules():
-        for cls, with_resets, name in (
-            (LSTMModule, LSTMModuleWithResets, "lstm"),
-            (GRUModule, GRUModuleWithResets, "gru"),
-        ):
-            if type(module) is cls and isinstance(getattr(module, name), llm_ext.LSTM | llm_ext.GRU):
+    replacements = ((LSTMModule, LSTMModuleWithResets, "lstm"), (GRUModule, GRUModuleWithResets, "gru"))
+    modules: Any = model.modules()
+    for module in modules:
+        for cls, with_resets, name in replacements:
+            if type(module) is cls and isinstance(getattr(module, name), (llm_ext.LSTM, llm_ext.GRU)):
                 module.__class__ = with_resets
                 module.recurrent_backend = "scan"
 

@@ -476,12 +476,13 @@ def _step_of_a_loop(
     try:
         if not (torch.is_grad_enabled() and state[0].requires_grad) or len(x) != 1 or x.dim() != 3 or is_recorded(x):
             return None
-        w_ih, w_hh, b_ih, b_hh, w_hr = unpack_weights(weights)
+        *found, w_hr = unpack_weights(weights)
+        cell: Any = tuple(found)
         flat = state[0].dim() == 2
         before = state if flat else tuple([tensor[0] for tensor in state])
-        if w_hr is not None or not _loops.is_supported(x[0], before, (w_ih, w_hh, b_ih, b_hh)):
+        if w_hr is not None or not _loops.is_supported(x[0], before, cell):
             return None
-        after = _loops.step(mode, x[0], before, (w_ih, w_hh, b_ih, b_hh))
+        after = _loops.step(mode, x[0], before, cell)
     except FAILURES:  # the ordinary path explains it
         return None
     # Not views, which share memory and could not be detached in place.

@@ -68,7 +68,7 @@ def test_limit_is_not_a_peer() -> None:
 def test_json_has_one_candidate_a_line(make_case: Callable[..., Case], settings: Settings, tmp_path: Path) -> None:
     run = recording.start({"device": "cpu", "threads": 2, "dtype": "float32", "libraries": [], "absent": []})
     assert {"cpu", "cores", "memory_gb", "system", "load"} == run["machine"].keys()
-    assert {"python", "llm_ext", "build_info", "peers"} == run["versions"].keys()
+    assert {"python", "llm_ext", "build_info", "peers", "models"} == run["versions"].keys()
     run["cases"] = [comparison.run(make_case(), settings)] * 2
     run["cases"][0]["others"][0]["ratio"] = 1 / 3
     run["means"] = [comparison.geometric_mean(Mean(["small/*"], ["slow"]), ["small/x"], [], settings)]
