@@ -114,8 +114,8 @@ def test_converted_models_are_compared(settings: Settings) -> None:
     """The results in inference, and in training the gradients as well, decide whether a model is timed."""
 
     def scale_weights(model: Any) -> None:
-        assert isinstance(model.rnn, llm_ext.GRU)
         model.rnn.weight_hh_l0_reverse.data.mul_(1.01)
+        assert isinstance(model.rnn, llm_ext.GRU)
 
     def scale_gradients(model: Any) -> None:
         model.rnn.weight_hh_l0_reverse.register_hook(lambda gradient: 1.01 * gradient)
