@@ -106,6 +106,25 @@ def test_multilayer_rnn(
     compare(recurrence.op, functions, inputs)
 
 
+@parametrize_pairwise(recurrence=ARCHITECTURES, rows=("whole", "packed", "lengths"), layers=(1, 2))
+def test_resets_and_all_states(recurrence: Recurrence, rows: str, layers: int) -> None:
+    """The pieces between resets run as packed rows; the states after every step come from the saved activations.
+
+    The gradients of the latter come from ops that CUDA does not have.
+    """
+    options: dict[str, Any] = {}
+    x_shape: tuple[int, ...] = (6, 4, 3)
+    if rows == "packed":
+        x_shape, options["batch_sizes"] = (14, 3), batch_sizes_of([6, 5, 2, 1])
+    elif rows == "lengths":
+        options["lengths"] = torch.tensor([3, 0, 6, 1])
+    options["reset"] = torch.rand(x_shape[:-1]) < 0.3
+    inputs = multilayer_inputs(recurrence, x_shape, 4, 17, torch.float64, layers=layers)
+    compare(recurrence.op, multilayer_functions(recurrence, **options), inputs)
+    functions = multilayer_functions(recurrence, **options, return_all_states=True)
+    compare(recurrence.op, functions, evaluated(inputs), gradients=False)
+
+
 @every_architecture
 def test_wanted_gradients(recurrence: Recurrence) -> None:
     inputs = recurrence_inputs(recurrence, (3, 2, 4), 2, 5, torch.float64)
