@@ -118,4 +118,4 @@ format: $(BUILT)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info llm_ext/*.so
+	rm -rf $(VENV) build dist site *.egg-info llm_ext/*.so llm_ext/lib

@@ -1,4 +1,7 @@
-"""Builds the one compiled module, `llm_ext._C`. Everything else about the package is in pyproject.toml.
+"""Builds the compiled half. Everything else about the package is in pyproject.toml.
+
+`llm_ext/lib/libllm_ext.so` holds kernels and ops and knows no Python; `llm_ext._C` is a small pybind11 module that is
+linked to it.
 
 The CUDA half is built if torch has CUDA and nvcc is found; a GPU is not needed. Environment variables:
 
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import pybind11
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 
 # setuptools expects paths relative to this file, whatever the working directory is.
 ROOT = Path(__file__).resolve().parent
@@ -99,20 +102,51 @@ FLAGS = [
     "-g0",
     *os.environ.get("LLM_EXT_CXXFLAGS", "").split(),
 ]
-OPTIONS = {
-    "include_dirs": [str(ROOT / "csrc"), pybind11.get_include()],
+LIBRARY_OPTIONS = {
+    "include_dirs": [str(ROOT / "csrc")],
     "define_macros": [("LLM_EXT_TORCH_VERSION", f'"{torch.__version__}"')],
     "extra_link_args": ["-fopenmp"],
+    "py_limited_api": True,  # torch then leaves out its library for Python
 }
+LIBRARY_SOURCES = [source for source in sources("**/*.cpp", "**/*.cu") if source != "csrc/module.cpp"]
 if CUDA:
     nvcc_flags = ["-O3", "-std=c++17"]
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         nvcc_flags += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
-    OPTIONS["define_macros"].append(("LLM_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
+    LIBRARY_OPTIONS["define_macros"].append(("LLM_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
     flags = {"cxx": FLAGS, "nvcc": nvcc_flags}
-    extension = CUDAExtension("llm_ext._C", sources("**/*.cpp", "**/*.cu"), extra_compile_args=flags, **OPTIONS)
+    library = CUDAExtension("llm_ext.lib.libllm_ext", LIBRARY_SOURCES, extra_compile_args=flags, **LIBRARY_OPTIONS)
 else:
-    cpu_sources = [source for source in sources("**/*.cpp") if not is_cuda(source)]
-    extension = CppExtension("llm_ext._C", cpu_sources, extra_compile_args=FLAGS, **OPTIONS)
+    cpu_sources = [source for source in LIBRARY_SOURCES if not is_cuda(source)]
+    library = CppExtension("llm_ext.lib.libllm_ext", cpu_sources, extra_compile_args=FLAGS, **LIBRARY_OPTIONS)
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+module = Extension(
+    "llm_ext._C",
+    ["csrc/module.cpp"],
+    include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+    extra_compile_args=FLAGS,
+    libraries=["llm_ext"],
+    runtime_library_dirs=["$ORIGIN/lib"],
+    language="c++",
+)
+
+
+class Build(BuildExtension):
+    """Builds the library and then the module that is linked to it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.library_dirs.append(str(Path(self.build_lib, "llm_ext", "lib")))
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        # The library belongs to no Python, so its name has no tag of one.
+        if ext_name.endswith("libllm_ext"):
+            return str(Path(*ext_name.split("."))) + ".so"
+        return super().get_ext_filename(ext_name)
+
+    def copy_extensions_to_source(self) -> None:
+        (ROOT / "llm_ext" / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
+
+setup(ext_modules=[library, module], cmdclass={"build_ext": Build})

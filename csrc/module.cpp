@@ -1,46 +1,27 @@
-// llm_ext._C: everything that is not a tensor. Loading the module registers the ops, which go through torch.ops.
+// llm_ext._C: everything that is not a tensor. Loading the module loads libllm_ext.so, which registers the ops.
 #include <pybind11/pybind11.h>
 
-#include <string>
-
-#include "caches.h"
-#include "cpu/kernels.h"
+#include "exports.h"
 
 namespace py = pybind11;
 
 namespace {
 
 py::dict build_info() {
-  py::dict info;
-#if defined(__clang__)
-  info["compiler"] = std::string("clang ") + __clang_version__;
-#elif defined(__GNUC__)
-  info["compiler"] = std::string("gcc ") + __VERSION__;
-#else
-  info["compiler"] = "unknown";
-#endif
-  info["torch"] = LLM_EXT_TORCH_VERSION;
-#ifdef LLM_EXT_CUDA_VERSION
-  info["cuda"] = LLM_EXT_CUDA_VERSION;
-#else
-  info["cuda"] = py::none();
-#endif
-#ifdef _OPENMP
-  info["openmp"] = true;
-#else
-  info["openmp"] = false;
-#endif
-  info["isa"] = llm_ext::kernels().isa;
-  return info;
+  const llm_ext::BuildInfo info = llm_ext::build_info();
+  py::dict result;
+  result["compiler"] = info.compiler;
+  result["torch"] = info.torch;
+  result["cuda"] = info.cuda;  // a null pointer becomes None
+  result["openmp"] = info.openmp;
+  result["isa"] = info.isa;
+  return result;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of llm_ext. Importing it registers the ops of torch.ops.llm_ext.";
-  m.def(
-      "isa", [] { return llm_ext::kernels().isa; },
-      "Return the ISA of the CPU kernels in use: baseline, avx2, avx512 or avx512_bf16.");
   m.def("build_info", &build_info, "Return compiler, torch, CUDA and OpenMP of the build, and the ISA in use.");
   m.def("packed_weight_cache_bytes", &llm_ext::packed_weight_cache_bytes,
         "Return the size of the packed weight cache in bytes.");

@@ -7,12 +7,15 @@ import platform
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from support.devices import ISAS, supported_isas
 from support.process import check_fork, check_python
 
-import llm_ext._C
+import llm_ext
+
+LIBRARY = Path(llm_ext.__file__).parent / "lib" / "libllm_ext.so"
 
 # LLM_EXT_ISA is read at the first call of a kernel or of build_info.
 PRINT_ISA = """
@@ -42,9 +45,8 @@ def test_unknown_isa_is_refused() -> None:
 )
 def test_avx_only_in_kernels_of_an_isa() -> None:
     """A machine without AVX runs everything outside the kernels of an ISA, so no AVX instruction may be there."""
-    listing = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", llm_ext._C.__file__], check=True, capture_output=True, text=True
-    ).stdout
+    command = ["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     users: set[str] = set()  # functions with AVX
     symbol = ""
     for line in listing.splitlines():

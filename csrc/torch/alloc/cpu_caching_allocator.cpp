@@ -2,7 +2,7 @@
 
 #include <sys/mman.h>
 
-#include "caches.h"
+#include "exports.h"
 
 namespace llm_ext {
 namespace {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "caches.h"
+#include "exports.h"
 #include "torch/threads/run_team.h"
 
 namespace llm_ext {
