@@ -1,4 +1,4 @@
-// What libllm_ext.so offers beside its ops. The module of a Python, module.cpp, is linked to it.
+// What libllm_ext.so offers beside its ops: to Python through module.cpp, or else through torch/ops/exports.cpp.
 #pragma once
 
 #include <cstdint>

@@ -13,6 +13,7 @@ from support.inputs import leaf
 from support.multilayer import multilayer_functions, multilayer_inputs, state_of, weights_of
 from support.pooling import pool_opcheck_cases
 from support.recurrences import ARCHITECTURES, GRU, LSTM, RNN, Recurrence, recurrence_opcheck_cases
+from support.registered_ops import tensor_ops
 from torch import Tensor
 
 from llm_ext import reference
@@ -129,15 +130,10 @@ def test_opcheck(op: str, arguments: tuple[object, ...]) -> None:
 
 def test_every_op_has_a_case() -> None:
     """bidirectional_*, which has no CPU kernel, is tested below."""
-    registered = {name.split("::")[1].split(".")[0] for name in _registered_ops()}
+    registered = set(tensor_ops())
     tested = {op for op, _ in CASES}
     assert registered - tested == {"bidirectional_forward", "bidirectional_backward"}
     assert tested <= registered
-
-
-def _registered_ops() -> list[str]:
-    names: list[str] = torch._C._dispatch_get_all_op_names()
-    return [name for name in names if name.startswith("llm_ext::")]
 
 
 class ReferenceKernels:

@@ -6,15 +6,14 @@ import pytest
 import torch
 from support.comparison import assert_close, assert_same_bits
 from support.recurrences import ARCHITECTURES, Recurrence, recurrence_functions, recurrence_inputs
+from support.registered_ops import tensor_ops
 from support.tolerances import HALF_DTYPES
 from torch import Tensor
 
 from llm_ext import ops
 from llm_ext.ops import _registration
 
-NAMES = sorted(
-    name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("llm_ext::")
-)
+NAMES = tensor_ops()
 every_op = pytest.mark.parametrize("name", NAMES)
 # An index does not depend smoothly on the inputs.
 NOT_DIFFERENTIABLE = {"linear_argmax"}

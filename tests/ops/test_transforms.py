@@ -25,6 +25,7 @@ from support.recurrences import (
     recurrence_functions,
     recurrence_inputs,
 )
+from support.registered_ops import tensor_ops
 from support.tolerances import DTYPES, HALF_DTYPES
 from support.transforms import TRANSFORMS, Call, check_derivatives, check_transform
 from torch import Tensor, func
@@ -386,12 +387,7 @@ def test_errors_are_the_same(function: Callable[[Tensor], Any], shape: tuple[int
 # ---- the registered ops, which have no forward mode
 
 
-OPS = sorted(
-    name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("llm_ext::")
-)
-
-
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", tensor_ops())
 def test_no_op_loses_a_tangent(name: str) -> None:
     """A registered op that gets a tangent refuses, whichever argument has it; none returns a result without one.
 

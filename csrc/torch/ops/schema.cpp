@@ -98,4 +98,11 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "attention_step(str mode, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, bool bias, "
       "Tensor? input_projection, Tensor w_query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, "
       "Tensor w_out, Tensor? b_out) -> (Tensor out, Tensor h_n, Tensor c_n)");
+
+  // Without tensors: llm_ext/_C.py.
+  m.def("build_info() -> (str compiler, str torch, str? cuda, bool openmp, str isa)");
+  m.def("packed_weight_cache_bytes() -> int");
+  m.def("clear_packed_weight_cache() -> ()");
+  m.def("cpu_cache_bytes() -> int");
+  m.def("empty_cpu_cache() -> ()");
 }

@@ -1,0 +1,73 @@
+"""lib/libllm_ext.so serves every Python: with the compiled module `_C` of one, or with llm_ext/_C.py without."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.process import check_python
+
+import llm_ext
+from llm_ext import _C
+
+PACKAGE = Path(llm_ext.__file__).parent
+LIBRARY = PACKAGE / "lib" / "libllm_ext.so"
+
+USE_EVERY_FUNCTION = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch, llm_ext
+from llm_ext import _C
+print(_C.__file__)
+os.environ["LLM_EXT_ISA"] = "mmx"
+try:
+    llm_ext.build_info()
+except RuntimeError as error:
+    print(error)
+os.environ["LLM_EXT_ISA"] = ""
+llm_ext.empty_cpu_cache()
+llm_ext.clear_packed_weight_cache()
+layer, x = llm_ext.LSTM(64, 64), torch.randn(128, 64, 64)
+with torch.no_grad():
+    for _ in range(2):
+        y = layer(x)
+del y
+bytes = llm_ext.packed_weight_cache_bytes(), llm_ext.cpu_cache_bytes()
+llm_ext.empty_cpu_cache()
+llm_ext.clear_packed_weight_cache()
+print(bytes, llm_ext.packed_weight_cache_bytes(), llm_ext.cpu_cache_bytes())
+print(sorted(llm_ext.build_info().items(), key=str))
+"""
+
+
+def test_python_without_a_module(tmp_path: Path) -> None:
+    """The package without its compiled module works as with it."""
+    shutil.copytree(PACKAGE, tmp_path / "llm_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "llm_ext" / "lib").rmdir()
+    (tmp_path / "llm_ext" / "lib").symlink_to(LIBRARY.parent)
+    module, *expected = check_python(USE_EVERY_FUNCTION, PACKAGE.parent).splitlines()
+    fallback, *actual = check_python(USE_EVERY_FUNCTION, tmp_path).splitlines()
+    assert (Path(module), Path(fallback)) == (Path(_C.__file__), tmp_path / "llm_ext" / "_C.py")
+    assert "LLM_EXT_ISA must be one of" in expected[0]
+    assert "(0, " not in expected[1], "the caches are in use"
+    assert actual == expected
+
+
+def test_package_that_is_not_built(tmp_path: Path) -> None:
+    shutil.copy(PACKAGE / "_C.py", tmp_path)
+    spec = importlib.util.spec_from_file_location("not_built", tmp_path / "_C.py")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match="llm_ext is not built"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+def test_library_knows_no_python() -> None:
+    listing = subprocess.run(["nm", "-D", LIBRARY], check=True, capture_output=True, text=True).stdout
+    symbols = {line.split()[-1] for line in listing.splitlines()}
+    assert any("llm_ext" in symbol for symbol in symbols)
+    assert not [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))]
