@@ -2,6 +2,7 @@
 # make test             build, then run the tests; PYTEST="tests/nn -x" passes arguments to pytest
 # make test-cuda        test the CUDA kernels and ops compiled for the CPU, in an emulator; no GPU is needed
 # make test-isa LEVEL=avx2   run the op tests with the kernels of one ISA: baseline, avx2, avx512 or avx512_bf16
+# make wheel            build the wheel in dist/, for the CPU, every Python and every torch from 2.11 on
 # make docs             build the documentation in site/; a dead link or a missing docstring is an error
 # make lint             ruff, mypy --strict, clang-format, typos
 # make format           apply ruff and clang-format
@@ -30,8 +31,8 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-cuda test-isa docs cuda-check gpu demo demo-translate demo-summarize demo-audio bench lint \
-    format clean
+.PHONY: build test test-cuda test-isa wheel docs cuda-check gpu demo demo-translate demo-summarize demo-audio \
+    bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -66,6 +67,18 @@ ISA_TESTS := $(filter-out $(ISA_INDEPENDENT), $(wildcard tests/ops/test_*.py)) \
 
 test-isa: $(BUILT)
 	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS) $(PYTEST)
+
+# The wheel has a compiled module for those of these Pythons that have headers; any other uses llm_ext/_C.py.
+WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+
+# auditwheel checks what the libraries ask of a system, and names the file for manylinux. torch's libraries stay outside.
+wheel: $(BUILT)
+	$(PIP) install --quiet --constraint constraints.txt 'llm_ext[wheel]'
+	rm -rf build/lib.* build/wheel dist
+	LLM_EXT_CUDA=0 LLM_EXT_MANYLINUX=1 LLM_EXT_PYTHONS="$(WHEEL_PYTHONS)" \
+	    $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
+	    --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 
 docs: $(BUILT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -8,6 +8,8 @@ The CUDA half is built if torch has CUDA and nvcc is found; a GPU is not needed.
 - LLM_EXT_CUDA: 0 builds for the CPU only; 1 fails if the CUDA half cannot be built.
 - TORCH_CUDA_ARCH_LIST: the GPU architectures to compile for.
 - LLM_EXT_CXXFLAGS: additional flags for the C++ compiler.
+- LLM_EXT_MANYLINUX: 1 builds binaries that run on glibc 2.28, whatever glibc they are built on (x86-64).
+- LLM_EXT_PYTHONS: more interpreters for which to build the module; those without headers are left out.
 """
 
 import os
@@ -21,6 +23,7 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 # setuptools expects paths relative to this file, whatever the working directory is.
 ROOT = Path(__file__).resolve().parent
@@ -102,51 +105,84 @@ FLAGS = [
     "-g0",
     *os.environ.get("LLM_EXT_CXXFLAGS", "").split(),
 ]
+MANYLINUX = os.environ.get("LLM_EXT_MANYLINUX") == "1"
+COMMON_SOURCES = ["csrc/manylinux_2_28.cpp"] if MANYLINUX else []
+LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc' / 'manylinux_2_28.map'}"] if MANYLINUX else []
+LIBRARY = "llm_ext.lib.libllm_ext"
 LIBRARY_OPTIONS = {
     "include_dirs": [str(ROOT / "csrc")],
     "define_macros": [("LLM_EXT_TORCH_VERSION", f'"{torch.__version__}"')],
-    "extra_link_args": ["-fopenmp"],
+    "extra_link_args": LINK_FLAGS,
     "py_limited_api": True,  # torch then leaves out its library for Python
 }
-LIBRARY_SOURCES = [source for source in sources("**/*.cpp", "**/*.cu") if source != "csrc/module.cpp"]
+LIBRARY_SOURCES = [s for s in sources("**/*.cpp", "**/*.cu") if s not in ("csrc/module.cpp", "csrc/manylinux_2_28.cpp")]
+LIBRARY_SOURCES += COMMON_SOURCES
+# Neither is linked to an OpenMP runtime. The library finds the one that torch has loaded, so there is never a second.
 if CUDA:
     nvcc_flags = ["-O3", "-std=c++17"]
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         nvcc_flags += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
     LIBRARY_OPTIONS["define_macros"].append(("LLM_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
     flags = {"cxx": FLAGS, "nvcc": nvcc_flags}
-    library = CUDAExtension("llm_ext.lib.libllm_ext", LIBRARY_SOURCES, extra_compile_args=flags, **LIBRARY_OPTIONS)
+    library = CUDAExtension(LIBRARY, LIBRARY_SOURCES, extra_compile_args=flags, **LIBRARY_OPTIONS)
 else:
     cpu_sources = [source for source in LIBRARY_SOURCES if not is_cuda(source)]
-    library = CppExtension("llm_ext.lib.libllm_ext", cpu_sources, extra_compile_args=FLAGS, **LIBRARY_OPTIONS)
+    library = CppExtension(LIBRARY, cpu_sources, extra_compile_args=FLAGS, **LIBRARY_OPTIONS)
 
-module = Extension(
-    "llm_ext._C",
-    ["csrc/module.cpp"],
-    include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-    extra_compile_args=FLAGS,
-    libraries=["llm_ext"],
-    runtime_library_dirs=["$ORIGIN/lib"],
-    language="c++",
-)
+# The files of the extensions. Those of modules are named for a Python, the library is not.
+FILES = {LIBRARY: "llm_ext/lib/libllm_ext.so"}
+
+
+def module(include: str, suffix: str) -> Extension:
+    """Return the pybind11 module for the Python with these headers and this suffix of file names."""
+    name = "llm_ext._C" + re.sub(r"\W", "_", suffix)
+    FILES[name] = f"llm_ext/_C{suffix}"
+    return Extension(
+        name,
+        ["csrc/module.cpp", *COMMON_SOURCES],
+        include_dirs=[include, str(ROOT / "csrc"), pybind11.get_include()],
+        extra_compile_args=FLAGS,
+        extra_link_args=LINK_FLAGS,
+        libraries=["llm_ext"],
+        runtime_library_dirs=["$ORIGIN/lib"],
+        language="c++",
+    )
+
+
+def modules() -> list[Extension]:
+    """Return the modules for this Python and for those of LLM_EXT_PYTHONS."""
+    query = "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'), sep='\\n')"
+    found = {sysconfig.get_config_var("EXT_SUFFIX"): sysconfig.get_path("include")}
+    for python in filter(shutil.which, os.environ.get("LLM_EXT_PYTHONS", "").split()):
+        run = subprocess.run([python, "-c", query], capture_output=True, text=True, check=False)
+        include, _, suffix = run.stdout.strip().partition("\n")
+        if Path(include, "Python.h").exists():
+            found.setdefault(suffix, include)
+    return [module(include, suffix) for suffix, include in found.items()]
 
 
 class Build(BuildExtension):
-    """Builds the library and then the module that is linked to it."""
+    """Builds the library and then the modules that are linked to it."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.library_dirs.append(str(Path(self.build_lib, "llm_ext", "lib")))
 
     def get_ext_filename(self, ext_name: str) -> str:
-        # The library belongs to no Python, so its name has no tag of one.
-        if ext_name.endswith("libllm_ext"):
-            return str(Path(*ext_name.split("."))) + ".so"
-        return super().get_ext_filename(ext_name)
+        # setuptools asks for the path, and for the name alone.
+        paths = {**FILES, **{name.rpartition(".")[2]: Path(file).name for name, file in FILES.items()}}
+        return paths[ext_name]
 
     def copy_extensions_to_source(self) -> None:
         (ROOT / "llm_ext" / "lib").mkdir(exist_ok=True)
         super().copy_extensions_to_source()
 
 
-setup(ext_modules=[library, module], cmdclass={"build_ext": Build})
+class Wheel(bdist_wheel):
+    """Names the wheel for every Python 3: one without a module for it uses llm_ext/_C.py."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(ext_modules=[library, *modules()], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

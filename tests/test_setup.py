@@ -1,13 +1,14 @@
-"""setup.py decides about the CUDA half from torch, nvcc and LLM_EXT_CUDA; nothing is compiled."""
+"""setup.py decides what to build from torch, nvcc, the headers of Python and LLM_EXT_*; nothing is compiled."""
 
 from __future__ import annotations
 
 import os
 import runpy
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ class Run(NamedTuple):
     error: str  # the message it exited with
     out: str
     err: str
+    namespace: dict[str, Any]
 
 
 @pytest.fixture
@@ -35,12 +37,12 @@ def run_setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
-        error = ""
+        error, namespace = "", {}
         try:
-            runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+            namespace = runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
         except SystemExit as end:
             error = str(end.code)
-        return Run(error, *capfd.readouterr())
+        return Run(error, *capfd.readouterr(), namespace)
 
     return run
 
@@ -77,6 +79,23 @@ def test_cuda_is_required_but_impossible(nvcc: str, run_setup: Callable[..., Run
 def test_nvcc_is_missing(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
     run = run_setup(LLM_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
     assert ("nvcc is missing" if CUDA_TORCH else "has no CUDA") in run.error
+
+
+def test_modules_of_other_pythons(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
+    """Each Python with headers has a module, once; one without headers has none, and the library has no tag."""
+    include = tmp_path / "include"
+    include.mkdir()
+    (include / "Python.h").touch()
+    pythons = []
+    for name, folder in (("with", include), ("without", tmp_path)):
+        python = tmp_path / name
+        python.write_text(f"#!/bin/sh\necho {folder}\necho .cpython-{name}.so\n")
+        python.chmod(0o755)
+        pythons.append(str(python))
+    run = run_setup(LLM_EXT_CUDA="0", LLM_EXT_PYTHONS=" ".join([*pythons, sys.executable, "absent"]))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    modules = {"llm_ext/lib/libllm_ext.so", f"llm_ext/_C{suffix}", "llm_ext/_C.cpython-with.so"}
+    assert set(run.namespace["FILES"].values()) == modules
 
 
 def test_invalid_setting(run_setup: Callable[..., Run]) -> None:
