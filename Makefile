@@ -3,6 +3,7 @@
 # make test-cuda        test the CUDA kernels and ops compiled for the CPU, in an emulator; no GPU is needed
 # make test-isa LEVEL=avx2   run the op tests with the kernels of one ISA: baseline, avx2, avx512 or avx512_bf16
 # make wheel            build the wheel in dist/, for the CPU, every Python and every torch from 2.11 on
+# make wheel-test       install that wheel beside several versions of torch and test it there
 # make docs             build the documentation in site/; a dead link or a missing docstring is an error
 # make lint             ruff, mypy --strict, clang-format, typos
 # make format           apply ruff and clang-format
@@ -31,7 +32,7 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-cuda test-isa wheel docs cuda-check gpu demo demo-translate demo-summarize demo-audio \
+.PHONY: build test test-cuda test-isa wheel wheel-test docs cuda-check gpu demo demo-translate demo-summarize demo-audio \
     bench lint format clean
 .DELETE_ON_ERROR:
 
@@ -79,6 +80,17 @@ wheel: $(BUILT)
 	    $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
 	    --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tests/wheel/check.py dist/*.whl
+
+WHEEL_TORCH ?= 2.11.0 2.12.1 2.13.0 2.14.1
+WHEEL_TEST := build/wheel-test
+
+wheel-test:
+	for torch in $(WHEEL_TORCH); do \
+	    $(PYTHON) -m venv $(WHEEL_TEST)/$$torch && $(WHEEL_TEST)/$$torch/bin/pip --disable-pip-version-check install \
+	    --quiet --constraint constraints.txt torch==$$torch hypothesis numpy pytest || exit; \
+	done
+	$(PYTHON) tests/wheel/check.py dist/*.whl $(WHEEL_TORCH:%=$(WHEEL_TEST)/%/bin/python)
 
 docs: $(BUILT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
