@@ -20,10 +20,19 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
-import torch
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    import pybind11
+    import torch
+except ImportError as error:
+    # An isolated build has pybind11 but not torch, because it would download one that the user may not have chosen.
+    needs = "torch 'setuptools>=77' wheel ninja 'pybind11>=2.13'"
+    sys.exit(
+        f"llm_ext: the build does not find {error.name}; run pip install {needs}, "
+        "and then pip install --no-build-isolation . in the same environment"
+    )
 
 # setuptools expects paths relative to this file, whatever the working directory is.
 ROOT = Path(__file__).resolve().parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 import sysconfig
@@ -79,6 +80,12 @@ def test_cuda_is_required_but_impossible(nvcc: str, run_setup: Callable[..., Run
 def test_nvcc_is_missing(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
     run = run_setup(LLM_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
     assert ("nvcc is missing" if CUDA_TORCH else "has no CUDA") in run.error
+
+
+def test_isolated_build_says_what_to_do(monkeypatch: pytest.MonkeyPatch, run_setup: Callable[..., Run]) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (sentence,) = run_setup().error.splitlines()
+    assert re.match("llm_ext: the build does not find torch; .* pip install --no-build-isolation", sentence)
 
 
 def test_modules_of_other_pythons(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
