@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 import zlib
@@ -43,7 +44,8 @@ def read(files: list[Path]) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on, and those of other files whose summaries are not among the former."""
     training: dict[Pair, None] = {}
     held_out: dict[Pair, None] = {}
-    with ProcessPoolExecutor() as pool:
+    # Not forks of this process, whose threads may hold a lock at that moment.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
         for path, pairs in zip(files, pool.map(pairs_of, files, chunksize=32), strict=True):
             name = "/".join(path.parts[-3:])
             chosen = held_out if zlib.crc32(name.encode()) < HELD_OUT * 2**32 else training
