@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from support.comparison import flatten
 from support.layers import LAYERS, layer_pair, random_state, rows_of
 from support.pairwise import parametrize_pairwise
+from support.registered_ops import tensor_ops
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -19,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import llm_ext
 from llm_ext import ops
 
-SCHEMA = Path(__file__).resolve().parents[2] / "csrc/torch/ops/schema.cpp"
 FLAGS = (False, True)
 
 
@@ -32,7 +30,7 @@ def count(run: Callable[[], Any], backward: bool = False) -> int:
 
 
 def test_every_op_has_a_formula() -> None:
-    names = re.findall(r'm\.def\(\s*"(\w+)\(', SCHEMA.read_text())
+    names = tensor_ops()
     assert "lstm_forward" in names, "the search finds the ops"
     missing = [name for name in names if getattr(torch.ops.llm_ext, name) not in flop_registry]
     assert missing == []
