@@ -1,4 +1,4 @@
-// What libllm_ext.so offers beside its ops: to Python through module.cpp, or else through torch/ops/exports.cpp.
+// The functions of libllm_ext.so beside its ops. Python calls them through module.cpp, or else torch/ops/exports.cpp.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""What the models for transformers share: initialization, wrapping of a model that exists, another vocabulary size."""
+"""The base of the models for transformers: initialization, wrapping of a model that exists, another vocabulary size."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ __all__ = ["EncodedSource", "Seq2SeqForConditionalGeneration"]
 
 @dataclass
 class EncodedSource(ModelOutput):
-    """What a `Seq2Seq` has read: `encoder_outputs` for transformers.
+    """The source that a `Seq2Seq` has read: `encoder_outputs` for transformers.
 
     Attributes:
         last_hidden_state: The values that the decoder attends to, ``[B, S, E]``, the tokens of each source first.

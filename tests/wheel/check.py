@@ -20,10 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_BYTES = 5 * 2**20
-# manylinux_2_28: what AlmaLinux 8 has.
+# The versions of manylinux_2_28, those of AlmaLinux 8.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
-# What may be missing without a version: torch's stable C interface and the OpenMP runtime that torch has loaded; in a
-# module also Python and our library.
+# Symbols that may be undefined without a version: torch's stable C interface and the OpenMP runtime that torch has
+# loaded; in a module also Python and our library.
 LIBRARY_IMPORTS = re.compile(r"(aoti_)?torch_[a-z]|GOMP_|omp_")
 MODULE_IMPORTS = re.compile(r"_?Py[A-Z_]|_ZN7llm_ext")
 NEEDED = re.compile(r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|c10|torch|torch_cpu|llm_ext)\.so[.\d]*|ld-linux.*")
@@ -43,7 +43,7 @@ def run(*command: str | Path) -> str:
 
 
 def faults_of(library: Path) -> Iterator[str]:
-    """What a library or module asks for and a system or a torch may lack."""
+    """Yield the symbols and libraries that a library or module asks for and a system or a torch may lack."""
     allowed = MODULE_IMPORTS if library.name.startswith("_C.") else LIBRARY_IMPORTS
     for line in run("nm", "-D", "--undefined-only", library).splitlines():
         kind, symbol = line.split()
@@ -60,7 +60,7 @@ def faults_of(library: Path) -> Iterator[str]:
 
 
 def faults_of_file(wheel: Path) -> Iterator[str]:
-    """What is wrong with the wheel as a file."""
+    """Yield the faults of the wheel as a file."""
     if not re.fullmatch(r"llm_ext-[\d.]+-py3-none-manylinux_2_28_x86_64\.whl", wheel.name):
         yield f"{wheel.name} is not for every Python on manylinux_2_28"
     if wheel.stat().st_size > MAX_BYTES:

@@ -50,7 +50,7 @@ class PrivateTask(Task):
             expected = f"at most {samples} with --dp-epsilon, the number of samples ({self.sample} each)"
             raise CommandError(f"--batch must be {expected}, got {self.batch}")
         self.samples = samples
-        # From the system's randomness: whoever knows --seed must not know the batches.
+        # From the system's randomness: the batches must not follow from --seed.
         self._random = np.random.default_rng()
 
     def draw(self) -> Indices:
