@@ -91,12 +91,14 @@ class _Loop:
         weights: the weights of the cell.
         needs: for each of them whether it requires a gradient.
         sums: the sum of each backward pass that runs, by its number.
+        is_over: whether a backward pass has come through the loop.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.needs = _needs(weights)
         self.sums: dict[int, _Sum] = {}
+        self.is_over = False
 
     def sum_of_pass(self) -> _Sum:
         number = backward_pass_id()
@@ -119,6 +121,7 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.loop.is_over = True
         found = ctx.loop.sums.pop(backward_pass_id(), None) or _Sum()
         found.multiply()
         needs = ctx.needs_input_grad[1:]
@@ -191,7 +194,10 @@ def _token(weights: Weights) -> Any:
     token: Any = None if found is None else found()
     if token is not None:
         loop = token.loop
-        if all([old is new for old, new in zip(loop.weights, weights, strict=True)]) and loop.needs == _needs(weights):
+        # The graph of a loop that is over may live on. Autograd runs newer nodes first, and FSDP2 reduces gradients in
+        # a node of each call, so the token of the next loop must be newer than the first of its calls.
+        same = all([old is new for old, new in zip(loop.weights, weights, strict=True)])
+        if same and not loop.is_over and loop.needs == _needs(weights):
             return token
     loop = _Loop(weights)
     token = _Weights.apply(loop, *weights)  # type: ignore[no-untyped-call]

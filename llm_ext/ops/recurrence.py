@@ -419,7 +419,7 @@ def run(
        ONNX: one of its operators for each layer.
     3. Lengths on the CPU: the rows are packed once for all layers and directions. In a graph that is recorded each op
        packs.
-    4. One direction of one layer: its op.
+    4. One direction of one layer: its op, or a step of a loop that autograd records, if one step is all.
     5. No derivative, dropout or projection: one op for all layers and directions.
     6. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
 
@@ -439,6 +439,10 @@ def run(
     packs = not transformed and lengths is not None and (all_states or not is_on_cuda(x)) and not is_recorded(lengths)
     if len(weights) == 1 and not (transformed or packs or input_projections or all_states):
         # Without a _Call: making one takes some per cent of the time of a single step.
+        if state is not None and batch_sizes is None and lengths is None:
+            after = _step_of_a_loop(mode, x, state, weights[0])
+            if after is not None:
+                return after
         return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
     call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
     if all_states:
@@ -463,6 +467,26 @@ def run(
     ):
         return _all_layers(call)
     return _layer_by_layer(call)
+
+
+def _step_of_a_loop(
+    mode: str, x: Tensor, state: State, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, State] | None:
+    """Run a call of one step as `run_step` does, if its state needs a gradient, as in a loop; else return None."""
+    try:
+        if not (torch.is_grad_enabled() and state[0].requires_grad) or is_recorded(x) or len(x) != 1 or x.dim() != 3:
+            return None
+        *found, w_hr = unpack_weights(weights)
+        cell: Any = tuple(found)
+        flat = state[0].dim() == 2
+        before = state if flat else tuple([tensor[0] for tensor in state])
+        if w_hr is not None or not _loops.is_supported(x[0], before, cell):
+            return None
+        after = _loops.step(mode, x[0], before, cell)
+    except FAILURES:  # the ordinary path explains it
+        return None
+    # Not views, which share memory and could not be detached in place.
+    return torch.stack(after[:1]), after if flat else tuple([torch.stack((tensor,)) for tensor in after])
 
 
 def run_all_states(*args: Any) -> tuple[Tensor, State, State]:

@@ -219,3 +219,29 @@ def test_the_state_may_be_written_to(kind: str) -> None:
         gradients.append(torch.autograd.grad(loss, [x, *first, *cell.parameters()]))
     for theirs, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bias", FLAGS)
+@pytest.mark.parametrize("batch_first", FLAGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_called_step_by_step(kind: str, batch_first: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is called for one step at a time does as a cell."""
+    steps = []
+    step = _loops.step
+    monkeypatch.setattr(_loops, "step", lambda *call: steps.append(call) or step(*call))  # type: ignore[func-returns-value]
+    x, *state = inputs_of(kind)
+    theirs = getattr(nn, kind)(INPUT, HIDDEN, bias=bias, batch_first=batch_first, dtype=torch.float64)
+    found = []
+    for layer in (theirs, llm_ext.convert(copy.deepcopy(theirs))):
+        hx: Any = tuple(tensor.unsqueeze(0) for tensor in state) if kind == "LSTM" else state[0].unsqueeze(0)
+        outputs = []
+        for row in x:
+            y, hx = layer(row.unsqueeze(1 if batch_first else 0), hx)
+            outputs.append(y.flatten(0, 1))
+        last = [*hx] if kind == "LSTM" else [hx]
+        values = [torch.stack(outputs), *last]
+        total = torch.stack([(value * value).sum() for value in values]).sum()
+        found.append([*values, *torch.autograd.grad(total, [x, *state, *layer.parameters()])])
+        last[0].detach_()
+    torch.testing.assert_close(found[1], found[0])
+    assert len(steps) == len(x)

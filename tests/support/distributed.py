@@ -37,9 +37,28 @@ class Tagger(nn.Module):
         return scores
 
 
+class Decoder(nn.Module):
+    """A loop over a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, 6, **LARGE)
+        self.cell = llm_ext.LSTMCell(6, 5, **LARGE)
+        self.head = nn.Linear(5, V, **LARGE)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, state, outputs = self.embedding(ids).unbind(1), None, []
+        for row in rows:
+            state = self.cell(row, state)
+            outputs.append(state[0])
+        scores: Tensor = self.head(torch.stack(outputs, 1))
+        return scores
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "converted": lambda: llm_ext.convert(Tagger(), linear=True),
     "torch": Tagger,
+    "cell": Decoder,
     "lm": lambda: llm_ext.LLM(V, 6, 5, V, 2, 0.0, cell="lstm", **LARGE),
     "seq2seq": lambda: llm_ext.Seq2Seq(V, V, 6, 5, cell="gru", input_feeding=True, share_embedding=True, **LARGE),
 }
@@ -51,9 +70,9 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def shard_layers(model: nn.Module) -> nn.Module:
-    """Divide the recurrent layers of a model one by one, and the rest of it together."""
+    """Divide the recurrent layers and cells of a model one by one, and the rest of it together."""
     for layer in list(model.modules()):
-        if isinstance(layer, nn.RNNBase):
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
             fully_shard(layer)
     return shard(model)
 
@@ -64,6 +83,7 @@ WRAPPERS: list[tuple[str, Callable[[nn.Module], nn.Module]]] = [
     ("torch", lambda model: llm_ext.convert(DistributedDataParallel(model), linear=True)),
     ("seq2seq", DistributedDataParallel),
     ("converted", shard_layers),
+    ("cell", shard_layers),
     ("lm", shard),
     ("seq2seq", shard_layers),
 ]
