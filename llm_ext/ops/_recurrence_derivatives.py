@@ -378,7 +378,7 @@ def _loop_adjoint(mode: str, rows: Rows, theta: Theta, g: Sequence[Tensor]) -> S
             da = dh * _slope(mode, cell.h)
             before, values = [torch.zeros_like(dh)], [dh]
         da = da + parts[0][t]
-        before[0] = before[0] + _state_blocks(mode, da) @ theta.w_hh
+        before[0] = before[0] + state_blocks(mode, da) @ theta.w_hh
         for result, value in zip(results, (da, *values), strict=True):
             result[t] = value
         after = [torch.cat((value, old[n:])) for value, old in zip(before, after, strict=True)]
@@ -390,12 +390,12 @@ def _loop_adjoint(mode: str, rows: Rows, theta: Theta, g: Sequence[Tensor]) -> S
 # W_hh multiplies r z m.
 
 
-def _state_blocks(mode: str, a: Tensor) -> Tensor:
+def state_blocks(mode: str, a: Tensor) -> Tensor:
     """Return the blocks of a that W_hh multiplies, in its order of gates."""
     return a[..., a.shape[-1] // 4 :] if mode == "GRU" else a
 
 
-def _input_blocks(mode: str, a: Tensor) -> Tensor:
+def input_blocks(mode: str, a: Tensor) -> Tensor:
     """Return the blocks of a that W_ih multiplies, in the order of _in_blocks(W_ih)."""
     return a[..., : a.shape[-1] // 4 * 3] if mode == "GRU" else a
 
@@ -415,7 +415,7 @@ def _in_blocks(mode: str, w: Tensor) -> Tensor:
     return w.roll(w.shape[0] // 3, 0) if mode == "GRU" else w
 
 
-def _in_gates(mode: str, w: Tensor) -> Tensor:
+def in_gates(mode: str, w: Tensor) -> Tensor:
     """Return the inverse of _in_blocks."""
     return w.roll(-(w.shape[0] // 3), 0) if mode == "GRU" else w
 
@@ -423,7 +423,7 @@ def _in_gates(mode: str, w: Tensor) -> Tensor:
 def gate_gradients(mode: str, a: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients by W_ih x and by W_hh h, in the order of the gates, given those by the pre-activations."""
     if mode == "GRU":
-        return _input_blocks(mode, a).roll(-(a.shape[-1] // 4), -1), _state_blocks(mode, a)
+        return input_blocks(mode, a).roll(-(a.shape[-1] // 4), -1), state_blocks(mode, a)
     return a, a
 
 
@@ -491,7 +491,7 @@ def _theta_gradients(
     """Return the gradients of -<adjoint, residual(theta, p, p0)> by theta."""
     first = tuple(_filled(p0, _zero_state(theta)))
     need_w_hh, *others = needs
-    dw_hh = _state_blocks(mode, adjoint[0]).T @ rows.previous(first[0], p[1]) if need_w_hh else None
+    dw_hh = state_blocks(mode, adjoint[0]).T @ rows.previous(first[0], p[1]) if need_w_hh else None
     given: list[Any] = [tensor for tensor, need in zip(theta[1:], others, strict=True) if need]
     if not given:
         return [dw_hh, *[None] * len(others)]
@@ -681,14 +681,14 @@ def _gradients(
     """Return the gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, given those of y, the activations and c."""
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = needs
     solved, d0 = _adjoint_of_results(mode, rows, theta, grads)
-    by_input, by_state = _input_blocks(mode, solved[0]), _state_blocks(mode, solved[0])
+    by_input, by_state = input_blocks(mode, solved[0]), state_blocks(mode, solved[0])
     return [
         by_input @ _in_blocks(mode, w_ih) if need_x else None,
         d0[0] if need_h0 else None,
         d0[1] if need_c0 else None,
-        _in_gates(mode, by_input.T @ x) if need_w_ih else None,
+        in_gates(mode, by_input.T @ x) if need_w_ih else None,
         by_state.T @ rows.previous(theta.h0, theta.y) if need_w_hh else None,
-        _in_gates(mode, by_input.sum(0)) if need_b_ih else None,
+        in_gates(mode, by_input.sum(0)) if need_b_ih else None,
         by_state.sum(0) if need_b_hh else None,
         solved[1].T @ _projected(theta) if need_w_hr else None,
     ]

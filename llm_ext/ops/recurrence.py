@@ -355,8 +355,9 @@ def run_step(mode: str, x: Tensor, state: State, weights: tuple[Any, ...]) -> St
     """
     if torch.is_grad_enabled() and not transforms_active() and not is_recorded(x):
         try:
-            if _loops.is_supported(x, state, weights):
-                return _loops.step(mode, x, state, weights)
+            after = _loops.step(mode, x, state, weights)
+            if after is not None:
+                return after
         except FAILURES:  # the ordinary path explains it
             pass
     return run(mode, x.unsqueeze(0), state, (weights,), (False,), 0.0, None, None)[1]
@@ -480,9 +481,9 @@ def _step_of_a_loop(
         cell: Any = tuple(found)
         flat = state[0].dim() == 2
         before = state if flat else tuple([tensor[0] for tensor in state])
-        if w_hr is not None or not _loops.is_supported(x[0], before, cell):
+        after = None if w_hr is not None else _loops.step(mode, x[0], before, cell)
+        if after is None:
             return None
-        after = _loops.step(mode, x[0], before, cell)
     except FAILURES:  # the ordinary path explains it
         return None
     # Not views, which share memory and could not be detached in place.
