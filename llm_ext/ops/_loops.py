@@ -202,7 +202,7 @@ class _Step(torch.autograd.Function):
 
 
 # Without the tests for torch.func in Function.apply, which take a tenth of the time of a small step.
-_apply: Any = super(torch.autograd.Function, _Step).apply  # type: ignore[misc]
+_apply: Any = super(torch.autograd.Function, _Step).apply
 
 
 @functools.lru_cache(64)
