@@ -8,7 +8,8 @@ The CUDA half is built if torch has CUDA and nvcc is found; a GPU is not needed.
 - LLM_EXT_CUDA: 0 builds for the CPU only; 1 fails if the CUDA half cannot be built.
 - TORCH_CUDA_ARCH_LIST: the GPU architectures to compile for.
 - LLM_EXT_CXXFLAGS: additional flags for the C++ compiler.
-- LLM_EXT_MANYLINUX: 1 builds binaries that run on glibc 2.28, whatever glibc they are built on (x86-64).
+- LLM_EXT_MANYLINUX: 1 builds binaries that run on glibc 2.28, whatever glibc they are built on (x86-64); with CUDA, the
+  version has a suffix such as +cu13.
 - LLM_EXT_PYTHONS: more interpreters for which to build the module; those without headers are left out.
 """
 
@@ -175,6 +176,8 @@ class Build(BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
+        # Objects are kept, also those of an editable installation, and compiled again where a source or a flag changed.
+        self.build_temp = str(ROOT / "build" / ("objects-cuda" if CUDA else "objects"))
         self.library_dirs.append(str(Path(self.build_lib, "llm_ext", "lib")))
 
     def get_ext_filename(self, ext_name: str) -> str:
@@ -194,4 +197,10 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[library, *modules()], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+# A wheel with the CUDA half has another version than one without.
+tag = f"+cu{torch.version.cuda.split('.')[0]}" if CUDA and MANYLINUX else ""
+setup(
+    ext_modules=[library, *modules()],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    options={"egg_info": {"tag_build": tag}} if tag else {},
+)

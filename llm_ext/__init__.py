@@ -12,9 +12,18 @@ from importlib import metadata as _metadata
 from typing import TypedDict as _TypedDict
 from typing import cast as _cast
 
-import torch as _torch  # noqa: F401  (its libraries must be loaded before the compiled module)
+import torch as _torch  # its libraries must be loaded before the compiled module
 
-from llm_ext import _C, models, nn, ops, reference
+try:
+    from llm_ext import _C
+except ImportError as error:
+    if "cuda" not in str(error):
+        raise
+    raise ImportError(
+        f"this llm_ext was built with CUDA, and torch {_torch.__version__} has another CUDA or none ({error}); "
+        "install the llm_ext for the CPU, or a torch for the same CUDA"
+    ) from error
+from llm_ext import models, nn, ops, reference
 from llm_ext.conversion import Convertible, convert, convertible, patched, revert, to_torch
 from llm_ext.models import (
     LLM,

@@ -159,6 +159,7 @@ def test_makefile_names_the_packages_of_pyproject() -> None:
     extras = project["project"]["optional-dependencies"]
     assert variable("BUILD_NEEDS") == build
     assert variable("GPU_NEEDS") == names(extras["test"])
+    assert variable("WHEEL_NEEDS") == names(extras["wheel"])
     pinned = names([line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalnum()])
     pinned_extras = ("cli", "data", "hf", "tune", "privacy", "export", "test", "lint", "wheel", "docs")
     needed = build.union(*(names(extras[extra]) for extra in pinned_extras))

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.process import check_python
+import torch
+from support.process import check_fork, check_python
 
 import llm_ext
 from llm_ext import _C
@@ -64,6 +65,25 @@ def test_package_that_is_not_built(tmp_path: Path) -> None:
     assert spec.loader is not None
     with pytest.raises(ImportError, match="llm_ext is not built"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_cuda_that_torch_lacks_is_named() -> None:
+    code = """
+import sys
+class Loader:
+    def find_spec(name, path, target=None):
+        if name == "llm_ext._C":
+            raise ImportError("libcudart.so.99: cannot open shared object file")
+for name in [name for name in sys.modules if name.startswith("llm_ext")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Loader)
+try:
+    import llm_ext
+except ImportError as error:
+    print(error)
+"""
+    said = check_fork(code)
+    assert f"torch {torch.__version__} has another CUDA or none (libcudart.so.99: cannot open" in said
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")

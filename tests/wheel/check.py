@@ -1,6 +1,7 @@
-"""Check the wheel: `make wheel-test`, or `python tests/wheel/check.py WHEEL PYTHON...`.
+"""Check the wheel: `make wheel-test`, or `python tests/wheel/check.py WHEEL PYTHON... [-- OPTION OF PYTEST...]`.
 
 First the file: its name, its size, and what its libraries ask of the system and of torch; this needs nm and readelf.
+For a wheel with CUDA, also the GPUs that it has code for; this needs cuobjdump.
 Then, for each interpreter, which has torch, hypothesis, numpy and pytest: the wheel is installed, without a compiler in
 the path, and the tests below run in a folder that has nothing but them.
 """
@@ -16,17 +17,19 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MAX_BYTES = 5 * 2**20
+MAX_BYTES = {"cpu": 5 * 2**20, "cuda": 40 * 2**20}
+GPU_CODE = {"sm_80", "sm_87", "sm_90", "sm_100", "sm_120", "compute_90"}
 # The versions of manylinux_2_28, those of AlmaLinux 8.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
 # Symbols that may be undefined without a version: torch's stable C interface and the OpenMP runtime that torch has
 # loaded; in a module also Python and our library.
 LIBRARY_IMPORTS = re.compile(r"(aoti_)?torch_[a-z]|GOMP_|omp_")
 MODULE_IMPORTS = re.compile(r"_?Py[A-Z_]|_ZN7llm_ext")
-NEEDED = re.compile(r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|c10|torch|torch_cpu|llm_ext)\.so[.\d]*|ld-linux.*")
+NEEDED = re.compile(r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|(c10|torch)(_cpu|_cuda)?|cudart|llm_ext)\.so[.\d]*|ld-linux.*")
 TESTS = (
     "test_library.py",
     "cpu/test_isa.py",
@@ -48,23 +51,34 @@ def faults_of(library: Path) -> Iterator[str]:
     for line in run("nm", "-D", "--undefined-only", library).splitlines():
         kind, symbol = line.split()
         name, _, version = symbol.partition("@")
-        if version:
+        if version and not version.startswith("libcudart."):
             family, _, number = version.partition("_")
             if family not in NEWEST or tuple(map(int, number.split("."))) > NEWEST[family]:
                 yield f"{library.name} asks for {symbol}"
-        elif kind != "w" and not allowed.match(name):
+        elif not version and kind != "w" and not allowed.match(name):
             yield f"{library.name} asks for {symbol}"
     for name in re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", library)):
         if not NEEDED.fullmatch(name):
             yield f"{library.name} is linked to {name}"
 
 
+def gpu_code_of(library: Path) -> set[str]:
+    """The targets of machine code (sm_*) and of PTX (compute_*) in a library."""
+    files = metadata.files("nvidia-cuda-cuobjdump") or []
+    (cuobjdump,) = (str(file.locate()) for file in files if file.name == "cuobjdump")
+    code = set(re.findall(r"\bsm_\w+(?=\.cubin)", run(cuobjdump, "--list-elf", library)))
+    ptx = re.findall(r"\bsm_(\w+)(?=\.ptx)", run(cuobjdump, "--list-ptx", library))
+    return code.union(f"compute_{target}" for target in ptx)
+
+
 def faults_of_file(wheel: Path) -> Iterator[str]:
     """Yield the faults of the wheel as a file."""
-    if not re.fullmatch(r"llm_ext-[\d.]+-py3-none-manylinux_2_28_x86_64\.whl", wheel.name):
+    name = re.fullmatch(r"llm_ext-[\d.]+(\+cu\d+)?-py3-none-manylinux_2_28_x86_64\.whl", wheel.name)
+    if not name:
         yield f"{wheel.name} is not for every Python on manylinux_2_28"
-    if wheel.stat().st_size > MAX_BYTES:
-        yield f"the wheel has {wheel.stat().st_size} bytes, more than {MAX_BYTES}"
+    kind = "cuda" if name and name[1] else "cpu"
+    if wheel.stat().st_size > MAX_BYTES[kind]:
+        yield f"the wheel has {wheel.stat().st_size} bytes, more than {MAX_BYTES[kind]}"
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(wheel).extractall(folder)
         libraries = sorted(Path(folder).rglob("*.so*"))
@@ -74,9 +88,11 @@ def faults_of_file(wheel: Path) -> Iterator[str]:
             yield f"the wheel has these libraries: {', '.join(sorted(names))}"
         for library in libraries:
             yield from faults_of(library)
+            if kind == "cuda" and library.name == "libllm_ext.so" and (code := gpu_code_of(library)) != GPU_CODE:
+                yield f"{library.name} has code for {', '.join(sorted(code))}"
 
 
-def test(wheel: Path, python: Path) -> bool:
+def test(wheel: Path, python: Path, *options: str) -> bool:
     """Install the wheel for an interpreter, run the tests, print a row of the table, and return whether all passed."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -98,7 +114,7 @@ def test(wheel: Path, python: Path) -> bool:
         torch, version, module, package = facts.splitlines()
         assert Path(package).is_relative_to(site), f"the tests would use {package}"
         command: list[str | Path] = [python, "-m", "pytest", "-p", "no:cacheprovider"]
-        command += [f"tests/{name}" for name in TESTS]
+        command += [f"tests/{name}" for name in TESTS] + [*options]
         done = subprocess.run(command, check=False, env=environment, cwd=work, capture_output=True, text=True)
         counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])
         print(f"| {torch} | {version} | `{module}` | {', '.join(counts)} | {installed:.1f} s |", flush=True)
@@ -107,15 +123,17 @@ def test(wheel: Path, python: Path) -> bool:
         return done.returncode == 0
 
 
-def main(wheel: Path, *pythons: Path) -> int:
+def main(*arguments: str) -> int:
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    wheel, *pythons = (Path(argument).absolute() for argument in arguments[:split])
     faults = list(faults_of_file(wheel))
     print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB")
     print("\n".join(faults), file=sys.stderr)
     if pythons:
         print("| torch | Python | module | tests | installed in |\n|---|---|---|---|---|")
-    passed = [test(wheel, python) for python in pythons]
+    passed = [test(wheel, python, *arguments[split + 1 :]) for python in pythons]
     return 0 if not faults and all(passed) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(Path(argument).absolute() for argument in sys.argv[1:])))
+    sys.exit(main(*sys.argv[1:]))
