@@ -131,7 +131,7 @@ def test_the_demos_run(
     monkeypatch.setitem(module.MODEL, "hidden", 32)
     if demo == "summaries":
         standard = Path(sysconfig.get_paths()["stdlib"])
-        monkeypatch.setattr(module, "files_of", lambda: [*standard.glob("[a-d]*.py")])
+        monkeypatch.setattr(module, "files_of", lambda _: [*standard.glob("[a-d]*.py")])
         monkeypatch.setattr(module, "HELD_OUT", 0.3)  # of a few files, whose paths differ from machine to machine
     module.main()
     said = capsys.readouterr().out

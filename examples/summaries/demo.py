@@ -19,7 +19,7 @@ from llm_ext.cli.training import SummaryConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _demo import parser, run_demo, start_run, train_or_exit
-from summaries.docstrings import Pair, files_of, pairs_of
+from summaries.docstrings import PACKAGES, Pair, files_of, pairs_of
 
 # Fraction of the files.
 HELD_OUT = 0.05
@@ -56,12 +56,19 @@ def read(files: list[Path]) -> tuple[list[Pair], list[Pair]]:
 
 def main() -> None:
     """Train, measure ROUGE, and draw the attention."""
-    options = parser(__doc__, 2.0, "runs/summaries").parse_args()
+    arguments = parser(__doc__, 2.0, "runs/summaries")
+    arguments.add_argument(
+        "--packages",
+        nargs="*",
+        default=PACKAGES,
+        help=f"packages whose documentation to read besides that of Python (default: {' '.join(PACKAGES)})",
+    )
+    options = arguments.parse_args()
     started = time.perf_counter()
     config = SummaryConfig(minutes=options.minutes, device="cpu", **MODEL)
     run = start_run(options.out)
     files = [run.path / "training.tsv", run.path / "held-out.tsv"]
-    for path, pairs in zip(files, read(files_of()), strict=True):
+    for path, pairs in zip(files, read(files_of(options.packages)), strict=True):
         if not pairs:
             raise CommandError(f"{path.name}: no documentation found in the installed Python code")
         path.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["files_of", "pairs_of"]
+__all__ = ["PACKAGES", "files_of", "pairs_of"]
 
 PACKAGES = ("torch", "numpy", "matplotlib", "lightning_fabric", "tokenizers", "sacrebleu")
 # Words of a docstring without its summary, which is cut, and of a summary.
@@ -23,7 +23,7 @@ Pair = tuple[str, str]
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def files_of(packages: Iterable[str] = PACKAGES) -> list[Path]:
+def files_of(packages: Iterable[str]) -> list[Path]:
     """Return the files of the standard library and of packages, without tests."""
     paths = sysconfig.get_paths()
     standard, site = Path(paths["stdlib"]), Path(paths["purelib"])

@@ -85,6 +85,10 @@ def exclusive() -> Iterator[None]:
 
 
 def _run(command: list[str]) -> None:
+    """Run the compiler, or ccache in front of it, which knows the objects of other folders."""
+    cached = shutil.which("ccache")
+    if cached:
+        command = [cached, *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
