@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_to_bytes
@@ -27,7 +28,7 @@ from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer
 from llm_ext.cli.errors import CommandError
 from llm_ext.models import LLM, Seq2Seq, SequenceClassifier
 
-__all__ = ["STATE", "WEIGHTS", "Checkpoint", "Model", "Run", "Vocabulary"]
+__all__ = ["STATE", "WEIGHTS", "Checkpoint", "Model", "Run", "Vocabulary", "saved_tensor"]
 
 Model = LLM | Seq2Seq | SequenceClassifier
 # Names of the rows of an embedding or of a head.
@@ -287,6 +288,22 @@ class Run:
             for path in self.path.glob(pattern):
                 if path.name not in keep:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def saved_tensor(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return one of the tensors of a file after a check of its shape and of its dtype.
+
+    Raises:
+        ValueError: The tensor is missing, or has another shape or dtype.
+    """
+    tensor = tensors.get(name)
+    expected = f"{dtype} {list(shape)}".removeprefix("torch.")
+    if tensor is None:
+        raise ValueError(f"expected {name} of {expected}, got none")
+    if list(tensor.shape) != list(shape) or tensor.dtype != dtype:
+        got = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+        raise ValueError(f"{name} must be {expected}, got {got}")
+    return tensor
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.checkpoint import Run, saved_tensor
 from llm_ext.cli.data.corpus import Corpus, Streams, encode_text
 from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llm_ext.cli.errors import CommandError
@@ -187,10 +187,18 @@ class LanguageTask(Task):
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        hidden, attention, cell = tensors["hidden"], None, None
-        self.check_batch(hidden.shape[1])
-        if self.config.attention != "none":
-            attention = (tensors["attention.L"][self.mine], tensors["attention.c"][self.mine])
-        if self.config.cell == "lstm":
-            cell = tensors["cell"][:, self.mine]
-        self.stateful.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention, cell)))
+        if "hidden" in tensors and tensors["hidden"].dim() == 3:
+            self.check_batch(tensors["hidden"].shape[1])
+        B, rnn, pool = self.batch, self.model.rnn, self.model.pool
+        dtype = torch.float32 if self.config.precision == "32-true" else torch.bfloat16
+
+        def state(name: str) -> Tensor:
+            return saved_tensor(tensors, name, (rnn.num_layers, B, rnn.hidden_size), dtype)[:, self.mine]
+
+        attention = None
+        if pool is not None:
+            L = saved_tensor(tensors, "attention.L", (B,), torch.float32)
+            c = saved_tensor(tensors, "attention.c", (B, pool.embed_dim), torch.float32)
+            attention = (L[self.mine], c[self.mine])
+        cell = state("cell") if self.config.cell == "lstm" else None
+        self.stateful.state = LLMState(*self.fabric.to_device((state("hidden"), attention, cell)))

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.checkpoint import Run, saved_tensor
 from llm_ext.cli.data.augmentation import augment_features, drop_words
 from llm_ext.cli.data.batches import Batches
 from llm_ext.cli.data.features import EncodedSamples, FeatureReader, encode_samples
@@ -162,4 +162,4 @@ class SampleTask(Task):
         return {"batch": torch.tensor([self.batch])}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.check_batch(int(tensors["batch"]))
+        self.check_batch(int(saved_tensor(tensors, "batch", (1,), torch.int64)))

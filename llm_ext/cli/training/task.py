@@ -120,8 +120,8 @@ class Task(ABC):
         """Continue from what `state_tensors` returned.
 
         Raises:
-            KeyError: A tensor is missing.
-            CommandError: The tensors do not fit.
+            ValueError: A tensor is missing, or has another shape or dtype.
+            CommandError: The number of rows per step was another one.
         """
 
     def metadata(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from llm_ext.cli.checkpoint import STATE, Checkpoint, Run
+from llm_ext.cli.checkpoint import STATE, Checkpoint, Run, saved_tensor
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, Score
 from llm_ext.cli.training.config import Config, PrivateConfig
@@ -123,16 +123,25 @@ class Trainer:
         if not tensors:
             return  # saved before the first step
         try:
+            # The fused kernel of Adam trusts the sizes of moments.
             moments = {
-                number: {"step": tensors[f"step.{name}"]}
-                | {key: shard_like(tensors[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+                number: {"step": saved_tensor(tensors, f"step.{name}", (), torch.float32)}
+                | {
+                    key: shard_like(
+                        saved_tensor(tensors, f"{key}.{name}", parameter.shape, parameter.dtype), parameter
+                    )
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
                 for number, (name, parameter) in enumerate(self.trained)
             }
             self.task.load_state_tensors(tensors)
-            if self.privacy is not None:
+        except ValueError as error:
+            raise CommandError(f"{checkpoint.path / STATE}: damaged: {error}") from None
+        if self.privacy is not None:
+            try:
                 self.privacy.restore(checkpoint.config["training"]["privacy"], checkpoint.step)
-        except KeyError as error:
-            raise CommandError(f"{checkpoint.path / STATE}: damaged: no {error} in it") from None
+            except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+                raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: privacy: {error}") from None
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
 
     def fit(self, log: Path) -> int:

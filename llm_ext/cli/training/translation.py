@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.checkpoint import Run, saved_tensor
 from llm_ext.cli.data.batches import PairBatches
 from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.data.pairs import EncodedPairs, PairFiles, encode_pairs, tokenizer_from_pairs
@@ -173,7 +173,7 @@ class TranslationTask(Task):
         return {"batch": torch.tensor([self.batch])}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.check_batch(int(tensors["batch"]))
+        self.check_batch(int(saved_tensor(tensors, "batch", (1,), torch.int64)))
 
     def metadata(self) -> dict[str, int]:
         longest_source = _longest_source(self.config)

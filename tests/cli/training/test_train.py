@@ -6,8 +6,9 @@ import errno
 import itertools
 import json
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,16 +136,28 @@ def test_the_names_of_saved_settings(text: Path, tmp_path: Path) -> None:
     assert "device" not in settings
 
 
-@pytest.mark.parametrize("name", ["cell", "attention.c"])
-def test_an_incomplete_state_is_reported(text: Path, tmp_path: Path, name: str) -> None:
-    train(language_config(cell="lstm", steps=5), [text], tmp_path)
-    run = Run(tmp_path)
+@pytest.mark.parametrize(
+    "config",
+    [language_config(cell="lstm", steps=5), classification_config(steps=5)],
+    ids=lambda config: config.task,
+)
+def test_every_tensor_of_a_state_is_checked(config: Config, files: list[Path], tmp_path: Path) -> None:
+    """Moments of another size would let the fused kernel of Adam write out of bounds."""
+    out = tmp_path / "run"
+    train(config, files, out)
+    run = Run(out)
     last = run.checkpoint("last")
-    model, weights, state = last.config["model"], last.tensors(WEIGHTS), last.tensors(STATE)
-    del state[name]
-    run.save(last.step, model, weights, last.config["training"], state, best=False)
-    with pytest.raises(CommandError, match=rf"damaged: no '{name}' in it"):
-        resume(tmp_path, {"steps": 10})
+    model, weights, state, step = last.config["model"], last.tensors(WEIGHTS), last.tensors(STATE), last.step
+    changes: Iterator[Callable[[torch.Tensor], torch.Tensor]] = itertools.cycle(
+        [torch.Tensor.double, lambda tensor: tensor.flatten().repeat(3), lambda tensor: tensor.unsqueeze(-1)]
+    )
+    for name, tensor in state.items():
+        for changed in ({**state, name: next(changes)(tensor)}, {key: state[key] for key in state if key != name}):
+            run.save(step, model, weights, last.config["training"], changed, best=False, task=config.task)
+            with pytest.raises(CommandError, match=rf"{STATE}: damaged: (expected )?{re.escape(name)} "):
+                resume(out, {"steps": 10})
+    run.save(step, model, weights, last.config["training"], state, best=False, task=config.task)
+    assert resume(out, {"steps": 10}).progress.step == 10
 
 
 @pytest.mark.parametrize("config", [language_config(), translation_config()], ids=lambda config: config.task)
