@@ -5,6 +5,7 @@
 # make wheel            build the wheel in dist/, for every Python and every torch from 2.11 on; with CUDA=1 that with the
 #                       CUDA kernels, in dist/cuda/, which takes a torch with CUDA and its nvcc
 # make wheel-test       install that wheel beside several versions of torch and test it there
+# make faults           kill trainings, cut their power, fill their disks, flip bytes; FAULTS="--kills 200" for more
 # make docs             build the documentation in site/; a dead link or a missing docstring is an error
 # make lint             ruff, mypy --strict, clang-format, typos
 # make format           apply ruff and clang-format
@@ -33,8 +34,8 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-cuda test-isa wheel wheel-test docs cuda-check gpu demo demo-translate demo-summarize demo-audio \
-    bench lint format clean
+.PHONY: build test test-cuda test-isa faults wheel wheel-test docs cuda-check gpu demo demo-translate \
+    demo-summarize demo-audio bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -70,6 +71,10 @@ ISA_TESTS := $(filter-out $(ISA_INDEPENDENT), $(wildcard tests/ops/test_*.py)) \
 
 test-isa: $(BUILT)
 	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS) -k "not gradcheck and not memory" $(PYTEST)
+
+# To mount the disks that are full or read-only needs the rights of root; without them these faults are left out.
+faults: $(BUILT)
+	PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
 # The wheel has a compiled module for those of these Pythons that have headers; any other uses llm_ext/_C.py.
 WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BeamHypothesis", "BeamSearch", "length_limits"]
+__all__ = ["MOST_LENGTH_PENALTY", "BeamHypothesis", "BeamSearch", "length_limits"]
+
+# With it, the power of a length of ten million is finite in float32.
+MOST_LENGTH_PENALTY = 5
 
 
 class BeamHypothesis(NamedTuple):

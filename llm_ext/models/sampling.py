@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_sampling", "sample"]
+__all__ = ["MOST_TEMPERATURE", "check_sampling", "sample"]
+
+# Its products with noise are finite in float32.
+MOST_TEMPERATURE = 1e30
 
 
 def check_sampling(op: str, temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError, in the name of `op`, for an option of `sample` out of range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be at least 0 and finite, got {temperature}")
+    if not 0 <= temperature <= MOST_TEMPERATURE:
+        raise ValueError(f"{op}: temperature must be at least 0 and at most {MOST_TEMPERATURE:g}, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"{op}: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -20,7 +20,7 @@ from llm_ext.models.argument_checks import (
     check_sequence,
     check_state,
 )
-from llm_ext.models.beam_search import BeamHypothesis, BeamSearch, length_limits
+from llm_ext.models.beam_search import MOST_LENGTH_PENALTY, BeamHypothesis, BeamSearch, length_limits
 from llm_ext.models.bypass import keeps_samples_apart, may_bypass
 from llm_ext.models.copying import first_positions, pointer_generator
 from llm_ext.models.initialization import init_recurrent_
@@ -789,8 +789,9 @@ class Seq2Seq(nn.Module):
         if not 1 <= num_return_sequences <= beam:
             got = f"from 1 to beam = {beam}, got {num_return_sequences}"
             raise ValueError(f"Seq2Seq: num_return_sequences must be {got}")
-        if not 0 <= length_penalty < math.inf:
-            raise ValueError(f"Seq2Seq: length_penalty must be at least 0 and finite, got {length_penalty}")
+        if not 0 <= length_penalty <= MOST_LENGTH_PENALTY:
+            expected = f"at least 0 and at most {MOST_LENGTH_PENALTY}"
+            raise ValueError(f"Seq2Seq: length_penalty must be {expected}, got {length_penalty}")
         if no_repeat_ngram_size < 0:
             raise ValueError(f"Seq2Seq: no_repeat_ngram_size must be at least 0, got {no_repeat_ngram_size}")
         limits = length_limits(source, source_lengths, max_length)
@@ -820,8 +821,8 @@ class Seq2Seq(nn.Module):
         check_lengths("Seq2Seq", "source_lengths", source_lengths, source, "S")
         if not 0 <= end < self.target_vocab_size:
             raise ValueError(f"Seq2Seq: end must be an id from 0 to {self.target_vocab_size - 1}, got {end}")
-        if max_length is not None and max_length < 0:
-            raise ValueError(f"Seq2Seq: max_length must be at least 0, got {max_length}")
+        if max_length is not None and not 0 <= max_length < 1 << 63:
+            raise ValueError(f"Seq2Seq: max_length must be at least 0 and below 2**63, got {max_length}")
 
 
 def _concatenate_directions(state: Tensor) -> Tensor:

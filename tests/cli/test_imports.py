@@ -9,7 +9,7 @@ from support.cli_runs import ROOT
 
 CLI = ROOT / "llm_ext/cli"
 # Each folder or module imports those before it.
-ORDER = ("errors", "device", "data", "checkpoint", "inference", "training", "tuning", "commands")
+ORDER = ("errors", "streams", "device", "data", "checkpoint", "inference", "training", "tuning", "commands")
 MODULES = sorted(CLI.rglob("*.py"))
 
 

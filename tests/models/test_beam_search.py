@@ -156,10 +156,12 @@ def test_length_limits() -> None:
 BAD_SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"beam": 0}, "beam must be at least 1, got 0"),
     ({"beam": 2, "num_return_sequences": 3}, "num_return_sequences must be from 1 to beam = 2, got 3"),
-    ({"length_penalty": -1.0}, "length_penalty must be at least 0"),
+    ({"length_penalty": -1.0}, "length_penalty must be at least 0 and at most 5, got -1.0"),
+    ({"length_penalty": 1e300}, "length_penalty must be at least 0 and at most 5, got 1e.300"),
     ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, got -1"),
     ({"end": VOCAB}, "end must be an id from 0 to 6, got 7"),
-    ({"max_length": -1}, "max_length must be at least 0, got -1"),
+    ({"max_length": -1}, "max_length must be at least 0 and below 2\\*\\*63, got -1"),
+    ({"max_length": 10**30}, "max_length must be at least 0 and below 2\\*\\*63, got 1"),
 ]
 
 

@@ -7,7 +7,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class CommandProcess:
         stdin: file that it reads, possibly a FIFO.
         stdout: file that it writes, possibly a FIFO; by default a file in `folder`.
         environment: environment variables to set.
+        closed: numbers of the standard streams to close.
     """
 
     def __init__(
@@ -36,23 +37,33 @@ class CommandProcess:
         stdin: str | Path = os.devnull,
         stdout: Path | None = None,
         environment: dict[str, str] | None = None,
+        closed: Sequence[int] = (),
     ) -> None:
         number = len(list(folder.glob("stderr.*")))
         self._stdout, self._stderr = stdout or folder / f"stdout.{number}", folder / f"stderr.{number}"
         self._stderr.touch()
         streams = [str(path) for path in (stdin, self._stdout, self._stderr)]
         self._process = CONTEXT.Process(
-            target=_run, args=([str(argument) for argument in arguments], streams, environment or {})
+            target=_run, args=([str(argument) for argument in arguments], streams, environment or {}, closed)
         )
         self._process.start()
 
-    def send_signal(self, number: int) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join(60)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait; return whether the process has ended by itself."""
+        self._process.join(seconds)
+        return self._process.exitcode is not None
 
     def wait(self) -> tuple[int, str, str]:
         """Wait for the end; return exit code, standard output (empty for a FIFO) and standard error."""
@@ -72,8 +83,11 @@ class CommandProcess:
             time.sleep(0.005)
 
 
-def _run(arguments: list[str], streams: list[str], environment: dict[str, str]) -> None:
+def _run(arguments: list[str], streams: list[str], environment: dict[str, str], closed: Sequence[int]) -> None:
     redirect(streams)
+    for number in closed:  # as Python begins where a stream is closed
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+        os.close(number)
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.exit(main(arguments))

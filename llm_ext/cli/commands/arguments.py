@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_ext.cli.inference.translator import SearchOptions
+from llm_ext.models.beam_search import MOST_LENGTH_PENALTY
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -23,14 +22,16 @@ __all__ = [
     "add_search",
     "add_traceback",
     "check",
+    "check_ranges",
     "check_search",
     "pair_files",
     "sample_path",
     "search_options",
-    "warn",
 ]
 
 SIDES = ("source", "target")
+# Tokens of the longest written line, and lines or samples read together.
+LONGEST, LARGEST_BATCH = 10**6, 1 << 20
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -126,19 +127,32 @@ def check(options: argparse.Namespace, rules: Iterable[tuple[str, bool, str]]) -
             options.fail(f"--{name} must be {expected}, got {getattr(options, name.replace('-', '_'))!r}")
 
 
+def check_ranges(options: argparse.Namespace, *ranges: tuple[str, float, float]) -> None:
+    """Fail with a usage error if the value of an option is given and not from the first to the second number."""
+    values = {name: getattr(options, name.replace("-", "_"), None) for name, _, _ in ranges}
+    expected = {name: f"at least {_number(least)} and at most {_number(most)}" for name, least, most in ranges}
+    inside = {name: values[name] is None or least <= values[name] <= most for name, least, most in ranges}
+    check(options, [(name, inside[name], expected[name]) for name in values])
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.9g}"
+
+
 def check_search(options: argparse.Namespace) -> None:
     """Check the options of `add_search`, and --batch and --num-return-sequences where a command has them."""
-    batch, sequences = getattr(options, "batch", None), getattr(options, "num_return_sequences", 1)
+    check_ranges(
+        options,
+        ("beam", 1, 4096),
+        ("length-penalty", 0, MOST_LENGTH_PENALTY),
+        ("no-repeat-ngram-size", 0, LONGEST),
+        ("max-length", 1, LONGEST),
+        ("batch", 1, LARGEST_BATCH),
+    )
+    sequences = getattr(options, "num_return_sequences", 1)
     check(
         options,
-        (
-            ("beam", options.beam >= 1, "at least 1"),
-            ("length-penalty", 0 <= options.length_penalty < math.inf, "at least 0"),
-            ("no-repeat-ngram-size", options.no_repeat_ngram_size >= 0, "at least 0"),
-            ("max-length", options.max_length is None or options.max_length >= 1, "at least 1"),
-            ("batch", batch is None or batch >= 1, "at least 1"),
-            ("num-return-sequences", 1 <= sequences <= options.beam, f"from 1 to --beam, which is {options.beam}"),
-        ),
+        [("num-return-sequences", 1 <= sequences <= options.beam, f"from 1 to --beam, which is {options.beam}")],
     )
 
 
@@ -166,8 +180,3 @@ def pair_files(options: argparse.Namespace, files: list[Path], prefix: str = "")
     if files:
         options.fail(f"give either a tab-separated file, or {names}")
     return [source, target]
-
-
-def warn(message: str) -> None:
-    """Print a message on standard error."""
-    print(f"llm-ext: {message}", file=sys.stderr, flush=True)

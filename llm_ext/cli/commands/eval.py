@@ -21,7 +21,6 @@ from llm_ext.cli.commands.arguments import (
     pair_files,
     sample_path,
     search_options,
-    warn,
 )
 from llm_ext.cli.data.corpus import encode_text
 from llm_ext.cli.data.features import encode_samples
@@ -42,6 +41,7 @@ from llm_ext.cli.inference.transcriber import (
     fits_ctc,
 )
 from llm_ext.cli.inference.translator import Translator, bleu, rouge
+from llm_ext.cli.streams import warn
 from llm_ext.cli.training.pipeline import CACHE
 
 if TYPE_CHECKING:

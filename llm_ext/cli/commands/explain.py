@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options, warn
+from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options
 from llm_ext.cli.data.samples import read_samples
 from llm_ext.cli.device import find_device
 from llm_ext.cli.errors import CommandError
@@ -19,6 +19,7 @@ from llm_ext.cli.inference.picture import draw
 from llm_ext.cli.inference.sample_explanation import draw_sample, explain_classification, explain_transcription
 from llm_ext.cli.inference.transcriber import Transcriber
 from llm_ext.cli.inference.translator import Translator
+from llm_ext.cli.streams import warn
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands
@@ -73,10 +74,12 @@ def run(options: argparse.Namespace) -> int:
         if options.target is not None:
             raise CommandError(f"{run_directory.path}: holds a language model, which has no --target")
         model, tokenizer = run_directory.load_language_model(options.checkpoint)
-        attention = explain_language_model(model.to(device), tokenizer, options.text)
+        attention = explain_language_model(model.to(device), tokenizer, options.text, options.out.suffix)
     else:
         translator = Translator.load(run_directory, options.checkpoint, device)
-        attention = explain_translation(translator, options.text, options.target, warn, search_options(options))
+        attention = explain_translation(
+            translator, options.text, options.target, warn, search_options(options), options.out.suffix
+        )
     draw(attention, options.out)
     print(f"{attention.summary}\nsaved in {options.out}")
     return 0

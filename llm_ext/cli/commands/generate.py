@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import TYPE_CHECKING
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.commands.arguments import add_model, add_traceback, check
+from llm_ext.cli.commands.arguments import add_model, add_traceback, check, check_ranges
 from llm_ext.cli.device import find_device
 from llm_ext.cli.inference.generation import generate
+from llm_ext.models.sampling import MOST_TEMPERATURE
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands
@@ -56,12 +56,16 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the prompt and its continuation; return the exit code."""
+    check_ranges(
+        options,
+        ("length", 0, 1 << 40),
+        ("temperature", 0, MOST_TEMPERATURE),
+        ("top-k", 1, 1 << 40),
+        ("seed", 0, (1 << 63) - 1),
+    )
     check(
         options,
         (
-            ("length", options.length >= 0, "at least 0"),
-            ("temperature", 0 <= options.temperature < math.inf, "at least 0"),
-            ("top-k", options.top_k is None or options.top_k >= 1, "at least 1"),
             ("top-p", options.top_p is None or 0 < options.top_p <= 1, "above 0 and at most 1"),
             ("prompt", options.prompt != "", "at least one character"),
         ),

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options, warn
+from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options
 from llm_ext.cli.data.files import check_files, decode_line, read_lines
 from llm_ext.cli.device import find_device
+from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.translator import Translator
+from llm_ext.cli.streams import warn
 
 if TYPE_CHECKING:
     from llm_ext.cli.commands.arguments import Commands
@@ -66,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     check_search(options)
     check_files(options.files)
     translator = Translator.load(Run(options.dir), options.checkpoint, find_device(options.device), options.task)
+    if not options.files and sys.stdin is None:
+        raise CommandError("the standard input is closed: give FILE")
     batch = options.batch or (1 if not options.files and sys.stdin.isatty() else BATCH)
     if batch == 1 and options.beam == 1 and not options.no_repeat_ngram_size:
         _stream(translator, _lines(options.files), options.max_length)

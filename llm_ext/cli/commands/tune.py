@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_ext.cli.commands.arguments import add_traceback, check
+from llm_ext.cli.commands.arguments import add_traceback, check_ranges
 from llm_ext.cli.commands.train import (
     add_data,
     add_settings,
@@ -21,6 +20,7 @@ from llm_ext.cli.commands.train import (
     training_files,
 )
 from llm_ext.cli.errors import CommandError
+from llm_ext.cli.training.config import MOST_STEPS
 from llm_ext.cli.training.pipeline import fingerprints, input_files
 from llm_ext.cli.training.task import Fold
 
@@ -95,15 +95,13 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Search, print what was found, and return the exit code."""
-    check(
+    check_ranges(
         options,
-        (
-            ("trials", options.trials >= 1, "at least 1"),
-            ("minutes", options.minutes is None or 0 < options.minutes < math.inf, "above 0"),
-            ("folds", options.folds is None or options.folds >= 1, "at least 1"),
-            ("trial-minutes", options.trial_minutes is None or 0 < options.trial_minutes < math.inf, "above 0"),
-            ("trial-steps", options.trial_steps is None or options.trial_steps >= 1, "at least 1"),
-        ),
+        ("trials", 1, 10**6),
+        ("minutes", 1e-6, 1e8),
+        ("folds", 1, 10**6),
+        ("trial-minutes", 0.001, 1e8),
+        ("trial-steps", 1, MOST_STEPS),
     )
     # The setting of this name is that of a training.
     minutes = vars(options).pop("minutes")
@@ -175,6 +173,9 @@ def _define(options: argparse.Namespace, study: Study) -> tuple[Definition, dict
         options.fail(f"the options leave nothing to search: each setting of {path} is given")
     settings = {name: value for name, value in (from_file | given).items() if name not in space}
     config = make_config(options, task, settings)
+    for name, value in settings.items():
+        if isinstance(value, str) and not value.isprintable():
+            options.fail(f"{option_name(name)} must be text that {study.best.name} can hold, got {value!r}")
     inputs = input_files(config, files, (), study.cache, None)
     definition = Definition(
         task=task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def sample_rate(path: Path) -> int:
     import soundfile
 
     try:
-        return int(soundfile.info(path).samplerate)
+        return int(soundfile.info(os.fsencode(path)).samplerate)
     except (soundfile.LibsndfileError, OSError) as error:
         raise _unreadable(path, error) from None
 
@@ -50,7 +51,7 @@ def log_mel(path: Path, rate: int, mels: int) -> npt.NDArray[np.float32]:
     import soundfile
 
     try:
-        signal, actual = soundfile.read(path, dtype="float32", always_2d=True)
+        signal, actual = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise _unreadable(path, error) from None
     if not len(signal):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llm_ext.cli.data.files import atomic_write, check_files
+from llm_ext.cli.data.cache import is_whole, write_cache
+from llm_ext.cli.data.files import check_files
 from llm_ext.cli.data.tokenizer import Ids, Tokenizer
 from llm_ext.cli.errors import CommandError
 
@@ -119,18 +120,17 @@ def encode_text(files: Sequence[Path], tokenizer: Tokenizer, cache: Path) -> Cor
         files: The text.
         tokenizer: Its tokenizer.
         cache: Directory of encoded texts. The name of a file depends on the vocabulary and on the path, size and
-            modification time of each text.
+            modification time of each text. A damaged file is written again.
 
     Raises:
         CommandError: A file is missing, empty, or cannot be encoded.
     """
     check_files(files)
     path, dtype = cache_path(cache, files, tokenizer.size, [tokenizer.kind, tokenizer.contents()])
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    if not is_whole(path):
         # disable=None: show the bar at a terminal only. Small texts are encoded before the delay is over.
         bar = tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=None, delay=1, leave=False)
-        with bar, atomic_write(path) as file:
+        with bar, write_cache(path) as (file,):
             for text in files:
                 for ids in tokenizer.encode_file(text):
                     file.write(ids.astype(dtype).tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_ext.cli.data.audio import log_mel, sample_rate
-from llm_ext.cli.data.files import atomic_write, read_json, write_json
+from llm_ext.cli.data.cache import is_whole, write_cache
+from llm_ext.cli.data.files import encode_name, read_json, write_json
 from llm_ext.cli.data.images import image_size, image_vectors, read_image, video_frames, video_size
-from llm_ext.cli.data.samples import Sample
+from llm_ext.cli.data.samples import KINDS, Sample
 from llm_ext.cli.data.splits import Indices
 from llm_ext.cli.data.tokenizer import Tokenizer
 from llm_ext.cli.errors import CommandError
@@ -26,6 +28,8 @@ from llm_ext.cli.errors import CommandError
 __all__ = ["EncodedSamples", "FeatureReader", "FrontEnd", "encode_samples"]
 
 FORMAT = "llm_ext features"
+# Pixels of the largest image or frame: 8,192 x 8,192.
+LARGEST_IMAGE = 1 << 26
 
 Rows = npt.NDArray[Any]
 
@@ -53,6 +57,22 @@ class FrontEnd:
     colour: bool = False
     stack: int = 1
     center: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        size = (1, 1) if self.size is None else self.size
+        if len(size) != 2 or min(size) < 1 or math.prod(size) > LARGEST_IMAGE:
+            raise ValueError(f"size must be H, W with at most {LARGEST_IMAGE:,} pixels, got {self.size}")
+        rate = 100 if self.rate is None else self.rate
+        for name, value, least, most in (
+            ("rate", rate, 1, 1 << 20),
+            ("mels", self.mels, 2, 1000),
+            ("patch", self.patch, 0, 1 << 13),
+            ("stack", self.stack, 1, 1 << 20),
+        ):
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {value!r}")
 
     def fitted(self, first: Sample) -> FrontEnd:
         """Return the front end with rate or size of the first file where they are None; of an `.npz` file for arrays.
@@ -192,8 +212,18 @@ class FeatureReader:
         try:
             options = value["front_end"]
             front_end = FrontEnd(**{**options, "size": None if options["size"] is None else tuple(options["size"])})
-            mean, std = (None if value[name] is None else torch.tensor(value[name]) for name in ("mean", "std"))
-        except (KeyError, TypeError, ValueError) as error:
+            mean, std = (
+                None if value[name] is None else torch.tensor(value[name], dtype=torch.float32)
+                for name in ("mean", "std")
+            )
+            if (mean is None) != (front_end.kind == "text") or (mean is None) != (std is None):
+                raise ValueError("mean and std must be given for all kinds but text")
+            if mean is not None and std is not None:
+                if mean.dim() != 1 or mean.shape != std.shape:
+                    raise ValueError(f"mean and std must be [F], got {list(mean.shape)} and {list(std.shape)}")
+                if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+                    raise ValueError("mean and std must be finite, and std above 0")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CommandError(f"{path}: damaged: {error}") from None
         return cls(front_end, mean, std, tokenizer if front_end.kind == "text" else None)
 
@@ -273,17 +303,16 @@ def encode_samples(samples: Sequence[Sample], reader: FeatureReader, cache: Path
     for sample in samples:
         if isinstance(sample.data, Path):
             status = sample.data.stat()
-            sha.update(f"{sample.data.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+            sha.update(encode_name(f"{sample.data.resolve()} {status.st_size} {status.st_mtime_ns}\n"))
         elif isinstance(sample.data, str):
             sha.update(f"{sample.data}\n".encode())
         else:
             sha.update(np.ascontiguousarray(sample.data).tobytes())
     path = cache / f"{sha.hexdigest()[:16]}.{dtype.name}"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    if not is_whole(path, path.with_suffix(".lengths")):
         lengths: list[int] = []
         bar = tqdm(samples, desc="encoding", unit=" samples", disable=None, delay=1, leave=False)
-        with bar, atomic_write(path) as file, atomic_write(path.with_suffix(".lengths")) as lengths_file:
+        with bar, write_cache(path, path.with_suffix(".lengths")) as (file, lengths_file):
             size = 0
             for sample in bar:
                 rows = reader.read(sample)

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,11 +19,19 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# Key of the checksum in JSON files.
+CHECKSUM = "checksum"
+# Bytes of the largest JSON file: enough for the largest vocabulary.
+LARGEST_JSON = 1 << 30
+
 __all__ = [
     "atomic_write",
+    "check_file",
     "check_files",
     "copy_pipes",
     "decode_line",
+    "encode_name",
+    "make_directory",
     "read_json",
     "read_lines",
     "read_toml",
@@ -36,18 +45,34 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` in one step, after all of it has reached the disk.
 
     On any error the previous file stays and the unfinished one is removed.
+
+    Raises:
+        OSError: The file cannot be written; the error names it.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
+        # Of an earlier process with this number; or a link that someone else has put there.
+        unfinished.unlink(missing_ok=True)
+        with open(unfinished, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
+            error.filename, error.filename2 = str(path), None  # writes and flushes name no file
         raise
-    sync_directory(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, if they are missing, so that they survive a power failure."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -59,10 +84,17 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, atomically."""
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of its contents, atomically."""
+    text = json.dumps({**value, CHECKSUM: _checksum(value)}, indent=1, ensure_ascii=False)
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+        # A path that is not UTF-8 has surrogates, which the escapes of JSON can express.
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    """Return a hash of JSON values that does not depend on how they are written."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
@@ -74,19 +106,34 @@ def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
         version: Expected value of its key "version".
 
     Raises:
-        CommandError: The file is missing, is not JSON, or has another format or version.
+        CommandError: The file is missing, is not JSON, is damaged, or has another format or version.
     """
+    check_file(path, f"a {kind}", LARGEST_JSON)
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CommandError(f"{path}: no such file; expected a {kind}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path}: damaged: expected JSON, got something else ({error})") from None
     if not isinstance(value, dict) or value.get("format") != kind:
         raise CommandError(f"{path}: expected a {kind}, got a file of another program")
     if value.get("version") != version:
         raise CommandError(f"{path}: expected version {version} of a {kind}, got {value.get('version')!r}")
+    # Files of version 0.2 and before have no checksum.
+    checksum = value.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(value):
+        raise CommandError(f"{path}: damaged: its checksum differs from that of its contents")
     return value
+
+
+def check_file(path: Path, expected: str, most: int | None = None) -> None:
+    """Raise a CommandError unless `path` is a regular file of at most `most` bytes, which a pipe or a device is not."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise CommandError(f"{path}: no such file; expected {expected}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CommandError(f"{path}: expected {expected}, got no regular file")
+    if most is not None and status.st_size > most:
+        raise CommandError(f"{path}: expected {expected} of at most {most:,} bytes, got {status.st_size:,}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -129,7 +176,7 @@ def copy_pipes(files: Sequence[Path], directory: Path) -> list[Path]:
     for path in files:
         copy = path
         if not path.is_file():
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             sha = hashlib.sha256()
             unfinished = directory / f".{os.getpid()}.unfinished"
             with open(path, "rb") as pipe, atomic_write(unfinished) as file:
@@ -143,6 +190,11 @@ def copy_pipes(files: Sequence[Path], directory: Path) -> list[Path]:
                 raise CommandError(f"{path}: expected text, got an empty pipe")
         copies.append(copy)
     return copies
+
+
+def encode_name(name: str) -> bytes:
+    """Return the bytes of a name that may come from a path, and so have surrogates for bytes that are not UTF-8."""
+    return name.encode(errors="surrogatepass")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

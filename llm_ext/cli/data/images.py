@@ -78,7 +78,7 @@ def video_size(path: Path) -> tuple[int, int]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             return stream.height, stream.width
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnicodeEncodeError) as error:
         raise CommandError(f"{path}: cannot be read as a video: {error}") from None
 
 
@@ -104,7 +104,7 @@ def video_frames(path: Path, size: tuple[int, int], colour: bool) -> Pixels:
             for frame in container.decode(video=0):
                 scaled = frame.reformat(width=size[1], height=size[0], format="rgb24" if colour else "gray")
                 frames.append(scaled.to_ndarray().reshape(-1))
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnicodeEncodeError) as error:
         raise CommandError(f"{path}: cannot be read as a video: {error}") from None
     if not frames:
         raise CommandError(f"{path}: expected a video, got no frames")

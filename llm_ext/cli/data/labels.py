@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llm_ext.cli.data.files import read_json, write_json
+from llm_ext.cli.data.files import encode_name, read_json, write_json
 from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.errors import CommandError
 
@@ -33,7 +33,7 @@ class Labels:
     @property
     def pieces(self) -> Sequence[bytes]:
         """The label of each class in UTF-8, by which `initialize_from` matches the rows of two heads."""
-        return [name.encode() for name in self.names]
+        return [encode_name(name) for name in self.names]
 
     def encode(self, samples: Iterable[Sample]) -> list[int]:
         """Return the class of each sample.
@@ -69,6 +69,8 @@ def load_labels(path: Path, size: int | None = None) -> Labels:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CommandError(f"{path}: damaged: no labels in it")
     labels = Labels(names)
+    if labels.names != names:
+        raise CommandError(f"{path}: damaged: the labels must be in order, each once")
     if size is not None and labels.size != size:
         raise CommandError(f"{path}: has {labels.size} labels, but the model has {size} classes")
     return labels

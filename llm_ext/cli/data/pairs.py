@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from llm_ext.cli.data.cache import is_whole, write_cache
 from llm_ext.cli.data.corpus import Corpus, cache_path
-from llm_ext.cli.data.files import atomic_write, check_files, read_lines
+from llm_ext.cli.data.files import check_files, read_lines
 from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.data.tokenizer import BPE_SAMPLE, Ids, Tokenizer, tokenizer_from_texts
 from llm_ext.cli.errors import CommandError
@@ -186,8 +187,7 @@ def encode_pairs(
     tokenizers = [[side.tokenizer.kind, side.tokenizer.contents()] for side in (source, target)]
     limits = (longest,) if longest_source is None else (longest, longest_source)
     path, dtype = cache_path(cache, files.paths, max(source.size, target.size), [tokenizers], *limits)
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    if not is_whole(path, _offsets_path(path)):
         _write_pairs(path, dtype, files, (source, target), longest, notify, longest_source)
     return EncodedPairs(path, dtype)
 
@@ -206,7 +206,7 @@ def _write_pairs(
     empty, long = left_out.values()
     begin, kept, cut = 0, 0, 0
     bar = tqdm(desc="encoding", unit=" pairs", unit_scale=True, disable=None, delay=1, leave=False)
-    with bar, atomic_write(path) as ids_file, atomic_write(_offsets_path(path)) as offsets_file:
+    with bar, write_cache(path, _offsets_path(path)) as (ids_file, offsets_file):
         for number, *pair in files:
             bar.update()
             if not all(pair):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from llm_ext.cli.data.files import encode_name
 from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.errors import CommandError
 
@@ -54,7 +55,7 @@ def hold_out(
     if values:
         held_out = np.array([group in values for group in groups])
     else:
-        held_out = np.array([zlib.crc32(group.encode()) < fraction * 2**32 for group in groups])
+        held_out = np.array([zlib.crc32(encode_name(group)) < fraction * 2**32 for group in groups])
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

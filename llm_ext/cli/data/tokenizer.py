@@ -230,9 +230,7 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def from_texts(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
         """Learn merges from short texts."""
-        tokenizer = tokenizers.Tokenizer(BPE())
-        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = ByteLevelDecoder()
+        tokenizer = _byte_pairs({}, [])
         trainer = BpeTrainer(
             vocab_size=vocab_size,
             # Sorted, because the order of the library's list, and with it the ids, differs between processes.
@@ -316,16 +314,50 @@ def load_tokenizer(path: Path, size: int | None = None) -> Tokenizer:
             tokenizer = ByteTokenizer()
         elif kind == "chars":
             tokenizer = CharTokenizer(value["characters"])
+            if tokenizer.characters != value["characters"]:
+                raise ValueError("the characters must be in order, each once")
         elif kind == "bpe":
-            tokenizer = BpeTokenizer(tokenizers.Tokenizer.from_str(json.dumps(value["tokenizer"])))
+            tokenizer = BpeTokenizer(_byte_pairs(*_read_byte_pairs(value["tokenizer"])))
         else:
             raise ValueError(f"tokens must be one of {', '.join(KINDS)}, got {kind!r}")
-    # The tokenizers library raises a plain Exception for invalid JSON.
+    # The tokenizers library raises a plain Exception.
     except Exception as error:
         raise CommandError(f"{path}: damaged: {error}") from None
     if size not in (None, tokenizer.size):
         raise CommandError(f"{path}: expected the {size} tokens of the model, got {tokenizer.size}")
     return tokenizer
+
+
+def _byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Return a tokenizer of byte-level byte pairs."""
+    tokenizer = tokenizers.Tokenizer(BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return tokenizer
+
+
+def _read_byte_pairs(saved: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return vocabulary and merges of a saved tokenizer, whose other parts are always the same.
+
+    The library itself is not given a file that others may have written: it takes any padding, or ends with a panic.
+
+    Raises:
+        KeyError, TypeError, ValueError: The tokenizer is not one of `BpeTokenizer`.
+    """
+    for part in ("truncation", "padding", "added_tokens", "normalizer", "post_processor"):
+        if saved.get(part):
+            raise ValueError(f"the tokenizer must have no {part}")
+    vocabulary: dict[str, int] = saved["model"]["vocab"]
+    if sorted(vocabulary.values()) != [*range(len(vocabulary))]:
+        raise ValueError(f"the ids of {len(vocabulary)} tokens must be 0 to {len(vocabulary) - 1}")
+    # Version 0.19 of the library and before join the two parts by a space.
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in saved["model"]["merges"]]
+    merges = [(left, right) for left, right in pairs]
+    for left, right in merges:
+        for token in (left, right, left + right):
+            if token not in vocabulary:
+                raise ValueError(f"the merge {left!r} {right!r} has no token {token!r}")
+    return vocabulary, merges
 
 
 def _code_points(text: str) -> Ids:

@@ -46,12 +46,10 @@ class Classifier:
         Raises:
             CommandError: A file is missing, damaged, or does not match, or the model is no classifier.
         """
-        checkpoint = run.checkpoint(which)
-        checkpoint.check_task("classify")
-        model = checkpoint.model()
+        _, model = run.load(which, "classify")
         assert isinstance(model, SequenceClassifier)
         reader, labels = run.feature_reader(model), load_labels(run.labels, model.head.out_features)
-        return cls(model.to(device).eval(), reader, labels)
+        return cls(model.to(device), reader, labels)
 
     @property
     def device(self) -> torch.device:

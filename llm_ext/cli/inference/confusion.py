@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_ext.cli.data.files import atomic_write
+from llm_ext.cli.inference.picture import escape
 
 __all__ = ["draw_confusion"]
 
 # Largest number of classes whose counts are written into the cells.
 WRITTEN = 40
+# Largest number of classes whose names are beside the rows and columns.
+NAMED = 200
 
 
 def draw_confusion(table: npt.NDArray[np.int64], names: Sequence[str], path: Path) -> None:
@@ -36,9 +39,10 @@ def draw_confusion(table: npt.NDArray[np.int64], names: Sequence[str], path: Pat
     axes = figure.add_subplot()
     rows = table / np.maximum(table.sum(1, keepdims=True), 1)
     axes.imshow(rows, cmap="Blues", vmin=0, vmax=1)
-    labels = [name.replace("$", r"\$") for name in names]
-    axes.set_xticks(range(count), labels, rotation=90)
-    axes.set_yticks(range(count), labels)
+    if count <= NAMED:
+        labels = [escape(name) for name in names]
+        axes.set_xticks(range(count), labels, rotation=90)
+        axes.set_yticks(range(count), labels)
     correct = 100 * np.trace(table) / max(table.sum(), 1)
     axes.set(xlabel="predicted", ylabel="true", title=f"{correct:.2f} % of {table.sum():,} samples are correct")
     if count <= WRITTEN:

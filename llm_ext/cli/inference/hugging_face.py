@@ -38,9 +38,7 @@ def export(run: Run, which: str, out: Path) -> LLMForCausalLM | Seq2SeqForCondit
     Raises:
         CommandError: A file is missing, damaged, or does not match, or transformers has no model of this task.
     """
-    checkpoint = run.checkpoint(which)
-    checkpoint.check_task("lm", "translate", "summarize")
-    model = checkpoint.model().eval()
+    checkpoint, model = run.load(which, "lm", "translate", "summarize")
     if isinstance(model, LLM):
         return _export_language_model(model, load_tokenizer(run.vocabulary, model.vocab_size), out)
     assert isinstance(model, Seq2Seq)

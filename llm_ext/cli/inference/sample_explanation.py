@@ -16,12 +16,15 @@ from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.classifier import Classifier
 from llm_ext.cli.inference.explanation import token_texts
+from llm_ext.cli.inference.picture import escape
 from llm_ext.cli.inference.transcriber import Transcriber
 from llm_ext.models import SequenceClassifier
 
 __all__ = ["SampleExplanation", "draw_sample", "explain_classification", "explain_transcription"]
 
 Picture = npt.NDArray[Any]
+# Most tokens of a text whose weights are drawn, one row each.
+MOST_ROWS = 200
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,17 @@ def explain_transcription(transcriber: Transcriber, sample: Sample) -> SampleExp
     With CTC, which has no attention, the weights of a token are its probabilities at each step.
 
     Raises:
-        CommandError: The sample cannot be read, or nothing was written.
+        CommandError: The sample cannot be read, or nothing or too much was written.
     """
     rows = _read(transcriber, sample)
     x, lengths = (each.to(transcriber.device) for each in transcriber.reader.pad([rows]))
     (ids,) = transcriber.search(x, lengths)
     if not ids:
         raise CommandError(f"{sample.name}: the model writes no text for it")
+    if len(ids) > MOST_ROWS:
+        raise CommandError(
+            f"{sample.name}: the model writes {len(ids):,} tokens, but a picture shows at most {MOST_ROWS}"
+        )
     x.requires_grad_(True)
     model, end = transcriber.model, transcriber.tokenizer.end
     if isinstance(model, SequenceClassifier):
@@ -178,7 +185,7 @@ def draw_sample(explanation: SampleExplanation, path: Path) -> None:
         axes[0].set_ylabel("row")
     elif len(explanation.rows) > 1:
         last.imshow(weights, aspect="auto", cmap="Blues", extent=(-0.5, steps - 0.5, len(weights) - 0.5, -0.5), vmin=0)
-        last.set_yticks(range(len(weights)), [row.replace("$", r"\$") for row in explanation.rows], fontsize=8)
+        last.set_yticks(range(len(weights)), [escape(row) for row in explanation.rows], fontsize=8)
     else:
         last.fill_between(range(steps), weights[0], step="mid", alpha=0.6)
         last.set_ylim(bottom=0)
@@ -186,7 +193,7 @@ def draw_sample(explanation: SampleExplanation, path: Path) -> None:
         last.set_xlabel({"audio": "time, steps", "video": "frame", "image": "patch"}.get(front_end.kind, "step"))
         last.set_xlim(-0.5, steps - 0.5)
         axes[0].set_ylabel({"audio": "mel band", "array": "feature"}.get(front_end.kind, ""))
-    figure.suptitle(explanation.title.replace("$", r"\$"), fontsize=10)
+    figure.suptitle(escape(explanation.title), fontsize=10)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=120)
 

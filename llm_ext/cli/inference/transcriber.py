@@ -166,12 +166,10 @@ class Transcriber:
         Raises:
             CommandError: A file is missing, damaged, or does not match, or the model is no transcriber.
         """
-        checkpoint = run.checkpoint(which)
-        checkpoint.check_task("transcribe")
-        model = checkpoint.model()
+        _, model = run.load(which, "transcribe")
         assert not isinstance(model, LLM)
         tokenizer, reader = run.transcript_tokenizer(model), run.feature_reader(model)
-        return cls(model.to(device).eval(), reader, LineTokenizer(tokenizer))
+        return cls(model.to(device), reader, LineTokenizer(tokenizer))
 
     @property
     def device(self) -> torch.device:

@@ -71,13 +71,11 @@ class Translator:
         Raises:
             CommandError: A file is missing, damaged, or does not match, or the model is of another task.
         """
-        checkpoint = run.checkpoint(which)
-        checkpoint.check_task(*(tasks or ("translate", "summarize")))
-        model = checkpoint.model()
+        checkpoint, model = run.load(which, *(tasks or ("translate", "summarize")))
         assert isinstance(model, Seq2Seq)
         source, target = map(LineTokenizer, run.tokenizers(model))
-        longest, longest_source = map(checkpoint.config["training"].get, ("longest", "longest_source"))
-        return cls(model.to(device).eval(), source, target, longest, longest_source)
+        longest, longest_source = map(checkpoint.limit, ("longest", "longest_source"))
+        return cls(model.to(device), source, target, longest, longest_source)
 
     @property
     def device(self) -> torch.device:

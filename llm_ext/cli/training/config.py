@@ -34,6 +34,9 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 PARTS = ("embedding", "encoder", "attention", "decoder", "head")
 
 DEFAULT_STEPS = 3000
+# Ranges: sizes of a layer, numbers of samples or tokens, steps (whose number times a chunk fits in 64 bits), and
+# numbers that float32 can hold.
+LARGEST_SIZE, LARGEST_COUNT, MOST_STEPS, LARGEST_FLOAT = 1 << 20, 1 << 24, 1 << 40, 1e38
 
 
 def _setting(
@@ -42,13 +45,15 @@ def _setting(
     *,
     group: str,
     type: type | None = None,
-    least: float = -math.inf,
-    most: float = math.inf,
+    least: float | None = None,
+    most: float | None = None,
     choices: tuple[str, ...] | None = None,
     resume: bool = False,
     metavar: str | None = None,
 ) -> Any:
     """Return a field with the metadata of its command line option; `resume`: a resumed run may change it."""
+    if (type or default.__class__) in (int, float) and (least is None or most is None):
+        raise ValueError(f"a number must have a range: {help}")
     metadata = {"help": help, "group": group, "type": type or default.__class__}
     metadata |= {"least": least, "most": most, "choices": choices, "resume": resume, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
@@ -81,15 +86,16 @@ class Config:
 
     cell: str = _setting("rnn", "recurrent layer; rnn is the Elman network", group="model", choices=CELLS)
     nonlinearity: str = _setting("tanh", "nonlinearity of --cell rnn", group="model", choices=NONLINEARITIES)
-    layers: int = _setting(1, "number of recurrent layers", group="model", least=1)
-    hidden: int = _setting(512, "hidden size", group="model", least=1)
-    embedding: int = _setting(128, "size of a token embedding", group="model", least=1)
+    layers: int = _setting(1, "number of recurrent layers", group="model", least=1, most=1024)
+    hidden: int = _setting(512, "hidden size", group="model", least=1, most=LARGEST_SIZE)
+    embedding: int = _setting(128, "size of a token embedding", group="model", least=1, most=LARGEST_SIZE)
     attn_dim: int | None = _setting(
         None,
         "size of the attention space (default: size of the vectors attended to, for lm at most 128)",
         group="model",
         type=int,
         least=1,
+        most=LARGEST_SIZE,
     )
     dropout: float = _setting(0.0, "dropout probability during training", group="model", least=0, most=0.99)
 
@@ -112,13 +118,16 @@ class Config:
 
     # With the defaults of batch, chunk, lr, schedule and clip an Elman network reaches 1.517 nats per character on the
     # plays of Shakespeare in 4,800 steps.
-    batch: int = _setting(32, "streams, pairs or samples per step, those of all processes", group="training", least=1)
+    batch: int = _setting(
+        32, "streams, pairs or samples per step, those of all processes", group="training", least=1, most=LARGEST_SIZE
+    )
     steps: int | None = _setting(
         None,
         f"number of steps to train (default: {DEFAULT_STEPS} without --minutes)",
         group="training",
         type=int,
         least=1,
+        most=MOST_STEPS,
         resume=True,
     )
     minutes: float | None = _setting(
@@ -127,9 +136,10 @@ class Config:
         group="training",
         type=float,
         least=0.001,
+        most=1e8,
         resume=True,
     )
-    lr: float = _setting(2e-3, "peak learning rate of Adam", group="training", least=0)
+    lr: float = _setting(2e-3, "peak learning rate of Adam", group="training", least=0, most=LARGEST_FLOAT)
     schedule: str = _setting(
         "one-cycle", "learning rate schedule after the warm-up", group="training", choices=SCHEDULES
     )
@@ -137,10 +147,19 @@ class Config:
         0.3, "fraction of the training in which the learning rate rises", group="training", least=0, most=1
     )
     clip: float = _setting(
-        1.0, "gradient norm above which gradients are scaled down; 0 disables clipping", group="training", least=0
+        1.0,
+        "gradient norm above which gradients are scaled down; 0 disables clipping",
+        group="training",
+        least=0,
+        most=LARGEST_FLOAT,
     )
     validate_every: int = _setting(
-        250, "steps between validations; each one saves a checkpoint", group="training", least=1, resume=True
+        250,
+        "steps between validations; each one saves a checkpoint",
+        group="training",
+        least=1,
+        most=MOST_STEPS,
+        resume=True,
     )
     patience: int | None = _setting(
         None,
@@ -148,16 +167,17 @@ class Config:
         group="training",
         type=int,
         least=1,
+        most=MOST_STEPS,
         resume=True,
     )
-    log_every: int = _setting(25, "steps between records of the log", group="training", least=1)
+    log_every: int = _setting(25, "steps between records of the log", group="training", least=1, most=MOST_STEPS)
     seed: int = _setting(1, "random seed of initial weights and dropout", group="training", least=0, most=(1 << 63) - 1)
 
     device: str = _setting(
         "auto", "device to train on: cpu, cuda or auto; auto is the CPU", group="hardware", resume=True
     )
     devices: int = _setting(
-        1, "number of devices, one process each; set by torchrun", group="hardware", least=1, resume=True
+        1, "number of devices, one process each; set by torchrun", group="hardware", least=1, most=4096, resume=True
     )
     strategy: str = _setting(
         "auto",
@@ -167,7 +187,7 @@ class Config:
         choices=STRATEGIES,
         resume=True,
     )
-    nodes: int = _setting(1, "number of machines, with torchrun", group="hardware", least=1, resume=True)
+    nodes: int = _setting(1, "number of machines, with torchrun", group="hardware", least=1, most=4096, resume=True)
     precision: str = _setting("32-true", "numeric precision", group="hardware", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
@@ -175,14 +195,12 @@ class Config:
             value, meta = getattr(self, field.name), field.metadata
             if value is None and field.default is None:
                 continue
-            numeric = meta["type"] in (int, float)
             accepted = (int, float) if meta["type"] is float else meta["type"]
             name = field.name.replace("_", "-")
             if not isinstance(value, accepted) or (isinstance(value, bool) and meta["type"] is not bool):
                 raise ValueError(f"{name} must be of type {meta['type'].__name__}, got {value!r}")
-            if numeric and not (meta["least"] <= value <= meta["most"] and math.isfinite(value)):
-                most = "" if meta["most"] == math.inf else f" and at most {meta['most']}"
-                raise ValueError(f"{name} must be at least {meta['least']}{most}, got {value}")
+            if meta["least"] is not None and not meta["least"] <= value <= meta["most"]:
+                raise ValueError(f"{name} must be at least {meta['least']} and at most {meta['most']}, got {value}")
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}")
         for part in self.frozen:
@@ -252,6 +270,7 @@ class PrivateConfig(Config):
         "gradient norm above which the gradient of a sample is scaled down, in place of --clip",
         group="privacy",
         least=1e-6,
+        most=LARGEST_FLOAT,
     )
 
     def __post_init__(self) -> None:
@@ -280,7 +299,9 @@ class LanguageConfig(PrivateConfig):
         "hidden", "vectors that causal attention pools", group="model", choices=("hidden", "embedding", "none")
     )
     score: str = _setting("linear", "score function of the attention", group="model", choices=("linear", "tanh"))
-    chunk: int = _setting(64, "tokens per stream and step; gradients reach back one chunk", group="training", least=1)
+    chunk: int = _setting(
+        64, "tokens per stream and step; gradients reach back one chunk", group="training", least=1, most=LARGEST_SIZE
+    )
 
 
 @dataclass(frozen=True)
@@ -304,7 +325,9 @@ class TranslationConfig(PrivateConfig):
     vocabularies: str = _setting(
         "shared", "one vocabulary and embedding for both sides, or two", group="data", choices=("shared", "two")
     )
-    longest: int = _setting(200, "longest source or target in tokens; longer pairs are left out", group="data", least=1)
+    longest: int = _setting(
+        200, "longest source or target in tokens; longer pairs are left out", group="data", least=1, most=LARGEST_COUNT
+    )
     input_feeding: bool = _setting(
         False, "feed the output of each decoder step into the next one; slower", group="model"
     )
@@ -330,7 +353,11 @@ class SummaryConfig(TranslationConfig):
 
     copy: bool = _with_default("copy", True, TranslationConfig)
     longest_source: int = _setting(
-        400, "longest source in tokens; longer ones are cut at the end of a word", group="data", least=1
+        400,
+        "longest source in tokens; longer ones are cut at the end of a word",
+        group="data",
+        least=1,
+        most=LARGEST_COUNT,
     )
 
 
@@ -366,9 +393,13 @@ class SampleConfig(Config):
         type=str,
         metavar="HxW",
     )
-    patch: int = _setting(0, "images: height and width of a patch; 0 reads row by row", group="data", least=0)
+    patch: int = _setting(
+        0, "images: height and width of a patch; 0 reads row by row", group="data", least=0, most=1 << 13
+    )
     colour: bool = _setting(False, "images and video: read red, green and blue, not brightness", group="data")
-    stack: int = _setting(1, "consecutive vectors that are joined into one step", group="data", least=1)
+    stack: int = _setting(
+        1, "consecutive vectors that are joined into one step", group="data", least=1, most=LARGEST_SIZE
+    )
     center: bool = _setting(
         False,
         "subtract from each feature its mean over the sample, which removes the sound of a room or of a microphone",
@@ -405,6 +436,7 @@ class SampleConfig(Config):
             raise ValueError("val-values needs --val-column")
         if self.image_size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.image_size):
             raise ValueError(f"image-size must be HxW, such as 28x28, got {self.image_size!r}")
+        self.front_end()  # reports an error if its sizes are out of range
 
     @property
     def augmentations(self) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from llm_ext.cli.checkpoint import Run, saved_tensor
+from llm_ext.cli.checkpoint import Layout, Run
 from llm_ext.cli.data.corpus import Corpus, Streams, encode_text
 from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llm_ext.cli.errors import CommandError
@@ -186,19 +186,21 @@ class LanguageTask(Task):
             tensors["cell"] = gather(state.cell, 1)
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if "hidden" in tensors and tensors["hidden"].dim() == 3:
-            self.check_batch(tensors["hidden"].shape[1])
-        B, rnn, pool = self.batch, self.model.rnn, self.model.pool
+    def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
+        if "hidden" in found and len(found["hidden"].shape) == 3:
+            self.check_batch(found["hidden"].shape[1])
+        rnn, pool, B = self.model.rnn, self.model.pool, self.batch
         dtype = torch.float32 if self.config.precision == "32-true" else torch.bfloat16
-
-        def state(name: str) -> Tensor:
-            return saved_tensor(tensors, name, (rnn.num_layers, B, rnn.hidden_size), dtype)[:, self.mine]
-
-        attention = None
+        layout = {"hidden": Layout([rnn.num_layers, B, rnn.hidden_size], dtype)}
         if pool is not None:
-            L = saved_tensor(tensors, "attention.L", (B,), torch.float32)
-            c = saved_tensor(tensors, "attention.c", (B, pool.embed_dim), torch.float32)
-            attention = (L[self.mine], c[self.mine])
-        cell = state("cell") if self.config.cell == "lstm" else None
-        self.stateful.state = LLMState(*self.fabric.to_device((state("hidden"), attention, cell)))
+            layout["attention.L"] = Layout([B], torch.float32)
+            layout["attention.c"] = Layout([B, pool.embed_dim], torch.float32)
+        return layout | ({"cell": layout["hidden"]} if rnn.mode == "LSTM" else {})
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        hidden, attention, cell = tensors["hidden"], None, None
+        if self.model.pool is not None:
+            attention = (tensors["attention.L"][self.mine], tensors["attention.c"][self.mine])
+        if self.model.rnn.mode == "LSTM":
+            cell = tensors["cell"][:, self.mine]
+        self.stateful.state = LLMState(*self.fabric.to_device((hidden[:, self.mine], attention, cell)))

@@ -8,7 +8,7 @@ from typing import Literal, cast
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from llm_ext.cli.device import default_device
+from llm_ext.cli.device import check_device, default_device
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.config import Config
 from llm_ext.cli.training.malloc import keep_freed_memory
@@ -30,6 +30,7 @@ def launch(config: Config, alone: bool = False) -> Fabric:
     Raises:
         CommandError: The device or the number of processes cannot be used.
     """
+    check_device(config.device)
     device = default_device() if config.device == "auto" else config.device
     processes = process_count(config, alone)
     devices: int | list[int] = processes // config.nodes

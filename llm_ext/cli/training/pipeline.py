@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
+
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.files import check_files, copy_pipes
 from llm_ext.cli.errors import CommandError
+from llm_ext.cli.streams import warn
 from llm_ext.cli.training.classification import ClassificationTask
 from llm_ext.cli.training.config import CONFIGS, Config, PrivateConfig, SampleConfig
 from llm_ext.cli.training.failures import Failures
@@ -93,18 +97,18 @@ def train(
             raise CommandError(f"{pipes[0]}: several processes cannot read a pipe; save it in a file")
         fabric = launch(config, alone)
         failures.watch(fabric)
-        if run.exists():
-            raise CommandError(f"{out}: holds a run already; continue it with --resume, or choose another --out")
-        cache = cache or out / CACHE
-        inputs = input_files(config, files, val, cache, fold)
+        _refuse_a_run(run)
+        inputs = input_files(config, files, val, cache or out / CACHE, fold)
         init_from = None if config.init_from is None else Path(config.init_from)
         if init_from is not None:
             Run(init_from).checkpoint("best")  # reports an error before the text is encoded
-        task = _tasks(config)[config.task](fabric, config, run, inputs)
-        if init_from is not None:
-            task.notes.append(initialize_from(task.model, task.vocabularies, init_from, config.init))
-        freeze(task.model, config.frozen)
-        return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress(), watcher))
+        with _locked(run, fabric):
+            _refuse_a_run(run)  # another process may have trained here meanwhile
+            task = _tasks(config)[config.task](fabric, config, run, inputs)
+            if init_from is not None:
+                task.notes.append(initialize_from(task.model, task.vocabularies, init_from, config.init))
+            freeze(task.model, config.frozen)
+            return _fit(Trainer(fabric, config, run, task, inputs.names(), Progress(), watcher))
 
 
 def resume(
@@ -134,11 +138,17 @@ def resume(
         try:
             config = CONFIGS[checkpoint.task].from_saved(saved["config"])
             progress = Progress(**saved["progress"])
+            if progress.step != checkpoint.step:
+                raise ValueError(f"progress: step must be {checkpoint.step}, got {progress.step}")
             names = saved["names"]
             files, val = ([Path(path) for path in names[part]] for part in ("files", "val"))
             fingerprints = saved["fingerprints"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
+        for path in (*files, *val):
+            # A training has copies of pipes. Whoever wrote the run directory must not let it read something endless.
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise CommandError(f"{path}: cannot resume: expected a file, got a pipe or a device")
         try:
             config = dataclasses.replace(config, **changes)
         except ValueError as error:
@@ -148,15 +158,18 @@ def resume(
         fabric = launch(config, alone)
         failures.watch(fabric)
         inputs = input_files(config, files, val, cache or out / CACHE, fold)
-        model = checkpoint.model()
-        run.vocabularies(model, checkpoint.task)  # reports an error if they do not fit the model
-        task = _tasks(config)[config.task](fabric, config, run, inputs, model)
-        if task.fingerprints != fingerprints:
-            raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
-        freeze(task.model, config.frozen)
-        trainer = Trainer(fabric, config, run, task, names, progress, watcher)
-        trainer.restore(checkpoint)
-        return _fit(trainer)
+        with _locked(run, fabric):
+            if run.checkpoint("last").path != checkpoint.path:
+                raise CommandError(f"{out}: cannot resume: another process has just trained here; try again")
+            model = checkpoint.model()
+            run.vocabularies(model, checkpoint.task)  # reports an error if they do not fit the model
+            task = _tasks(config)[config.task](fabric, config, run, inputs, model)
+            if task.fingerprints != fingerprints:
+                raise CommandError(f"{out}: cannot resume: the text has changed since the run was started")
+            freeze(task.model, config.frozen)
+            trainer = Trainer(fabric, config, run, task, names, progress, watcher)
+            trainer.restore(checkpoint)
+            return _fit(trainer)
 
 
 def fingerprints(config: Config, files: Sequence[Path], scratch: Path, cache: Path, fold: Fold | None) -> list[str]:
@@ -194,6 +207,16 @@ def input_files(
     return InputFiles(copy_pipes(files, cache), copy_pipes(val, cache), cache, fold)
 
 
+def _refuse_a_run(run: Run) -> None:
+    if run.exists():
+        raise CommandError(f"{run.path}: holds a run already; continue it with --resume, or choose another --out")
+
+
+def _locked(run: Run, fabric: Fabric) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the first of the processes keeps others from training in a run directory."""
+    return run.locked() if fabric.is_global_zero else contextlib.nullcontext()
+
+
 def _tasks(config: Config) -> dict[str, Callable[..., Task]]:
     """Return what builds the task of a config."""
     return PRIVATE_TASKS if isinstance(config, PrivateConfig) and config.dp_epsilon is not None else TASKS
@@ -204,7 +227,10 @@ def _fit(trainer: Trainer) -> Outcome:
     first, out = trainer.fabric.is_global_zero, trainer.run.path
     signal = trainer.fit(out / LOG)
     if first and trainer.watcher is None:
-        plot_loss(read_log(out / LOG), out / PLOT, trainer.config.unit)
+        try:
+            plot_loss(read_log(out / LOG), out / PLOT, trainer.config.unit)
+        except OSError as error:
+            warn(f"{out / PLOT}: the loss cannot be drawn: {error.strerror}")  # the model is saved
     # torchrun ends all processes when one ends with the code of a signal.
     trainer.fabric.barrier()
     return Outcome(trainer.progress, signal, first, trainer.config.unit)

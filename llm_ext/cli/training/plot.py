@@ -24,8 +24,9 @@ def plot_loss(records: Iterable[dict[str, Any]], path: Path, unit: str = "token"
 
     curves: dict[str, list[tuple[int, float]]] = {"training": [], "validation": []}
     for record in records:
-        if record.get("event") in curves:
-            curves[record["event"]].append((record["step"], record["loss"]))
+        curve, loss = curves.get(str(record.get("event"))), record.get("loss")
+        if curve is not None and isinstance(loss, (int, float)):
+            curve.append((record["step"], loss))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curves.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_ext.cli.checkpoint import Layout
 from llm_ext.cli.data.batches import make_batch
 from llm_ext.cli.data.pairs import Indices
 from llm_ext.cli.errors import CommandError
@@ -61,6 +62,10 @@ class PrivateTask(Task):
 
     def state_tensors(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return nothing: no step depends on the one before."""
+        return {}
+
+    def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
+        """Return the layout of no tensors."""
         return {}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from llm_ext.cli.data.files import atomic_write
+from llm_ext.cli.streams import drop_output, warn
 
 __all__ = ["Report", "read_log"]
 
@@ -19,17 +21,19 @@ BAR = "{percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log up to a line that a kill left incomplete."""
-    with open(path, encoding="utf-8") as file:
+    """Yield the records of a log; damaged lines, such as one that a kill left incomplete, are left out."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    yield record
 
 
 class Report:
-    """Writes the progress of one training.
+    """Writes the progress of one training, which goes on if that cannot be written.
 
     Args:
         log: File of the log; its records of later steps than `step` are removed, at step 0 all of them.
@@ -42,26 +46,31 @@ class Report:
     def __init__(self, log: Path, step: int, progress: float, silent: bool, quiet: bool = False) -> None:
         self.silent, self.quiet = silent, quiet
         self._progress = progress
+        self._path = log
+        self._log: TextIO | None = None
         # disable=None: show the bar at a terminal only.
         self._bar = tqdm(
             total=1.0, initial=progress, bar_format=BAR, disable=silent or None, leave=False, dynamic_ncols=True
         )
         if silent:
             return
-        with atomic_write(log) as file:
-            if step and log.exists():
-                for record in read_log(log):
-                    if record.get("step", 0) <= step:
+        try:
+            with atomic_write(log) as file:
+                for record in read_log(log) if step else ():
+                    if record["step"] <= step:
                         file.write(json.dumps(record).encode() + b"\n")
-        self._log = log.open("a", encoding="utf-8")
+            self._log = log.open("a", encoding="utf-8")
+        except OSError as error:
+            self._give_up_log(error)
 
     def __enter__(self) -> Report:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if not self.silent:
-            self._log.close()
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # of a disk that is full, reported before
+                self._log.close()
 
     def advance(self, progress: float, text: str) -> None:
         """Move the bar and replace the text beside it."""
@@ -71,12 +80,26 @@ class Report:
 
     def record(self, event: str, step: int, **values: float | bool | str) -> None:
         """Append a record to the log."""
-        if not self.silent:
+        if self._log is None:
+            return
+        try:
             self._log.write(json.dumps({"event": event, "step": step, **values}) + "\n")
             self._log.flush()
+        except OSError as error:
+            self._give_up_log(error)
+
+    def _give_up_log(self, error: OSError) -> None:
+        warn(f"{self._path}: the log cannot be written: {error.strerror}; the training goes on without it")
+        self._log = None
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if not (self.silent or self.quiet):
+        if self.silent or self.quiet:
+            return
+        try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+        except OSError as error:
+            # Such as that of `head -1`, which has read enough.
+            drop_output()
+            warn(f"standard output: {error.strerror}; the training goes on without it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from llm_ext.cli.checkpoint import Run, saved_tensor
+from llm_ext.cli.checkpoint import Layout, Run
 from llm_ext.cli.data.augmentation import augment_features, drop_words
 from llm_ext.cli.data.batches import Batches
 from llm_ext.cli.data.features import EncodedSamples, FeatureReader, encode_samples
@@ -161,5 +161,8 @@ class SampleTask(Task):
         """Return the number of samples per step; with the step it determines the samples to read."""
         return {"batch": torch.tensor([self.batch])}
 
+    def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
+        return {"batch": Layout([1], torch.int64)}
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.check_batch(int(saved_tensor(tensors, "batch", (1,), torch.int64)))
+        self.check_batch(int(tensors["batch"]))

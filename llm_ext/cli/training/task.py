@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from llm_ext.cli.checkpoint import Model, Vocabulary
+from llm_ext.cli.checkpoint import Layout, Model, Vocabulary
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score
 
@@ -116,11 +116,24 @@ class Task(ABC):
         """Return the tensors besides weights and moments that are needed to continue, those of all processes."""
 
     @abstractmethod
+    def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
+        """Return the layout of what `state_tensors` returns.
+
+        Args:
+            found: The layout of the saved tensors.
+
+        Raises:
+            CommandError: The number of rows per step was another one.
+        """
+
+    @abstractmethod
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state_tensors` returned.
 
+        Args:
+            tensors: Saved tensors of the layout that `state_layout` returns.
+
         Raises:
-            ValueError: A tensor is missing, or has another shape or dtype.
             CommandError: The number of rows per step was another one.
         """
 

@@ -16,10 +16,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from llm_ext.cli.checkpoint import STATE, Checkpoint, Run, saved_tensor
+from llm_ext.cli.checkpoint import STATE, Checkpoint, Layout, Run
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, Score
-from llm_ext.cli.training.config import Config, PrivateConfig
+from llm_ext.cli.training.config import MOST_STEPS, Config, PrivateConfig
 from llm_ext.cli.training.privacy import Privacy, PrivateTask
 from llm_ext.cli.training.report import Report
 from llm_ext.cli.training.sharding import full_tensor, gathered, shard_like
@@ -27,6 +27,9 @@ from llm_ext.cli.training.signals import StopRequest
 from llm_ext.cli.training.task import Task
 
 __all__ = ["Progress", "Trainer", "Watcher"]
+
+# Tensors of Adam for each parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -52,6 +55,16 @@ class Progress:
     misses: int = 0
     losses: float = 0.0
     recent: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the types and ranges of what a checkpoint may hold."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            kinds = (int, float) if "float" in str(field.type) else (int,)
+            if type(value) not in kinds or not 0 <= value <= MOST_STEPS:
+                raise ValueError(f"progress: {field.name} must be from 0 to {MOST_STEPS}, got {value!r}")
 
 
 class Watcher(Protocol):
@@ -119,24 +132,22 @@ class Trainer:
             CommandError: The checkpoint is damaged, or has another number of rows per step.
         """
         self.saved_step = checkpoint.step
-        tensors = checkpoint.tensors(STATE)
-        if not tensors:
+        found = checkpoint.layout(STATE)
+        if not found:
             return  # saved before the first step
-        try:
-            # The fused kernel of Adam trusts the sizes of moments.
-            moments = {
-                number: {"step": saved_tensor(tensors, f"step.{name}", (), torch.float32)}
-                | {
-                    key: shard_like(
-                        saved_tensor(tensors, f"{key}.{name}", parameter.shape, parameter.dtype), parameter
-                    )
-                    for key in ("exp_avg", "exp_avg_sq")
-                }
-                for number, (name, parameter) in enumerate(self.trained)
-            }
-            self.task.load_state_tensors(tensors)
-        except ValueError as error:
-            raise CommandError(f"{checkpoint.path / STATE}: damaged: {error}") from None
+        # The fused kernel of Adam trusts the sizes of moments.
+        expected = self.task.state_layout(found)
+        for name, parameter in self.trained:
+            expected[f"step.{name}"] = Layout([], torch.float32)
+            for key in MOMENTS:
+                expected[f"{key}.{name}"] = Layout(list(parameter.shape), parameter.dtype)
+        tensors = checkpoint.tensors(STATE, expected)
+        self.task.load_state_tensors(tensors)
+        moments = {
+            number: {"step": tensors[f"step.{name}"]}
+            | {key: shard_like(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
+            for number, (name, parameter) in enumerate(self.trained)
+        }
         if self.privacy is not None:
             try:
                 self.privacy.restore(checkpoint.config["training"]["privacy"], checkpoint.step)
@@ -159,6 +170,7 @@ class Trainer:
         silent, quiet = not self.fabric.is_global_zero, self.watcher is not None
         with self.stop_request, Report(log, progress.step, done, silent, quiet) as self.report:
             self._introduce()
+            self._save(best=False, rehearsal=True)
             while not (stopped := self._stop_requested()):
                 done = config.progress(progress.step, progress.seconds)
                 if progress.step > progress.validated and (done >= 1 or self._validation_due(done)):
@@ -278,8 +290,8 @@ class Trainer:
             f"{speed:,.0f} {self.config.unit}s/s{', best' if best else ''}"
         )
 
-    def _save(self, best: bool) -> None:
-        """Save a checkpoint; all processes take part.
+    def _save(self, best: bool, rehearsal: bool = False) -> None:
+        """Save a checkpoint, or only try to; all processes take part.
 
         Raises:
             CommandError: The checkpoint could not be written.
@@ -303,14 +315,24 @@ class Trainer:
         failure = ""
         if self.fabric.is_global_zero:
             try:
-                self.run.save(progress.step, self.model.config(), weights, training, state, best=best, task=config.task)
+                self.run.save(
+                    progress.step,
+                    self.model.config(),
+                    weights,
+                    training,
+                    state,
+                    best=best,
+                    task=config.task,
+                    rehearsal=rehearsal,
+                )
             except OSError as error:
                 reason = f"{error.strerror}; {self._last_saved()}"
                 failure = f"step {progress.step} cannot be saved in {self.run.path}: {reason}"
         failure = self.fabric.broadcast(failure)
         if failure:
             raise CommandError(failure)
-        self.saved_step = progress.step
+        if not rehearsal:
+            self.saved_step = progress.step
 
     def _stop_requested(self) -> bool:
         """Return whether any process received a signal; update the time, which is that of the first process."""

@@ -72,8 +72,7 @@ def initialize_from(model: Model, vocabularies: Sequence[Vocabulary], path: Path
         CommandError: The other run cannot be read, or does not fit.
     """
     run = Run(path)
-    checkpoint = run.checkpoint("best")
-    other = checkpoint.model()
+    checkpoint, other = run.load("best")
     if part == "all" and type(other) is not type(model):
         raise CommandError(
             f"--init-from {path}: holds {_NAMES[type(other)]}, but this run trains {_NAMES[type(model)]}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -17,8 +18,10 @@ from support.process import run_python
 
 from llm_ext.cli import main
 from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.commands.parser import _build_parser
 from llm_ext.cli.commands.train import _settings
 from llm_ext.cli.training import read_log
+from llm_ext.cli.training.config import CONFIGS
 
 CommandLine = Callable[..., tuple[int, str, str]]
 
@@ -97,6 +100,28 @@ def test_explain_draws_a_language_model(language_model: Path, run: CommandLine, 
     code, _, errors = run("explain", language_model, "--text", "one", "--out", out)
     assert (code, "--text must hold at least two words, got 'one'" in errors) == (1, True)
     assert out.read_text() == page
+
+
+def test_explain_limits_what_a_picture_shows(
+    language_model: Path, translator: Path, run: CommandLine, tmp_path: Path
+) -> None:
+    """A PNG of 1,000 words would take 8 GB."""
+    png, page = tmp_path / "picture.png", tmp_path / "picture.html"
+    for model in (language_model, translator):
+        for out, count, message in (
+            (png, 201, "--text has {} words, but a .png picture shows at most 200; one of .html shows 1,000"),
+            (page, 1001, "--text has {} words, but a .html picture shows at most 1,000"),
+        ):
+            code, _, errors = run("explain", model, "--text", "six " * count, "--out", out)
+            count += model == translator  # the end of the line
+            assert (code, message.format(f"{count:,}") in errors, out.exists()) == (1, True, False)
+    code, _, errors = run("explain", language_model, "--text", "s" * 8193, "--out", page)
+    assert (code, "--text has 8,193 tokens, but explain reads at most 8,192" in errors) == (1, True)
+    arguments = ("explain", translator, "--text", "six", "--target", "six " * 200)
+    code, _, errors = run(*arguments, "--out", png)
+    assert (code, "--target has 201 words" in errors) == (1, True)
+    code, _, errors = run(*arguments, "--out", page)
+    assert (code, errors, page.read_text().count("<tr>")) == (0, "", 1 + 201)
 
 
 # ---- translators
@@ -216,7 +241,7 @@ def pipe(text: bytes) -> Iterator[Path]:
         ("fly", "invalid choice: 'fly'"),
         ("train text.txt", "required: --out"),
         ("train --out run", "FILE is missing"),
-        ("train text.txt --out run --batch 0", "--batch must be at least 1, got 0"),
+        ("train text.txt --out run --batch 0", "--batch must be at least 1 and at most 1048576, got 0"),
         ("train text.txt --out run --batch many", "invalid int value: 'many'"),
         ("train text.txt --out run --tokens words", "invalid choice: 'words'"),
         ("train text.txt --out run --lr nan", "--lr must be at least 0"),
@@ -227,7 +252,7 @@ def pipe(text: bytes) -> Iterator[Path]:
         ("train --resume --out run --cell gru", "leave out --cell"),
         ("train --resume --out run --hidden 7 text.txt", "leave out --hidden, FILE"),
         ("train --resume --out run --task lm --no-tie-head", "leave out --tie-head, --task"),
-        ("train --resume --out run --steps 0", "--steps must be at least 1, got 0"),
+        ("train --resume --out run --steps 0", "--steps must be at least 1 and at most 1099511627776"),
         ("train --task sing --out run x", "invalid choice: 'sing'"),
         ("train --task translate --out run", "FILE is missing"),
         ("train --task translate --out run a b", "give pairs in one tab-separated file, or in --source and --target"),
@@ -237,28 +262,37 @@ def pipe(text: bytes) -> Iterator[Path]:
         ("train --task translate --out run x --chunk 3", "not for --task translate: --chunk"),
         ("train --resume --out run --config c.toml", "leave out --config"),
         ("tune --out run", "FILE is missing"),
-        ("tune text.txt --out run --trials 0", "--trials must be at least 1, got 0"),
-        ("tune text.txt --out run --folds 0", "--folds must be at least 1, got 0"),
-        ("tune text.txt --out run --minutes nan", "--minutes must be above 0, got nan"),
-        ("tune text.txt --out run --trial-steps 0", "--trial-steps must be at least 1, got 0"),
-        ("tune text.txt --out run --trial-minutes 0", "--trial-minutes must be above 0, got 0.0"),
+        ("tune text.txt --out run --trials 0", "--trials must be at least 1 and at most 1000000, got 0"),
+        ("tune text.txt --out run --folds 0", "--folds must be at least 1 and at most 1000000, got 0"),
+        ("tune text.txt --out run --minutes nan", "--minutes must be at least 1e-06 and at most 100000000, got nan"),
+        (
+            "tune text.txt --out run --trial-steps 0",
+            "--trial-steps must be at least 1 and at most 1099511627776, got 0",
+        ),
+        (
+            "tune text.txt --out run --trial-minutes 0",
+            "--trial-minutes must be at least 0.001 and at most 100000000, got 0.0",
+        ),
         ("tune text.txt --out run --steps 3", "unrecognized arguments: --steps 3"),
-        ("tune text.txt --out run --lr -1", "--lr must be at least 0, got -1"),
+        ("tune text.txt --out run --lr -1", "--lr must be at least 0 and at most 1e+38, got -1"),
         ("tune text.txt --out run --label-smoothing 0.1", "not for --task lm: --label-smoothing"),
         ("tune --resume --out run --folds 2 --cell gru text.txt", "leave out --folds, --cell, FILE"),
         ("eval run", "FILE is missing"),
-        ("eval run --beam 0 f", "--beam must be at least 1, got 0"),
+        ("eval run --beam 0 f", "--beam must be at least 1 and at most 4096, got 0"),
         ("eval run --source f", "--source and --target must be given together"),
-        ("generate run --length -1", "--length must be at least 0, got -1"),
-        ("generate run --temperature nan", "--temperature must be at least 0, got nan"),
+        ("generate run --length -1", "--length must be at least 0 and at most 1099511627776, got -1"),
+        ("generate run --temperature nan", "--temperature must be at least 0 and at most 1e+30, got nan"),
         ("generate run --top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
-        ("generate run --top-k 0", "--top-k must be at least 1, got 0"),
+        ("generate run --top-k 0", "--top-k must be at least 1 and at most 1099511627776"),
         ("generate run --prompt=", "--prompt must be at least one character, got ''"),
-        ("translate run --batch 0", "--batch must be at least 1, got 0"),
-        ("translate run --max-length 0", "--max-length must be at least 1, got 0"),
-        ("translate run --length-penalty -1", "--length-penalty must be at least 0, got -1.0"),
+        ("translate run --batch 0", "--batch must be at least 1 and at most 1048576, got 0"),
+        ("translate run --max-length 0", "--max-length must be at least 1 and at most 1000000, got 0"),
+        ("translate run --length-penalty -1", "--length-penalty must be at least 0 and at most 5, got -1.0"),
         ("translate run --num-return-sequences 2", "from 1 to --beam, which is 1, got 2"),
-        ("summarize run --no-repeat-ngram-size -1", "--no-repeat-ngram-size must be at least 0, got -1"),
+        (
+            "summarize run --no-repeat-ngram-size -1",
+            "--no-repeat-ngram-size must be at least 0 and at most 1000000, got -1",
+        ),
         ("train --task summarize --out run x --vocabularies two", "--copy needs --vocabularies shared, got 'two'"),
         ("explain run --text x --out x.jpg", "--out must end in .html or .png, got 'x.jpg'"),
         ("explain run --text x", "required: --out"),
@@ -270,6 +304,37 @@ def test_a_wrong_command_line_exits_with_2(arguments: str, message: str, capsys:
         main(arguments.split())
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+COMMANDS = {
+    **{f"train --task {task}": "train --out run x --task " + task for task in CONFIGS},
+    "tune": "tune --out run x",
+    "eval": "eval run x",
+    "generate": "generate run",
+    "translate": "translate run",
+    "summarize": "summarize run",
+    "predict": "predict run x",
+    "explain": "explain run --text x --out x.png",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_has_a_range(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is checked before a file is read."""
+    line = COMMANDS[command].split()
+    (subparsers,) = (each for each in _build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    numbers = [each for each in subparsers.choices[line[0]]._actions if each.type in (int, float)]
+    assert len(numbers) >= (20 if "train" in command else 1)
+    settings = _settings()
+    for action in numbers:
+        task = line[-1] if "train" in command else "lm"
+        if action.dest in settings and task not in settings[action.dest]:
+            continue
+        for value in ("-1" + "0" * 22, "1" + "0" * 4000, *(("1e300", "nan", "-inf") if action.type is float else ())):
+            with pytest.raises(SystemExit) as exit:
+                main([*line, f"{action.option_strings[0]}={value}"])
+            assert exit.value.code == 2
+            assert f"{action.option_strings[0]} must be " in capsys.readouterr().err
 
 
 def test_failures_exit_with_1_and_a_message(
@@ -303,6 +368,9 @@ def test_failures_exit_with_1_and_a_message(
         (("eval", plain, good), "holds no checkpoint"),
         (("eval", language_model, tmp_path / "no.txt"), "no.txt: no such file"),
         (("eval", language_model, good, "--device", "warp"), "device 'warp' cannot be used"),
+        (("generate", language_model, "--device", "meta"), "device 'meta' cannot be used: expected cpu, cuda or auto"),
+        (("train", good, "--out", new, "--device", "tpu"), "device 'tpu' cannot be used: expected cpu, cuda or auto"),
+        (("train", good, "--out", new, "--hidden", 1 << 20), "not enough memory; try a smaller model"),
         (("eval", language_model, good, "--cache", tmp_path), "not among the characters of the training text"),
         (("eval", language_model, "--source", good, "--target", good), "holds a language model: give it text"),
         (("eval", translator, good), "good.txt: line 1: expected source and target separated by a tab"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from support.cli_runs import (
 )
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.training import resume, train
+from llm_ext.cli.training import read_log, resume, train
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -82,6 +83,56 @@ def test_a_signal_saves_and_ends_a_training(text: Path, tmp_path: Path, number: 
     Run(out).load_language_model("last")
 
 
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_a_training_survives_closed_streams(text: Path, tmp_path: Path, closed: tuple[int, ...]) -> None:
+    out = tmp_path / "run"
+    process = CommandProcess(
+        ["train", text, "--out", out, *language_options(steps=10)], tmp_path, stdin=text, closed=closed
+    )
+    code, said, errors = process.wait()
+    assert (code, errors) == (0, "")
+    assert (last_step(out), bool(said)) == (10, 1 not in closed)
+    assert len(list(read_log(out / "log.jsonl"))) == 3  # no other file had a number of a stream
+
+
+def test_a_training_survives_the_end_of_its_reader(text: Path, tmp_path: Path) -> None:
+    """As that of `| head -1`; or of a disk that is full."""
+    os.mkfifo(tmp_path / "out")
+    arguments = ["train", text, *language_options(steps=30)]
+    process = CommandProcess([*arguments, "--out", tmp_path / "run"], tmp_path, stdout=tmp_path / "out")
+    with open(tmp_path / "out") as output:
+        output.readline()
+    expected = (0, "", "llm-ext: standard output: Broken pipe; the training goes on without it\n")
+    assert process.wait() == expected
+    assert last_step(tmp_path / "run") == 30
+    process = CommandProcess([*arguments, "--out", tmp_path / "other"], tmp_path, stdout=Path("/dev/full"))
+    assert process.wait() == (0, "", expected[2].replace("Broken pipe", "No space left on device"))
+    assert_same_runs(tmp_path / "run", tmp_path / "other")
+
+
+def test_other_commands_name_a_stream_that_fails(language_model: Path, translator: Path, tmp_path: Path) -> None:
+    process = CommandProcess(["generate", language_model], tmp_path, stdout=Path("/dev/full"))
+    assert process.wait() == (1, "", "llm-ext: standard output: No space left on device\n")
+    process = CommandProcess(["translate", translator], tmp_path, closed=(0,))
+    assert process.wait() == (1, "", "llm-ext: the standard input is closed: give FILE\n")
+
+
+def test_one_process_trains_in_a_directory(text: Path, tmp_path: Path) -> None:
+    """A lock of a process that was killed is free."""
+    out = tmp_path / "run"
+    options = language_options(steps=10**7, validate_every=5, log_every=10**6)
+    first = CommandProcess(["train", text, "--out", out, *options], tmp_path)
+    first.wait_until(lambda: (out / ".lock.owner").exists())
+    for arguments in (["train", text, "--out", out], ["train", "--resume", "--out", out]):
+        first.wait_until(Run(out).exists if "--resume" in arguments else lambda: True)
+        code, _, errors = CommandProcess(arguments, tmp_path).wait()
+        assert code == 1
+        assert re.search(rf"run: (another process trains here \(process {first.pid} on |holds a run already)", errors)
+    first.kill()
+    step = last_step(out)
+    assert resume(out, {"steps": step + 1}).progress.step == step + 1
+
+
 def test_kills_at_random_moments_lose_nothing(text: Path, tmp_path: Path) -> None:
     """Every second step is saved, so that kills hit saves; the results are those of an uninterrupted run."""
     # With a constant learning rate the results do not depend on the final step.
@@ -101,6 +152,6 @@ def test_kills_at_random_moments_lose_nothing(text: Path, tmp_path: Path) -> Non
     resume(out, {"steps": steps[-1] + 10})
     train(language_config(steps=steps[-1] + 10, **settings), [text], tmp_path / "whole")
     assert_same_runs(out, tmp_path / "whole")
-    assert {path.name for path in out.iterdir() if path.name.startswith((".", "step"))} == {
+    assert {path.name for path in out.iterdir() if path.name.startswith((".step", "step"))} == {
         Run(out).checkpoint(which).path.name for which in ("last", "best")
     }

@@ -12,7 +12,7 @@ from llm_ext.cli.training import LanguageConfig, SummaryConfig, TranslationConfi
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("batch", 0, "batch must be at least 1, got 0"),
+        ("batch", 0, "batch must be at least 1 and at most 1048576, got 0"),
         ("val_fraction", 1.0, "val-fraction must be at least 0 and at most 0.9, got 1.0"),
         ("lr", float("nan"), "lr must be at least 0"),
         ("minutes", 0, "minutes must be at least"),

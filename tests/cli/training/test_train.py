@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.cli_runs import (
@@ -27,12 +27,13 @@ from support.cli_runs import (
     transcription_config,
     translation_config,
 )
+from support.run_files import edit_json
 
-from llm_ext.cli import CommandError
+from llm_ext.cli import CommandError, checkpoint
 from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.cli.data import encode_text
 from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text
-from llm_ext.cli.training import Config, language, resume, train, trainer
+from llm_ext.cli.training import Config, language, read_log, resume, train, trainer
 from llm_ext.cli.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
@@ -115,14 +116,90 @@ def test_resuming_after_a_crash_drops_later_records_of_the_log(
     assert_same_runs(tmp_path / "whole", out)
 
 
+@pytest.mark.parametrize("damage", ["bytes", "types", "deep", "pipe", "directory", "nothing"])
+def test_a_damaged_log_stops_nothing(text: Path, tmp_path: Path, damage: str) -> None:
+    train(language_config(steps=10), [text], tmp_path)
+    log = tmp_path / "log.jsonl"
+    lines = {
+        "bytes": b"\xff\0",
+        "types": b'7\n[]\n{"step": "1"}\n{"step": 1, "event": [], "loss": "x"}\n',
+        "deep": b"[" * 10**5,
+    }
+    if damage in lines:
+        log.write_bytes(lines[damage] + b"\n" + log.read_bytes())
+    else:
+        log.unlink()
+        if damage == "pipe":
+            os.mkfifo(log)
+        elif damage == "directory":
+            log.mkdir()
+    assert resume(tmp_path, {"steps": 20}).progress.step == 20
+    if damage != "directory":
+        assert [record["step"] for record in read_log(log) if record["step"] > 10] == [15, 20, 20]
+
+
+@pytest.mark.parametrize(
+    "config", [language_config(), translation_config(), classification_config()], ids=lambda config: config.task
+)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "summary"])
+def test_a_damaged_cache_is_written_again(config: Config, files: list[Path], tmp_path: Path, damage: str) -> None:
+    train(replace(config, steps=5), files, tmp_path / "whole", cache=tmp_path / "cache")
+    for path in (tmp_path / "cache").iterdir():
+        data = path.read_bytes()
+        if damage == "summary":
+            path.write_bytes(data[: -len(data) // 2] if path.suffix == ".json" else data)
+        elif path.suffix != ".json":
+            size = len(data) // 64 * 32
+            path.write_bytes(data[:size] if damage == "truncated" else data[:size] + b"\0" + data[size + 1 :])
+    train(replace(config, steps=5), files, tmp_path / "again", cache=tmp_path / "cache")
+    assert_same_runs(tmp_path / "whole", tmp_path / "again")
+
+
+def test_what_prevents_a_save_is_found_before_the_first_step(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained"))
+    with pytest.raises(CommandError, match=r"step 0 cannot be saved in .*: No space left .*; nothing was saved yet"):
+        train(language_config(), [text], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "config", [language_config(), translation_config(), classification_config()], ids=lambda config: config.task
+)
+def test_paths_that_are_not_utf8(config: Config, files: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    out = folder / os.fsdecode(b"run\xff")
+    folder.mkdir()
+    if config.task == "classify":
+        draw = np.random.default_rng(0)
+        for number in range(60):
+            path = folder / "samples" / os.fsdecode(b"\xe9" if number % 2 else b"\xe8") / f"{number}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, draw.normal(size=(9, 4)) + number % 2)
+        file = folder / "samples"
+    else:
+        file = files[0].rename(folder / os.fsdecode(b"\xff" + os.fsencode(files[0].name)))
+    config = replace(config, steps=10)
+    assert train(config, [file], out).progress.step == 10
+    assert resume(out, {"steps": 20}).progress.step == 20
+    train(replace(config, steps=5, init_from=str(out)), [file], folder / "next")
+    assert resume(folder / "next", {"steps": 8}).progress.step == 8
+
+
 def test_checkpoints_without_a_cell_are_elman_networks(text: Path, tmp_path: Path) -> None:
     """They were saved before there was a choice of cells."""
     for out in ("whole", "parts"):
         train(language_config(steps=10), [text], tmp_path / out)
     path = Run(tmp_path / "parts").checkpoint("last").path / "config.json"
-    value = json.loads(path.read_text())
-    assert value["model"].pop("cell") == value["training"]["config"].pop("cell") == "rnn"
-    path.write_text(json.dumps(value))
+
+    def age(value: dict[str, Any]) -> None:
+        assert value["model"].pop("cell") == value["training"]["config"].pop("cell") == "rnn"
+
+    edit_json(path, age)
     for out in ("whole", "parts"):
         assert resume(tmp_path / out, {"steps": 20}).progress.step == 20
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
@@ -154,7 +231,7 @@ def test_every_tensor_of_a_state_is_checked(config: Config, files: list[Path], t
     for name, tensor in state.items():
         for changed in ({**state, name: next(changes)(tensor)}, {key: state[key] for key in state if key != name}):
             run.save(step, model, weights, last.config["training"], changed, best=False, task=config.task)
-            with pytest.raises(CommandError, match=rf"{STATE}: damaged: (expected )?{re.escape(name)} "):
+            with pytest.raises(CommandError, match=rf"{STATE}: damaged: {re.escape(name)} must be "):
                 resume(out, {"steps": 10})
     run.save(step, model, weights, last.config["training"], state, best=False, task=config.task)
     assert resume(out, {"steps": 10}).progress.step == 10
@@ -168,14 +245,11 @@ def test_what_cannot_be_resumed(config: Config, files: list[Path], tmp_path: Pat
         train(config, files, out)
     path = Run(out).checkpoint("last").path / "config.json"
     saved = path.read_text()
-    value = json.loads(saved)
-    value["training"]["config"]["batch"] = 5
-    path.write_text(json.dumps(value))
+    edit_json(path, lambda value: value["training"]["config"].update(batch=5))
     with pytest.raises(CommandError, match=f"each step must have {config.batch} (streams|pairs) as before, got 5"):
         resume(out, {"steps": 40})
     for damaged in ({"colour": "red"}, 7):
-        value["training"]["config"] = damaged
-        path.write_text(json.dumps(value))
+        edit_json(path, lambda value, damaged=damaged: value["training"].update(config=damaged))
         with pytest.raises(CommandError, match=r"config.json: damaged: "):
             resume(out, {})
     path.write_text(saved)

@@ -40,7 +40,7 @@ def test_a_task_without_a_default_space() -> None:
         ("seed = [1, 2]", "seed cannot be searched; give it as an option"),
         ("hidden = 8", "hidden: expected a list or a table with low and high, got 8"),
         ("hidden = []", "hidden: expected at least one value"),
-        ("hidden = [8, 0]", "hidden: hidden must be at least 1, got 0"),
+        ("hidden = [8, 0]", "hidden: hidden must be at least 1 and at most 1048576, got 0"),
         ("hidden = [8, '9']", "hidden: hidden must be of type int, got '9'"),
         ("hidden = {low = 1.5, high = 2}", "hidden: hidden must be of type int, got 1.5"),
         ("hidden = {low = 1}", "hidden: expected low and high, and possibly step or log, got low"),

@@ -1,0 +1,1 @@
+"""Faults of the machine under `llm-ext`: `make faults` counts what it survives."""
