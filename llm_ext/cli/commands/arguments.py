@@ -129,10 +129,10 @@ def check(options: argparse.Namespace, rules: Iterable[tuple[str, bool, str]]) -
 
 def check_ranges(options: argparse.Namespace, *ranges: tuple[str, float, float]) -> None:
     """Fail with a usage error if the value of an option is given and not from the first to the second number."""
-    values = {name: getattr(options, name.replace("-", "_"), None) for name, _, _ in ranges}
-    expected = {name: f"at least {_number(least)} and at most {_number(most)}" for name, least, most in ranges}
-    inside = {name: values[name] is None or least <= values[name] <= most for name, least, most in ranges}
-    check(options, [(name, inside[name], expected[name]) for name in values])
+    for name, least, most in ranges:
+        value = getattr(options, name.replace("-", "_"), None)
+        if value is not None:
+            check(options, [(name, least <= value <= most, f"at least {_number(least)} and at most {_number(most)}")])
 
 
 def _number(value: float) -> str:

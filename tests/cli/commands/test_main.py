@@ -112,7 +112,7 @@ def test_explain_limits_what_a_picture_shows(
             (png, 201, "--text has {} words, but a .png picture shows at most 200; one of .html shows 1,000"),
             (page, 1001, "--text has {} words, but a .html picture shows at most 1,000"),
         ):
-            code, _, errors = run("explain", model, "--text", "six " * count, "--out", out)
+            code, _, errors = run("explain", model, "--text", ("six " * count).strip(), "--out", out)
             count += model == translator  # the end of the line
             assert (code, message.format(f"{count:,}") in errors, out.exists()) == (1, True, False)
     code, _, errors = run("explain", language_model, "--text", "s" * 8193, "--out", page)

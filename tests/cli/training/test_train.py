@@ -225,14 +225,19 @@ def test_every_tensor_of_a_state_is_checked(config: Config, files: list[Path], t
     run = Run(out)
     last = run.checkpoint("last")
     model, weights, state, step = last.config["model"], last.tensors(WEIGHTS), last.tensors(STATE), last.step
-    changes: Iterator[Callable[[torch.Tensor], torch.Tensor]] = itertools.cycle(
-        [torch.Tensor.double, lambda tensor: tensor.flatten().repeat(3), lambda tensor: tensor.unsqueeze(-1)]
+    changes: Iterator[Callable[[torch.Tensor], torch.Tensor | None]] = itertools.cycle(
+        [
+            torch.Tensor.double,
+            lambda tensor: None,
+            lambda tensor: tensor.flatten().repeat(3),
+            lambda tensor: tensor.unsqueeze(-1),
+        ]
     )
     for name, tensor in state.items():
-        for changed in ({**state, name: next(changes)(tensor)}, {key: state[key] for key in state if key != name}):
-            run.save(step, model, weights, last.config["training"], changed, best=False, task=config.task)
-            with pytest.raises(CommandError, match=rf"{STATE}: damaged: {re.escape(name)} must be "):
-                resume(out, {"steps": 10})
+        changed = {key: value for key, value in {**state, name: next(changes)(tensor)}.items() if value is not None}
+        run.save(step, model, weights, last.config["training"], changed, best=False, task=config.task)
+        with pytest.raises(CommandError, match=rf"{STATE}: damaged: {re.escape(name)} must be "):
+            resume(out, {"steps": 10})
     run.save(step, model, weights, last.config["training"], state, best=False, task=config.task)
     assert resume(out, {"steps": 10}).progress.step == 10
 
@@ -248,8 +253,12 @@ def test_what_cannot_be_resumed(config: Config, files: list[Path], tmp_path: Pat
     edit_json(path, lambda value: value["training"]["config"].update(batch=5))
     with pytest.raises(CommandError, match=f"each step must have {config.batch} (streams|pairs) as before, got 5"):
         resume(out, {"steps": 40})
-    for damaged in ({"colour": "red"}, 7):
-        edit_json(path, lambda value, damaged=damaged: value["training"].update(config=damaged))
+    damaged: list[Callable[[dict[str, Any]], object]] = [
+        lambda value: value["training"].update(config={"colour": "red"}),
+        lambda value: value["training"].update(config=7),
+    ]
+    for change in damaged:
+        edit_json(path, change)
         with pytest.raises(CommandError, match=r"config.json: damaged: "):
             resume(out, {})
     path.write_text(saved)
