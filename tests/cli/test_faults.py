@@ -17,11 +17,11 @@ from faults.writers import jump, read_while_training, share_a_cache, write_toget
 pytestmark = pytest.mark.usefixtures("no_plot")
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["lm", "translate"])
+@pytest.fixture(scope="module", params=["lm-lstm", "translate-gru"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("llm_ext.cli.training.pipeline.plot_loss", lambda *_: None)
-        yield list(cases(tmp_path_factory.mktemp("cases"), 15, ["lstm"]))[request.param]
+        yield from cases(tmp_path_factory.mktemp("cases"), 15, [request.param])
 
 
 def test_kills(case: Case, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from faults import disks
-from faults.cases import cases
+from faults.cases import NAMES, cases
 from faults.flips import OUTCOMES, flip
 from faults.kills import kill_trainings, kill_translations
 from faults.power import cut_power
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60, help="processes to kill (default: 60)")
     parser.add_argument("--flips", type=int, default=20, help="bytes to flip in each file (default: 20)")
     parser.add_argument("--resumed", type=float, default=0.2, help="power failures to resume after (default: 0.2)")
+    parser.add_argument("--case", nargs="+", choices=NAMES, default=NAMES, help="trainings to disturb (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw, begin = random.Random(options.seed), time.monotonic()
@@ -34,14 +35,14 @@ def main() -> None:
         mock.patch("llm_ext.cli.training.report.Report.say"),
     ):
         folder = Path(name)
-        for number, case in enumerate(cases(folder)):
+        for number, case in enumerate(cases(folder, names=options.case)):
             here = folder / f"faults-{number}"
             here.mkdir()
 
             def say(text: str, case_name: str = case.name) -> None:
                 print(f"{time.monotonic() - begin:6.1f} s  {case_name:15}  {text}", flush=True)
 
-            share = options.kills // 6 + (number < options.kills % 6)
+            share = options.kills // len(options.case) + (number < options.kills % len(options.case))
             killed = share // 4 if case.config.task == "translate" else 0
             found = kill_trainings(case, here, draw, share - killed)
             say(f"{share - killed} trainings killed, {found} checkpoints found whole, resumed: the same weights")
