@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
-__all__ = ["drop_output", "open_closed_streams", "output_fails", "warn"]
+__all__ = ["drop_output", "open_closed_streams", "optional_output", "output_fails", "warn"]
 
 
 def open_closed_streams() -> None:
@@ -35,6 +36,17 @@ def drop_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
+
+
+@contextlib.contextmanager
+def optional_output() -> Iterator[None]:
+    """Go on without the standard output, and say so, if it cannot be written, as after `head -1` has read enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        warn(f"standard output: {error.strerror}; the command goes on without it")
 
 
 def warn(message: str) -> None:

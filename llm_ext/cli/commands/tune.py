@@ -20,6 +20,7 @@ from llm_ext.cli.commands.train import (
     training_files,
 )
 from llm_ext.cli.errors import CommandError
+from llm_ext.cli.streams import optional_output
 from llm_ext.cli.training.config import MOST_STEPS
 from llm_ext.cli.training.pipeline import fingerprints, input_files
 from llm_ext.cli.training.task import Fold
@@ -111,7 +112,12 @@ def run(options: argparse.Namespace) -> int:
     study = Study(options.out)
     definition = _begin(options, study)
     budget = Budget(options.trials, minutes)
-    stopped = tune(study, definition, budget, lambda line: print(line, flush=True))
+
+    def say(line: str) -> None:
+        with optional_output():
+            print(line)
+
+    stopped = tune(study, definition, budget, say)
     _report(study, definition, complete=not stopped)
     if stopped:
         name = signal.Signals(stopped).name

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from llm_ext.cli.data.files import atomic_write
-from llm_ext.cli.streams import drop_output, warn
+from llm_ext.cli.streams import optional_output, warn
 
 __all__ = ["Report", "read_log"]
 
@@ -96,10 +96,5 @@ class Report:
         """Print a line above the bar."""
         if self.silent or self.quiet:
             return
-        try:
+        with optional_output():
             tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError as error:
-            # Such as that of `head -1`, which has read enough.
-            drop_output()
-            warn(f"standard output: {error.strerror}; the training goes on without it")

@@ -102,7 +102,7 @@ def test_a_training_survives_the_end_of_its_reader(text: Path, tmp_path: Path) -
     process = CommandProcess([*arguments, "--out", tmp_path / "run"], tmp_path, stdout=tmp_path / "out")
     with open(tmp_path / "out") as output:
         output.readline()
-    expected = (0, "", "llm-ext: standard output: Broken pipe; the training goes on without it\n")
+    expected = (0, "", "llm-ext: standard output: Broken pipe; the command goes on without it\n")
     assert process.wait() == expected
     assert last_step(tmp_path / "run") == 30
     process = CommandProcess([*arguments, "--out", tmp_path / "other"], tmp_path, stdout=Path("/dev/full"))
