@@ -4,7 +4,7 @@ The functions share these arguments and results:
 
 - `x`: Input ``[T, B, I]``, or the rows ``[N, I]`` of a packed sequence, step after step, if `batch_sizes` is given.
 - `w_ih`: W, ``[G H, I]``, the blocks of G gates one below the other. `w_hh`: U, ``[G H, H]``. `b_ih`, `b_hh`: b,
-  ``[G H]``, or None for zeros.
+  ``[G H]``, or None for zeros. A matrix may be a `QuantizedWeight`.
 - `batch_sizes`: Rows of each step, int64 ``[T]``, positive and not increasing; N is their sum.
 - `lengths`: Steps of each row, int64 ``[B]``, from 0 to T. Values of `x` beyond them are ignored, and y is 0 there.
 - `reverse`: Run from the last step of a row to its first; ``y[t]`` still belongs to ``x[t]``.
@@ -20,24 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.reference.lengths import within_lengths
+from llm_ext.reference.quantization import QuantizedWeight, quantized_linear
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
 State = tuple[Tensor, ...]
+Matrix = Tensor | QuantizedWeight
 
 
 def rnn(
     x: Tensor,
     h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
+    w_ih: Matrix,
+    w_hh: Matrix,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
@@ -55,7 +57,7 @@ def rnn(
     Source: J. Elman, "Finding structure in time", 1990.
     """
     mode = f"RNN_{nonlinearity.upper()}"
-    wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
+    wx = _linear(_zero_padding(x, lengths), w_ih, b_ih)
     first, to = (None if tensor is None else (tensor,) for tensor in (h0, reset_to))
     (y,), (h_n,) = _run(mode, wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
     return y, h_n
@@ -64,8 +66,8 @@ def rnn(
 def gru(
     x: Tensor,
     h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
+    w_ih: Matrix,
+    w_hh: Matrix,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
@@ -84,7 +86,7 @@ def gru(
 
     Source: Cho et al., arXiv 1406.1078. Here, as in torch.nn.GRU, r is applied after the product with U_n.
     """
-    wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
+    wx = _linear(_zero_padding(x, lengths), w_ih, b_ih)
     first, to = (None if tensor is None else (tensor,) for tensor in (h0, reset_to))
     (y,), (h_n,) = _run("GRU", wx, first, w_hh, b_hh, None, batch_sizes, lengths, reverse, reset, to)
     return y, h_n
@@ -93,11 +95,11 @@ def gru(
 def lstm(
     x: Tensor,
     state: tuple[Tensor, Tensor] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
+    w_ih: Matrix,
+    w_hh: Matrix,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-    w_hr: Tensor | None = None,
+    w_hr: Matrix | None = None,
     *,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -116,7 +118,7 @@ def lstm(
     Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; the forget gate: Gers et al., "Learning to
     forget", 2000; the projection: Sak et al., arXiv 1402.1128.
     """
-    wx = F.linear(_zero_padding(x, lengths), w_ih, b_ih)
+    wx = _linear(_zero_padding(x, lengths), w_ih, b_ih)
     (y, _), (h_n, c_n) = _run("LSTM", wx, state, w_hh, b_hh, w_hr, batch_sizes, lengths, reverse, reset, reset_to)
     return y, (h_n, c_n)
 
@@ -126,7 +128,7 @@ def multilayer_rnn(
     mode: str,
     x: Tensor,
     state: State | None,
-    weights: Sequence[Sequence[Tensor]],
+    weights: Sequence[Sequence[Matrix]],
     *,
     bidirectional: bool = False,
     dropout: float = 0.0,
@@ -144,7 +146,7 @@ def multilayer_rnn(
     mode: str,
     x: Tensor,
     state: State | None,
-    weights: Sequence[Sequence[Tensor]],
+    weights: Sequence[Sequence[Matrix]],
     *,
     bidirectional: bool = False,
     dropout: float = 0.0,
@@ -161,7 +163,7 @@ def multilayer_rnn(
     mode: str,
     x: Tensor,
     state: State | None,
-    weights: Sequence[Sequence[Tensor]],
+    weights: Sequence[Sequence[Matrix]],
     *,
     bidirectional: bool = False,
     dropout: float = 0.0,
@@ -209,7 +211,7 @@ def multilayer_rnn(
             if layer == 0 and input_projections is not None:
                 wx = input_projections[direction][x]
             else:
-                wx = F.linear(x, w_ih, b_ih)
+                wx = _linear(x, w_ih, b_ih)
             first, to = (None if s is None else tuple(tensor[row] for tensor in s) for s in (state, reset_to))
             states, new = _run(mode, wx, first, w_hh, b_hh, w_hr, batch_sizes, lengths, direction == 1, reset, to)
             outputs.append(states[0])
@@ -220,12 +222,16 @@ def multilayer_rnn(
     return (x, after, states) if return_all_states else (x, after)
 
 
-def _named(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _named(weights: Sequence[Any]) -> tuple[Matrix, Matrix, Tensor | None, Tensor | None, Matrix | None]:
     """Return w_ih, w_hh, b_ih, b_hh and w_hr of one layer and direction; there are 2 to 5 of them."""
     w_ih, w_hh, *others = weights
     b_ih, b_hh = others[:2] if len(others) >= 2 else (None, None)
     w_hr = others[-1] if len(others) % 2 else None
     return w_ih, w_hh, b_ih, b_hh, w_hr
+
+
+def _linear(x: Tensor, w: Matrix, b: Tensor | None = None) -> Tensor:
+    return F.linear(x, w, b) if isinstance(w, Tensor) else quantized_linear(x, w, b)
 
 
 def _zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -240,9 +246,9 @@ def _run(
     mode: str,
     wx: Tensor,
     state: State | None,
-    w_hh: Tensor,
+    w_hh: Matrix,
     b_hh: Tensor | None,
-    w_hr: Tensor | None,
+    w_hr: Matrix | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
@@ -253,10 +259,10 @@ def _run(
 
     Return the states after every step and after the last one.
     """
-    P = w_hh.shape[1]
     if state is None:
         B = wx.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        sizes = (P, len(w_hh) // 4) if mode == "LSTM" else (P,)
+        P = (w_hh if isinstance(w_hh, Tensor) else w_hh.values).shape[1]
+        sizes = (P, wx.shape[-1] // 4) if mode == "LSTM" else (P,)
         state = tuple(wx.new_zeros(B, size) for size in sizes)
     now = tuple(tensor.reshape(tensor.shape[-2:]) for tensor in state)
     if reset_to is None:
@@ -294,32 +300,32 @@ def _rnn_step(
     nonlinearity: Callable[[Tensor], Tensor],
     wx: Tensor,
     state: State,
-    w_hh: Tensor,
+    w_hh: Matrix,
     b_hh: Tensor | None,
-    w_hr: Tensor | None,
+    w_hr: Matrix | None,
 ) -> State:
     (h,) = state
-    return (nonlinearity(wx + F.linear(h, w_hh, b_hh)),)
+    return (nonlinearity(wx + _linear(h, w_hh, b_hh)),)
 
 
-def _gru_step(wx: Tensor, state: State, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None) -> State:
+def _gru_step(wx: Tensor, state: State, w_hh: Matrix, b_hh: Tensor | None, w_hr: Matrix | None) -> State:
     (h,) = state
     wx_r, wx_z, wx_n = wx.chunk(3, 1)
-    uh_r, uh_z, uh_n = F.linear(h, w_hh, b_hh).chunk(3, 1)
+    uh_r, uh_z, uh_n = _linear(h, w_hh, b_hh).chunk(3, 1)
     r, z = torch.sigmoid(wx_r + uh_r), torch.sigmoid(wx_z + uh_z)
     n = torch.tanh(wx_n + r * uh_n)
     return ((1 - z) * n + z * h,)
 
 
-def _lstm_step(wx: Tensor, state: State, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None) -> State:
+def _lstm_step(wx: Tensor, state: State, w_hh: Matrix, b_hh: Tensor | None, w_hr: Matrix | None) -> State:
     h, c = state
-    i, f, g, o = (wx + F.linear(h, w_hh, b_hh)).chunk(4, 1)
+    i, f, g, o = (wx + _linear(h, w_hh, b_hh)).chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if w_hr is None else F.linear(h, w_hr)), c
+    return (h if w_hr is None else _linear(h, w_hr)), c
 
 
-_STEPS: dict[str, Callable[[Tensor, State, Tensor, Tensor | None, Tensor | None], State]] = {
+_STEPS: dict[str, Callable[[Tensor, State, Matrix, Tensor | None, Matrix | None], State]] = {
     "RNN_TANH": partial(_rnn_step, torch.tanh),
     "RNN_RELU": partial(_rnn_step, torch.relu),
     "RNN_SIGMOID": partial(_rnn_step, torch.sigmoid),

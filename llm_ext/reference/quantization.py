@@ -1,0 +1,80 @@
+"""Weights of 8 bits and factors of 16 bits in plain PyTorch: what `llm_ext.ops` computes with int8 weights.
+
+A row of weights is ``w = scale * q`` with integers q from -127 to 127. A row a of an input or a state, of K numbers, is
+rounded to ``a = scale * q`` with integers |q| <= Q, where Q is the largest number up to 32767 with ``127 * Q * K <
+2**31``: it exceeds 16000 up to K = 1024, so that what is lost is lost in the weights. The sum of the products of both
+integers is then exact in int32, in any order of the terms. Everything else, the gates included, is not rounded.
+
+Rows of zeros have the scale 0. A row with NaN or infinity has the scale NaN, and everything computed with it is NaN. A
+row of inputs without a magnitude above 1e-30 counts as zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["QuantizedWeight", "quantize_rows", "quantize_weight", "quantized_linear"]
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight matrix of 8 bits; it takes the place of a matrix in the recurrences of `llm_ext.reference`.
+
+    Attributes:
+        values: q, int8 ``[O, K]``, from -127 to 127.
+        scale: Factor of each row, ``[O]``.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """Return the weights, ``[O, K]`` in the dtype of the scale."""
+        return self.values.to(self.scale.dtype) * self.scale[:, None]
+
+
+def _largest_factor(K: int) -> int:
+    """Return Q for rows of K numbers."""
+    return min(32767, 2**31 // (127 * max(K, 1)))
+
+
+def _divide(x: Tensor, largest: Tensor, limit: int, smallest: float) -> tuple[Tensor, Tensor]:
+    """Return x in units of ``largest / limit``, rounded to integers, and the unit; both 0 for rows below `smallest`."""
+    usable = (largest >= smallest) & largest.isfinite()
+    factor = torch.where(usable, limit / largest, 0)
+    # A product and not a quotient with the unit: one division for each row.
+    values = torch.where(usable, (x * factor).round(), 0)
+    scale = torch.where(usable, largest / limit, torch.where(largest < torch.inf, 0.0, torch.nan))
+    return values, scale.to(x.dtype)
+
+
+def quantize_weight(w: Tensor) -> QuantizedWeight:
+    """Round each row of weights ``[O, K]`` to 8 bits: its largest magnitude becomes 127."""
+    largest = w.abs().amax(1, keepdim=True) if w.shape[1] else w.new_zeros(len(w), 1)
+    smallest = 127 * torch.finfo(w.dtype).tiny  # the reciprocal of the unit must be finite
+    values, scale = _divide(w, largest, 127, smallest)
+    return QuantizedWeight(values.to(torch.int8), scale.squeeze(1))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row of an input ``[*, K]`` rounded to integers, in the dtype of x, and the scales ``[*, 1]``."""
+    K = x.shape[-1]
+    largest = x.abs().amax(-1, keepdim=True) if K else x.new_zeros(*x.shape[:-1], 1)
+    return _divide(x, largest, _largest_factor(K), 1e-30)
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """Affine map ``y = x Wᵀ + b`` with weights of 8 bits and rows of x that are rounded to integers.
+
+    Args:
+        x: Input ``[*, K]``.
+        weight: W, ``[O, K]``.
+        bias: b, ``[O]``, or None for zeros.
+    """
+    values, scale = quantize_rows(x)
+    # float64 holds the sums of integers exactly.
+    sums = values.double() @ weight.values.double().T
+    y = sums.to(x.dtype) * scale * weight.scale.to(x.dtype)
+    return y if bias is None else y + bias
