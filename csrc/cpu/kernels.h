@@ -12,6 +12,7 @@
 #include "params/attention.h"
 #include "params/linear.h"
 #include "params/pooling.h"
+#include "params/quantized.h"
 #include "params/rnn.h"
 #include "params/types.h"
 
@@ -78,6 +79,18 @@ struct AdditiveAttentionKernels {
   void (*backward)(const AdditiveAttentionBackwardParams<S>&, const ThreadTeam&);
 };
 
+// Kernels of weights of 8 or 16 bits. Workspaces are in floats.
+template <typename W>
+struct QuantizedKernels {
+  int (*recurrence_threads)(const RecurrenceSizes&, int threads);
+  int64_t (*recurrence_workspace)(const RecurrenceSizes&, int threads);
+  void (*recurrence)(const QuantizedRecurrenceParams<W>&, const ThreadTeam&);
+  int (*linear_threads)(const LinearSizes&, int threads);
+  int64_t (*linear_workspace)(const LinearSizes&, int threads);
+  void (*linear)(const QuantizedLinearParams<W>&, const ThreadTeam&);
+};
+using QuantizedTables = std::tuple<QuantizedKernels<int8_t>, QuantizedKernels<BFloat16>>;
+
 // A 128-bit content hash.
 struct Hash128 {
   uint64_t a, b;
@@ -99,6 +112,7 @@ struct Kernels {
   std::tuple<AdditiveAttentionKernels<float>, AdditiveAttentionKernels<double>, AdditiveAttentionKernels<BFloat16>,
              AdditiveAttentionKernels<Float16>>
       additive_attentions;
+  QuantizedTables quantizeds;
 
   template <typename S>
   const RecurrenceKernels<S>& recurrence() const {
@@ -119,6 +133,10 @@ struct Kernels {
   template <typename S>
   const AdditiveAttentionKernels<S>& additive_attention() const {
     return std::get<AdditiveAttentionKernels<S>>(additive_attentions);
+  }
+  template <typename W>
+  const QuantizedKernels<W>& quantized() const {
+    return std::get<QuantizedKernels<W>>(quantizeds);
   }
 };
 

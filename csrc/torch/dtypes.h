@@ -26,6 +26,8 @@ constexpr ScalarType scalar_type() {
     return ScalarType::Long;
   } else if constexpr (std::is_same_v<T, uint8_t>) {
     return ScalarType::Byte;
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    return ScalarType::Char;
   } else {
     static_assert(std::is_same_v<T, bool>, "no op has tensors of this type");
     return ScalarType::Bool;

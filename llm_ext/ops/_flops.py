@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.flop_counter import register_flop_formula
 
 from llm_ext.ops._registration import torch_ops
+from llm_ext.ops.argument_checks import gates_of
 
 Shape = Sequence[int]
 
@@ -89,6 +90,18 @@ def _(grad_y: Any, grad_h: Any, x: Shape, h0: Any, w_ih: Shape, w_hh: Shape, *re
 def _(grad_y: Any, grad_h: Any, grad_c: Any, x: Shape, h0: Any, c0: Any, *rest: Any, out_shape: Any = None) -> int:
     w_ih, w_hh, w_hr, _y, _saved, batch_sizes, _lengths, _reverse, _tf32, dx, dh0, _dc0, *dw = rest
     return _backward(_rows(x), _batch(x, h0, batch_sizes), w_ih, w_hh, w_hr, dx, dh0, (*dw[:2], dw[4]))
+
+
+@_register("quantized_rnn_forward")
+def _(mode: str, x: Shape, *args: Any, out_shape: Any = None) -> int:
+    hidden, output = args[13:15]
+    w_hh, w_hr = (gates_of(mode) * hidden, output), (output, hidden) if output < hidden else None
+    return _forward(_rows(x), (w_hh[0], x[-1]), w_hh, w_hr)
+
+
+@_register("quantized_linear_forward")
+def _(x: Shape, w: Any, scale: Any, b: Any, input: int, output: int, *, out_shape: Any = None) -> int:
+    return 2 * prod(x) * output
 
 
 @_register("recurrence_tangent", "recurrence_adjoint")

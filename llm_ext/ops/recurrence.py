@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext import reference
-from llm_ext.ops import _loops, _onnx, argument_checks, packing
+from llm_ext.ops import _loops, _onnx, argument_checks, packing, quantization
 from llm_ext.ops import _recurrence_derivatives as derivatives
 from llm_ext.ops._registration import (
     FAILURES,
@@ -44,6 +44,7 @@ from llm_ext.ops._transforms import (
     without_transforms,
 )
 from llm_ext.ops.argument_checks import ArgumentError, gates_of, unpack_weights
+from llm_ext.ops.quantization import QuantizedWeights
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
@@ -400,7 +401,7 @@ def run(
     mode: str,
     x: Tensor,
     state: State | None,
-    weights: Sequence[Sequence[Tensor | None]],
+    weights: Sequence[Sequence[Tensor | None]] | QuantizedWeights,
     directions: tuple[bool, ...],
     dropout: float,
     batch_sizes: Tensor | None,
@@ -424,8 +425,14 @@ def run(
     5. No derivative, dropout or projection: one op for all layers and directions.
     6. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
 
-    Before all of these, `run_samples` takes calls with `SampleWeights`.
+    Before all of these, `run_samples` takes calls with `SampleWeights`, and `_run_quantized` those with
+    `QuantizedWeights`.
     """
+    if isinstance(weights, QuantizedWeights):
+        for name, given in (("reset", reset), ("reset_to", reset_to), ("return_all_states", all_states or None)):
+            if given is not None:
+                raise NotImplementedError(f"llm_ext: quantized layers take no {name}; dequantize the model")
+        return _run_quantized(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
     if type(weights) is SampleWeights:
         call = _Call(
             mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
@@ -720,6 +727,36 @@ def _all_layers(call: _Call) -> tuple[Tensor, State]:
     except (*FAILURES, ValueError, IndexError) as failure:
         explain(failure, _check, call)
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
+
+
+def _run_quantized(
+    mode: str,
+    x: Tensor,
+    state: State | None,
+    weights: QuantizedWeights,
+    directions: tuple[bool, ...],
+    dropout: float,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, State]:
+    """Run the layers one after the other with packed weights."""
+    count, R = len(directions), len(weights.rows)
+    if R == 1:
+        return quantization.one_direction(mode, x, state, weights, 0, batch_sizes, lengths, directions[0])
+    if state is not None and any(tensor.shape[0] != R for tensor in state):
+        raise ArgumentError(f"{mode}: states must be [R, B, *] with R = {R}, got {[list(t.shape) for t in state]}")
+    last: list[State] = []
+    for row in range(0, R, count):
+        if row > 0 and dropout > 0:
+            x = F.dropout(x, dropout)
+        outputs = []
+        for d, reverse in enumerate(directions):
+            given = None if state is None else tuple([tensor[row + d : row + d + 1] for tensor in state])
+            y, after = quantization.one_direction(mode, x, given, weights, row + d, batch_sizes, lengths, reverse)
+            outputs.append(y)
+            last.append(after)
+        x = outputs[0] if count == 1 else torch.cat(outputs, -1)
+    return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
 
 
 class SampleWeights(list[Sequence[Any]]):

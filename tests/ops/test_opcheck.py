@@ -12,6 +12,7 @@ from support.comparison import assert_close, flatten
 from support.inputs import leaf
 from support.multilayer import multilayer_functions, multilayer_inputs, state_of, weights_of
 from support.pooling import pool_opcheck_cases
+from support.quantized import quantized_opcheck_cases
 from support.recurrences import ARCHITECTURES, GRU, LSTM, RNN, Recurrence, recurrence_opcheck_cases
 from support.registered_ops import tensor_ops
 from torch import Tensor
@@ -118,6 +119,7 @@ CASES = [
     *attention_step_opcheck_cases(),
     *linearized_opcheck_cases(),
     *linear_opcheck_cases(),
+    *quantized_opcheck_cases(),
     *pool_opcheck_cases(),
     *additive_opcheck_cases(),
 ]

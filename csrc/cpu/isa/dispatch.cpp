@@ -19,6 +19,11 @@ struct Isa {
   bool supported;
 };
 
+Kernels with_quantized(Kernels kernels, const QuantizedTables& quantized) {
+  kernels.quantizeds = quantized;
+  return kernels;
+}
+
 #if LLM_EXT_X86_ISAS
 // The features of x86-64-v3 and x86-64-v4, which isa/avx*.cpp enable. They are queried one by one, because older
 // compilers do not accept "x86-64-v3" here.
@@ -47,11 +52,11 @@ const Kernels& select() {
   // Best first: the default is the first that the machine supports.
   static const Isa isas[] = {
 #if LLM_EXT_X86_ISAS
-      {with_bf16(avx512_kernels), has_avx512_bf16()},
-      {avx512_kernels, has_avx512()},
-      {avx2_kernels, has_avx2()},
+      {with_quantized(with_bf16(avx512_kernels), avx512_quantized_kernels), has_avx512_bf16()},
+      {with_quantized(avx512_kernels, avx512_quantized_kernels), has_avx512()},
+      {with_quantized(avx2_kernels, avx2_quantized_kernels), has_avx2()},
 #endif
-      {baseline_kernels, true},
+      {with_quantized(baseline_kernels, baseline_quantized_kernels), true},
   };
   const char* requested = std::getenv("LLM_EXT_ISA");
   std::string names;

@@ -22,6 +22,7 @@
 #include "params/attention.h"
 #include "params/linear.h"
 #include "params/pooling.h"
+#include "params/quantized.h"
 #include "params/rnn.h"
 #include "params/types.h"
 
@@ -41,9 +42,12 @@
 namespace llm_ext {
 
 extern const Kernels& baseline_kernels;
+extern const QuantizedTables& baseline_quantized_kernels;
 #if LLM_EXT_X86_ISAS
 extern const Kernels& avx2_kernels;
 extern const Kernels& avx512_kernels;
+extern const QuantizedTables& avx2_quantized_kernels;
+extern const QuantizedTables& avx512_quantized_kernels;
 extern const RecurrenceKernels<BFloat16>& avx512_bf16_recurrence;
 #endif
 

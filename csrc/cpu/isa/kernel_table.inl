@@ -20,7 +20,8 @@ static constexpr Kernels kKernels = {
     {kLinearKernels<float>, kLinearKernels<double>},
     {kPoolKernels<float>, kPoolKernels<double>, kPoolKernels<BFloat16>, kPoolKernels<Float16>},
     {kAdditiveAttentionKernels<float>, kAdditiveAttentionKernels<double>, kAdditiveAttentionKernels<BFloat16>,
-     kAdditiveAttentionKernels<Float16>}};
+     kAdditiveAttentionKernels<Float16>},
+    {}};  // the quantized kernels are in files of their own
 
 }  // namespace LLM_EXT_ISA_NAMESPACE
 }  // namespace llm_ext

@@ -26,15 +26,15 @@ enum class Split {
   kNone      // one thread runs the loop: steps are too small to split
 };
 
-template <typename S>
-static inline Split choose_split(const RecurrenceSizes& s, int threads) {
+// For weights of `weight_bytes` each, in panels of `panel` columns.
+static inline Split choose_split(const RecurrenceSizes& s, int threads, int64_t weight_bytes, int64_t panel) {
   if (threads == 1) return Split::kNone;
   // Sequences of unequal lengths go by columns: by rows, tiles would shrink as sequences end.
-  const double bytes = row_work(s) * sizeof(S);
+  const double bytes = row_work(s) * weight_bytes;
   const int64_t rows =
       bytes > kLargeWeightBytes ? kRowsPerThreadLargeWeights : kRowsPerThread - (bytes <= kSmallWeightBytes);
   if (of_one_length(s) && s.batch >= rows * threads) return Split::kRows;
-  if (panels_of<Compute<S>>(s.hidden) >= threads && s.batch * row_work(s) >= kStepWorkPerThread * threads)
+  if (divide_up(s.hidden, panel) >= threads && s.batch * row_work(s) >= kStepWorkPerThread * threads)
     return Split::kColumns;
   return s.batch >= threads ? Split::kRows : Split::kNone;
 }
@@ -77,7 +77,7 @@ static int64_t balanced_row(const RecurrenceSizes& s, int rank, int size) {
   return low;
 }
 
-// The slice of every step that one thread computes.
+// The slice of every step that one thread computes, with panels of the packed weights.
 struct Partition {
   Range rows;            // batch rows
   Range panels;          // of the H columns
@@ -87,16 +87,13 @@ struct Partition {
   bool barrier;          // whether the team synchronizes after each step
 };
 
-template <typename T>
-static inline Range columns_of(Range panels, int64_t cols) {
-  return intersect({panels.begin * kNR<T>, panels.end * kNR<T>}, {0, cols});
+static inline Range columns_of(Range panels, int64_t panel, int64_t cols) {
+  return intersect({panels.begin * panel, panels.end * panel}, {0, cols});
 }
 
-template <typename S>
-static Partition partition_of(const RecurrenceSizes& s, const ThreadTeam& team) {
-  using T = Compute<S>;
-  Partition partition = {{0, s.batch}, {0, panels_of<T>(s.hidden)}, {}, {0, panels_of<T>(s.output)}, {}, false};
-  switch (choose_split<S>(s, team.size)) {
+static Partition partition_of(const RecurrenceSizes& s, const ThreadTeam& team, int64_t weight_bytes, int64_t panel) {
+  Partition partition = {{0, s.batch}, {0, divide_up(s.hidden, panel)}, {}, {0, divide_up(s.output, panel)}, {}, false};
+  switch (choose_split(s, team.size, weight_bytes, panel)) {
     case Split::kRows:
       partition.rows = of_one_length(s)
                            ? team.slice(s.batch)
@@ -111,9 +108,14 @@ static Partition partition_of(const RecurrenceSizes& s, const ThreadTeam& team) 
       if (team.rank != 0) partition.rows = {0, 0};
       break;
   }
-  partition.columns = columns_of<T>(partition.panels, s.hidden);
-  partition.output_columns = columns_of<T>(partition.output_panels, s.output);
+  partition.columns = columns_of(partition.panels, panel, s.hidden);
+  partition.output_columns = columns_of(partition.output_panels, panel, s.output);
   return partition;
+}
+
+template <typename S>
+static inline Partition partition_of(const RecurrenceSizes& s, const ThreadTeam& team) {
+  return partition_of(s, team, sizeof(S), kNR<Compute<S>>);
 }
 
 }  // namespace LLM_EXT_ISA_NAMESPACE

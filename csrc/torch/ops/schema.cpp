@@ -69,6 +69,14 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "(Tensor dx, Tensor dw, Tensor db)");
   m.def("linear_argmax(Tensor x, Tensor w, Tensor? b) -> Tensor");
 
+  // Weights of 8 or 16 bits, packed as csrc/params/quantized.h says: llm_ext/ops/quantization.py. Scales are those of
+  // int8 weights; bfloat16 weights are passed as int16.
+  m.def(
+      "quantized_rnn_forward(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor? s_ih, Tensor w_hh, "
+      "Tensor? s_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? s_hr, Tensor? batch_sizes, Tensor? lengths, "
+      "int input, int hidden, int output, bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def("quantized_linear_forward(Tensor x, Tensor w, Tensor? scale, Tensor? b, int input, int output) -> Tensor y");
+
   // llm_ext/ops/pooling.py
   m.def(
       "attention_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask) -> "
