@@ -3,7 +3,7 @@
 Layers: :class:`RNN`, :class:`GRU`, :class:`LSTM`, their cells, :class:`Linear`, :class:`AttentionPool` and
 :class:`AdditiveAttention`. Models: :class:`LLM`, :class:`Seq2Seq` and :class:`SequenceClassifier`. The
 functions behind them are in :mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`. :func:`convert` makes
-the layers of a model of torch.nn those of llm_ext.
+the layers of a model of torch.nn those of llm_ext, :func:`quantize_` rounds their weights to 8 or 16 bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ except ImportError as error:
         "install the llm_ext for the CPU, or a torch for the same CUDA"
     ) from error
 from llm_ext import models, nn, ops, reference
-from llm_ext.conversion import Convertible, convert, convertible, patched, revert, to_torch
+from llm_ext.conversion import (
+    Convertible,
+    Quantized,
+    convert,
+    convertible,
+    dequantize_,
+    fake_quantize_,
+    patched,
+    quantize_,
+    revert,
+    to_torch,
+)
 from llm_ext.models import (
     LLM,
     BeamHypothesis,
@@ -57,6 +68,7 @@ __all__ = [
     "LLMState",
     "LSTMCell",
     "Linear",
+    "Quantized",
     "RNNCell",
     "Seq2Seq",
     "Seq2SeqState",
@@ -66,12 +78,15 @@ __all__ = [
     "convert",
     "convertible",
     "cpu_cache_bytes",
+    "dequantize_",
     "empty_cpu_cache",
+    "fake_quantize_",
     "models",
     "nn",
     "ops",
     "packed_weight_cache_bytes",
     "patched",
+    "quantize_",
     "reference",
     "revert",
     "to_torch",

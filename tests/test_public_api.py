@@ -47,14 +47,17 @@ MODELS = {
     "ClassifierOutput",
 }
 CONVERSION = {"Convertible", "convert", "convertible", "patched", "revert", "to_torch"}
+QUANTIZATION = {"Quantized", "quantize_", "dequantize_", "fake_quantize_"}
+QUANTIZED = {f"Quantized{name}" for name in ("RNN", "GRU", "LSTM", "Linear", "AffineEmbedding")}
 MEMORY = {"packed_weight_cache_bytes", "clear_packed_weight_cache", "cpu_cache_bytes", "empty_cpu_cache"}
 PUBLIC = {
     "llm_ext": LAYERS
     | MODELS
     | CONVERSION
+    | QUANTIZATION
     | MEMORY
     | {"ArgumentError", "BuildInfo", "build_info", "ops", "reference", "nn", "models"},
-    "llm_ext.nn": LAYERS | {"AffineEmbedding"},
+    "llm_ext.nn": LAYERS | QUANTIZED | {"AffineEmbedding"},
     "llm_ext.models": MODELS | {"InputProjections", "sample"},
     "llm_ext.ops": FUNCTIONS,
     "llm_ext.reference": FUNCTIONS,

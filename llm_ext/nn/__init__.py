@@ -4,6 +4,13 @@ from llm_ext.nn.attention import AdditiveAttention, AttentionPool
 from llm_ext.nn.cells import GRUCell, LSTMCell, RNNCell
 from llm_ext.nn.embedding import AffineEmbedding
 from llm_ext.nn.linear import Linear
+from llm_ext.nn.quantized import (
+    QuantizedAffineEmbedding,
+    QuantizedGRU,
+    QuantizedLinear,
+    QuantizedLSTM,
+    QuantizedRNN,
+)
 from llm_ext.nn.recurrent import GRU, LSTM, RNN
 
 __all__ = [
@@ -16,5 +23,10 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "Linear",
+    "QuantizedAffineEmbedding",
+    "QuantizedGRU",
+    "QuantizedLSTM",
+    "QuantizedLinear",
+    "QuantizedRNN",
     "RNNCell",
 ]

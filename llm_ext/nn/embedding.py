@@ -63,6 +63,9 @@ class AffineEmbedding(nn.Module):
         """Return W + b, ``[V, E]``: the embedding of every id."""
         return self.weight + self.bias
 
+    def _look_up(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
     def forward(self, ids: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the embeddings ``[*, E]`` of ids ``[*]``.
 
@@ -74,7 +77,7 @@ class AffineEmbedding(nn.Module):
             IndexError: An id is not from 0 to V - 1. Other devices than the CPU report this as torch does.
         """
         try:
-            return F.embedding(ids, self.weight) + self.bias if table is None else F.embedding(ids, table)
+            return self._look_up(ids) + self.bias if table is None else F.embedding(ids, table)
         except IndexError:
             expected, got = f"0 to {self.num_embeddings - 1}", f"{ids.min().item()} to {ids.max().item()}"
             raise IndexError(f"AffineEmbedding: ids must be from {expected}, got values from {got}") from None

@@ -1,0 +1,213 @@
+"""Quantization of the layers of a model, in place: weights of 8 or 16 bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from llm_ext.conversion.classes import CONVERTED, assign_converted, reason_against
+from llm_ext.nn import GRU, LSTM, RNN, AffineEmbedding, Linear
+from llm_ext.nn.quantized import (
+    DTYPES,
+    FakeQuantize,
+    QuantizedAffineEmbedding,
+    QuantizedGRU,
+    QuantizedLinear,
+    QuantizedLSTM,
+    QuantizedRNN,
+    rounding_error,
+)
+
+__all__ = ["Quantized", "dequantize_", "fake_quantize_", "quantize_"]
+
+Filter = Callable[[nn.Module, str], bool]
+Dtype = Literal["int8", "bfloat16"]
+
+# What a class becomes.
+_QUANTIZED: dict[type[nn.Module], Any] = {
+    RNN: QuantizedRNN,
+    GRU: QuantizedGRU,
+    LSTM: QuantizedLSTM,
+    Linear: QuantizedLinear,
+    AffineEmbedding: QuantizedAffineEmbedding,
+}
+_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
+
+
+class Quantized(NamedTuple):
+    """A module that :func:`quantize_` has quantized, or left for a reason.
+
+    Attributes:
+        fqn: Name of the module in the model, such as ``"encoder.rnn"``; ``""`` is the model itself.
+        type: Class that the module had.
+        error: Root mean square of the error of the weights, relative to that of the weights; the largest of the
+            module's matrices. ``None`` if the module is left.
+        reason: Why the module is left, or ``None`` if it is quantized.
+    """
+
+    fqn: str
+    type: type[nn.Module]
+    error: float | None
+    reason: str | None
+
+
+def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | None = None) -> list[Quantized]:
+    """Round the weights of a model to 8 or 16 bits, in place, for inference on the CPU.
+
+    Recurrent layers of llm_ext and of torch.nn, and the linear layers and embeddings of llm_ext, become layers of
+    :mod:`llm_ext.nn` whose weights are packed buffers. Their inputs, states and results stay float32. A module stays
+    the same object, but its parameters are gone, so quantize before an optimizer is made, or after training. Layers
+    that shared a weight have one each afterwards.
+
+    Args:
+        model: Any module, which may be a layer itself.
+        weights: ``"int8"``: a scale for each row of a matrix, and products in integers, with inputs and states in 16
+            bits. A network gives the same bits on every ISA and any number of threads. ``"bfloat16"``: weights are
+            widened when they are read, and products are float32.
+        filter: Called with a module and its name in the model; False leaves the module as it is.
+
+    Returns:
+        An entry for each recurrent module, linear layer and embedding, in the order of ``model.named_modules()``.
+        Modules that are quantized already are not listed.
+
+    Raises:
+        TypeError: The model is no module.
+        ValueError: `weights` is unknown.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.GRU(8, 16))
+        >>> for fqn, _, _, reason in llm_ext.quantize_(model):
+        ...     print(fqn, reason)
+        0 it is a layer of torch.nn that is not recurrent
+        1 None
+        >>> model[1]
+        QuantizedGRU(8, 16, weights=int8)
+    """
+    _check("quantize_", model, weights)
+    entries: list[Quantized] = []
+    for fqn, module, reason in list(_considered(model, filter)):
+        kind = type(module)
+        error = None
+        if reason is None:
+            _remove_fake(module)
+            if type(module) in _RECURRENT:
+                assign_converted(module, False)
+            error = max([rounding_error(p.detach(), weights) for p in module.parameters(recurse=False) if p.dim() > 1])
+            _QUANTIZED[type(module)].quantize(module, weights)
+        entries.append(Quantized(fqn, kind, error, reason))
+    if all(entry.reason is not None for entry in entries):
+        warnings.warn(f"quantize_: no layer of {type(model).__name__} is quantized", stacklevel=2)
+    return entries
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Make the quantized layers of a model ordinary ones of llm_ext, in place; weights keep their rounded values.
+
+    Args:
+        model: Any module, which may be a layer itself.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: The model is no module.
+
+    Example:
+        >>> layer = llm_ext.GRU(8, 16)
+        >>> _ = llm_ext.quantize_(layer)
+        >>> llm_ext.dequantize_(layer)
+        GRU(8, 16)
+    """
+    _check("dequantize_", model, "int8")
+    quantized: list[Any] = [each for each in model.modules() if isinstance(each, tuple(_QUANTIZED.values()))]
+    for module in quantized:
+        module.dequantize()
+    return model
+
+
+def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | None = None) -> list[Quantized]:
+    """Let the layers of a model compute with rounded weights while it is trained, in place.
+
+    The modules that :func:`quantize_` would change keep their parameters, which a parametrization rounds in every call.
+    Gradients pass the rounding as if it were not there (straight-through estimator, arXiv 1308.3432). After training,
+    :func:`quantize_` removes the parametrizations and quantizes.
+
+    Args:
+        model: As in :func:`quantize_`.
+        weights: As in :func:`quantize_`.
+        filter: As in :func:`quantize_`.
+
+    Returns:
+        As :func:`quantize_`.
+
+    Raises:
+        TypeError: The model is no module.
+        ValueError: `weights` is unknown.
+
+    Example:
+        >>> layer = llm_ext.GRU(8, 16)
+        >>> _ = llm_ext.fake_quantize_(layer)
+        >>> layer(torch.randn(5, 3, 8))[0].sum().backward()  # then train, and quantize
+        >>> _ = llm_ext.quantize_(layer)
+        >>> layer
+        QuantizedGRU(8, 16, weights=int8)
+    """
+    _check("fake_quantize_", model, weights)
+    entries: list[Quantized] = []
+    for fqn, module, reason in list(_considered(model, filter)):
+        error = None
+        kind = type(module)
+        if reason is None:
+            _remove_fake(module)
+            matrices = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1}
+            error = max([rounding_error(p.detach(), weights) for p in matrices.values()])
+            for name in matrices:
+                parametrize.register_parametrization(module, name, FakeQuantize(weights))
+        entries.append(Quantized(fqn, kind, error, reason))
+    return entries
+
+
+def _remove_fake(module: nn.Module) -> None:
+    for name in list(getattr(module, "parametrizations", ())):
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+
+def _considered(model: nn.Module, filter: Filter | None) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Yield the modules that hold weights of a known kind, and why they are left, or None."""
+    kinds = (nn.RNNBase, nn.RNNCellBase, nn.Linear, nn.Embedding, AffineEmbedding)
+    for fqn, module in model.named_modules():
+        if isinstance(module, kinds) and not isinstance(module, tuple(_QUANTIZED.values())):
+            excluded = filter is not None and not filter(module, fqn)
+            yield fqn, module, "the filter excludes it" if excluded else _reason_to_leave(module)
+
+
+def _reason_to_leave(module: nn.Module) -> str | None:
+    """Return why a module is not quantized, or None if it can be."""
+    cls = parametrize.type_before_parametrizations(module)
+    if isinstance(module, nn.RNNCellBase):
+        return "cells have no quantized form"
+    if cls not in (*_QUANTIZED, *_RECURRENT):
+        if cls in CONVERTED or cls is nn.Embedding:
+            return "it is a layer of torch.nn that is not recurrent"
+        return f"{cls.__name__} is a subclass"
+    if cls in _RECURRENT and (reason := reason_against(module)) is not None:
+        return reason
+    lists = getattr(module, "parametrizations", {})
+    if any(not isinstance(each, FakeQuantize) for name in lists for each in lists[name]):
+        return "it has parametrizations; remove them first"
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32 or not parameter.is_cpu:
+            return f"{name.rpartition('.')[2]} is {parameter.dtype} on {parameter.device}, not float32 on the cpu"
+    return None
+
+
+def _check(caller: str, model: object, weights: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if weights not in DTYPES:
+        raise ValueError(f"{caller}: weights must be one of {', '.join(DTYPES)}, got {weights!r}")

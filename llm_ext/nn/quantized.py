@@ -1,0 +1,288 @@
+"""Layers with weights of 8 or 16 bits, for inference on the CPU: what :func:`llm_ext.quantize_` makes of others.
+
+They have buffers in place of parameters. Inputs, states and results are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_ext.nn.arguments import check_input
+from llm_ext.nn.embedding import AffineEmbedding
+from llm_ext.nn.linear import Linear
+from llm_ext.nn.recurrent import GRU, LSTM, RNN
+from llm_ext.nn.scripting import refuse_script
+from llm_ext.ops.argument_checks import gates_of
+from llm_ext.ops.quantization import (
+    DTYPES,
+    PackedWeight,
+    QuantizedWeights,
+    pack,
+    quantized_linear,
+    round_weight,
+    unpack,
+    widen,
+)
+
+__all__ = [
+    "DTYPES",
+    "FakeQuantize",
+    "QuantizedAffineEmbedding",
+    "QuantizedGRU",
+    "QuantizedLSTM",
+    "QuantizedLinear",
+    "QuantizedRNN",
+    "rounding_error",
+]
+
+
+class _Quantized(nn.Module):
+    """A module whose matrices are packed into the buffers NAME_packed and NAME_scale, and biases are buffers.
+
+    It comes before the class that it replaces in the bases. `quantize` and `dequantize` assign the class of an
+    instance, so that every reference to it, its hooks and its other attributes stay.
+    """
+
+    _weights_dtype: str
+    _parameter_names: tuple[str, ...]
+    _original: type[nn.Module]
+
+    @classmethod
+    def quantize(cls, module: Any, dtype: str) -> None:
+        """Make a module of the class that this one replaces a quantized one.
+
+        Args:
+            module: The module; its parameters are float32 on the CPU.
+            dtype: "int8" or "bfloat16".
+        """
+        weights = dict(module._parameters)
+        module.__class__ = cls
+        module._weights_dtype, module._parameter_names = dtype, tuple(weights)
+        for name, tensor in weights.items():
+            del module._parameters[name]
+            if tensor is None or tensor.dim() == 1:
+                module.register_buffer(name, None if tensor is None else tensor.detach().clone())
+            else:
+                values, scale, _ = module._pack(name, tensor.detach())
+                module.register_buffer(f"{name}_packed", values)
+                module.register_buffer(f"{name}_scale", scale)
+        module._renew()
+
+    def dequantize(self) -> None:
+        """Make this module one of the class that it replaces, whose parameters are the rounded weights."""
+        weights: dict[str, Tensor | None] = {}
+        for name in self._parameter_names:
+            if name in self._buffers:
+                weights[name] = self._buffers.pop(name)
+            else:
+                weights[name] = self._matrix(name)
+                del self._buffers[f"{name}_packed"], self._buffers[f"{name}_scale"]
+        del self._weights_dtype, self._parameter_names
+        self.__class__ = self._original  # type: ignore[assignment]
+        for name, tensor in weights.items():
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+        _Quantized._renew(self)
+
+    def _renew(self) -> None:
+        """Renew what the class of torch.nn holds besides parameters and buffers."""
+        if isinstance(self, nn.RNNBase):
+            self._init_flat_weights()
+
+    def _pack(self, name: str, w: Tensor) -> PackedWeight:
+        return pack(w, self._weights_dtype)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """Return R and K of the matrix `name`, which is ``[G R, K]``."""
+        raise NotImplementedError
+
+    def _packed(self, name: str) -> PackedWeight:
+        values = self._buffers[f"{name}_packed"]
+        assert values is not None
+        return PackedWeight(values, self._buffers[f"{name}_scale"], self._shape(name)[1])
+
+    def _matrix(self, name: str) -> Tensor:
+        return unpack(self._packed(name), self._shape(name)[0])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weights={self._weights_dtype}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+class _QuantizedLayers(_Quantized):
+    """Recurrent layers; `forward` is that of the layer which this one replaces."""
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    bidirectional: bool
+    _all_weights: list[list[str]]
+
+    def _pack(self, name: str, w: Tensor) -> PackedWeight:
+        return pack(w, self._weights_dtype, 1 if name.startswith("weight_hr") else gates_of(self.mode))
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        P, H = self.proj_size or self.hidden_size, self.hidden_size
+        if name.startswith("weight_hr"):
+            return P, H
+        if name.startswith("weight_hh"):
+            return H, P
+        return H, self.input_size if name.startswith("weight_ih_l0") else P * (1 + self.bidirectional)
+
+    def _weights(self) -> Any:
+        # Looked up in every call, as in other layers, and written for speed: a call may be one step.
+        found: Any = self._buffers
+        I, H, P = self.input_size, self.hidden_size, self.proj_size or self.hidden_size  # noqa: E741
+        rows = []
+        for i, names in enumerate(self._all_weights):
+            if i == 1 + self.bidirectional:
+                I = P * i  # noqa: E741
+            ih, hh = names[0], names[1]
+            b_ih, b_hh = (found[names[2]], found[names[3]]) if len(names) >= 4 else (None, None)
+            w_hr, s_hr, _ = self._packed(names[-1]) if len(names) % 2 else (None, None, None)
+            w_ih, s_ih = found[ih + "_packed"], found[ih + "_scale"]
+            rows.append((w_ih, s_ih, found[hh + "_packed"], found[hh + "_scale"], b_ih, b_hh, w_hr, s_hr, I))
+        return QuantizedWeights(rows, H, P)
+
+    @property
+    def all_weights(self) -> Any:
+        """The weights of each layer and direction in float32, in the order of the states."""
+        return [
+            [self._matrix(name) if name.startswith("weight") else self._buffers[name] for name in names]
+            for names in self._all_weights
+        ]
+
+
+class QuantizedRNN(_QuantizedLayers, RNN):
+    """A :class:`llm_ext.RNN` with weights of 8 or 16 bits; it is called as that layer, on float32.
+
+    Example:
+        >>> layer = llm_ext.RNN(10, 20)
+        >>> _ = llm_ext.quantize_(layer)
+        >>> type(layer).__name__, layer(torch.randn(5, 3, 10))[0].shape
+        ('QuantizedRNN', torch.Size([5, 3, 20]))
+    """
+
+    _original = RNN
+
+
+class QuantizedGRU(_QuantizedLayers, GRU):
+    """A :class:`llm_ext.GRU` with weights of 8 or 16 bits; it is called as that layer, on float32.
+
+    Example:
+        >>> layer = llm_ext.GRU(10, 20)
+        >>> _ = llm_ext.quantize_(layer)
+        >>> type(layer).__name__, layer(torch.randn(5, 3, 10))[0].shape
+        ('QuantizedGRU', torch.Size([5, 3, 20]))
+    """
+
+    _original = GRU
+
+
+class QuantizedLSTM(_QuantizedLayers, LSTM):
+    """A :class:`llm_ext.LSTM` with weights of 8 or 16 bits; it is called as that layer, on float32.
+
+    Example:
+        >>> layer = llm_ext.LSTM(10, 20)
+        >>> _ = llm_ext.quantize_(layer)
+        >>> type(layer).__name__, layer(torch.randn(5, 3, 10))[0].shape
+        ('QuantizedLSTM', torch.Size([5, 3, 20]))
+    """
+
+    _original = LSTM
+
+
+class QuantizedLinear(_Quantized, Linear):
+    """A :class:`llm_ext.Linear` with a weight of 8 or 16 bits.
+
+    Attributes:
+        bias: b, ``[O]``.
+
+    Example:
+        >>> layer = llm_ext.Linear(20, 30)
+        >>> _ = llm_ext.quantize_(layer)
+        >>> type(layer).__name__, layer(torch.randn(128, 20)).shape
+        ('QuantizedLinear', torch.Size([128, 30]))
+    """
+
+    _original = Linear
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W in float32, ``[O, I]``; it is computed here."""
+        return self._matrix("weight")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input ``[*, I]`` mapped to ``[*, O]``.
+
+        Raises:
+            ValueError: A shape or device does not fit.
+            TypeError: The input is not float32.
+        """
+        try:
+            return quantized_linear(input, self._packed("weight"), self._buffers["bias"], self.out_features)
+        except (RuntimeError, TypeError):
+            if isinstance(input, Tensor) and input.dtype == torch.float32:
+                leading = (None,) * (input.dim() - 1)
+                check_input("Linear", "input", input, "*, I", (*leading, self.in_features), self.weight)
+            raise
+
+
+class QuantizedAffineEmbedding(_Quantized, AffineEmbedding):
+    """A :class:`llm_ext.nn.AffineEmbedding` with embeddings of 8 or 16 bits.
+
+    Example:
+        >>> embedding = llm_ext.nn.AffineEmbedding(1000, 64)
+        >>> _ = llm_ext.quantize_(embedding)
+        >>> embedding(torch.randint(1000, (20, 8))).shape
+        torch.Size([20, 8, 64])
+    """
+
+    _original = AffineEmbedding
+
+    def _pack(self, name: str, w: Tensor) -> PackedWeight:
+        # Rows are looked up, and not multiplied: they stay as they are.
+        return PackedWeight(*round_weight(w, self._weights_dtype), w.shape[1])
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def _matrix(self, name: str) -> Tensor:
+        return widen(*self._packed(name)[:2])
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W in float32, ``[V, E]``; it is computed here."""
+        return self._matrix("weight")
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        values, scale, _ = self._packed("weight")
+        rows = F.embedding(ids, values)
+        return widen(rows, None if scale is None else F.embedding(ids, scale.unsqueeze(1)).squeeze(-1))
+
+
+class FakeQuantize(nn.Module):
+    """Parametrization that rounds a weight, and passes its gradient on as if it did not."""
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, w: Tensor) -> Tensor:
+        rounded = widen(*round_weight(w.detach(), self.weights))
+        return rounded + (w - w.detach())  # the difference is 0, and has the gradient of w
+
+
+def rounding_error(w: Tensor, weights: str) -> float:
+    """Return the root mean square of the error of rounded weights, relative to that of the weights."""
+    scale = w.square().mean().sqrt()
+    return float((widen(*round_weight(w, weights)) - w).square().mean().sqrt() / scale) if scale > 0 else 0.0
