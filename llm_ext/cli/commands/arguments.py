@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+import llm_ext
+from llm_ext.cli.device import find_device
+from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.translator import SearchOptions
 from llm_ext.models.beam_search import MOST_LENGTH_PENALTY
 
@@ -21,10 +27,12 @@ __all__ = [
     "add_pair_files",
     "add_search",
     "add_traceback",
+    "add_weights",
     "check",
     "check_ranges",
     "check_search",
     "pair_files",
+    "round_weights",
     "sample_path",
     "search_options",
 ]
@@ -51,6 +59,32 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="device to compute on: cpu, cuda or auto; auto is the CPU (default: auto)",
     )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --weights."""
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "bfloat16"),
+        help="round the weights to 8 or 16 bits, which is faster on a CPU (default: as they were trained)",
+    )
+
+
+def round_weights(options: argparse.Namespace, model: nn.Module) -> None:
+    """Do with a model what --weights asks for.
+
+    Raises:
+        CommandError: The model is not in float32 on the CPU.
+    """
+    if options.weights is None:
+        return
+    if find_device(options.device).type != "cpu":
+        raise CommandError(f"--weights {options.weights} needs --device cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left has a reason
+        entries = llm_ext.quantize_(model, options.weights)
+    if all(entry.reason for entry in entries):
+        raise CommandError(f"{options.dir}: --weights rounds float32, but the model has been trained in another dtype")
 
 
 def add_pair_files(parser: argparse.ArgumentParser, prefix: str = "", purpose: str = "") -> None:

@@ -17,8 +17,10 @@ from llm_ext.cli.commands.arguments import (
     add_pair_files,
     add_search,
     add_traceback,
+    add_weights,
     check_search,
     pair_files,
+    round_weights,
     sample_path,
     search_options,
 )
@@ -63,6 +65,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)
+    add_weights(parser)
     parser.add_argument(
         "files",
         nargs="*",
@@ -110,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate_language_model(options: argparse.Namespace, run_directory: Run, files: list[Path]) -> int:
     model, tokenizer = run_directory.load_language_model(options.checkpoint)
+    round_weights(options, model)
     device = find_device(options.device)
     corpus = encode_text(copy_pipes(files, _cache(options)), tokenizer, _cache(options))
     if len(corpus) < 2:
@@ -120,6 +124,7 @@ def _evaluate_language_model(options: argparse.Namespace, run_directory: Run, fi
 
 def _evaluate_translator(options: argparse.Namespace, run_directory: Run, files: PairFiles, summaries: bool) -> int:
     translator = Translator.load(run_directory, options.checkpoint, find_device(options.device))
+    round_weights(options, translator.model)
     source, target = translator.source, translator.target
     pairs = encode_pairs(files, source, target, _cache(options), sys.maxsize, warn, translator.longest_source)
     score = evaluate_pairs(
@@ -147,9 +152,13 @@ def _evaluate_samples(options: argparse.Namespace, run_directory: Run, task: str
         options.fail(f"--confusion must end in .svg or .png, got {picture.name!r}")
     device = find_device(options.device)
     if task == "classify":
-        _evaluate_classifier(options, Classifier.load(run_directory, options.checkpoint, device), paths[0], picture)
+        classifier = Classifier.load(run_directory, options.checkpoint, device)
+        round_weights(options, classifier.model)
+        _evaluate_classifier(options, classifier, paths[0], picture)
     else:
-        _evaluate_transcriber(options, Transcriber.load(run_directory, options.checkpoint, device), paths[0])
+        transcriber = Transcriber.load(run_directory, options.checkpoint, device)
+        round_weights(options, transcriber.model)
+        _evaluate_transcriber(options, transcriber, paths[0])
     return 0
 
 

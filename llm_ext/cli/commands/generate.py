@@ -6,7 +6,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.commands.arguments import add_model, add_traceback, check, check_ranges
+from llm_ext.cli.commands.arguments import (
+    add_model,
+    add_traceback,
+    add_weights,
+    check,
+    check_ranges,
+    round_weights,
+)
 from llm_ext.cli.device import find_device
 from llm_ext.cli.inference.generation import generate
 from llm_ext.models.sampling import MOST_TEMPERATURE
@@ -26,6 +33,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)
+    add_weights(parser)
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -71,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
         ),
     )
     model, tokenizer = Run(options.dir).load_language_model(options.checkpoint)
+    round_weights(options, model)
     prompt = tokenizer.first_text() if options.prompt is None else options.prompt
     pieces = generate(
         model.to(find_device(options.device)),

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options
+from llm_ext.cli.commands.arguments import (
+    add_model,
+    add_search,
+    add_traceback,
+    add_weights,
+    check_search,
+    round_weights,
+    search_options,
+)
 from llm_ext.cli.data.files import check_files, decode_line, read_lines
 from llm_ext.cli.device import find_device
 from llm_ext.cli.errors import CommandError
@@ -46,6 +54,7 @@ def add_line_command(commands: Commands, task: str, does: str) -> None:
     )
     parser.set_defaults(run=run, fail=parser.error, task=task)
     add_model(parser)
+    add_weights(parser)
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="lines to read; pipes too (default: standard input)"
     )
@@ -70,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     translator = Translator.load(Run(options.dir), options.checkpoint, find_device(options.device), options.task)
     if not options.files and sys.stdin is None:
         raise CommandError("the standard input is closed: give FILE")
+    round_weights(options, translator.model)
     batch = options.batch or (1 if not options.files and sys.stdin.isatty() else BATCH)
     if batch == 1 and options.beam == 1 and not options.no_repeat_ngram_size:
         _stream(translator, _lines(options.files), options.max_length)
