@@ -66,6 +66,7 @@ class Candidate:
     build: prepares everything and returns the call to time.
     outputs: converts the result of a call to tensors in the order of the reference.
     reference: the expected result, if it differs from the comparison's.
+    tolerance: the largest error relative to the reference, if it differs from that of the dtype.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Candidate:
     build: Callable[[], timing.Call]
     outputs: Callable[[Any], list[Tensor]] = tensors
     reference: Sequence[Tensor] | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ def _check(
     except Exception as failure:  # another library may raise anything; the remaining candidates still run
         lines = str(failure).strip().splitlines() or [""]
         return None, entry | {"status": "failed", "reason": f"{type(failure).__name__}: {lines[0][:200]}"}
+    tolerance = candidate.tolerance or tolerance
     entry["error"] = error if math.isfinite(error) else None
     if not error <= tolerance:
         reason = f"relative error {error:.2g}, tolerance {tolerance:.0e}"

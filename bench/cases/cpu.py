@@ -12,6 +12,7 @@ from bench.cases.attention import additive, pooling, prefix, streaming
 from bench.cases.linear import linear
 from bench.cases.models import llm_generation, llm_training, seq2seq_greedy, seq2seq_training
 from bench.cases.published import published_cases
+from bench.cases.quantized import quantized
 from bench.cases.recurrence import (
     bfloat16,
     input_free,
@@ -25,7 +26,7 @@ from bench.cases.recurrence import (
     single_step,
 )
 from bench.cases.transforms import double_backward, forward_mode, per_sample_gradients, private_step
-from bench.cells import CELLS, LSTM, RNN, Cell
+from bench.cells import CELLS, GRU, LSTM, RNN, Cell
 from bench.comparison import Case, Mean
 
 __all__ = ["CASES", "MEANS"]
@@ -146,6 +147,20 @@ def _transform_cases() -> Iterator[Case]:
             yield double_backward(cell, B, T, H, target=2.0)
 
 
+def _quantized_cases() -> Iterator[Case]:
+    """int8 weights; the targets are those of a machine with AVX512-VNNI and AVX512-BF16."""
+    one = {"bfloat16": 1.5, "torch": 1.6, "float32": 3.0}
+    batch = {"bfloat16": 1.4, "torch": 2.0, "float32": 2.6}
+    for cell in (LSTM, GRU):
+        yield quantized(cell, 1, 128, 256, 512, one)
+        yield quantized(cell, 1, 64, 1024, 1024, one)
+        yield quantized(cell, 8, 128, 256, 512, batch)
+        yield quantized(cell, 32, 64, 256, 512, batch)
+        yield quantized(cell, 1, 512, 64, 64, {"bfloat16": 1.0, "torch": 20.0})
+        for H in (256, 512):
+            yield quantized(cell, 1, 1, H, H, {"float32": 1.0})
+
+
 CASES: tuple[Case, ...] = (
     *(case for cell in CELLS for case in _recurrent_cases(cell)),
     single_step(RNN, 512),
@@ -153,6 +168,7 @@ CASES: tuple[Case, ...] = (
     *_attention_cases(),
     *_linear_cases(),
     *_transform_cases(),
+    *_quantized_cases(),
     llm_training(32, 64, 65, 128, 512),
     llm_generation(1, 128, 65, 128, 512),
     llm_generation(1, 128, 65, 128, 2048),

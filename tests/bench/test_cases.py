@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import llm_ext
 from bench import comparison, limits, peers, report
-from bench.cases import attention, cpu, cuda_builders, linear, models, published, recurrence, transforms
+from bench.cases import attention, cpu, cuda_builders, linear, models, published, quantized, recurrence, transforms
 from bench.cells import CELLS, GRU, LSTM, RNN
 from bench.comparison import LIMIT, Case, Settings
 
@@ -58,6 +58,8 @@ CPU_CASES = [
     recurrence.resets(LSTM, "training", 3, 6, 4, share=0.3),
     recurrence.bfloat16(LSTM, "inference", 1, 3, 4, 4),
     recurrence.bfloat16(GRU, "training", 2, 3, 4, 4),
+    quantized.quantized(LSTM, 2, 3, 5, 32, {"torch": 2.0}),
+    quantized.quantized(GRU, 1, 3, 5, 32, {"float32": 3.0}),
     *(linear.linear(phase, 3, 5, 4) for phase in PHASES),
     *(attention.pooling(phase, 2, 5, 4) for phase in PHASES),
     attention.prefix("inference", 2, 5, 4),
