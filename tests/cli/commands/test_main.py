@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.cli_runs import language_options, translation_options
 from support.process import run_python
 
@@ -81,7 +82,12 @@ def test_eval_measures_the_loss_of_the_log(language_model: Path, run: CommandLin
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 def test_weights_are_rounded(
-    language_model: Path, translator: Path, run: CommandLine, tmp_path: Path, weights: str
+    language_model: Path,
+    translator: Path,
+    run: CommandLine,
+    tmp_path: Path,
+    weights: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ("--weights", weights)
     text = language_model.parent / "text.txt"
@@ -96,7 +102,8 @@ def test_weights_are_rounded(
     assert (code, len(said), errors) == (0, 9, "")
     (tmp_path / "lines").write_text("one two\n\nsix ten\n")
     assert run("translate", translator, tmp_path / "lines", *options) == (0, "deux, un.\n\ndix, six.\n", "")
-    code, _, errors = run("generate", language_model, *options, "--device", "meta")
+    monkeypatch.setattr("llm_ext.cli.commands.arguments.find_device", lambda name: torch.device("cuda"))
+    code, _, errors = run("generate", language_model, *options)
     assert (code, f"--weights {weights} needs --device cpu" in errors) == (1, True)
 
 
