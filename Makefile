@@ -103,8 +103,8 @@ build/wheel-test/$(notdir $(PYTHON))-torch-%:
 	$@/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch==$* hypothesis numpy pytest \
 	    || { rm -rf $@; exit 1; }
 
-wheel-test: $(WHEEL_VENVS)
-	$(PYTHON) tests/wheel/check.py $(WHEELS)/*.whl $(WHEEL_VENVS:%=%/bin/python) -- $(PYTEST)
+wheel-test: $(INSTALLED) $(WHEEL_VENVS)
+	$(BIN)/python tests/wheel/check.py $(WHEELS)/*.whl $(WHEEL_VENVS:%=%/bin/python) -- $(PYTEST)
 
 docs: $(BUILT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
