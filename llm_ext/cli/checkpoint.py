@@ -280,7 +280,7 @@ class Run:
             name = self._name(which)
             try:
                 return read(name)
-            except CommandError:
+            except (CommandError, FileNotFoundError):
                 if self._name(which) == name:
                     raise
 

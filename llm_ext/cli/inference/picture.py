@@ -95,7 +95,10 @@ def _png(attention: AttentionMap, file: IO[bytes]) -> None:
     colours = LinearSegmentedColormap.from_list(
         "attention", ["white", "#{:02x}{:02x}{:02x}".format(*FULL)]
     ).with_extremes(bad="#eeeeee")
-    image = axes.imshow(attention.weights, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    # Rectangles, because an image would be scaled to the size of the picture in many bytes per pixel.
+    edges = (np.arange(count + 1) - 0.5 for count in (columns, rows))
+    image = axes.pcolormesh(*edges, attention.weights, cmap=colours, vmin=0, vmax=1)
+    axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xticks(range(columns), [escape(word) for word in attention.columns], rotation=90, fontsize=9)
     axes.set_yticks(range(rows), [escape(word) for word in attention.rows], fontsize=9)
     axes.xaxis.tick_top()
