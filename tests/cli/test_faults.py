@@ -21,18 +21,18 @@ pytestmark = pytest.mark.usefixtures("no_plot")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("llm_ext.cli.training.pipeline.plot_loss", lambda *_: None)
-        yield from cases(tmp_path_factory.mktemp("cases"), 15, [request.param])
+        yield from cases(tmp_path_factory.mktemp("cases"), 9, [request.param])
 
 
 def test_kills(case: Case, tmp_path: Path) -> None:
-    kill_trainings(case, tmp_path, random.Random(0), 3)
+    kill_trainings(case, tmp_path, random.Random(0), 2)
     if case.config.task == "translate":
         kill_translations(case, tmp_path, random.Random(0), 1)
 
 
 def test_power_failures(case: Case, tmp_path: Path) -> None:
     failures, _ = cut_power(case, tmp_path, random.Random(0), 0.02)
-    assert failures > 200
+    assert failures > 100
 
 
 def test_writers_and_clocks(case: Case, tmp_path: Path) -> None:

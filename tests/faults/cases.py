@@ -52,6 +52,7 @@ def cases(folder: Path, steps: int = 60, names: Sequence[str] = NAMES) -> Iterat
     tasks = {"lm": (language_config, text), "translate": (translation_config, pairs)}
     for name in names:
         task, cell = name.split("-")
+        config: Config
         settings: dict[str, Any] = {"cell": cell, "steps": steps, "validate_every": 3, "dropout": 0.1}
         if task == "classify":
             config, data = classification_config(**settings), arrays

@@ -48,7 +48,7 @@ def check_checkpoints(out: Path) -> int:
 def kill_translations(case: Case, folder: Path, draw: random.Random, count: int) -> int:
     """Kill translations `count` times; what was written is the beginning of the whole; return the lines found."""
     lines = folder / "lines.txt"
-    lines.write_text("\n".join(line.split("\t")[0] for line in case.data.read_text().splitlines() * 3))
+    lines.write_text("\n".join(line.split("\t")[0] for line in case.data.read_text().splitlines()))
     command: list[object] = ["translate", case.whole, lines, "--batch", 4, "--beam", 2]
     files = {path: path.read_bytes() for path in case.whole.rglob("*") if path.is_file()}
     longest = _seconds(command, folder)
