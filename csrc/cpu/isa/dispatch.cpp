@@ -12,6 +12,11 @@
 #include <tuple>
 
 namespace llm_ext {
+
+#if LLM_EXT_X86_ISAS
+extern const QuantizedTables& avx512_vnni_quantized_kernels;
+#endif
+
 namespace {
 
 struct Isa {
@@ -41,6 +46,12 @@ bool has_avx512() {
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+// VNNI has no ISA of its own: results have the same bits with and without it.
+const QuantizedTables& avx512_quantized() {
+  const bool vnni = has_avx512() && __builtin_cpu_supports("avx512vnni");
+  return vnni ? avx512_vnni_quantized_kernels : avx512_quantized_kernels;
+}
+
 Kernels with_bf16(Kernels kernels) {
   kernels.isa = "avx512_bf16";
   std::get<RecurrenceKernels<BFloat16>>(kernels.recurrences) = avx512_bf16_recurrence;
@@ -52,8 +63,8 @@ const Kernels& select() {
   // Best first: the default is the first that the machine supports.
   static const Isa isas[] = {
 #if LLM_EXT_X86_ISAS
-      {with_quantized(with_bf16(avx512_kernels), avx512_quantized_kernels), has_avx512_bf16()},
-      {with_quantized(avx512_kernels, avx512_quantized_kernels), has_avx512()},
+      {with_quantized(with_bf16(avx512_kernels), avx512_quantized()), has_avx512_bf16()},
+      {with_quantized(avx512_kernels, avx512_quantized()), has_avx512()},
       {with_quantized(avx2_kernels, avx2_quantized_kernels), has_avx2()},
 #endif
       {with_quantized(baseline_kernels, baseline_quantized_kernels), true},

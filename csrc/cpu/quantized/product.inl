@@ -19,7 +19,7 @@ namespace LLM_EXT_ISA_NAMESPACE {
 constexpr double kQuantizedWorkPerThread = 2 * kWorkPerThread;
 
 constexpr int kPanelVectors = static_cast<int>(kQuantizedPanel) / kLanes<float>;
-// Rows of a tile: their sums fill the register file beside the weights.
+// Rows of a tile: their sums fill the register file beside the weights. Fewer are not faster: docs/lab/quantization.md.
 constexpr int kTileRows = LLM_EXT_VECTOR_BYTES == 64 ? 8 : (LLM_EXT_VECTOR_BYTES == 32 ? 6 : 2);
 
 // Left factors of a product: rows of L, and for int8 weights the scale of each.
@@ -41,7 +41,7 @@ struct Arithmetic<int8_t> {
 
   static Int16Vec load_weights(const int8_t* p) { return load_int8(p); }
   static Int16Vec load_left(const int16_t* p) { return broadcast_pair(p); }
-  static Sum multiply_add(Sum sum, Int16Vec a, Int16Vec b) { return sum + multiply_pairs(a, b); }
+  static Sum multiply_add(Sum sum, Int16Vec a, Int16Vec b) { return add_pairs(sum, a, b); }
   static Vec<float> finish(Sum sum, float row_scale, const float* scale, int lanes) {
     return __builtin_convertvector(sum, Vec<float>) * row_scale * load_partial(scale, lanes);
   }

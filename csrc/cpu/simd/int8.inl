@@ -31,18 +31,19 @@ static inline Int16Vec broadcast_pair(const int16_t* p) {
   return (Int16Vec)(pair - IntVec<float>{});
 }
 
-// a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] for each 32-bit lane i.
-static inline IntVec<float> multiply_pairs(Int16Vec a, Int16Vec b) {
-#if LLM_EXT_VECTOR_BYTES == 64
-  return (IntVec<float>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+// sum + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] for each 32-bit lane i. The sum must not overflow.
+static inline IntVec<float> add_pairs(IntVec<float> sum, Int16Vec a, Int16Vec b) {
+#ifdef LLM_EXT_DOT_INT16
+  return (IntVec<float>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif LLM_EXT_VECTOR_BYTES == 64
+  return sum + (IntVec<float>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif LLM_EXT_VECTOR_BYTES == 32
-  return (IntVec<float>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return sum + (IntVec<float>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-  return (IntVec<float>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  return sum + (IntVec<float>)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  IntVec<float> sums;
-  for (int i = 0; i < kLanes<float>; ++i) sums[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-  return sums;
+  for (int i = 0; i < kLanes<float>; ++i) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
 #endif
 }
 
