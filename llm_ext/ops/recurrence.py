@@ -429,9 +429,9 @@ def run(
     `QuantizedWeights`.
     """
     if isinstance(weights, QuantizedWeights):
-        for name, given in (("reset", reset), ("reset_to", reset_to), ("return_all_states", all_states or None)):
-            if given is not None:
-                raise NotImplementedError(f"llm_ext: quantized layers take no {name}; dequantize the model")
+        if reset is not None or reset_to is not None or all_states:
+            name = "return_all_states" if all_states else "reset"
+            raise NotImplementedError(f"llm_ext: quantized layers take no {name}; dequantize the model")
         return _run_quantized(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
     if type(weights) is SampleWeights:
         call = _Call(
