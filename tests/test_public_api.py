@@ -48,7 +48,9 @@ MODELS = {
 }
 CONVERSION = {"Convertible", "convert", "convertible", "patched", "revert", "to_torch"}
 QUANTIZATION = {"Quantized", "quantize_", "dequantize_", "fake_quantize_"}
-QUANTIZED = {f"Quantized{name}" for name in ("RNN", "GRU", "LSTM", "Linear", "AffineEmbedding")}
+QUANTIZED = {
+    f"Quantized{name}" for name in (*sorted(LAYERS - {"AttentionPool", "AdditiveAttention"}), "AffineEmbedding")
+}
 MEMORY = {"packed_weight_cache_bytes", "clear_packed_weight_cache", "cpu_cache_bytes", "empty_cpu_cache"}
 PUBLIC = {
     "llm_ext": LAYERS

@@ -11,15 +11,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from llm_ext.conversion.classes import CONVERTED, assign_converted, reason_against
-from llm_ext.nn import GRU, LSTM, RNN, AffineEmbedding, Linear
+from llm_ext.nn import GRU, LSTM, RNN, AffineEmbedding, GRUCell, Linear, LSTMCell, RNNCell
 from llm_ext.nn.quantized import (
     DTYPES,
     FakeQuantize,
     QuantizedAffineEmbedding,
     QuantizedGRU,
+    QuantizedGRUCell,
     QuantizedLinear,
     QuantizedLSTM,
+    QuantizedLSTMCell,
     QuantizedRNN,
+    QuantizedRNNCell,
     rounding_error,
 )
 
@@ -33,10 +36,13 @@ _QUANTIZED: dict[type[nn.Module], Any] = {
     RNN: QuantizedRNN,
     GRU: QuantizedGRU,
     LSTM: QuantizedLSTM,
+    RNNCell: QuantizedRNNCell,
+    GRUCell: QuantizedGRUCell,
+    LSTMCell: QuantizedLSTMCell,
     Linear: QuantizedLinear,
     AffineEmbedding: QuantizedAffineEmbedding,
 }
-_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
+_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 class Quantized(NamedTuple):
@@ -59,10 +65,10 @@ class Quantized(NamedTuple):
 def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | None = None) -> list[Quantized]:
     """Round the weights of a model to 8 or 16 bits, in place, for inference on the CPU.
 
-    Recurrent layers of llm_ext and of torch.nn, and the linear layers and embeddings of llm_ext, become layers of
-    :mod:`llm_ext.nn` whose weights are packed buffers. Their inputs, states and results stay float32. A module stays
-    the same object, but its parameters are gone, so quantize before an optimizer is made, or after training. Layers
-    that shared a weight have one each afterwards.
+    Recurrent layers and cells of llm_ext and of torch.nn, and the linear layers and embeddings of llm_ext, become
+    layers of :mod:`llm_ext.nn` whose weights are packed buffers. Their inputs, states and results stay float32. A
+    module stays the same object, but its parameters are gone, so quantize before an optimizer is made, or after
+    training. Layers that shared a weight have one each afterwards.
 
     Args:
         model: Any module, which may be a layer itself.
@@ -189,8 +195,6 @@ def _considered(model: nn.Module, filter: Filter | None) -> Iterator[tuple[str, 
 def _reason_to_leave(module: nn.Module) -> str | None:
     """Return why a module is not quantized, or None if it can be."""
     cls = parametrize.type_before_parametrizations(module)
-    if isinstance(module, nn.RNNCellBase):
-        return "cells have no quantized form"
     if cls not in (*_QUANTIZED, *_RECURRENT):
         if cls in CONVERTED or cls is nn.Embedding:
             return "it is a layer of torch.nn that is not recurrent"

@@ -7,9 +7,12 @@ from llm_ext.nn.linear import Linear
 from llm_ext.nn.quantized import (
     QuantizedAffineEmbedding,
     QuantizedGRU,
+    QuantizedGRUCell,
     QuantizedLinear,
     QuantizedLSTM,
+    QuantizedLSTMCell,
     QuantizedRNN,
+    QuantizedRNNCell,
 )
 from llm_ext.nn.recurrent import GRU, LSTM, RNN
 
@@ -25,8 +28,11 @@ __all__ = [
     "Linear",
     "QuantizedAffineEmbedding",
     "QuantizedGRU",
+    "QuantizedGRUCell",
     "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLinear",
     "QuantizedRNN",
+    "QuantizedRNNCell",
     "RNNCell",
 ]

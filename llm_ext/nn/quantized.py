@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_ext.nn.arguments import check_input
+from llm_ext.nn.cells import GRUCell, LSTMCell, RNNCell
 from llm_ext.nn.embedding import AffineEmbedding
 from llm_ext.nn.linear import Linear
 from llm_ext.nn.recurrent import GRU, LSTM, RNN
@@ -33,9 +34,12 @@ __all__ = [
     "FakeQuantize",
     "QuantizedAffineEmbedding",
     "QuantizedGRU",
+    "QuantizedGRUCell",
     "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLinear",
     "QuantizedRNN",
+    "QuantizedRNNCell",
     "rounding_error",
 ]
 
@@ -196,6 +200,65 @@ class QuantizedLSTM(_QuantizedLayers, LSTM):
     """
 
     _original = LSTM
+
+
+class _QuantizedCell(_Quantized):
+    """A recurrent cell; `forward` is that of the cell which this one replaces."""
+
+    mode: str
+    input_size: int
+    hidden_size: int
+
+    def _pack(self, name: str, w: Tensor) -> PackedWeight:
+        return pack(w, self._weights_dtype, gates_of(self.mode))
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self.hidden_size, self.input_size if name == "weight_ih" else self.hidden_size
+
+    def _weights(self) -> Any:
+        found: Any = self._buffers
+        names = "weight_ih_packed", "weight_ih_scale", "weight_hh_packed", "weight_hh_scale", "bias_ih", "bias_hh"
+        row = (*[found[name] for name in names], None, None, self.input_size)
+        return QuantizedWeights([row], self.hidden_size, self.hidden_size)
+
+
+class QuantizedRNNCell(_QuantizedCell, RNNCell):
+    """A :class:`llm_ext.RNNCell` with weights of 8 or 16 bits; it is called as that cell, on float32.
+
+    Example:
+        >>> cell = llm_ext.RNNCell(10, 20)
+        >>> _ = llm_ext.quantize_(cell)
+        >>> type(cell).__name__, cell(torch.randn(3, 10)).shape
+        ('QuantizedRNNCell', torch.Size([3, 20]))
+    """
+
+    _original = RNNCell
+
+
+class QuantizedGRUCell(_QuantizedCell, GRUCell):
+    """A :class:`llm_ext.GRUCell` with weights of 8 or 16 bits; it is called as that cell, on float32.
+
+    Example:
+        >>> cell = llm_ext.GRUCell(10, 20)
+        >>> _ = llm_ext.quantize_(cell)
+        >>> type(cell).__name__, cell(torch.randn(3, 10)).shape
+        ('QuantizedGRUCell', torch.Size([3, 20]))
+    """
+
+    _original = GRUCell
+
+
+class QuantizedLSTMCell(_QuantizedCell, LSTMCell):
+    """A :class:`llm_ext.LSTMCell` with weights of 8 or 16 bits; it is called as that cell, on float32.
+
+    Example:
+        >>> cell = llm_ext.LSTMCell(10, 20)
+        >>> _ = llm_ext.quantize_(cell)
+        >>> type(cell).__name__, cell(torch.randn(3, 10))[0].shape
+        ('QuantizedLSTMCell', torch.Size([3, 20]))
+    """
+
+    _original = LSTMCell
 
 
 class QuantizedLinear(_Quantized, Linear):

@@ -353,7 +353,10 @@ def run_step(mode: str, x: Tensor, state: State, weights: tuple[Any, ...]) -> St
     """Run one step of a cell: x [B, I] and the weights (w_ih, w_hh, b_ih, b_hh) to the state after it, [B, *] each.
 
     Autograd records a step as part of a loop, unless a transform of torch is active or a graph is being recorded.
+    Weights may be `QuantizedWeights`.
     """
+    if isinstance(weights, QuantizedWeights):
+        return run(mode, x.unsqueeze(0), state, weights, (False,), 0.0, None, None)[1]
     if torch.is_grad_enabled() and not transforms_active() and not is_recorded(x):
         try:
             after = _loops.step(mode, x, state, weights)

@@ -82,6 +82,27 @@ def test_layers_compute_with_rounded_weights(
     assert_all_close("recurrence_rounded_factors", actual, reference)
 
 
+@every_weights
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("module", [llm_ext, nn])
+def test_cells_compute_with_rounded_weights(name: str, module: Any, weights: Any) -> None:
+    cell = getattr(module, name)(9, 21, bias=module is nn)
+    llm_ext.quantize_(cell, weights)
+    assert type(cell).__name__ == f"Quantized{name}"
+    expected = dequantized(cell)
+    assert type(expected) is getattr(llm_ext, name)
+    x, h, c = torch.randn(5, 9), torch.randn(5, 21), torch.randn(5, 21)
+    hx: Any = (h, c) if name == "LSTMCell" else h
+    calls: list[tuple[Any, ...]] = [(x,), (x, hx), (x[0],)]
+    for call in calls:
+        assert_all_close("recurrence_rounded_factors", cell(*call), expected(*call))
+    reset = torch.tensor([True, False, True, False, False])
+    actual, reference = (each(x, hx, reset=reset) for each in (cell, expected))
+    assert_all_close("recurrence_rounded_factors", actual, reference)
+    with pytest.raises(ValueError, match="input must be"):
+        cell(torch.randn(5, 8))
+
+
 def model_and_input() -> tuple[Any, Tensor]:
     class Tagger(nn.Module):
         def __init__(self) -> None:
@@ -181,7 +202,6 @@ def test_what_is_left_alone_and_why() -> None:
     model = nn.ModuleDict(
         {
             "own": Own(3, 3),
-            "cell": llm_ext.LSTMCell(3, 3),
             "wide": nn.GRU(3, 3, dtype=torch.float64),
             "linear": nn.Linear(3, 3),
             "excluded": nn.GRU(3, 3),
@@ -192,7 +212,6 @@ def test_what_is_left_alone_and_why() -> None:
     entries = llm_ext.quantize_(model, filter=lambda module, fqn: fqn != "excluded")
     assert {entry.fqn: entry.reason for entry in entries} == {
         "own": "Own is a subclass",
-        "cell": "cells have no quantized form",
         "wide": "weight_ih_l0 is torch.float64 on cpu, not float32 on the cpu",
         "linear": "it is a layer of torch.nn that is not recurrent",
         "excluded": "the filter excludes it",
