@@ -23,7 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Faults of the machine under llm-ext.")
     parser.add_argument("--kills", type=int, default=60, help="processes to kill (default: 60)")
     parser.add_argument("--flips", type=int, default=20, help="bytes to flip in each file (default: 20)")
-    parser.add_argument("--resumed", type=float, default=0.2, help="power failures to resume after (default: 0.2)")
+    parser.add_argument(
+        "--resumed", type=float, default=0.02, help="part of the power failures to resume after (default: 0.02)"
+    )
     parser.add_argument("--case", nargs="+", choices=NAMES, default=NAMES, help="trainings to disturb (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
