@@ -150,10 +150,8 @@ def cut_power(case: Case, folder: Path, draw: random.Random, resumed: float) -> 
             if moment.saved:
                 assert last_step(out) >= moment.saved, f"{left}: the checkpoint of step {moment.saved} is lost"
             if draw.random() < resumed:
-                if Run(out).exists():
-                    resume(out, {})
-                else:
-                    train(case.config, [case.data], out)
+                outcome = resume(out, {}) if Run(out).exists() else train(case.config, [case.data], out)
+                assert not outcome.signal, "a signal has ended the training, such as that of `timeout`"
                 assert_same_checkpoints(case.whole, out)  # the log is not flushed
                 continued += 1
     return count, continued
