@@ -6,7 +6,7 @@ linked to it.
 The CUDA half is built if torch has CUDA and nvcc is found; a GPU is not needed. Environment variables:
 
 - LLM_EXT_CUDA: 0 builds for the CPU only; 1 fails if the CUDA half cannot be built.
-- TORCH_CUDA_ARCH_LIST: the GPU architectures to compile for.
+- TORCH_CUDA_ARCH_LIST: the GPU architectures to compile for; those below 8.0 are left out.
 - LLM_EXT_CXXFLAGS: additional flags for the C++ compiler.
 - LLM_EXT_MANYLINUX: 1 builds binaries that run on glibc 2.28, whatever glibc they are built on (x86-64); with CUDA, the
   version has a suffix such as +cu13.
@@ -37,8 +37,10 @@ except ImportError as error:
 
 # setuptools expects paths relative to this file, whatever the working directory is.
 ROOT = Path(__file__).resolve().parent
-# One binary per generation that runs on all of its GPUs, and PTX for later generations.
-ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+# Machine code per generation, as far as nvcc has it, and PTX for later ones: for each group one PTX is compiled, and
+# from it the code of its GPUs. Code for 8.0, 9.0, 10.0 and 12.0 runs on all of the generation but Jetson Orin, 8.7.
+GENERATIONS = {80: ["sm_80", "sm_87"], 90: ["sm_90", "sm_100", "sm_120", "compute_90"]}
+OLDEST = 8.0  # compute capability
 
 
 def sources(*patterns: str) -> list[str]:
@@ -61,6 +63,29 @@ def run_nvcc(*arguments: str) -> str:
         return ""
     run = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
     return run.stdout + run.stderr
+
+
+def architectures() -> list[str]:
+    """Return the architectures to compile for where TORCH_CUDA_ARCH_LIST is not set."""
+    known = run_nvcc("--list-gpu-code").split()
+    codes = {ptx: [code for code in codes if code in known or "compute" in code] for ptx, codes in GENERATIONS.items()}
+    return [f"arch=compute_{ptx},code=[{','.join(of_ptx)}]" for ptx, of_ptx in codes.items()]
+
+
+def leave_out_old_architectures() -> None:
+    """Take what is below 8.0 out of TORCH_CUDA_ARCH_LIST, which containers set to the list of their torch."""
+    wanted = re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; "))
+    old = [
+        name
+        for name in wanted
+        if (float(number[0]) < OLDEST if (number := re.match(r"\d+\.\d+", name)) else re.match("[KMPVT]", name))
+    ]
+    if not old:
+        return
+    if len(old) == len(wanted):
+        sys.exit(f"llm_ext: TORCH_CUDA_ARCH_LIST is {';'.join(wanted)}, but the CUDA kernels need at least {OLDEST}")
+    print(f"llm_ext: the CUDA kernels need {OLDEST}; left out: {' '.join(old)}", file=sys.stderr)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(name for name in wanted if name not in old)
 
 
 def why_no_cuda() -> str | None:
@@ -130,8 +155,9 @@ LIBRARY_SOURCES += COMMON_SOURCES
 # Neither is linked to an OpenMP runtime. The library finds the one that torch has loaded, so there is never a second.
 if CUDA:
     nvcc_flags = ["-O3", "-std=c++17"]
+    leave_out_old_architectures()
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        nvcc_flags += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
+        nvcc_flags += [f"-gencode={architecture}" for architecture in architectures()]
     LIBRARY_OPTIONS["define_macros"].append(("LLM_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
     flags = {"cxx": FLAGS, "nvcc": nvcc_flags}
     library = CUDAExtension(LIBRARY, LIBRARY_SOURCES, extra_compile_args=flags, **LIBRARY_OPTIONS)

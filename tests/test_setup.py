@@ -82,6 +82,44 @@ def test_nvcc_is_missing(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
     assert ("nvcc is missing" if CUDA_TORCH else "has no CUDA") in run.error
 
 
+@pytest.mark.parametrize(
+    ("preset", "left", "out"),
+    [
+        ("7.0;7.5;8.0;9.0a+PTX", "8.0;9.0a+PTX", "7.0 7.5"),
+        ("Volta 8.6 12.0", "8.6;12.0", "Volta"),
+        ("Ampere+Tegra;Hopper", "Ampere+Tegra;Hopper", None),
+        ("native", "native", None),
+        ("", "", None),
+    ],
+)
+def test_old_architectures_are_left_out(
+    preset: str, left: str, out: str | None, run_setup: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_setup(LLM_EXT_CUDA="0", TORCH_CUDA_ARCH_LIST=preset).namespace["leave_out_old_architectures"]()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == left
+    said = f"llm_ext: the CUDA kernels need 8.0; left out: {out}\n" if out else ""
+    assert capfd.readouterr().err == said
+
+
+def test_only_old_architectures(run_setup: Callable[..., Run]) -> None:
+    leave_out = run_setup(LLM_EXT_CUDA="0", TORCH_CUDA_ARCH_LIST="6.1 7.5+PTX").namespace["leave_out_old_architectures"]
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST is 6\.1;7\.5\+PTX, but .* need at least 8\.0"):
+        leave_out()
+
+
+def test_default_architectures_are_those_of_nvcc(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
+    """Machine code for each generation that nvcc has, and for Jetson Orin; PTX for those after it."""
+    script = tmp_path / "nvcc"
+    for codes, expected in (
+        ("sm_75 sm_80 sm_87 sm_90", ["sm_80,sm_87", "sm_90,compute_90"]),
+        ("sm_80 sm_87 sm_90 sm_100 sm_120", ["sm_80,sm_87", "sm_90,sm_100,sm_120,compute_90"]),
+    ):
+        script.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && echo {codes}\n")
+        script.chmod(0o755)
+        found = run_setup(f"{tmp_path}{os.pathsep}{os.environ['PATH']}", LLM_EXT_CUDA="0").namespace["architectures"]()
+        assert found == [f"arch=compute_{ptx},code=[{code}]" for ptx, code in zip((80, 90), expected, strict=True)]
+
+
 def test_isolated_build_says_what_to_do(monkeypatch: pytest.MonkeyPatch, run_setup: Callable[..., Run]) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     (sentence,) = run_setup().error.splitlines()

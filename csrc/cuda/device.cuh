@@ -50,16 +50,22 @@ LLM_EXT_DEVICE unsigned char* shared_memory() {
 // Waits for all threads of the block. Writes before the barrier are visible after it.
 LLM_EXT_DEVICE void block_barrier() { __syncthreads(); }
 
+// Clusters need code compiled for 9.0 or higher (resident_clusters() below asks the loaded code); other code traps.
+
 // A barrier of all threads of a cluster, in two halves. Writes before the arrival, to the shared memory of any block of
 // the cluster, are visible after the wait. Every thread calls both, alternately.
 LLM_EXT_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 LLM_EXT_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 
@@ -73,6 +79,8 @@ LLM_EXT_DEVICE void init_mbarrier(Mbarrier* mbarrier) {
 #if __CUDA_ARCH__ >= 900
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mbarrier));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(at) : "memory");
+#else
+  __trap();
 #endif
 }
 // Sets the number of bytes expected in this phase. One thread calls this once per phase; bytes may already have
@@ -81,11 +89,13 @@ LLM_EXT_DEVICE void expect_bytes(Mbarrier* mbarrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mbarrier));
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#else
+  __trap();
 #endif
 }
 // Waits for the end of the phase of this parity (0, 1, 0, ...): its expected bytes are set and have arrived. Any thread
-// may call this any number of times before the next phase can end. The data is in this block's own shared memory, so
-// block scope suffices; cluster scope would invalidate the L1 cache.
+// may call this any number of times before the next phase can end. Scope cluster, because that is the scope at which
+// st.async releases: PTX orders no weaker pair.
 LLM_EXT_DEVICE void wait_mbarrier(Mbarrier* mbarrier, int parity) {
 #if __CUDA_ARCH__ >= 900
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(mbarrier));
@@ -93,12 +103,14 @@ LLM_EXT_DEVICE void wait_mbarrier(Mbarrier* mbarrier, int parity) {
   do {
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done)
         : "r"(at), "r"(parity)
         : "memory");
   } while (!done);
+#else
+  __trap();
 #endif
 }
 // Asynchronous DSMEM store: writes 16 bytes to the shared memory of the block `rank` of the cluster and counts them in
@@ -114,6 +126,8 @@ LLM_EXT_DEVICE void store_dsmem_async(Pack<uint32_t, 4>* to, const Pack<uint32_t
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(data),
                "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3]), "r"(counter)
                : "memory");
+#else
+  __trap();
 #endif
 }
 
@@ -200,20 +214,22 @@ LLM_EXT_DEVICE double log1p_of(double x) { return log1p(x); }
 //   states [8, 16]: columns 4 q to 4 q + 3 of row r
 //   product [16, 8], weights times transposed states: (r, 2 q), (r, 2 q + 1), (r + 8, 2 q), (r + 8, 2 q + 1)
 // These are the fragments of mma with permuted columns: the sum over columns has no order, and both operands use the
-// same permutation. All lanes of the warp call this. Products are exact, sums are float.
+// same permutation. All lanes of the warp call this. Products are exact, sums are float. The statements are volatile:
+// the compiler must not move an instruction of the whole warp to where only some lanes use its result.
 LLM_EXT_DEVICE void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states,
                                  BFloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[0]),
         "r"(states.at[1]));
 }
 LLM_EXT_DEVICE void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states,
                                  Float16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[0]),
-        "r"(states.at[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[0]),
+                 "r"(states.at[1]));
 }
 // TF32: operands are rounded by round_to_tf32. `first` holds columns 4 q and 4 q + 1, each of row r, then of row r + 8;
 // `second` holds columns 4 q + 2 and 4 q + 3.
@@ -222,7 +238,8 @@ LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Pack<uint32_t, 4>& weights = half == 0 ? first : second;
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(weights.at[0]), "r"(weights.at[1]), "r"(weights.at[2]), "r"(weights.at[3]), "r"(states.at[2 * half]),
           "r"(states.at[2 * half + 1]));
@@ -230,12 +247,24 @@ LLM_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& 
 }
 
 struct LaunchShape {
-  unsigned grid_x = 1, grid_y = 1, grid_z = 1;
+  int64_t grid_x = 1, grid_y = 1, grid_z = 1;
   unsigned threads = 1;       // per block
   unsigned cluster = 1;       // blocks per cluster, along x; divides grid_x
   size_t shared_bytes = 0;    // per block
   bool all_resident = false;  // the launch fails unless all blocks can run at the same time
+
+  // Whether the numbers of blocks are ones that a launch can have.
+  bool is_valid() const {
+    const auto at_most = [](int64_t blocks, int64_t most) { return blocks >= 1 && blocks <= most; };
+    return at_most(grid_x, INT32_MAX) && at_most(grid_y, UINT16_MAX) && at_most(grid_z, UINT16_MAX);
+  }
 };
+
+// Clears CUDA's last error, so that the next call does not report it.
+inline int cleared(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
 
 // Raises limits of a kernel. The values are the same for every launch, so concurrent launches do not interfere.
 struct KernelLimits {
@@ -253,17 +282,18 @@ struct KernelLimits {
   }
 };
 
-// Queues the kernel and returns a cudaError_t. Clears CUDA's last error, so that the next call does not report it.
+// Queues the kernel and returns a cudaError_t.
 template <typename Params>
 int launch(void (*kernel)(Params), const LaunchShape& shape, const Params& params, void* stream) {
   const KernelLimits limits = {reinterpret_cast<const void*>(kernel)};
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024) error = limits.allow_all_shared_memory();
+  cudaError_t error = shape.is_valid() ? cudaSuccess : cudaErrorInvalidConfiguration;
+  if (error == cudaSuccess && shape.shared_bytes > 48 * 1024) error = limits.allow_all_shared_memory();
   if (error == cudaSuccess && shape.cluster > 8) error = limits.allow_large_clusters();
   if (error == cudaSuccess) {
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(shape.grid_x, shape.grid_y, shape.grid_z);
+    config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y),
+                          static_cast<unsigned>(shape.grid_z));
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
@@ -282,15 +312,12 @@ int launch(void (*kernel)(Params), const LaunchShape& shape, const Params& param
     }
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
+  return cleared(error);
 }
 
 // Queues a memset to 0.
 inline int zero(void* memory, size_t bytes, void* stream) {
-  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
+  return cleared(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 // Fills all members but resident_clusters.
@@ -300,22 +327,32 @@ inline int query_device(int device, DeviceFacts* facts) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&facts->sm_count, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) cudaGetLastError();
   facts->sm = 10 * major + minor;
   facts->shared_bytes = shared;
-  return error;
+  return cleared(error);
 }
 
 inline const char* error_text_of(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// is_capturing() of device_facts.h.
-inline bool is_captured(void* stream) {
+// The functions of stream_order.h.
+inline int create_event(void** event) {
+  return cleared(cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(event), cudaEventDisableTiming));
+}
+inline int queue_event(void* event, void* stream) {
+  return cleared(cudaEventRecord(static_cast<cudaEvent_t>(event), static_cast<cudaStream_t>(stream)));
+}
+inline int queue_wait(void* event, void* stream) {
+  return cleared(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event), 0));
+}
+inline uint64_t captured_graph(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) cudaGetLastError();
-  return status != cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  cleared(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id));
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-// The number of clusters of this shape that run at the same time on the current device; 0 without clusters.
+// The number of clusters of this shape that run at the same time on the current device; 0 without clusters, or if the
+// code that is loaded for the device was compiled for one without.
 template <typename Params>
 int resident_clusters(void (*kernel)(Params), const LaunchShape& shape) {
   const KernelLimits limits = {reinterpret_cast<const void*>(kernel)};
@@ -331,14 +368,13 @@ int resident_clusters(void (*kernel)(Params), const LaunchShape& shape) {
   config.dynamicSmemBytes = shape.shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  cudaError_t error = limits.allow_all_shared_memory();
+  cudaFuncAttributes attributes = {};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, limits.kernel);
+  if (error == cudaSuccess && attributes.ptxVersion < 90) return 0;
+  if (error == cudaSuccess) error = limits.allow_all_shared_memory();
   if (error == cudaSuccess) error = limits.allow_large_clusters();
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return count;
+  return cleared(error) == 0 ? count : 0;
 }
 
 }  // namespace cuda

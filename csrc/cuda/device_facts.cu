@@ -16,7 +16,5 @@ int device_facts(int device, DeviceFacts* facts) {
 
 const char* error_text(int error) { return error_text_of(error); }
 
-bool is_capturing(void* stream) { return is_captured(stream); }
-
 }  // namespace cuda
 }  // namespace llm_ext

@@ -21,8 +21,5 @@ int device_facts(int device, DeviceFacts* facts);
 // The message of a cudaError_t that a launcher returned.
 const char* error_text(int error);
 
-// Whether a CUDA graph is being captured from the stream.
-bool is_capturing(void* stream);
-
 }  // namespace cuda
 }  // namespace llm_ext

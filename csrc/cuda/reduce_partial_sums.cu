@@ -62,7 +62,7 @@ int reduce_partial_sums(const PartialSums<S>& sums, void* stream) {
   if (sums.rows == 0) return 0;
   const ReduceParams<S> params = {sums, column_blocks_of(sums.dim)};
   LaunchShape shape;
-  shape.grid_x = static_cast<unsigned>(sums.rows * params.column_blocks);
+  shape.grid_x = sums.rows * params.column_blocks;
   shape.threads = kThreads;
   shape.shared_bytes = kThreads * sizeof(Compute<S>);
   return launch(reduce_partial_sums_kernel<S>, shape, params, stream);

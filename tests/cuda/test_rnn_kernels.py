@@ -162,10 +162,11 @@ def plans_program() -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sm", "sm_count", "shared_bytes"), [(75, 40, 64), (80, 108, 163), (90, 132, 227), (90, 7, 40)]
+    ("sm", "sm_count", "shared_bytes", "code"),
+    [(75, 40, 64, 80), (80, 108, 163, 80), (90, 132, 227, 90), (90, 132, 227, 80), (90, 7, 40, 90)],
 )
-def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, shared_bytes: int) -> None:
-    """Every plan covers all units and rows, and the device can launch it."""
+def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, shared_bytes: int, code: int) -> None:
+    """Every plan covers all units and rows, and the device can launch it with kernels compiled for `code`."""
     sizes = [(T, B, H) for T in (1, 100) for B in (1, 7, 64, 1000) for H in (1, 2, 34, 65, 256, 512, 1000, 2560)]
     problems = [
         (MODES.index(mode), backward, type_, T, B, H, H // 2 if projected else H, directions, tf32, route)
@@ -181,6 +182,7 @@ def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, sha
         "sm": sm,
         "sm_count": sm_count,
         "shared_bytes": shared_bytes * 1024,
+        "code": code,
         "problems": torch.tensor(problems),
     }
     answer = run(plans_program, request)
@@ -205,11 +207,34 @@ def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, sha
         if ROUTES[route] == "block":
             assert group_blocks == 1, what
         elif ROUTES[route] == "cluster":
-            assert sm >= 90, what
+            assert min(sm, code) >= 90, what
             assert group_blocks in (2, 4, 8, 16), what
         else:  # all blocks are resident
             assert group_blocks * block_groups * directions <= sm_count, what
             assert workspace > 0, what
+
+
+# The route with the least time where the exchange decides, on an H200: mode, backward, B, H, directions, route.
+ROUTE_OF = [
+    # 30 KB arrive in each block of a cluster per step, and fewer clusters than needed run at once.
+    ("LSTM", 1, 64, 512, 2, "grid"),
+    ("LSTM", 0, 64, 512, 2, "cluster"),
+    # One block has room for U, and waits for nobody.
+    ("GRU", 0, 64, 128, 1, "block"),
+    ("GRU", 1, 64, 128, 1, "block"),
+    ("GRU", 0, 32, 512, 1, "cluster"),
+]
+
+
+def test_plans_count_the_exchange(plans_program: Path) -> None:
+    problems = [
+        (MODES.index(mode), backward, 2, 256, B, H, H, directions, 0, -1)
+        for mode, backward, B, H, directions, _ in ROUTE_OF
+    ]
+    request: Request = {"sm": 90, "sm_count": 132, "shared_bytes": 227 * 1024, "problems": torch.tensor(problems)}
+    answer = run(plans_program, request)
+    routes = [ROUTES[int(tensor(answer[str(i)], torch.int64, 10)[0])] for i in range(len(problems))]
+    assert routes == [route for *_, route in ROUTE_OF]
 
 
 @pytest.fixture(scope="session")

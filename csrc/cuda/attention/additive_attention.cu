@@ -20,7 +20,7 @@ template <typename Params>
 int launch_blocks(void (*kernel)(Params), const Params& params, int64_t blocks, size_t shared_bytes, void* stream) {
   if (blocks == 0) return 0;
   LaunchShape shape;
-  shape.grid_x = static_cast<unsigned>(blocks);
+  shape.grid_x = blocks;
   shape.threads = kThreads;
   shape.shared_bytes = shared_bytes;
   return launch(kernel, shape, params, stream);

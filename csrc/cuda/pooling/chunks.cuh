@@ -35,7 +35,7 @@ template <typename T, typename Params>
 int launch_blocks(void (*kernel)(Params), const Params& params, int64_t blocks, void* stream) {
   if (blocks == 0) return 0;
   LaunchShape shape;
-  shape.grid_x = static_cast<unsigned>(blocks);
+  shape.grid_x = blocks;
   shape.threads = kPoolThreads;
   shape.shared_bytes = kSharedBytes<T>;
   return launch(kernel, shape, params, stream);

@@ -202,8 +202,7 @@ int prefix_pool_rounds(const PrefixPoolForwardParams<S>& call, const PoolPlan& p
   const int error = zero(p.summed, static_cast<size_t>(flags) * sizeof(uint32_t), stream);
   if (error != 0) return error;
   LaunchShape shape;
-  shape.grid_x =
-      static_cast<unsigned>((all_groups + kPoolThreads / plan.group_threads - 1) / (kPoolThreads / plan.group_threads));
+  shape.grid_x = (all_groups + kPoolThreads / plan.group_threads - 1) / (kPoolThreads / plan.group_threads);
   shape.threads = kPoolThreads;
   shape.shared_bytes = static_cast<size_t>(p.layout.sums + kPoolThreads / plan.group_threads * p.layout.group);
   shape.all_resident = true;

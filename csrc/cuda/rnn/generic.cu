@@ -297,8 +297,8 @@ void generic_backward(LLM_EXT_PARAMS GenericParams<RecurrenceBackward<S>> p) {
 template <typename Call>
 int run(void (*kernel)(GenericParams<Call>), const Call& call, int64_t scratch, void* stream) {
   LaunchShape shape;
-  shape.grid_x = static_cast<unsigned>((call.shape.batch + kRows - 1) / kRows);
-  shape.grid_z = static_cast<unsigned>(call.shape.directions);
+  shape.grid_x = (call.shape.batch + kRows - 1) / kRows;
+  shape.grid_z = call.shape.directions;
   shape.threads = kThreads;
   return launch(kernel, shape, GenericParams<Call>{call, scratch}, stream);
 }

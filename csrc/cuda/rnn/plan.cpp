@@ -19,11 +19,13 @@ constexpr int64_t kMaxBatch = int64_t{1} << 24;  // row indices are int
 
 constexpr double kSharedBytesPerClock = 128;  // of one multiprocessor
 constexpr double kL2BytesPerClock = 32;       // to one multiprocessor, while all others read
+constexpr double kDsmemBytesPerClock = 12;    // that a multiprocessor receives from the others of its cluster
+constexpr double kL2Latency = 270;            // of a load that the L2 cache answers
 constexpr double kStepLatency = 250;          // dependent operations of one step
 constexpr double kSchedulers = 4;             // of a multiprocessor, one warp instruction per clock each
 constexpr double kSumClocks = 60;             // a barrier and a round trip through shared memory
 constexpr double kBlockClocks = 60;           // a barrier of the block
-constexpr double kClusterClocks = 700;        // a barrier, asynchronous DSMEM stores and their arrival
+constexpr double kClusterClocks = 700;        // a barrier, asynchronous DSMEM stores and the arrival of the first
 constexpr double kGridClocks = 2200;          // a store to the L2 cache, a flag, and a load
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -31,6 +33,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Weight tiles of a unit group that share a state tile, and blocks of H numbers in the sum.
 int tiles_of(const Problem& p) { return p.pass == Pass::kForward ? gates_of(p.mode) : 1; }
 int operands_of(const Problem& p) { return p.pass == Pass::kForward ? 1 : gates_of(p.mode); }
+bool reads_bias(const Problem& p) { return p.pass == Pass::kForward; }  // in every step
 bool carries(const Problem& p) { return p.mode == Mode::kGru || p.mode == Mode::kLstm; }
 // Bytes of a weight tile.
 int64_t tile_bytes(const Problem& p) { return kTileUnits * kTileColumns * bytes_of(p.type); }
@@ -56,17 +59,23 @@ double step_clocks(const Problem& p, const Plan& plan, const TileLayout& layout)
   const double tiles = layout.k_each * tiles_of(p);  // weight tiles per warp
   const double states = static_cast<double>(layout.k_each) * kTileRows * kTileColumns * bytes_of(p.type);
   const double weights = static_cast<double>(layout.k_shared) * tiles_of(p) * tile_bytes(p);
+  const double operands =
+      static_cast<double>(layout.k_tiles) * kTileRows * kTileColumns * bytes_of(p.type);  // a tile's
   double tile = std::max(warps * tiles * multiply.shared, tiles * multiply.alone);
   tile = std::max(tile, warps * (states + weights) / kSharedBytesPerClock);
   tile += std::max(kStepLatency, plan.unit_groups * step_instructions(p.mode) / kSchedulers);
+  // A wait for other blocks invalidates the L1 cache: in a grid one for each tile, in a cluster one for each step.
+  if (plan.route == Route::kGrid && reads_bias(p)) tile += kL2Latency;
   if (plan.k_splits > 1) tile += kSumClocks + plan.k_splits * tiles_of(p) * 4.0;
   if (plan.route == Route::kGrid) {
-    const double copied = static_cast<double>(layout.k_tiles) * kTileRows * kTileColumns * bytes_of(p.type);
-    tile += (copied + warps * layout.k_streamed * tiles_of(p) * tile_bytes(p)) / kL2BytesPerClock;
+    tile += (operands + warps * layout.k_streamed * tiles_of(p) * tile_bytes(p)) / kL2BytesPerClock;
   }
-  const double exchange = plan.route == Route::kBlock     ? kBlockClocks
-                          : plan.route == Route::kCluster ? kClusterClocks
-                                                          : kGridClocks;
+  double exchange = plan.route == Route::kBlock ? kBlockClocks : kGridClocks;
+  if (plan.route == Route::kCluster) {
+    const double others = 1 - 1.0 / layout.active_blocks;
+    exchange = kClusterClocks + plan.row_tiles * others * operands / kDsmemBytesPerClock;
+    if (reads_bias(p)) exchange += kL2Latency;
+  }
   return exchange + plan.row_tiles * tile;
 }
 

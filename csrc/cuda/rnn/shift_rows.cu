@@ -58,8 +58,8 @@ int launch_words(const RowShift& c, void* stream) {
   const RowShiftParams<Word> p = {c, c.row_bytes / static_cast<int64_t>(sizeof(Word))};
   const int64_t blocks = c.batch * p.words / (kThreads * kWordsPerThread) + 1;
   LaunchShape shape;
-  shape.grid_x = static_cast<unsigned>(c.steps < (1 << 16) ? c.steps : 1 << 16);
-  shape.grid_y = static_cast<unsigned>(blocks < 64 ? blocks : 64);
+  shape.grid_x = c.steps < (1 << 16) ? c.steps : 1 << 16;
+  shape.grid_y = blocks < 64 ? blocks : 64;
   shape.threads = kThreads;
   return launch(shift_rows_kernel<Word>, shape, p, stream);
 }

@@ -114,7 +114,8 @@ struct ForwardJob {
     float bias[kTiles][kUnits];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      // Loaded at every step: it stays in the L1 cache and occupies no registers.
+      // Loaded at every step, which occupies no registers: from the L1 cache, or from the L2 cache where the wait of
+      // this step has invalidated L1 (clusters, grids). Loaded before the wait, it made three kernels spill.
       const Pack<S, kUnits> gate_bias = load_or_zeros<kUnits>(d.b_hh, t * shape.hidden + unit);
 #pragma unroll
       for (int e = 0; e < kUnits; ++e) bias[t][e] = widen(gate_bias.at[e]);

@@ -351,9 +351,9 @@ int launch_tiles(void (*kernel)(TileParams<Call>), const Call& call, Pass pass, 
     if (error != 0) return error;
   }
   LaunchShape shape;
-  shape.grid_x = static_cast<unsigned>(plan.group_blocks);
-  shape.grid_y = static_cast<unsigned>(plan.block_groups);
-  shape.grid_z = static_cast<unsigned>(s.directions);
+  shape.grid_x = plan.group_blocks;
+  shape.grid_y = plan.block_groups;
+  shape.grid_z = s.directions;
   shape.threads = static_cast<unsigned>(plan.unit_groups * plan.k_splits * kWarpThreads);
   shape.cluster = plan.route == Route::kCluster ? static_cast<unsigned>(plan.group_blocks) : 1;
   shape.shared_bytes = static_cast<size_t>(params.layout.bytes);

@@ -36,7 +36,7 @@ class Pooling {
              int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
     const Workspace<Compute<S>> workspace(elements, device_);
     p.workspace = workspace.get();
-    return run(p, plan, on_.stream());
+    return on_.launch(plan.round_groups > 0, [&] { return run(p, plan, on_.stream()); });
   }
   void check(int error) const { check_queued(op_, error); }
 
@@ -68,7 +68,7 @@ struct Cuda {
     };
     int error = with(cuda::make_prefix_plan(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts()));
     // A plan without rounds needs fewer resources.
-    if (is_too_large(error)) error = with(on.plan(p.in));
+    if (asks_too_much(error)) error = with(on.plan(p.in));
     on.check(error);
   }
   template <typename S>

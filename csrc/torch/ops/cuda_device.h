@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cuda/device_facts.h"
+#include "torch/ops/grid_turns.h"
 #include "torch/stable.h"
 
 namespace llm_ext {
@@ -15,9 +16,10 @@ inline void check_queued(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": CUDA reports: ", cuda::error_text(error));
 }
 
-// Whether a launch failed with cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge or
-// cudaErrorInvalidClusterSize: a process may have less of the device than device_facts() reports (MPS, green contexts).
-inline bool is_too_large(int error) { return error == 701 || error == 720 || error == 912; }
+// Whether a launch failed with cudaErrorLaunchOutOfResources, cudaErrorCooperativeLaunchTooLarge,
+// cudaErrorNotSupported (no cooperative launch) or cudaErrorInvalidClusterSize: a process may have less of the device
+// than device_facts() reports (MPS, green contexts, virtual GPUs), and a simpler plan may run.
+inline bool asks_too_much(int error) { return error == 701 || error == 720 || error == 801 || error == 912; }
 
 // The properties of a device, which must be current. They are queried once per device.
 inline const cuda::DeviceFacts& facts_of(const char* op, int device) {
@@ -39,7 +41,7 @@ inline const cuda::DeviceFacts& facts_of(const char* op, int device) {
 // Makes a device current for its lifetime. Ops create it after all checks of their arguments.
 class CudaDevice {
  public:
-  CudaDevice(const char* op, int32_t device) {
+  CudaDevice(const char* op, int32_t device) : index_(device) {
     if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
     facts_ = &facts_of(op, device);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
@@ -48,7 +50,22 @@ class CudaDevice {
   const cuda::DeviceFacts& facts() const { return *facts_; }
   void* stream() const { return stream_; }
 
+  // Calls run(), which queues kernels and returns an error; if the blocks of one wait for each other, in its turn.
+  template <typename Run>
+  int launch(bool blocks_wait, const Run& run) const {
+    return blocks_wait ? turns_of(index_).run(stream_, run) : run();
+  }
+
  private:
+  static GridTurns& turns_of(int device) {
+    static std::mutex mutex;
+    static std::deque<GridTurns> known;  // a deque: references stay valid
+    const std::lock_guard<std::mutex> lock(mutex);
+    while (static_cast<int>(known.size()) <= device) known.emplace_back();
+    return known[device];
+  }
+
+  const int32_t index_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   const cuda::DeviceFacts* facts_ = nullptr;
   void* stream_ = nullptr;

@@ -230,18 +230,18 @@ class Layer {
       OptionalTensor workspace;
       if (bytes > 0) workspace = llm_ext::empty({bytes}, ScalarType::Byte, common().device());
       call.workspace = workspace ? workspace->data_ptr() : nullptr;
-      return run(call, plan, device_.stream());
+      return device_.launch(plan.route == cuda::Route::kGrid, [&] { return run(call, plan, device_.stream()); });
     };
     int error = with(cuda::make_plan(p, device_.facts()));
     // The generic kernel needs the fewest resources.
-    if (is_too_large(error)) error = with(cuda::make_plan(p, device_.facts(), cuda::Route::kGeneric));
+    if (asks_too_much(error)) error = with(cuda::make_plan(p, device_.facts(), cuda::Route::kGeneric));
     check_queued(op_, error);
   }
 
   // Copies from pinned memory, without waiting; torch's allocator keeps the memory until the copy is done.
   Tensor offsets_on_device() const {
     // A replay of the graph would read the pinned memory again, which is reused by then.
-    STD_TORCH_CHECK(!cuda::is_capturing(device_.stream()), op_,
+    STD_TORCH_CHECK(cuda::capture_of(device_.stream()) == 0, op_,
                     ": batch_sizes cannot be captured in a CUDA graph; give padded sequences with lengths");
     const std::vector<int64_t>& offsets = common().offsets();
     const int64_t sizes[] = {static_cast<int64_t>(offsets.size())};

@@ -15,7 +15,8 @@ int run_on_device(const Launch& l) {
   // The numbers of cudaErrorInvalidValue, cudaErrorInvalidConfiguration and cudaErrorCooperativeLaunchTooLarge.
   if (static_cast<int64_t>(l.shared_bytes) > device.shared_bytes) return 1;
   if (l.threads % kWarp) fault("blocks must be whole warps");
-  if (l.blocks() == 0 || l.threads == 0 || l.threads > 1024 || l.grid_y > 65535 || l.grid_z > 65535) return 9;
+  if (std::min({l.grid_x, l.grid_y, l.grid_z}) < 1 || l.threads == 0) return 9;
+  if (l.threads > 1024 || l.grid_x > INT32_MAX || l.grid_y > 65535 || l.grid_z > 65535) return 9;
   if (l.cluster > (device.sm >= 90 ? 16u : 1u) || l.grid_x % l.cluster) return 9;
   // Kernels are compiled for one block a multiprocessor.
   if (l.all_resident && l.blocks() > static_cast<size_t>(device.sm_count)) return 720;

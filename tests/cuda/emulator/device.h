@@ -6,6 +6,10 @@
 
 #include "fibers.h"
 
+#ifndef LLM_EXT_CODE
+#define LLM_EXT_CODE 90
+#endif
+
 namespace emulator {
 
 // The properties of the emulated device.
@@ -13,6 +17,7 @@ struct Device {
   int sm = 90;
   int sm_count = 132;
   int64_t shared_bytes = 227 * 1024;  // the most that a block may ask for
+  int code = LLM_EXT_CODE;            // what the kernels were compiled for; less than sm: PTX of an older generation
 };
 extern Device device;
 

@@ -10,7 +10,7 @@ int main(int, char** arguments) {
   const emulator::Records request(arguments[1]);
   emulator::Answer answer(arguments[2]);
   emulator::device = {static_cast<int>(request.number("sm")), static_cast<int>(request.number("sm_count")),
-                      request.number("shared_bytes")};
+                      request.number("shared_bytes"), static_cast<int>(request.number("code", LLM_EXT_CODE))};
   DeviceFacts facts;
   if (device_facts(0, &facts)) return 1;
   // Rows of mode, pass, type, steps, batch, hidden, output, directions, allow_tf32, and a route or -1.

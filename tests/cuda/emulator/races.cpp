@@ -242,7 +242,10 @@ void write_for(const Arrival& asker, const void* address, size_t bytes, const vo
   if (region) check(*region, {asker.number, asker.time, false, line}, *asker.known, address, bytes, true);
 }
 
-Arrival arrive(Knowledge& thread) { return {thread.number, thread.time++, thread.known}; }
+// An arrival that does not release tells nothing: its time is before all that the thread did.
+Arrival arrive(Knowledge& thread, bool releases) {
+  return {thread.number, releases ? thread.time++ : 0, releases ? thread.known : nothing};
+}
 
 Known meet(const std::vector<Arrival>& arrivals) {
   Known base;

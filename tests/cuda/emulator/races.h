@@ -54,7 +54,7 @@ void access(const void* address, size_t bytes, bool writes, bool atomic, const v
 void write_for(const Arrival& asker, const void* address, size_t bytes, const void* line);
 
 // The joint knowledge of the threads that have arrived.
-Arrival arrive(Knowledge& thread);
+Arrival arrive(Knowledge& thread, bool releases = true);
 Known meet(const std::vector<Arrival>& arrivals);
 void learn(Knowledge& thread, const Known& known);
 

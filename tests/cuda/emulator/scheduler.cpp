@@ -276,10 +276,30 @@ void wake(std::vector<Thread*>& threads) {
   threads.clear();
 }
 
+// Lets threads go on that found the same value of a flag twice: it may be the one that they need. Whether there are
+// any.
+bool resume_pollers() {
+  bool found = false;
+  for (auto& flag : state.flags) {
+    std::vector<Thread*> others;
+    for (Thread* thread : flag.second) {
+      if (thread->polling && !thread->spinning) {
+        thread->spinning = found = true;
+        make_ready(thread);
+      } else {
+        others.push_back(thread);
+      }
+    }
+    flag.second = others;
+  }
+  return found;
+}
+
 // Calls last() when all of the meeting have come, and only then goes on.
 template <typename Last>
 void wait_for_all(Meeting& meeting, CallSite site, Last last) {
   Thread* thread = state.current;
+  thread->spinning = false;
   thread->site = site;
   if (meeting.waiting.empty()) meeting.site = site;
   meeting.waiting.push_back(thread);
@@ -300,7 +320,10 @@ void offer() {
 void end_phase_if_all_is_here(Mbarrier& mbarrier) {
   if (!mbarrier.expected || mbarrier.pending != 0) return;
   mbarrier.expected = false;
-  mbarrier.known[mbarrier.phase++ % 2] = races::meet(mbarrier.arrivals);
+  const uint64_t last = mbarrier.phase++ % 2;
+  mbarrier.known[last] = races::meet(mbarrier.arrivals);
+  // The thread that sets the expected bytes is of the own block, and arrives once in a phase.
+  mbarrier.in_block[last] = races::meet({mbarrier.own});
   mbarrier.arrivals.clear();
   wake(mbarrier.waiting);
 }
@@ -353,6 +376,8 @@ void fault(const std::string& why, CallSite site) {
   _exit(kFault);
 }
 
+void fault(const char* why, CallSite site) { fault(std::string(why), site); }
+
 void run(const Launch& l) {
   state.launch = &l;
   state.uniform = draw(2) == 0;
@@ -376,8 +401,11 @@ void run(const Launch& l) {
     }
     if (live.empty()) break;
     if (state.ready.empty()) {
-      if (state.stores.empty()) deadlock();
-      deliver(draw(state.stores.size()));
+      if (!state.stores.empty()) {
+        deliver(draw(state.stores.size()));
+      } else if (!resume_pollers()) {
+        deadlock();
+      }
       continue;
     }
     leave(&state.host, &state.host_fake_stack);
@@ -395,13 +423,13 @@ void block_barrier(CallSite site) {
   });
 }
 
-void cluster_arrive(CallSite site) {
+void cluster_arrive(CallSite site, bool releases) {
   Thread& thread = *state.current;
   SplitBarrier& barrier = thread.block->cluster->barrier;
   if (thread.arrived) fault("arrives twice without waiting", site);
   thread.arrived = true;
   thread.phase = barrier.phase;
-  barrier.arrivals.push_back(races::arrive(thread.knowledge));
+  barrier.arrivals.push_back(races::arrive(thread.knowledge, releases));
   if (barrier.arrivals.size() == barrier.expected) {
     barrier.known[barrier.phase++ % 2] = races::meet(barrier.arrivals);
     barrier.arrivals.clear();
@@ -441,10 +469,10 @@ Slots exchange(const void* given, size_t bytes, CallSite site, const std::functi
   return slots;
 }
 
-void raise_flag(uint32_t* flag, uint32_t value) {
+void raise_flag(uint32_t* flag, uint32_t value, bool releases) {
   offer();
   races::access(flag, sizeof *flag, true, true, __builtin_return_address(0));
-  races::release(state.current->knowledge, flag);
+  if (releases) races::release(state.current->knowledge, flag);
   *flag = value;
   const auto waiting = state.flags.find(flag);
   if (waiting != state.flags.end()) wake(waiting->second);
@@ -462,11 +490,38 @@ void await_flag(const uint32_t* flag, uint32_t value, CallSite site) {
   races::acquire(state.current->knowledge, flag);
 }
 
-void init_mbarrier(void* mbarrier, CallSite site) {
+uint32_t poll_flag(const uint32_t* flag, bool acquires, CallSite site) {
+  offer();
+  Thread& thread = *state.current;
+  races::access(flag, sizeof *flag, false, true, __builtin_return_address(0));
+  thread.site = site;
+  if (thread.polled != flag) thread.spinning = false;
+  bool again = thread.polled == flag && thread.polled_value == *flag;
+  while (again) {
+    state.flags[flag].push_back(&thread);
+    thread.polling = true;
+    suspend();
+    thread.polling = false;
+    again = thread.polled_value == *flag && !thread.spinning;
+  }
+  if (thread.polled_value != *flag) thread.spinning = false;
+  thread.polled = flag;
+  thread.polled_value = *flag;
+  if (acquires) races::acquire(thread.knowledge, flag);
+  return *flag;
+}
+
+void init_mbarrier(void* mbarrier, CallSite site, bool published) {
   Block& block = *state.current->block;
   const size_t at = offset_in_shared(block, mbarrier, sizeof(uint64_t), site);
-  if (!block.mbarriers.try_emplace(at).second) fault("initialized twice", site);
+  const auto [created, is_new] = block.mbarriers.try_emplace(at);
+  if (!is_new) fault("initialized twice", site);
+  created->second.published = published;
   races::access(mbarrier, sizeof(uint64_t), true, false, __builtin_return_address(0));
+}
+
+void publish_mbarriers() {
+  for (auto& mbarrier : state.current->block->mbarriers) mbarrier.second.published = true;
 }
 
 void expect_bytes(void* mbarrier, int bytes, CallSite site) {
@@ -477,12 +532,13 @@ void expect_bytes(void* mbarrier, int bytes, CallSite site) {
   if (counter.expected) fault("expected bytes were set twice in one phase", site);
   counter.expected = true;
   counter.pending += bytes;
-  counter.arrivals.push_back(races::arrive(state.current->knowledge));
+  counter.own = races::arrive(state.current->knowledge);
+  counter.arrivals.push_back(counter.own);
   end_phase_if_all_is_here(counter);
   offer();
 }
 
-void wait_mbarrier(void* mbarrier, int parity, CallSite site) {
+void wait_mbarrier(void* mbarrier, int parity, CallSite site, bool in_cluster) {
   Block& block = *state.current->block;
   Mbarrier& counter =
       mbarrier_of(block, offset_in_shared(block, mbarrier, sizeof(uint64_t), site), site, __builtin_return_address(0));
@@ -491,7 +547,9 @@ void wait_mbarrier(void* mbarrier, int parity, CallSite site) {
     counter.waiting.push_back(state.current);
     suspend();
   }
-  if (counter.phase > 0) races::learn(state.current->knowledge, counter.known[(counter.phase - 1) % 2]);
+  if (counter.phase == 0) return;
+  const auto& known = in_cluster ? counter.known : counter.in_block;
+  races::learn(state.current->knowledge, known[(counter.phase - 1) % 2]);
 }
 
 void store_dsmem_async(void* to, const void* words, void* mbarrier, int rank, CallSite site) {
@@ -507,6 +565,7 @@ void store_dsmem_async(void* to, const void* words, void* mbarrier, int rank, Ca
   store.block = &other;
   store.mbarrier = &mbarrier_of(other, offset_in_shared(*thread.block, mbarrier, sizeof(uint64_t), site), site,
                                 __builtin_return_address(0));
+  if (!store.mbarrier->published) fault("the mbarrier is not published: its initialization is not fenced", site);
   store.sender = races::arrive(thread.knowledge);
   store.line = __builtin_return_address(0);
   state.stores.push_back(store);

@@ -44,11 +44,14 @@ struct SplitBarrier {
 
 // Counts bytes that arrive, phase by phase.
 struct Mbarrier {
+  bool published = true;  // other blocks see that it is initialized
   uint64_t phase = 0;     // number of phases that have ended
   bool expected = false;  // whether the expected bytes of this phase are set
   int64_t pending = 0;    // bytes expected minus bytes arrived; negative while expected bytes are not set
   std::vector<Arrival> arrivals;
-  Known known[2];  // of this phase and the one before, by the last bit
+  Arrival own;        // that of the thread which set the expected bytes of this phase
+  Known known[2];     // of this phase and the one before, by the last bit
+  Known in_block[2];  // the part of it that threads of the own block told
   std::vector<Thread*> waiting;
 };
 
@@ -100,8 +103,12 @@ struct Thread {
   void* fake_stack = nullptr;  // ASan's
   uint64_t priority = 0;
   CallSite site;
-  bool arrived = false;  // at the barrier of the cluster, and has not waited
-  uint64_t phase = 0;    // in which it arrived
+  bool arrived = false;              // at the barrier of the cluster, and has not waited
+  uint64_t phase = 0;                // in which it arrived
+  const uint32_t* polled = nullptr;  // the flag polled last, and its value then
+  uint32_t polled_value = 0;
+  bool polling = false;   // waits in poll_flag()
+  bool spinning = false;  // went on without a change, and has done nothing since but poll
   Knowledge knowledge;
   std::vector<Copy> copies;
 

@@ -126,7 +126,7 @@ inline void multiply_add_tf32(float (&sum)[4], const Pack<uint32_t, 4>& first, c
 }
 
 struct LaunchShape {
-  unsigned grid_x = 1, grid_y = 1, grid_z = 1;
+  int64_t grid_x = 1, grid_y = 1, grid_z = 1;
   unsigned threads = 1;
   unsigned cluster = 1;
   size_t shared_bytes = 0;
@@ -171,11 +171,16 @@ inline int query_device(int, DeviceFacts* facts) {
 }
 
 inline const char* error_text_of(int error) { return error ? "the emulated device refuses" : "no error"; }
-inline bool is_captured(void*) { return false; }
+inline int cleared(int error) { return error; }
+inline int create_event(void**) { return 0; }
+inline int queue_event(void*, void*) { return 0; }
+inline int queue_wait(void*, void*) { return 0; }
+inline uint64_t captured_graph(void*) { return 0; }
 
 template <typename Params>
 int resident_clusters(void (*)(Params), const LaunchShape& shape) {
-  return emulator::device.sm >= 90 ? emulator::device.sm_count / static_cast<int>(shape.cluster) : 0;
+  const int sm = emulator::device.sm < emulator::device.code ? emulator::device.sm : emulator::device.code;
+  return sm >= 90 ? emulator::device.sm_count / static_cast<int>(shape.cluster) : 0;
 }
 
 }  // namespace cuda
