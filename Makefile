@@ -10,7 +10,8 @@
 # make lint             ruff, mypy --strict, clang-format, typos
 # make format           apply ruff and clang-format
 # make cuda-check       compile the CUDA kernels for every target and report registers, shared memory and spills
-# make gpu              on a machine with a GPU: build, test and measure there, without a network
+#                       (make cuda-compile), and run what nvcc compiled in the emulator (make cuda-ptx)
+# make gpu              on a machine with a GPU: build, test and measure there in 8 minutes, without a network
 # make demo             train a language model on the plays of Shakespeare and compare it with torch.nn.RNN
 # make demo-translate   train a translator from English to French and compare it with a nearest-sentence baseline
 # make demo-summarize   train a summarizer on the documentation of installed Python code, with a first-words baseline
@@ -18,7 +19,7 @@
 # make bench            install the libraries that the benchmarks compare with, and run all benchmarks
 # make clean            remove .venv, the build and the site
 #
-# All targets but gpu and cuda-check use .venv, which the first call creates. TORCH=2.14.1 selects another torch,
+# All targets but gpu and cuda-compile use .venv, which the first call creates. TORCH=2.14.1 selects another torch,
 # PYTHON=python3.12 another interpreter.
 
 PYTHON ?= python3
@@ -34,8 +35,8 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-cuda test-isa faults wheel wheel-test docs cuda-check gpu demo demo-translate \
-    demo-summarize demo-audio bench lint format clean
+.PHONY: build test test-cuda test-isa faults wheel wheel-test docs cuda-check cuda-compile cuda-ptx gpu demo \
+    demo-translate demo-summarize demo-audio bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -55,13 +56,14 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 PARALLEL := -n auto --dist worksteal
 
 # They compile the CUDA half for the CPU, which takes as long as they run.
-EMULATED_TESTS := $(addprefix tests/cuda/test_, emulator.py host.py rnn_kernels.py attention_kernels.py)
+KERNEL_TESTS := tests/cuda/test_rnn_kernels.py tests/cuda/test_attention_kernels.py
+EMULATED_TESTS := $(addprefix tests/cuda/test_, emulator.py host.py gpu_run.py ptx.py) $(KERNEL_TESTS)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(PARALLEL) $(addprefix --ignore=, $(EMULATED_TESTS)) $(PYTEST)
 
 test-cuda: $(BUILT)
-	$(BIN)/python -m pytest $(PARALLEL) $(EMULATED_TESTS) $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) $(filter-out %/test_ptx.py, $(EMULATED_TESTS)) $(PYTEST)
 
 # Registration, FLOPs and the rules for transforms do not depend on the ISA; their kernels are tested for each. So are
 # gradients, against those of the reference.
@@ -110,23 +112,31 @@ docs: $(BUILT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python -m pytest tests/test_docs.py -k "not blocks_run"
 
-cuda-check:
+cuda-check: cuda-compile cuda-ptx
+
+cuda-compile:
 	$(PYTHON) tests/cuda/check.py
+
+# The tests of the kernels once more, on nvcc's PTX, and planted faults; only the kernels of clusters depend on the
+# generation. PTX=short: a cell in two routes.
+cuda-ptx: $(BUILT)
+ifeq ($(PTX),short)
+	$(BIN)/python -m pytest tests/cuda/test_ptx.py -k short
+else
+	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 -k "not without" $(KERNEL_TESTS) tests/cuda/test_ptx.py
+	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_89 -k "(tiles or chosen) and not cluster" $(firstword $(KERNEL_TESTS))
+endif
 
 # GPU_NEEDS: the build's requirements and the extra `test`; tests/test_docs.py compares both. torch with CUDA, nvcc of
 # the same CUDA version, and g++ are needed besides.
 GPU_NEEDS := $(BUILD_NEEDS) hypothesis numpy pytest
-GPU_TESTS := tests/ops tests/nn $(wildcard tests/cuda/test_gpu*.py)
 
-# Benchmarks run even if tests fail or hang, because a machine with a GPU may not be at hand for long.
+# GPU="--minutes 20 --out DIR" passes options; tests/cuda/gpu_run.py says what comes first, and why.
 gpu:
 	@$(PYTHON) -c "import importlib.util, sys; \
 	    missing = [n for n in '$(GPU_NEEDS)'.split() if importlib.util.find_spec(n) is None]; \
 	    sys.exit('make gpu needs these Python packages: ' + ' '.join(missing) if missing else None)"
-	LLM_EXT_CUDA=1 $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) -c "import llm_ext; print('llm_ext is built:', llm_ext.build_info())"
-	timeout 300 $(PYTHON) -m pytest -rs --durations=5 -k "cuda or gpu" $(GPU_TESTS) $(PYTEST); tested=$$?; \
-	    $(PYTHON) -m bench --device cuda $(BENCH) --json && exit $$tested
+	$(PYTHON) tests/cuda/gpu_run.py $(GPU)
 
 demo: $(BUILT)
 	$(BIN)/python examples/shakespeare/demo.py $(DEMO)

@@ -118,13 +118,15 @@ def _draw(run: dict[str, Any], pictures: dict[str, Path]) -> None:
         _PICTURES[name][0](run, path)
 
 
-def _measure(run: dict[str, Any], cases: Sequence[Case], settings: comparison.Settings) -> int:
-    """Run the cases, print them and add them to the record; return the exit status."""
+def _measure(run: dict[str, Any], cases: Sequence[Case], settings: comparison.Settings, json: Path | None) -> int:
+    """Run the cases, print them and add them to the record and to its file; return the exit status."""
     status = 0
     try:
         for case in cases:
             result = comparison.run(case, settings)
             run["cases"].append(result)
+            if json is not None:  # after each case: the run may be ended from outside
+                recording.write_json(run, json)
             print(f"\n{report.table(result)}", flush=True)
             if result["ours"]["status"] not in ("measured", "absent"):
                 status = 1
@@ -201,7 +203,7 @@ def main(
     )
     run = recording.start(vars(settings) | {"dtype": options.dtype})
     print(report.header(run))
-    status = _measure(run, selected, settings)
+    status = _measure(run, selected, settings, options.json)
     names = [case.name for case in cases]
     run["means"] = [comparison.geometric_mean(mean, names, run["cases"], settings) for mean in means]
     print(f"\n{report.summary(run['cases'], run['means'])}")
