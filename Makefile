@@ -123,7 +123,7 @@ cuda-ptx: $(BUILT)
 ifeq ($(PTX),short)
 	$(BIN)/python -m pytest tests/cuda/test_ptx.py -k short
 else
-	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 -k "not without" $(KERNEL_TESTS) tests/cuda/test_ptx.py
+	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 -k "not without_a_line" $(KERNEL_TESTS) tests/cuda/test_ptx.py
 	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_89 -k "(tiles or chosen) and not cluster" $(firstword $(KERNEL_TESTS))
 endif
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from support import emulator
 from support.memory import fill_uninitialized_memory
 
 # The same examples in every run: a failure is reproducible for everyone.
@@ -12,8 +13,14 @@ settings.register_profile("reproducible", deadline=None, derandomize=True, print
 settings.load_profile("reproducible")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--ptx compute_90` runs the tests of the CUDA kernels on what nvcc compiled (tests/support/ptx.py)."""
+    parser.addoption("--ptx", metavar="ARCHITECTURE", help="run nvcc's PTX of the CUDA kernels in the emulator")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Divide the cores between the workers of pytest-xdist; tests of threads choose their number themselves."""
+    emulator.architecture = config.getoption("--ptx")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import torch
 from support.cuda_rnn import ROUTES as ROUTE_NAMES
 from support.cuda_rnn import kernel_sources
-from support.emulator import EMULATOR, build, run, tensor
+from support.emulator import EMULATOR, Request, build, run, tensor
 
 from bench.__main__ import select_cases
 from bench.cases.cuda import CASES
@@ -65,7 +66,8 @@ def fake(tmp_path: Path) -> str:
 
 
 def record_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "record.json").read_text())
+    record: dict[str, Any] = json.loads((out / "record.json").read_text())
+    return record
 
 
 def test_order_of_the_steps(tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +107,7 @@ def test_sizes_take_their_routes(tmp_path: Path) -> None:
         for dtype, type_ in (("float32", 0), ("tf32", 0), ("bfloat16", 2), ("float16", 3))
     ]
     program = build("plans", [*kernel_sources(), EMULATOR / "plans.cpp"])
-    request = {
+    request: Request = {
         "sm": 90,
         "sm_count": 132,
         "shared_bytes": 227 * 1024,
@@ -158,7 +160,7 @@ def test_time_is_over(tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch
 
 def test_killed_in_the_middle(tmp_path: Path, fake: str) -> None:
     """The record is whole at any moment, and the log has the last line of the step that ran."""
-    command = [sys.executable, str(Path(gpu_run.__file__)), "--out", str(tmp_path / "out"), "--python", fake]
+    command = [sys.executable, str(gpu_run.__file__), "--out", str(tmp_path / "out"), "--python", fake]
     environment = os.environ | {"HANG": "two streams"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     log, deadline, records = tmp_path / "out" / "log.txt", time.monotonic() + 60, 0
@@ -167,6 +169,7 @@ def test_killed_in_the_middle(tmp_path: Path, fake: str) -> None:
         if log.exists():
             record_of(tmp_path / "out")
             records += 1
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     names = [step["name"] for step in record_of(tmp_path / "out")["steps"]]
@@ -176,5 +179,6 @@ def test_killed_in_the_middle(tmp_path: Path, fake: str) -> None:
     assert sum(name.startswith("smoke ") for name in names) == len(gpu_run.smoke_names())
     # The step that hung is in a process group of its own.
     for path in Path("/proc").iterdir():
-        if path.name.isdigit() and fake.encode() in (path / "cmdline").read_bytes():
-            os.kill(int(path.name), signal.SIGKILL)
+        with suppress(OSError):
+            if path.name.isdigit() and fake.encode() in (path / "cmdline").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)

@@ -11,14 +11,17 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from support import ptx
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
@@ -38,6 +41,10 @@ ENVIRONMENT = {
 }
 Request = Mapping[str, Tensor | int | None]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+# With pytest's option --ptx, the kernels are nvcc's PTX for this virtual architecture, in place of g++'s code.
+architecture: str | None = None
 
 
 class KernelError(Exception):
@@ -114,11 +121,118 @@ def _headers(*folders: Path) -> bytes:
     return b"".join(path.read_bytes() for path in paths)
 
 
+def _write(path: Path, text: str) -> Path:
+    """The file, written only if it differs."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+def _host_folder() -> Path:
+    """Csrc with kernels that are only declared."""
+    folder = BUILD / "ptx" / "csrc"
+    for path in sorted((ROOT / "csrc" / "cuda").rglob("*.cu*")):
+        _write(folder / path.relative_to(ROOT / "csrc"), ptx.without_kernels(path.read_text()))
+    return folder
+
+
+def ptx_of(source: Path, virtual: str) -> str:
+    """The PTX of a source, compiled unless it exists for the same text."""
+    read = _headers(ROOT / "csrc" / "cuda", ROOT / "csrc" / "params") + source.read_bytes()
+    key = hashlib.sha256(read + virtual.encode()).hexdigest()[:20]
+    folder = BUILD / "ptx" / virtual
+    target = folder / f"{source.stem}-{key}.ptx"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{source.stem}-" + "?" * 20 + ".ptx"):
+            stale.unlink()
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        ptx.compile_ptx(source, partial, ROOT / "csrc", virtual)
+        partial.rename(target)
+    return target.read_text()
+
+
+# Changes the PTX of a kernel, given its name.
+Change = Callable[[str, str], str]
+
+
+def build_ptx(
+    name: str,
+    sources: Iterable[Path],
+    virtual: str,
+    *,
+    only: Container[str] | None = None,
+    wanted: str = "",
+    change: Change | None = None,
+) -> Path:
+    """The program whose kernels are the PTX of the `.cu` files.
+
+    If `only` is given, the other files have g++'s code. Kernels of the PTX whose names do not match `wanted` cannot
+    run.
+    """
+    if ptx.nvcc() is None:
+        pytest.skip("PTX needs nvcc")
+    common = _headers(ROOT / "csrc" / "cuda", ROOT / "csrc" / "params", EMULATOR)
+    code = int(virtual.removeprefix("compute_"))
+    defined = [] if code == 90 else [f"-DLLM_EXT_CODE={code}"]
+    with exclusive():
+        folder = _host_folder()
+        sources = sorted(sources)
+        kernels = [s for s in sources if s.suffix == ".cu" and (only is None or s.name in only)]
+        jobs = [(s, [*FLAGS, *defined, *KERNEL], common, BUILD) for s in sources if s not in kernels]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            texts = list(pool.map(lambda source: ptx_of(source, virtual), kernels))
+        for source, text in zip(kernels, texts, strict=True):
+            local = f"in_{source.stem}"
+            host = folder / source.relative_to(ROOT / "csrc")
+            flags = [f"-I{EMULATOR}", f"-I{folder}", *FLAGS, *defined, f"-DLLM_EXT_LOCAL={local}", "-w", *KERNEL]
+            jobs.append((host, flags, common, BUILD))
+            missing = ""
+            for i, kernel in enumerate(ptx.kernels_of(text)):
+                if re.search(wanted, kernel.name) is None:
+                    missing += ptx.absent(kernel, local, i)
+                    continue
+                changed = kernel
+                if change is not None:
+                    changed = replace(kernel, body=change(kernel.name, kernel.body))
+                translated = ptx.translate(changed, local, f"{source.stem}.ptx")
+                own = "" if changed.body == kernel.body else f"-{name}"
+                file = _write(BUILD / "ptx" / virtual / f"{source.stem}-{i}{own}.cpp", translated)
+                # Not optimized where it runs one case.
+                jobs.append((file, [*FLAGS, "-w", *([] if own == "" else ["-O0"]), *KERNEL], common, BUILD))
+            if missing:
+                file = _write(BUILD / "ptx" / virtual / f"{source.stem}-absent-{name}.cpp", ptx.HEAD + missing)
+                jobs.append((file, [*FLAGS, "-w"], common, BUILD))
+        return _link(f"{name}-{virtual}", [*jobs, *_runtime_jobs(common)])
+
+
+def _runtime_jobs(common: bytes) -> list[tuple[Path, list[str], bytes, Path]]:
+    return [(source, [*FLAGS, "-O3"], common, BUILD) for source in RUNTIME]
+
+
+def _link(name: str, jobs: list[tuple[Path, list[str], bytes, Path]]) -> Path:
+    """The program of these sources with their flags; the caller holds the lock."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    program = BUILD / f"{name}-{key}"
+    if not program.exists():
+        for stale in BUILD.glob(f"{name}-" + "?" * 20):
+            stale.unlink()
+        partial = program.with_suffix(f".{os.getpid()}.partial")
+        _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
+        partial.rename(program)
+    return program
+
+
 def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Path:
     """The program `name` of `sources` and the emulator, built at most once for the same text.
 
     Sources in the folder `changed` find headers there first.
     """
+    if architecture is not None and changed is None:
+        return build_ptx(name, sources, architecture)
     common = _headers(ROOT / "csrc" / "cuda", ROOT / "csrc" / "params", EMULATOR)
     jobs = []
     # The largest first, so that all cores finish together.
@@ -129,19 +243,8 @@ def build(name: str, sources: Iterable[Path], changed: Path | None = None) -> Pa
             jobs.append((source, flags, common + _headers(changed), changed))
         else:
             jobs.append((source, [*FLAGS, *KERNEL], common, BUILD))
-    jobs += [(source, [*FLAGS, "-O3"], common, BUILD) for source in RUNTIME]
     with exclusive():
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(lambda job: _object(*job), jobs))
-        key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-        program = BUILD / f"{name}-{key}"
-        if not program.exists():
-            for stale in BUILD.glob(f"{name}-" + "?" * 20):
-                stale.unlink()
-            partial = program.with_suffix(f".{os.getpid()}.partial")
-            _run([compiler(), *ASAN, *WRAP, *map(str, objects), "-o", str(partial)])
-            partial.rename(program)
-    return program
+        return _link(name, [*jobs, *_runtime_jobs(common)])
 
 
 def build_without_call(sources: Iterable[Path], file: str, call: str, only: Container[str] | None = None) -> Path:
