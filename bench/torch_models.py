@@ -25,7 +25,7 @@ class CausalPool(nn.Module):
         self.weight, self.v = pool.weight, pool.v
 
     def forward(self, e: Tensor, *, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Pool e [B, T, D]; the state is that of `llm_ext.ops.prefix_pool`."""
+        """Pool e [B, T, D]; the state is the log-sum-exp of the scores and the pooled vector of what came before."""
         if state is None:
             c = prefix_mask(e, self.weight, self.v)
             return c, (torch.logsumexp(e @ (self.v @ self.weight), 1), c[:, -1])

@@ -205,8 +205,6 @@ LLM_EXT_DEVICE float exact_exp_of(float x) { return expf(x); }
 LLM_EXT_DEVICE double exact_exp_of(double x) { return exp(x); }
 LLM_EXT_DEVICE float log_of(float x) { return logf(x); }
 LLM_EXT_DEVICE double log_of(double x) { return log(x); }
-LLM_EXT_DEVICE float log1p_of(float x) { return log1pf(x); }
-LLM_EXT_DEVICE double log1p_of(double x) { return log1p(x); }
 
 // Matrix fragments. Lane 4 r + q (r < 8, q < 4) holds these elements:
 //   weights [16, 16]: columns 4 q, 4 q + 1 of row r, then of row r + 8; columns 4 q + 2, 4 q + 3 of row r, then of

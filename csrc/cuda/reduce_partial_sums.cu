@@ -2,9 +2,8 @@
 //
 // A block owns 32 columns of a row. Each of its warps adds every eighth partial sum; the warps' sums are added in
 // order.
-#include <limits>
-
 #include "cuda/device.cuh"
+#include "cuda/log_sum.cuh"
 #include "cuda/reduce_partial_sums.h"
 
 namespace llm_ext {
@@ -13,9 +12,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
-
-template <typename T>
-constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
 
 int64_t column_blocks_of(int64_t dim) { return dim > 0 ? (dim + kWarpThreads - 1) / kWarpThreads : 1; }
 
@@ -32,13 +28,13 @@ void reduce_partial_sums_kernel(LLM_EXT_PARAMS ReduceParams<S> params) {
   const PartialSums<S>& p = params.sums;
   const int64_t row = block_x() / params.column_blocks;
   const int64_t column = block_x() % params.column_blocks * kWarpThreads + lane_index();
-  const T* l = p.l == nullptr ? nullptr : p.l + row * p.count;
-  const auto weight_of = [](T x, T max) { return x == kMinusInfinity<T> ? T(0) : exp_of(x - max); };
-  T max = kMinusInfinity<T>, total = T(0);
-  for (int64_t i = 0; l != nullptr && i < p.count; ++i) max = l[i] > max || l[i] != l[i] ? l[i] : max;
-  for (int64_t i = 0; max != kMinusInfinity<T> && i < p.count; ++i) total += weight_of(l[i], max);
+  const LogSum<T>* l = p.l == nullptr ? nullptr : p.l + row * p.count;
+  const auto weight_of = [](const LogSum<T>& x, T max) { return x.sum * share_of(x.max - max); };
+  T max = -kInfinity<T>, total = T(0);
+  for (int64_t i = 0; l != nullptr && i < p.count; ++i) max = l[i].max > max || l[i].max != l[i].max ? l[i].max : max;
+  for (int64_t i = 0; max != -kInfinity<T> && i < p.count; ++i) total += weight_of(l[i], max);
   T sum = T(0);
-  if (column < p.dim && (l == nullptr || max != kMinusInfinity<T>)) {
+  if (column < p.dim && (l == nullptr || max != -kInfinity<T>)) {
     const T* x = p.x + row * p.count * p.dim + column;
 #pragma unroll 8
     for (int64_t i = warp_index(); i < p.count; i += kWarps) {
@@ -50,9 +46,12 @@ void reduce_partial_sums_kernel(LLM_EXT_PARAMS ReduceParams<S> params) {
   block_barrier();
   if (warp_index() > 0) return;
   for (int w = 1; w < kWarps; ++w) sum += shared[w * kWarpThreads + lane_index()];
-  if (l != nullptr && max != kMinusInfinity<T>) sum /= total;
+  if (l != nullptr && max != -kInfinity<T>) sum /= total;
   if (column < p.dim) p.out[row * p.dim + column] = narrow<S>(sum);
-  if (p.lse != nullptr && column == 0) p.lse[row] = max == kMinusInfinity<T> ? max : max + log_of(total);
+  if (l != nullptr && column == 0) {
+    p.l_out[row] = {max, total};
+    p.lse[row] = log_sum_exp(p.l_out[row]);
+  }
 }
 
 }  // namespace

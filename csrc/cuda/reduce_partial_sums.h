@@ -13,9 +13,10 @@ template <typename S>
 struct PartialSums {
   int64_t rows, count, dim;
   const Compute<S>* x;
-  const Compute<S>* l;  // [rows, count] weights are softmax(l); null: weights are 1
-  S* out;               // [rows, D] 0 where every weight is 0
-  Compute<S>* lse;      // [rows] out: log-sum-exp of l; null exactly where l is
+  const LogSum<Compute<S>>* l;  // [rows, count] weights are in proportion to exp(l); null: weights are 1
+  S* out;                       // [rows, D] 0 where every weight is 0
+  LogSum<Compute<S>>* l_out;    // [rows] out: log-sum-exp over all; null exactly where l is
+  Compute<S>* lse;              // [rows] out: the same; null exactly where l is
 };
 
 // Queues the sum and returns a cudaError_t. For S = float, double, BFloat16, Float16.

@@ -31,7 +31,6 @@ template <typename S>
 struct AdditiveAttentionForwardParams {
   AdditiveAttentionInput<S> in;
   S* context;             // [B, Tq, Dv] out: 0 if every key is masked
-  Compute<S>* lse;        // [B, Tq] out: log-sum-exp of the scores; -inf if every key is masked
   S* weights;             // [B, Tq, Tk] out: 0 for masked keys; null: not needed
   Compute<S>* workspace;  // forward_workspace() elements, aligned to 64 bytes, uninitialized
 };
@@ -39,9 +38,6 @@ struct AdditiveAttentionForwardParams {
 template <typename S>
 struct AdditiveAttentionBackwardParams {
   AdditiveAttentionInput<S> in;
-  const S* context;       // [B, Tq, Dv] from the forward pass
-  const Compute<S>* lse;  // [B, Tq] from the forward pass
-  const S* weights;       // [B, Tq, Tk] from the forward pass; null exactly if grad_weights is
   const S* grad_context;  // [B, Tq, Dv]; null: zeros
   const S* grad_weights;  // [B, Tq, Tk]; null: zeros
   S* dquery;              // [B, Tq, A] out; null: not needed

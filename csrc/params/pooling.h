@@ -9,7 +9,8 @@
 namespace llm_ext {
 
 // The vectors e [B, T, D] to pool over T, and their scores. Arrays that grow with T are stored as S. Log-sum-exps,
-// shares and the state of the prefix form accumulate over T and are stored as Compute<S>.
+// shares and the state of the prefix form accumulate over T and are stored as Compute<S>. A log-sum-exp that is read
+// again is a LogSum.
 template <typename S>
 struct PoolInput {
   int64_t batch;           // B
@@ -29,33 +30,34 @@ struct PoolForwardParams {
   PoolInput<S> in;
   S* c;                   // [B, D] out: the pooled vector; 0 if every position is masked
   Compute<S>* lse;        // [B] out: log-sum-exp of the scores; -inf if every position is masked
+  LogSum<Compute<S>>* l;  // [B] out: the same
   Compute<S>* workspace;  // workspace() elements, uninitialized
 };
 
 template <typename S>
 struct PoolBackwardParams {
   PoolInput<S> in;
-  const S* c;                  // [B, D] from the forward pass
-  const Compute<S>* lse;       // [B] from the forward pass
-  const S* grad_c;             // [B, D]; null: zeros
-  const Compute<S>* grad_lse;  // [B]; null: zeros
-  S* de;                       // out, strides of e; null: not needed
-  S* du;                       // [D] out; null: not needed, or `scores` given
-  S* dscores;                  // [B, T] out; null: not needed, or `u` given
-  Compute<S>* workspace;       // workspace() elements, uninitialized
+  const S* c;                   // [B, D] from the forward pass
+  const LogSum<Compute<S>>* l;  // [B] from the forward pass
+  const S* grad_c;              // [B, D]; null: zeros
+  const Compute<S>* grad_lse;   // [B]; null: zeros
+  S* de;                        // out, strides of e; null: not needed
+  S* du;                        // [D] out; null: not needed, or `scores` given
+  S* dscores;                   // [B, T] out; null: not needed, or `u` given
+  Compute<S>* workspace;        // workspace() elements, uninitialized
 };
 
 // The causal prefix form: c_t pools over the positions i <= t and an initial state (l0, c0).
 template <typename S>
 struct PrefixPoolForwardParams {
   PoolInput<S> in;
-  const Compute<S>* l0;   // [B] log-sum-exp of the initial state; null: -inf
-  const Compute<S>* c0;   // [B, D] pooled vector of the initial state; null exactly if l0 is: zeros
-  S* c;                   // out, strides of e
-  Compute<S>* share;      // [B, T] out: a_t, the softmax weight of position t in c_t; 0 if masked
-  Compute<S>* l_n;        // [B] out: log-sum-exp after the last step
-  Compute<S>* c_n;        // [B, D] out: pooled vector after the last step
-  Compute<S>* workspace;  // prefix_workspace() elements, uninitialized
+  const LogSum<Compute<S>>* l0;  // [B] log-sum-exp of the initial state; null: without scores
+  const Compute<S>* c0;          // [B, D] pooled vector of the initial state; null exactly if l0 is: zeros
+  S* c;                          // out, strides of e
+  Compute<S>* share;             // [B, T] out: a_t, the softmax weight of position t in c_t; 0 if masked
+  LogSum<Compute<S>>* l_n;       // [B] out: log-sum-exp after the last step
+  Compute<S>* c_n;               // [B, D] out: pooled vector after the last step
+  Compute<S>* workspace;         // prefix_workspace() elements, uninitialized
 };
 
 // Does not read lengths, mask and scores: `share` implies them.
@@ -66,12 +68,12 @@ struct PrefixPoolBackwardParams {
   const S* c;                  // strides of e, from the forward pass
   const Compute<S>* share;     // [B, T] from the forward pass
   const S* grad_c;             // strides of e; null: zeros
-  const Compute<S>* grad_l_n;  // [B]; null: zeros
+  const Compute<S>* grad_l_n;  // [B] of the log-sum-exp after the last step; null: zeros
   const Compute<S>* grad_c_n;  // [B, D]; null: zeros
   S* de;                       // out, strides of e; null: not needed
   S* du;                       // [D] out; null: not needed
   S* dscores;                  // [B, T] out; null: not needed
-  Compute<S>* dl0;             // [B] out; null: not needed
+  Compute<S>* dl0;             // [B] out, of the log-sum-exp of the initial state; null: not needed
   Compute<S>* dc0;             // [B, D] out; null: not needed
   Compute<S>* workspace;       // prefix_workspace() elements, uninitialized
 };

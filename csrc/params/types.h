@@ -43,4 +43,12 @@ struct ComputeType<Float16> {
 template <typename S>
 using Compute = typename ComputeType<S>::type;
 
+// The log-sum-exp of scores in two numbers, max + log(sum): one number of the size of the scores would round away the
+// logarithm of the sum. Without scores it is {-inf, 0}.
+template <typename T>
+struct LogSum {
+  T max;  // the largest score
+  T sum;  // of exp(score - max)
+};
+
 }  // namespace llm_ext

@@ -38,7 +38,7 @@ class LLMState(NamedTuple):
 
     Attributes:
         hidden: Hidden state of each layer, ``[L, B, H]``.
-        attention: State ``(L [B], c [B, D])`` of the causal pool, in float32 for a model in 16 bits; None without
+        attention: State ``(L [B, 2], c [B, D])`` of the causal pool, in float32 for a model in 16 bits; None without
             attention.
         cell: Cell state of each layer, ``[L, B, H]``; None unless the cell is "lstm".
     """

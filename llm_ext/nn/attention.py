@@ -16,7 +16,8 @@ from llm_ext.ops.packing import within_lengths
 
 __all__ = ["AdditiveAttention", "AttentionPool"]
 
-# (L [B], c [B, D]): the log-sum-exp of the scores and the pooled vector of what came before.
+# (L [B, 2], c [B, D]): the log-sum-exp of the scores, as `ops.prefix_pool` holds it, and the pooled vector of what came
+# before.
 State = tuple[Tensor, Tensor]
 
 
@@ -142,8 +143,8 @@ class AttentionPool(nn.Module):
             mask: bool ``[B, T]``, False for masked positions. A position is attended to if both lengths and mask allow
                 it.
             need_weights: Return the softmax weights too. If causal, they take the memory of a T × T matrix per row.
-            state: State ``(L [B], c [B, D])`` that a causal call returned for the positions before e, in float32 if e
-                has 16 bits. ``None`` means there are none.
+            state: State ``(L [B, 2], c [B, D])`` that a causal call returned for the positions before e, in float32
+                if e has 16 bits. ``None`` means there are none.
             u: The result of :meth:`fold`, for several calls with the same weights. ``None``: it is computed here.
 
         Returns:
@@ -216,8 +217,14 @@ class AttentionPool(nn.Module):
         if self.causal:
             position = torch.arange(T, device=e.device)
             s = s[:, None].masked_fill(position > position[:, None], -math.inf)
-            # The state takes part in the softmax as one more position, which is dropped afterwards.
-            past = s.new_full((s.shape[0],), -math.inf) if state is None else state[0]
+            # The state takes part in the softmax as one more position, which is dropped afterwards. Beside scores
+            # relative to m, log z is not rounded away.
+            past = s.new_full((s.shape[0],), -math.inf)
+            if state is not None:
+                m, z = state[0].unbind(1)
+                none = (z == 0) | (m == -math.inf)
+                s = s - m.masked_fill(none, 0)[:, None, None]
+                past = z.masked_fill(none, 1).log().masked_fill(none, -math.inf)
             s = torch.cat((past[:, None, None].expand(-1, T, 1), s), -1)
         empty = (s == -math.inf).all(-1, keepdim=True)
         alpha = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm_ext.ops._registration import needed, refuse_derivative, torch_ops
+from llm_ext.ops._registration import needed, refuse_derivative, register_fake, torch_ops
 from llm_ext.ops._transforms import (
     forward_mode_is_nested,
     forward_mode_once,
@@ -1068,9 +1068,9 @@ def _curvature_fake(mode: str, *tensors: Any) -> System:
     return tuple(y.new_empty(0 if like is None else like.shape) for like in results)
 
 
-torch.library.register_fake("llm_ext::recurrence_tangent", _tangent_fake)
-torch.library.register_fake("llm_ext::recurrence_adjoint", _adjoint_fake)
-torch.library.register_fake("llm_ext::recurrence_curvature", _curvature_fake)
+register_fake("recurrence_tangent", _tangent_fake)
+register_fake("recurrence_adjoint", _adjoint_fake)
+register_fake("recurrence_curvature", _curvature_fake)
 # Autocast needs no rule: their callers have cast.
 refuse_derivative("recurrence_tangent")
 refuse_derivative("recurrence_adjoint")

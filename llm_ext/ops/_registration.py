@@ -37,9 +37,33 @@ def explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoRet
     if isinstance(failure, NotImplementedError) and missing is not None and missing[1].lower() == device:
         built = "without CUDA" if llm_ext._C.build_info()["cuda"] is None else "with CUDA"
         raise NotImplementedError(f"llm_ext: no kernel of this op for {device}; built {built}") from None
+    raise_out_of_memory(failure)
+    raise failure
+
+
+def raise_out_of_memory(failure: Exception) -> None:
+    """Raise torch.OutOfMemoryError if `failure` says that an op found no memory."""
     if "out of memory" in str(failure):
         raise torch.OutOfMemoryError(str(failure)) from None
-    raise failure
+
+
+def register_fake(op: str, kernel: Callable[..., Any]) -> None:
+    """Register the fake kernel of `op`.
+
+    Torch calls it, too, if some tensors are on the meta device and others are not. Results of the others' device would
+    be uninitialized memory.
+    """
+
+    def checked(*args: Any) -> Any:
+        items = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        tensors = [item for item in items if isinstance(item, Tensor)]
+        # Lengths and the like may be on the CPU beside tensors of another device, but not without memory beside these.
+        devices = {t.device.type for t in tensors if t.is_floating_point() or t.is_meta}
+        if len(devices) > 1:
+            raise RuntimeError(f"{op}: tensors must be on one device, got {' and '.join(sorted(devices))}")
+        return kernel(*args)
+
+    torch.library.register_fake(f"llm_ext::{op}", checked)
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -49,7 +73,14 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
 
-    kernel = autograd_kernel(getattr(torch_ops, op).default, backward, setup)
+    def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
+        try:
+            return backward(ctx, *grads)
+        except RuntimeError as failure:
+            raise_out_of_memory(failure)
+            raise
+
+    kernel = autograd_kernel(getattr(torch_ops, op).default, differentiate, setup)
     _library.impl(op, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 

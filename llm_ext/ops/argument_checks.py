@@ -55,6 +55,12 @@ def fail_shape(op: str, name: str, letters: str, sizes: Sizes, got: Tensor) -> N
     raise ArgumentError(f"{op}: {name} must be [{letters}] = [{expected}], got {list(got.shape)}")
 
 
+def _check_is_tensor(op: str, name: str, got: Any) -> None:
+    """Raise unless `got` is a tensor."""
+    if not isinstance(got, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(got).__name__}")
+
+
 def _check(
     op: str,
     name: str,
@@ -65,8 +71,7 @@ def _check(
     like: tuple[str, Tensor] | None = None,
 ) -> None:
     """Raise unless `got` is a tensor of these sizes, of one of these dtypes, on the device of `like`."""
-    if not isinstance(got, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(got).__name__}")
+    _check_is_tensor(op, name, got)
     if got.dim() != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, got.shape, strict=True)):
         fail_shape(op, name, letters, sizes, got)
     if got.dtype not in dtypes:
@@ -156,6 +161,8 @@ def _direction_weights(
 ) -> tuple[int, int, int]:
     """Return I, H and P of one direction with weights (w_ih, w_hh, b_ih, b_hh, w_hr); raise if they do not fit."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    for name, weight in zip(names, (w_ih, w_hh), strict=False):
+        _check_is_tensor(op, name, weight)
     assert w_ih is not None
     assert w_hh is not None
     gates = gates_of(mode)
@@ -214,6 +221,9 @@ def recurrence(
             _check(op, name, tensor, f"1, B, {letter}", (1, batch, width), (w_ih.dtype,), like)
         elif tensor is not None:
             _check(op, name, tensor, f"B, {letter}", (batch, width), (w_ih.dtype,), like)
+    shapes = [list(tensor.shape) for tensor in state if tensor is not None]
+    if len(shapes) == 2 and len(shapes[0]) != len(shapes[1]):
+        raise ArgumentError(f"{op}: c0 must have as many dimensions as h0, got {shapes[1]} and {shapes[0]}")
     if reset is not None or reset_to is not None:
         if reverse:
             raise ArgumentError(f"{op}: reset needs one forward direction, got reverse=True")
@@ -248,6 +258,7 @@ def multilayer_rnn(
         names = "w_ih, w_hh[, b_ih, b_hh]" + ("[, w_hr]" if mode == "LSTM" else "")
         got = [len(row) for row in weights]
         raise ArgumentError(f"{op}: weights must have ({names}) per layer and direction, got {got} tensors")
+    _check_is_tensor(op, "x", x)
     first = input_projections[0] if input_projections else weights[0][0]
     _check(op, "input_projections[0]" if input_projections else "weights[0][0]", first, "*, *", (None, None))
     same, like = (first.dtype,), ("x", x)
@@ -255,6 +266,7 @@ def multilayer_rnn(
     for row, tensors in enumerate(weights):
         labels = [f"weights[{row}][{i}]" for i in range(len(tensors))]
         if input_projections and row < directions:  # w_ih and b_ih are not read
+            _check_is_tensor(op, labels[1], tensors[1])
             H = tensors[1].shape[1] if tensors[1].dim() == 2 else 0
             _check(op, labels[1], tensors[1], f"{gates} H, H", (gates * H, H), same, like)
             found = (0, H, H)
@@ -455,7 +467,7 @@ def pool(
     if state is not None:
         L, c = state
         computed = (compute_dtype(e.dtype),)
-        _check(op, "state L", L, "B", (B,), computed, like)
+        _check(op, "state L", L, "B, 2", (B, 2), computed, like)
         _check(op, "state c", c, "B, D", (B, D), computed, like)
 
 
@@ -480,5 +492,6 @@ def additive_attention(
         _check(op, "key_lengths", key_lengths, "B", (B,), (torch.int64,), like)
         _check_lengths(op, "key_lengths", key_lengths, "Tk", Tk)
     if mask is not None:
+        _check_is_tensor(op, "mask", mask)
         letters, sizes = ("B, Tq, Tk", (B, Tq, Tk)) if mask.dim() == 3 else ("B, Tk", (B, Tk))
         _check(op, "mask", mask, letters, sizes, (torch.bool,), like)

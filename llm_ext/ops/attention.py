@@ -19,6 +19,7 @@ from llm_ext.ops._registration import (
     refuse_derivative,
     register_autocast,
     register_autograd,
+    register_fake,
     torch_ops,
 )
 from llm_ext.ops._transforms import differentiable_gradients, transforms_active
@@ -80,7 +81,7 @@ def additive_attention(
         context, weights = _plain_additive_attention(query, keys, v, values, key_lengths, mask)
         return context, weights if need_weights else None
     try:
-        context, _lse, weights = _additive_attention_forward(query, keys, v, values, key_lengths, mask, need_weights)
+        context, weights = _additive_attention_forward(query, keys, v, values, key_lengths, mask, need_weights)
     except FAILURES as failure:
         explain(failure, argument_checks.additive_attention, query, keys, v, values, key_lengths, mask)
     return context, weights if need_weights else None
@@ -94,14 +95,10 @@ def _additive_attention_forward_fake(
     key_lengths: Tensor | None,
     mask: Tensor | None,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     argument_checks.additive_attention(query, keys, v, values, key_lengths, mask)
     (B, Tq, _), (_, Tk, Dv) = query.shape, values.shape
-    return (
-        query.new_empty((B, Tq, Dv)),
-        query.new_empty((B, Tq), dtype=argument_checks.compute_dtype(query.dtype)),
-        query.new_empty((B, Tq, Tk) if need_weights else 0),
-    )
+    return query.new_empty((B, Tq, Dv)), query.new_empty((B, Tq, Tk) if need_weights else 0)
 
 
 def _additive_attention_backward_fake(
@@ -113,26 +110,23 @@ def _additive_attention_backward_fake(
     values: Tensor,
     key_lengths: Tensor | None,
     mask: Tensor | None,
-    context: Tensor,
-    lse: Tensor,
-    weights: Tensor,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     return fake_gradients(*zip((query, keys, v, values), needs, strict=True))
 
 
-def _additive_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _additive_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, need_weights = inputs
-    _context, lse, weights = output
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(*((lse,) if need_weights else (lse, weights)))
+    ctx.save_for_backward(*tensors)
+    if not need_weights:
+        ctx.mark_non_differentiable(output[1])
 
 
 def _additive_attention_autograd(
-    ctx: Any, grad_context: Tensor | None, _grad_lse: None, grad_weights: Tensor | None
+    ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or transforms_active():
-        inputs, needs = ctx.saved_tensors[:6], ctx.needs_input_grad[:6]
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
         grads = (grad_context, grad_weights)
         return *differentiable_gradients(_plain_additive_attention, inputs, needs, grads), None
     needs = ctx.needs_input_grad[:4]
@@ -153,8 +147,8 @@ def _plain_additive_attention(
     return context.to(query.dtype), weights.to(query.dtype)
 
 
-torch.library.register_fake("llm_ext::additive_attention_forward", _additive_attention_forward_fake)
-torch.library.register_fake("llm_ext::additive_attention_backward", _additive_attention_backward_fake)
+register_fake("additive_attention_forward", _additive_attention_forward_fake)
+register_fake("additive_attention_backward", _additive_attention_backward_fake)
 register_autograd("additive_attention_forward", _additive_attention_autograd, _additive_attention_setup_context)
 register_autocast(_additive_attention_forward)
 refuse_derivative("additive_attention_backward")
@@ -267,5 +261,5 @@ def _attention_step_fake(
     return h0.new_empty((h0.shape[1], values.shape[2])), h0.new_empty(h0.shape), h0.new_empty(c_n.shape)
 
 
-torch.library.register_fake("llm_ext::attention_step", _attention_step_fake)
+register_fake("attention_step", _attention_step_fake)
 refuse_derivative("attention_step", "it is for inference")

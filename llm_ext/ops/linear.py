@@ -17,6 +17,7 @@ from llm_ext.ops._registration import (
     needed,
     refuse_derivative,
     register_autograd,
+    register_fake,
     torch_ops,
 )
 from llm_ext.ops._transforms import transforms_active
@@ -104,8 +105,8 @@ def _linear_autograd(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ..
     return needed(_linear_backward(grad_y, x, w, *needs), needs)
 
 
-torch.library.register_fake("llm_ext::linear_forward", _linear_forward_fake)
-torch.library.register_fake("llm_ext::linear_backward", _linear_backward_fake)
+register_fake("linear_forward", _linear_forward_fake)
+register_fake("linear_backward", _linear_backward_fake)
 # Autocast needs no rule: under it, use_native_gemm leaves the product to torch.
 register_autograd("linear_forward", _linear_autograd, _linear_setup_context)
 refuse_derivative("linear_backward")
@@ -149,5 +150,5 @@ def _linear_argmax_fake(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
-torch.library.register_fake("llm_ext::linear_argmax", _linear_argmax_fake)
+register_fake("linear_argmax", _linear_argmax_fake)
 refuse_derivative("linear_argmax", "indices are not differentiable")

@@ -17,6 +17,7 @@ from llm_ext.ops._registration import (
     refuse_derivative,
     register_autocast,
     register_autograd,
+    register_fake,
     torch_ops,
 )
 from llm_ext.ops._transforms import differentiable_gradients, transforms_active
@@ -78,7 +79,7 @@ def attention_pool(
         argument_checks.pool("attention_pool", e, u, scores, lengths, mask)
         return _plain_attention_pool(e, u, scores, lengths, mask)
     try:
-        c, lse = _attention_pool_forward(e, u, scores, lengths, mask)
+        c, lse, _l = _attention_pool_forward(e, u, scores, lengths, mask)
     except FAILURES as failure:
         explain(failure, argument_checks.pool, "attention_pool", e, u, scores, lengths, mask)
     return c, lse
@@ -86,10 +87,11 @@ def attention_pool(
 
 def _attention_pool_forward_fake(
     e: Tensor, u: Tensor | None, scores: Tensor | None, lengths: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     argument_checks.pool("attention_pool", e, u, scores, lengths, mask)
     B, _T, D = e.shape
-    return e.new_empty((B, D)), e.new_empty(B, dtype=argument_checks.compute_dtype(e.dtype))
+    computed = argument_checks.compute_dtype(e.dtype)
+    return e.new_empty((B, D)), e.new_empty(B, dtype=computed), e.new_empty((B, 2), dtype=computed)
 
 
 def _attention_pool_backward_fake(
@@ -101,7 +103,7 @@ def _attention_pool_backward_fake(
     lengths: Tensor | None,
     mask: Tensor | None,
     c: Tensor,
-    lse: Tensor,
+    l: Tensor,  # noqa: E741
     need_de: bool,
     need_du: bool,
     need_dscores: bool,
@@ -114,11 +116,15 @@ def _attention_pool_backward_fake(
     )
 
 
-def _attention_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _attention_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    c, _lse, l = output  # noqa: E741
+    ctx.save_for_backward(*inputs, c, l)
+    ctx.mark_non_differentiable(l)
 
 
-def _attention_pool_autograd(ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _attention_pool_autograd(
+    ctx: Any, grad_c: Tensor | None, grad_lse: Tensor | None, _grad_l: None
+) -> tuple[Tensor | None, ...]:
     need_e, need_u, need_scores = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled() or transforms_active():
         inputs, needs = ctx.saved_tensors[:5], ctx.needs_input_grad
@@ -147,8 +153,8 @@ def _widened(
     return e.dtype, e.to(compute), u, scores
 
 
-torch.library.register_fake("llm_ext::attention_pool_forward", _attention_pool_forward_fake)
-torch.library.register_fake("llm_ext::attention_pool_backward", _attention_pool_backward_fake)
+register_fake("attention_pool_forward", _attention_pool_forward_fake)
+register_fake("attention_pool_backward", _attention_pool_backward_fake)
 register_autograd("attention_pool_forward", _attention_pool_autograd, _attention_pool_setup_context)
 register_autocast(_attention_pool_forward)
 refuse_derivative("attention_pool_backward")
@@ -177,11 +183,13 @@ def prefix_pool(
         lengths: int64 ``[B]``; positions ``t >= lengths[b]`` are masked and leave the state unchanged. On CUDA, lengths
             outside 0 to T are clamped, not checked.
         mask: bool ``[B, T]``, False for masked positions.
-        state: ``(L [B], c [B, D])`` as returned for an earlier part of the sequence, in float32 if e has 16 bits.
-            ``None`` means an empty past: L = -inf, c = 0.
+        state: ``(L [B, 2], c [B, D])`` as returned for an earlier part of the sequence, in float32 if e has 16 bits.
+            ``None`` means an empty past: L = (-inf, 0), c = 0.
 
     Returns:
-        c ``[B, T, D]``, with the memory layout of e, and the state ``(L [B], c [B, D])`` after the last position.
+        c ``[B, T, D]``, with the memory layout of e, and the state ``(L [B, 2], c [B, D])`` after the last position.
+        L is held in two numbers, which keep their precision where scores are large: m, the largest score, and z, the
+        sum of ``exp(s - m)``; the log-sum-exp is ``m + log z``. It is differentiable by z, and m is a constant.
 
     Raises:
         ValueError: A shape or device does not fit, or lengths are not from 0 to T.
@@ -192,7 +200,7 @@ def prefix_pool(
     Example:
         >>> c, (L, c_last) = ops.prefix_pool(torch.randn(8, 20, 256), torch.randn(256) / 16)
         >>> c.shape, L.shape, c_last.shape
-        (torch.Size([8, 20, 256]), torch.Size([8]), torch.Size([8, 256]))
+        (torch.Size([8, 20, 256]), torch.Size([8, 2]), torch.Size([8, 256]))
     """
     l0, c0 = (None, None) if state is None else state
     if transforms_active():
@@ -218,7 +226,7 @@ def _prefix_pool_forward_fake(
     argument_checks.pool("prefix_pool", e, u, scores, lengths, mask, None if l0 is None or c0 is None else (l0, c0))
     B, T, D = e.shape
     computed = argument_checks.compute_dtype(e.dtype)
-    return _empty_like_rows(e), *(e.new_empty(size, dtype=computed) for size in ((B, T), (B,), (B, D)))
+    return _empty_like_rows(e), *(e.new_empty(size, dtype=computed) for size in ((B, T), (B, 2), (B, D)))
 
 
 def _prefix_pool_backward_fake(
@@ -247,8 +255,8 @@ def _prefix_pool_backward_fake(
 
 def _prefix_pool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     e, u, scores, lengths, mask, l0, c0 = inputs
-    c, share, _l_n, _c_n = output
-    ctx.save_for_backward(e, u, c0, c, share, scores, lengths, mask, l0)
+    c, share, l_n, _c_n = output
+    ctx.save_for_backward(e, u, c0, c, share, scores, lengths, mask, l0, l_n)
     ctx.mark_non_differentiable(share)
 
 
@@ -256,13 +264,18 @@ def _prefix_pool_autograd(
     ctx: Any, grad_c: Tensor | None, _grad_share: None, grad_l_n: Tensor | None, grad_c_n: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     need_e, need_u, need_scores, _, _, need_l0, need_c0 = ctx.needs_input_grad
-    e, u, c0, c, share, scores, lengths, mask, l0 = ctx.saved_tensors
+    e, u, c0, c, share, scores, lengths, mask, l0, l_n = ctx.saved_tensors
     if torch.is_grad_enabled() or transforms_active():
         inputs, grads = (e, u, scores, lengths, mask, l0, c0), (grad_c, grad_l_n, grad_c_n)
         return tuple(differentiable_gradients(_plain_prefix_pool, inputs, ctx.needs_input_grad, grads))
+    # The op takes and gives gradients of the log-sum-exp m + log z.
+    of_log_sum = None if grad_l_n is None else grad_l_n[:, 1] * l_n[:, 1]
     de, du, dscores, dl0, dc0 = _prefix_pool_backward(
-        grad_c, grad_l_n, grad_c_n, e, u, c0, c, share, need_e, need_u, need_scores, need_l0 or need_c0
+        grad_c, of_log_sum, grad_c_n, e, u, c0, c, share, need_e, need_u, need_scores, need_l0 or need_c0
     )
+    if need_l0:
+        z = l0[:, 1]
+        dl0 = torch.stack((dl0, torch.where(z == 0, 0, dl0 / z)), 1)
     return (
         de if need_e else None,
         du if need_u else None,
@@ -287,25 +300,30 @@ def _plain_prefix_pool(
     dtype, e, u, scores = _widened(e, u, scores)
     B, T, D = e.shape
     if l0 is None or c0 is None:
-        l0, c0 = e.new_full((B,), -math.inf), e.new_zeros(B, D)
+        l0, c0 = torch.stack((e.new_full((B,), -math.inf), e.new_zeros(B)), 1), e.new_zeros(B, D)
     with torch.autocast(e.device.type, enabled=False):
         e, s, unmasked = mask_positions(e, u, scores, lengths, mask)
-        # The state is one more position, before the others; row t of the matrix has the positions up to t.
+        # The state is one more position, before the others, that counts z times; row t of the matrix has the positions
+        # up to t.
+        m, z = l0.unbind(1)
         e = torch.cat((c0[:, None], e), 1)
-        s = torch.cat((l0[:, None], s.masked_fill(~unmasked, -math.inf)), 1)
+        s = torch.cat((m.masked_fill(z == 0, -math.inf)[:, None], s.masked_fill(~unmasked, -math.inf)), 1)
         later = torch.ones(T + 1, T + 1, dtype=torch.bool, device=e.device).triu(1)
         matrix = s[:, None].masked_fill(later, -math.inf)
         empty = (matrix == -math.inf).all(2, keepdim=True)
-        matrix = matrix.masked_fill(empty, 0)
-        alpha = torch.softmax(matrix, 2).masked_fill(empty, 0)
+        high = matrix.amax(2, keepdim=True).detach()
+        count = torch.cat((z[:, None], torch.ones_like(s[:, 1:])), 1)[:, None]
+        weights = torch.exp(matrix - high.masked_fill(empty, 0)) * count
+        totals = weights.sum(2, keepdim=True)
+        alpha = weights / totals.masked_fill(empty, 1)
         # Where nothing has been attended to, the state has passed unchanged.
         c = torch.where(empty, c0[:, None], alpha @ e)
-        l_n = torch.logsumexp(matrix[:, -1], 1).masked_fill(empty[:, -1, 0], -math.inf)
+        l_n = torch.cat((high[:, -1], totals[:, -1]), 1)
     return c[:, 1:].to(dtype), l_n, c[:, -1]
 
 
-torch.library.register_fake("llm_ext::prefix_pool_forward", _prefix_pool_forward_fake)
-torch.library.register_fake("llm_ext::prefix_pool_backward", _prefix_pool_backward_fake)
+register_fake("prefix_pool_forward", _prefix_pool_forward_fake)
+register_fake("prefix_pool_backward", _prefix_pool_backward_fake)
 register_autograd("prefix_pool_forward", _prefix_pool_autograd, _prefix_pool_setup_context)
 register_autocast(_prefix_pool_forward, float32_arguments=(5, 6))
 refuse_derivative("prefix_pool_backward")

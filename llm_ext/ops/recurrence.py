@@ -30,6 +30,7 @@ from llm_ext.ops._registration import (
     refuse_derivative,
     register_autocast,
     register_autograd,
+    register_fake,
     torch_ops,
 )
 from llm_ext.ops._transforms import (
@@ -522,9 +523,7 @@ def _run_resets(call: _Call) -> tuple[Tensor, State]:
 
     These rows are more numerous and shorter than those of the batch, so resets cost little and can even save time.
     """
-    w_hh = call.weights[0][1]
-    assert w_hh is not None
-    x, *tensors = match_dtype(w_hh, call.x, *(call.state or ()), *(call.reset_to or ()))
+    x, *tensors = match_dtype(_recurrent_weight(call), call.x, *(call.state or ()), *(call.reset_to or ()))
     given = len(call.state or ())
     state = tuple(tensors[:given]) if call.state is not None else None
     reset_to = tuple(tensors[given:]) if call.reset_to is not None else None
@@ -644,10 +643,9 @@ def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) 
 
     `run_rows` runs a call without lengths.
     """
-    state, lengths, w_hh = call.state, call.lengths, call.weights[0][1]
+    state, lengths = call.state, call.lengths
     assert lengths is not None
-    assert w_hh is not None
-    x, *tensors = match_dtype(w_hh, call.x, *(state or ()))
+    x, *tensors = match_dtype(_recurrent_weight(call), call.x, *(state or ()))
     state = tuple(tensors) if state is not None else None
     call = call._replace(x=x, state=state)
     _check(call)
@@ -665,10 +663,18 @@ def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) 
     return rows.pad(y, T, B), tuple(states)
 
 
+def _recurrent_weight(call: _Call) -> Tensor:
+    """Return w_hh of the first layer and direction."""
+    w_hh = call.weights[0][1]
+    if w_hh is None:
+        _check(call)  # raises an error that names it
+    assert w_hh is not None
+    return w_hh
+
+
 def _zero_state(call: _Call, B: int) -> State:
     """Return zeros [R, B, *] as the state of a call."""
-    w_hh = call.weights[0][1]
-    assert w_hh is not None
+    w_hh = _recurrent_weight(call)
     sizes = (w_hh.shape[1], w_hh.shape[0] // 4) if call.mode == "LSTM" else (w_hh.shape[1],)
     return tuple(w_hh.new_zeros((len(call.weights), B, size)) for size in sizes)
 
@@ -1003,8 +1009,8 @@ def _register_cell(cell: _Cell) -> None:
 
         return *differentiable_gradients(call, inputs, needs, grads[:states]), *others
 
-    torch.library.register_fake(f"llm_ext::{cell.name}_forward", forward_fake)
-    torch.library.register_fake(f"llm_ext::{cell.name}_backward", backward_fake)
+    register_fake(f"{cell.name}_forward", forward_fake)
+    register_fake(f"{cell.name}_backward", backward_fake)
     register_autograd(f"{cell.name}_forward", autograd, setup_context)
     register_autocast(forward)
     refuse_derivative(f"{cell.name}_backward")
@@ -1103,8 +1109,8 @@ def _bidirectional_autograd(
     return None, *wanted, list(needed(tuple(dweights), tuple(need_weights))), None, None, None, None, None
 
 
-torch.library.register_fake("llm_ext::bidirectional_forward", _bidirectional_forward_fake)
-torch.library.register_fake("llm_ext::bidirectional_backward", _bidirectional_backward_fake)
+register_fake("bidirectional_forward", _bidirectional_forward_fake)
+register_fake("bidirectional_backward", _bidirectional_backward_fake)
 register_autograd("bidirectional_forward", _bidirectional_autograd, _bidirectional_setup_context)
 register_autocast(_bidirectional_forward)
 refuse_derivative("bidirectional_backward")
@@ -1145,6 +1151,6 @@ def _multilayer_rnn_forward_fake(
     return y, like.new_empty((len(rows), B, H)), like.new_empty((len(rows) if mode == "LSTM" else 0, B, H))
 
 
-torch.library.register_fake("llm_ext::multilayer_rnn_forward", _multilayer_rnn_forward_fake)
+register_fake("multilayer_rnn_forward", _multilayer_rnn_forward_fake)
 register_autocast(_multilayer_rnn_forward)
 refuse_derivative("multilayer_rnn_forward", "it is for inference")

@@ -40,7 +40,7 @@ def attention_pool(
     empty = ~unmasked.any(1)
     s = s.masked_fill(~unmasked, -math.inf).masked_fill(empty[:, None], 0)
     alpha = torch.softmax(s, 1).masked_fill(empty[:, None], 0)
-    return torch.einsum("bt,btd->bd", alpha, e), torch.logsumexp(s, 1).masked_fill(empty, -math.inf)
+    return torch.einsum("bt,btd->bd", alpha, e), log_sum_exp(s).masked_fill(empty, -math.inf)
 
 
 def prefix_pool(
@@ -55,12 +55,15 @@ def prefix_pool(
     """Causal attention pooling: c_t pools over the unmasked positions up to t, as a recurrence of (L, c).
 
     ``a_t = sigmoid(s_t - L_{t-1})``, ``L_t = logaddexp(L_{t-1}, s_t)``, ``c_t = c_{t-1} + a_t (e_t - c_{t-1})``.
-    No exponential of a score is formed, so none overflows. A masked position leaves the state unchanged.
+    L is held in two numbers, ``L = m + log z``: m is the largest score, and z the sum of ``exp(s - m)``. One number of
+    the size of the scores would round away the logarithm of z. No exponential of a positive number is formed, so none
+    overflows. A masked position leaves the state unchanged.
 
-    `state` is ``(L [B], c [B, D])`` of the positions before e. None means ``(-inf, 0)``.
+    `state` is ``(L [B, 2], c [B, D])`` of the positions before e, where L is m and z. None means ``((-inf, 0), 0)``.
 
     Returns:
-        c ``[B, T, D]``, and the state ``(L [B], c [B, D])`` after the last position.
+        c ``[B, T, D]``, and the state ``(L [B, 2], c [B, D])`` after the last position. Its m has no gradient: that of
+        L belongs to z.
 
     Source: "Attention as an RNN", arXiv 2405.13956.
     """
@@ -68,14 +71,34 @@ def prefix_pool(
     e, s, unmasked = mask_positions(e, u, scores, lengths, mask)
     # The step is computed at masked positions too, and discarded: any finite score will do.
     s = s.masked_fill(~unmasked, 0)
-    L, c = (e.new_full((B,), -math.inf), e.new_zeros(B, D)) if state is None else (state[0].clone(), state[1].clone())
+    if state is None:
+        m, z, c = e.new_full((B,), -math.inf), e.new_zeros(B), e.new_zeros(B, D)
+    else:
+        (m, z), c = state[0].unbind(1), state[1].clone()
+        # From here on m is a constant, and z has the gradient of L.
+        none = (z == 0) | (m == -math.inf)
+        m = m.masked_fill(none, 0)
+        z = z.masked_fill(none, 0) * torch.exp(m - m.detach())
+        m = m.detach().masked_fill(none, -math.inf)
     outputs = [e.new_empty(B, 0, D)]
     for e_t, s_t, unmasked_t in zip(e.unbind(1), s.unbind(1), unmasked.unbind(1), strict=True):
-        a = torch.sigmoid(s_t - L)[:, None]
-        c = torch.where(unmasked_t[:, None], c + a * (e_t - c), c)
-        L = torch.where(unmasked_t, torch.logaddexp(L, s_t), L)
+        high = torch.maximum(m, s_t.detach())
+        weight = torch.exp(s_t - high)
+        total = z * torch.exp(m - high) + weight
+        c = torch.where(unmasked_t[:, None], c + (weight / total)[:, None] * (e_t - c), c)
+        m, z = torch.where(unmasked_t, high, m), torch.where(unmasked_t, total, z)
         outputs.append(c[:, None])
-    return torch.cat(outputs, 1), (L, c)
+    return torch.cat(outputs, 1), (torch.stack((m, z), 1), c)
+
+
+def log_sum_exp(s: Tensor) -> Tensor:
+    """Return the log-sum-exp over the last dimension.
+
+    The gradient of torch.logsumexp is ``exp(s - lse)``, which has the rounding error of lse; here it is normalized.
+    """
+    shift = torch.logsumexp(s, -1, keepdim=True).detach()
+    shift = shift.masked_fill(shift.isinf(), 0)
+    return shift.squeeze(-1) + torch.exp(s - shift).sum(-1).log()
 
 
 def mask_positions(

@@ -215,6 +215,9 @@ def test_pool_precision(folded: bool, dtype: torch.dtype, prefix: bool) -> None:
 
 def test_pool_extremes() -> None:
     pooling.check_empty_rows()
+    pooling.check_infinite_scores()
+    pooling.check_scores_of_any_size(False)
+    pooling.check_scores_of_any_size(True)
     for rise in (50.0, 70.0, 500.0):
         pooling.check_large_scores(rise)
 
@@ -233,6 +236,7 @@ def test_additive_attention_extremes() -> None:
         additive.check_masked_keys(abs(value))
     for dtype in DTYPES:
         additive.check_cancellation(dtype, 30.0)
+    additive.check_scores_of_any_size()
 
 
 def test_errors(emulated: Any) -> None:

@@ -13,6 +13,7 @@ from support.additive_attention import additive_functions, additive_inputs
 from support.comparison import assert_close, assert_same_bits, compare, flatten
 from support.inputs import leaf
 from support.pairwise import parametrize_pairwise
+from support.pooling import log_sum_exp
 from support.tolerances import ALL_DTYPES, DTYPES
 from torch import Tensor
 
@@ -105,13 +106,18 @@ def test_pool_gradcheck(causal: bool, score: str) -> None:
     lengths = torch.tensor([4, 2, 0])
     state: tuple[Tensor, ...] = ()
     if causal:
-        state = (leaf(3, dtype=torch.float64), leaf(3, 3, dtype=torch.float64))
+        L = torch.tensor([[0.5, 1.5], [-1, 2], [0.2, 1]], dtype=torch.float64)
+        state = (L.requires_grad_(), leaf(3, 3, dtype=torch.float64))
 
     def run(e: Tensor, *tensors: Tensor) -> list[Tensor]:
         named = dict(zip(names, tensors, strict=False))
         past = tensors[len(names) :] or None
         options = {"lengths": lengths, "need_weights": True, "state": past}
-        return flatten(torch.func.functional_call(pool, named, (e,), options))
+        results = torch.func.functional_call(pool, named, (e,), options)
+        if not causal:
+            return flatten(results)
+        c, (L, last), weights = results
+        return [c, log_sum_exp(L), last, weights]
 
     assert torch.autograd.gradcheck(run, (e, *parameters, *state))
 
@@ -215,10 +221,10 @@ Z = torch.zeros
         ({"lengths": torch.tensor([5, 2])}, r"pool: lengths must be from 0 to T = 4, got \["),
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, r"mask must be \[B, T\] = \[2, 4\], got \[2, 3\]"),
         ({"mask": torch.ones(2, 4)}, "mask must be bool, got float32"),
-        ({"state": (Z(3), Z(2, 3))}, r"state L must be \[B\] = \[2\], got \[3\]"),
-        ({"state": (Z(2), Z(2, 4))}, r"state c must be \[B, D\] = \[2, 3\], got \[2, 4\]"),
-        ({"state": (Z(2).double(), Z(2, 3))}, "state L must be float32, got float64"),
-        ({"state": (Z(2), Z(2, 3).bfloat16())}, "state c must be float32, got bfloat16"),
+        ({"state": (Z(2), Z(2, 3))}, r"state L must be \[B, 2\] = \[2, 2\], got \[2\]"),
+        ({"state": (Z(2, 2), Z(2, 4))}, r"state c must be \[B, D\] = \[2, 3\], got \[2, 4\]"),
+        ({"state": (Z(2, 2).double(), Z(2, 3))}, "state L must be float32, got float64"),
+        ({"state": (Z(2, 2), Z(2, 3).bfloat16())}, "state c must be float32, got bfloat16"),
     ],
 )
 def test_pool_refuses(arguments: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from support.devices import num_threads
 from support.inputs import leaf
 from support.layers import CELLS, LAYERS, layer_pair, op_of
 from support.pairwise import parametrize_pairwise
+from support.pooling import log_sum_exp
 from support.tolerances import DTYPES
 from support.transforms import check_derivatives, check_transform
 from torch import Tensor, func, nn
@@ -275,7 +276,15 @@ def pool_case(score: str, causal: bool, dtype: torch.dtype) -> Case:
 
     inputs = {"e": leaf(2, 4, 3, dtype=dtype)} | parameters_of(pool, dtype)
     op = "prefix_pool" if causal else "attention_pool"
-    return Case(op, [called(pool, lambda pool, e: pool(e, None, MASK, True)), plain], inputs)
+
+    def call(pool: Any, e: Tensor) -> Any:
+        results = pool(e, None, MASK, True)
+        if not causal:
+            return results
+        c, (L, last), alpha = results
+        return c, log_sum_exp(L), last, alpha
+
+    return Case(op, [called(pool, call), plain], inputs)
 
 
 def additive_case(masked: bool, dtype: torch.dtype) -> Case:

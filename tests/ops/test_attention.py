@@ -22,6 +22,7 @@ from support.additive_attention import (
     check_masked_keys,
     check_nan_and_infinity,
     check_reference,
+    check_scores_of_any_size,
     key_selection,
 )
 from support.comparison import (
@@ -115,6 +116,11 @@ def test_masked_keys_may_hold_anything(garbage: float, device: str) -> None:
 @every_device
 def test_empty_rows(device: str) -> None:
     check_empty_rows(device)
+
+
+@every_device
+def test_scores_of_any_size(device: str) -> None:
+    check_scores_of_any_size(device)
 
 
 @every_device

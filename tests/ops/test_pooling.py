@@ -13,11 +13,13 @@ from support.devices import every_device, num_threads
 from support.pairwise import parametrize_pairwise
 from support.pooling import (
     check_empty_rows,
+    check_infinite_scores,
     check_large_scores,
     check_layouts,
     check_masked_positions,
     check_pool,
     check_precision,
+    check_scores_of_any_size,
     check_time_major,
     op_name,
     pool_functions,
@@ -120,6 +122,26 @@ def test_empty_rows(device: str) -> None:
 @pytest.mark.parametrize("rise", [50.0, 70.0, 500.0])
 def test_large_scores(rise: float, device: str) -> None:
     check_large_scores(rise, device)
+
+
+@every_device
+@every_pool
+def test_scores_of_any_size(prefix: bool, device: str) -> None:
+    check_scores_of_any_size(prefix, device)
+    with num_threads(3):  # which share the positions
+        check_scores_of_any_size(prefix, device)
+
+
+def test_large_equal_scores_step_by_step() -> None:
+    e, state = torch.randn(2, 50, 3), None
+    for t in range(50):
+        c, state = ops.prefix_pool(e[:, t : t + 1], scores=torch.full((2, 1), 1e8), state=state)
+        assert_close("prefix_pool", c[:, 0], e[:, : t + 1].double().mean(1))
+
+
+@every_device
+def test_infinite_scores(device: str) -> None:
+    check_infinite_scores(device)
 
 
 @every_pool

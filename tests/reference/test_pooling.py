@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.comparison import assert_close, assert_same_bits, outputs_and_gradients
 from support.pairwise import parametrize_pairwise
+from support.pooling import log_sum_exp
 from torch import Tensor
 
 from llm_ext import reference
@@ -71,7 +72,7 @@ def test_formula(B: int, T: int, D: int, kind: str) -> None:
         for t in range(T):
             c, _ = formula(e[:, : t + 1], s[:, : t + 1], unmasked[:, : t + 1])
             assert_close("prefix_pool", prefixes[:, t], c, f"c_{t}")
-        assert_close("prefix_pool", L, expected[1], "L")
+        assert_close("prefix_pool", log_sum_exp(L), expected[1], "L")
         assert_close("prefix_pool", last, expected[0], "c_last")
 
 
@@ -96,7 +97,9 @@ def test_prefix_gradcheck(kind: str, by: str, past: str) -> None:
     B, T, D = 3, 4, 2
     e = torch.randn(B, T, D, dtype=F64, requires_grad=True)
     s = torch.randn(*((D,) if by == "u" else (B, T)), dtype=F64, requires_grad=True)
-    L = torch.full((B,), -math.inf, dtype=F64) if past == "empty" else torch.randn(B, dtype=F64)
+    L = torch.tensor([[-math.inf, 0]] if past == "empty" else [[0.5, 1.5], [-1, 2], [0.2, 0.7]], dtype=F64).repeat(
+        B if past == "empty" else 1, 1
+    )
     c = torch.randn(B, D, dtype=F64)
     selection: dict[str, Any] = selected(B, T, kind)
     nonempty = unmasked_positions(B, T, **selection).any(1) | (past == "some")
@@ -106,14 +109,14 @@ def test_prefix_gradcheck(kind: str, by: str, past: str) -> None:
     def pool(e: Tensor, s: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         earlier = (state[0], state[1]) if state else None
         prefixes, (L, c) = reference.prefix_pool(e, **{by: s}, **selection, state=earlier)
-        return prefixes, L[nonempty], c
+        return prefixes, log_sum_exp(L)[nonempty], c
 
     assert torch.autograd.gradcheck(pool, (e, s, *state))
 
 
 def test_gradient_of_an_empty_past_is_zero() -> None:
     e, u, c = (torch.randn(*shape, dtype=F64) for shape in ((2, 3, 4), (4,), (2, 4)))
-    L = torch.full((2,), -math.inf, dtype=F64, requires_grad=True)
+    L = torch.tensor([[-math.inf, 0]] * 2, dtype=F64, requires_grad=True)
     prefixes, (_, last) = reference.prefix_pool(e, u, lengths=torch.tensor([3, 0]), state=(L, c))
     (gradient,) = torch.autograd.grad(prefixes.sum() + last.sum(), L)
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -159,12 +162,12 @@ def test_large_scores_do_not_overflow() -> None:
     assert torch.equal(c, e[:, -1])
     assert torch.equal(lse, scores[:, -1])
     assert_close("prefix_pool", prefixes, e)
-    assert torch.equal(L, lse)
+    assert torch.equal(log_sum_exp(L), lse)
     assert_close("prefix_pool", last, c)
     # Falling scores: the first position keeps all the weight.
     prefixes, (L, _) = reference.prefix_pool(e, scores=scores.flip(1))
     assert torch.equal(prefixes, e[:, :1].expand_as(e))
-    assert torch.equal(L, scores[:, -1])
+    assert torch.equal(log_sum_exp(L), scores[:, -1])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 9])
@@ -182,7 +185,7 @@ def test_prefixes_in_pieces(cut: int) -> None:
 @pytest.mark.parametrize(("B", "T", "D"), [(0, 3, 4), (2, 0, 4), (0, 0, 4)])
 def test_empty(B: int, T: int, D: int) -> None:
     e, u = torch.randn(B, T, D, dtype=F64), torch.randn(D, dtype=F64)
-    L, c0 = torch.randn(B, dtype=F64), torch.randn(B, D, dtype=F64)
+    L, c0 = 1 + torch.rand(B, 2, dtype=F64), torch.randn(B, D, dtype=F64)
     c, lse = reference.attention_pool(e, u)
     assert torch.equal(c, torch.zeros(B, D, dtype=F64))
     assert torch.equal(lse, torch.full((B,), -math.inf, dtype=F64))

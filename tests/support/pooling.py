@@ -32,8 +32,16 @@ def pool_inputs(
         inputs["scores"] = leaf(B, T, dtype=dtype, scale=3, device=device)
     if state:
         computed = torch.float32 if dtype in HALF_DTYPES else dtype
-        inputs |= {"l": leaf(B, dtype=computed, device=device), "c": leaf(B, D, dtype=computed, device=device)}
+        m, z = torch.randn(B, dtype=torch.float64), torch.linspace(0.6, 1.7, B, dtype=torch.float64)
+        L = torch.stack((m, z), 1).to(device, computed)
+        inputs |= {"l": L.requires_grad_(), "c": leaf(B, D, dtype=computed, device=device)}
     return inputs
+
+
+def log_sum_exp(L: Tensor) -> Tensor:
+    """The log-sum-exp ``[B]`` of the state of prefix pooling, L ``[B, 2]``."""
+    m, z = L.unbind(1)
+    return m + z.masked_fill(z == 0, 1).log()
 
 
 def pool_functions(prefix: bool, **options: Any) -> list[Callable[..., tuple[Tensor, ...]]]:
@@ -51,8 +59,8 @@ def pool_functions(prefix: bool, **options: Any) -> list[Callable[..., tuple[Ten
             c: Tensor | None = None,
         ) -> tuple[Tensor, ...]:
             state = None if l is None else (l, c)
-            out, last = module.prefix_pool(e, u, scores=scores, state=state, **options)
-            return out, *last
+            out, (L, last) = module.prefix_pool(e, u, scores=scores, state=state, **options)
+            return out, log_sum_exp(L), last
 
         return prefix_pool if prefix else pool
 
@@ -160,7 +168,7 @@ def check_empty_rows(device: str = "cpu") -> None:
     prefix, (level, last) = target.ops.prefix_pool(e, u, lengths=lengths)
     assert (prefix[[0, 2]] == 0).all()
     assert (last[[0, 2]] == 0).all()
-    assert level.tolist()[::2] == [-math.inf] * 2
+    assert level.tolist()[::2] == [[-math.inf, 0]] * 2
     grads = torch.autograd.grad(c.sum() + prefix.sum(), (e, u))
     assert (grads[0][[0, 2]] == 0).all()
     assert all(g.isfinite().all() for g in grads)
@@ -182,6 +190,35 @@ def check_large_scores(rise: float, device: str = "cpu") -> None:
                     assert_close(op_name(prefix), a, b)
 
 
+def check_scores_of_any_size(prefix: bool, device: str = "cpu") -> None:
+    """Weights are exact however large the scores are, of which the given ones are multiples of their rounding."""
+    for size in (1e3, 1e6, 1e8):
+        inputs = pool_inputs(2, 300, 5, torch.float32, folded=False, state=prefix, device=device)
+        with torch.no_grad():
+            inputs["scores"] += size
+            if prefix:
+                inputs["l"][:, 0] += size
+        compare(op_name(prefix), pool_functions(prefix), inputs)
+        if size > 1e6:
+            continue
+        # Of u: up to here the products and their sums are exact.
+        inputs = pool_inputs(2, 300, 5, torch.float32, folded=True, device=device)
+        with torch.no_grad():
+            inputs["e"].copy_((8 * inputs["e"]).round() / 8)[..., 0] = 1
+            inputs["u"].copy_(torch.tensor([size, 1, 0, 0.5, -1], device=device))
+        compare(op_name(prefix), pool_functions(prefix), inputs)
+
+
+def check_infinite_scores(device: str = "cpu") -> None:
+    """A score of +inf gives a log-sum-exp of +inf and no weights, as in torch."""
+    e, scores = torch.randn(3, 40, 5, device=device), torch.randn(3, 40, device=device)
+    scores[0, 7] = scores[2, 30] = math.inf
+    (c, lse), (expected_c, expected) = (function(e, scores=scores) for function in pool_functions(False))
+    torch.testing.assert_close(c, expected_c, equal_nan=True)
+    torch.testing.assert_close(lse, expected)
+    torch.testing.assert_close(lse, scores.logsumexp(1))
+
+
 # ---- arguments for torch.library.opcheck
 
 
@@ -191,16 +228,18 @@ def pool_opcheck_cases() -> list[tuple[str, tuple[object, ...]]]:
     def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
         return [leaf(*shape, dtype=torch.float64, scale=0.5) for shape in shapes]
 
-    e, u, scores, l0, c0 = leaves((2, 6, 3), (3,), (2, 6), (2,), (2, 3))
+    e, u, scores, c0 = leaves((2, 6, 3), (3,), (2, 6), (2, 3))
+    l0 = torch.tensor([[0.5, 1.5], [-1, 2]], dtype=torch.float64).requires_grad_()
     time_major = leaf(6, 2, 3, dtype=torch.float64).transpose(0, 1)
     lengths, mask = torch.tensor([4, 0]), torch.rand(2, 6) < 0.7
-    de, du, ds, dl, dc = (t.detach() for t in (e, u, scores, l0, c0))
+    de, du, ds, L, dc = (t.detach() for t in (e, u, scores, l0, c0))
+    dl = L[:, 0].clone()
     share = torch.softmax(ds, -1)
     half, bfloat = torch.float16, torch.bfloat16
     return [
         ("attention_pool_forward", (e, u, None, None, None)),
         ("attention_pool_forward", (time_major, None, scores, lengths, mask)),
-        ("attention_pool_backward", (dc, dl, de, du, None, lengths, mask, dc, dl, True, True, False)),
+        ("attention_pool_backward", (dc, dl, de, du, None, lengths, mask, dc, L, True, True, False)),
         ("prefix_pool_forward", (e, u, None, None, None, None, None)),
         ("prefix_pool_forward", (time_major, None, scores, lengths, mask, l0, c0)),
         ("prefix_pool_backward", (de, dl, dc, de, du, dc, de, share, True, True, False, True)),
@@ -209,11 +248,11 @@ def pool_opcheck_cases() -> list[tuple[str, tuple[object, ...]]]:
         (
             "attention_pool_backward",
             (
-                *(dc.to(half), dl.float(), de.to(half), None, ds.to(half), lengths, mask, dc.to(half), dl.float()),
+                *(dc.to(half), dl.float(), de.to(half), None, ds.to(half), lengths, mask, dc.to(half), L.float()),
                 *(True, False, True),
             ),
         ),
-        ("prefix_pool_forward", (de.to(bfloat), None, ds.to(bfloat), None, None, dl.float(), dc.float())),
+        ("prefix_pool_forward", (de.to(bfloat), None, ds.to(bfloat), None, None, L.float(), dc.float())),
         (
             "prefix_pool_backward",
             (

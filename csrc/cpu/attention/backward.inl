@@ -1,4 +1,4 @@
-// The backward pass of additive attention. It recomputes the weights from the log-sum-exp.
+// The backward pass of additive attention. It recomputes the weights from the scores.
 #pragma once
 
 #include "cpu/attention/row.inl"
@@ -11,19 +11,17 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// Weights from scores and their log-sum-exp, and gradients of the scores from gradients of the weights:
+// Weights from scores, and gradients of the scores from gradients of the weights:
 // ds = weight (dweight - sum of weight dweight).
 template <typename S, typename T = Compute<S>>
-static inline void tile_softmax_backward(const AdditiveRow<S>& row, const T* lse) {
+static inline void tile_softmax_backward(const AdditiveRow<S>& row) {
   for (int64_t q = 0; q < row.queries; q += kLanes<T>) {
     T* scores = row.w.scores + q;
     T* dscores = row.w.dscores + q;
-    const int lanes = static_cast<int>(row.queries - q < kLanes<T> ? row.queries - q : kLanes<T>);
-    Vec<T> shift = load_partial(lse + q, lanes);
-    shift = shift == -infinity<T>() ? Vec<T>{} : shift;
+    const Vec<T> scale = tile_exponentials(row, scores);
     Vec<T> sum{};
     for (int64_t k = 0; k < row.count; ++k) {
-      const Vec<T> weight = vec_exp<T>(load(scores + k * kQueryTile) - shift);
+      const Vec<T> weight = load(scores + k * kQueryTile) * scale;
       store(scores + k * kQueryTile, weight);
       sum += weight * load(dscores + k * kQueryTile);
     }
@@ -184,7 +182,7 @@ static void additive_backward(const AdditiveAttentionBackwardParams<S>& p, const
       row.score();
       tile_dweights(p, row);
       row.team.sync();
-      if (row.team.rank == 0) tile_softmax_backward(row, p.lse + offset);
+      if (row.team.rank == 0) tile_softmax_backward(row);
       row.team.sync();
       if (p.dvalues != nullptr) {
         for_each_block<kWideBlock>(row.count, [&](int64_t k, auto size) {

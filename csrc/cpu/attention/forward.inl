@@ -11,28 +11,15 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// The softmax of a tile, one query per lane, and its log-sum-exp.
+// The softmax of a tile, one query per lane.
 template <typename S, typename T = Compute<S>>
-static inline void tile_softmax(const AdditiveRow<S>& row, T* lse) {
+static inline void tile_softmax(const AdditiveRow<S>& row) {
   for (int64_t q = 0; q < row.queries; q += kLanes<T>) {
     T* scores = row.w.scores + q;
-    Vec<T> largest = broadcast(-infinity<T>());
-    for (int64_t k = 0; k < row.count; ++k) {
-      const Vec<T> score = load(scores + k * kQueryTile);
-      largest = score > largest ? score : largest;
-    }
-    const Vec<T> shift = largest == -infinity<T>() ? Vec<T>{} : largest;
-    Vec<T> sum{};
-    for (int64_t k = 0; k < row.count; ++k) {
-      const Vec<T> weight = vec_exp<T>(load(scores + k * kQueryTile) - shift);
-      store(scores + k * kQueryTile, weight);
-      sum += weight;
-    }
-    const Vec<T> scale = sum == T(0) ? Vec<T>{} : T(1) / sum;
+    const Vec<T> scale = tile_exponentials(row, scores);
     for (int64_t k = 0; k < row.count; ++k) {
       store(scores + k * kQueryTile, load(scores + k * kQueryTile) * scale);
     }
-    for (int64_t i = 0; i < kLanes<T> && q + i < row.queries; ++i) lse[q + i] = shift[i] + scalar_log(sum[i]);
   }
 }
 
@@ -77,7 +64,7 @@ static void additive_forward(const AdditiveAttentionForwardParams<S>& p, const T
       row.score();
       row.team.sync();
       const int64_t offset = row.b * in.queries + first;
-      if (row.team.rank == 0) tile_softmax(row, p.lse + offset);
+      if (row.team.rank == 0) tile_softmax(row);
       row.team.sync();
       for_each_block<kWideBlock>(row.queries, [&](int64_t q, auto size) {
         // With fewer queries, more columns: values are read in longer runs.

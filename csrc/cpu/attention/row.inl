@@ -193,6 +193,26 @@ class AdditiveRow {
   }
 };
 
+// Replaces the scores of one vector of queries, one per lane, by their exponentials relative to the largest. Returns
+// what makes weights of them: the inverse of their sum, 0 for queries without a key. Both passes take the maximum and
+// the sum of the scores that they have computed: a saved log-sum-exp would have the rounding error of large scores.
+template <typename S, typename T = Compute<S>>
+static inline Vec<T> tile_exponentials(const AdditiveRow<S>& row, T* scores) {
+  Vec<T> largest = broadcast(-infinity<T>());
+  for (int64_t k = 0; k < row.count; ++k) {
+    const Vec<T> score = load(scores + k * kQueryTile);
+    largest = score > largest ? score : largest;
+  }
+  const Vec<T> shift = largest == -infinity<T>() ? Vec<T>{} : largest;
+  Vec<T> sum{};
+  for (int64_t k = 0; k < row.count; ++k) {
+    const Vec<T> exponential = vec_exp<T>(load(scores + k * kQueryTile) - shift);
+    store(scores + k * kQueryTile, exponential);
+    sum += exponential;
+  }
+  return sum == T(0) ? Vec<T>{} : T(1) / sum;
+}
+
 // Whether the whole team works on one batch row at a time, instead of each thread on its own batch rows.
 template <typename S>
 static inline bool splits_rows(const AdditiveAttentionInput<S>& in, int threads) {

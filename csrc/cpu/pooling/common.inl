@@ -68,24 +68,43 @@ static inline void tile_scores(const PoolInput<S>& in, int64_t b, const int64_t*
   }
 }
 
+template <typename T>
+static inline LogSum<T> no_scores() {
+  return {-infinity<T>(), T(0)};
+}
+
+// Adds the scores of `added` to those of *l. Of all of them, `added` has the share *share and *l had *keep.
+template <typename T>
+static inline void add_scores(LogSum<T>* l, LogSum<T> added, T* keep, T* share) {
+  *keep = T(1);
+  *share = T(0);
+  if (added.max == -infinity<T>()) return;
+  const T high = l->max > added.max ? l->max : added.max;
+  const T old_sum = l->sum * scalar_exp(l->max - high);  // 0 from no scores
+  const T new_sum = added.sum * scalar_exp(added.max - high);
+  *l = {high, old_sum + new_sum};
+  const T inverse = T(1) / l->sum;
+  *keep = old_sum * inverse;
+  *share = new_sum * inverse;
+}
+
+// A log-sum-exp as one number.
+template <typename T>
+static inline T log_sum_exp(LogSum<T> l) {
+  return l.max == infinity<T>() || l.max == -infinity<T>() ? l.max : l.max + scalar_log(l.sum);
+}
+
 // Merges the pooled vector (l2, c2) into the state (l, c).
 template <typename T>
-static inline void merge(int64_t dim, T* l, T* c, T l2, const T* c2) {
-  if (l2 == -infinity<T>()) return;
-  T share = T(1);
-  if (*l == -infinity<T>()) {
-    *l = l2;
-  } else {
-    const T high = *l > l2 ? *l : l2;
-    const T low = *l > l2 ? l2 : *l;
-    const T ratio = scalar_exp(low - high);
-    share = (l2 == high ? T(1) : ratio) / (T(1) + ratio);
-    *l = high + scalar_log1p(ratio);
-  }
+static inline void merge(int64_t dim, LogSum<T>* l, T* c, LogSum<T> l2, const T* c2) {
+  const bool empty = l->max == -infinity<T>();
+  T keep, share;
+  add_scores(l, l2, &keep, &share);
+  if (share == T(0)) return;
   for_each_vector<T>(dim, [&](int64_t d, int lanes) {
     const Vec<T> old = load_partial(c + d, lanes);
-    store_partial(
-        c + d, share == T(1) ? load_partial(c2 + d, lanes) : old + share * (load_partial(c2 + d, lanes) - old), lanes);
+    store_partial(c + d, empty ? load_partial(c2 + d, lanes) : old + share * (load_partial(c2 + d, lanes) - old),
+                  lanes);
   });
 }
 
@@ -109,7 +128,7 @@ constexpr int kPoolGradRows = 3;
 template <typename S>
 static int64_t pool_workspace(const PoolInput<S>& in, int threads) {
   const int64_t rows = in.batch < threads && in.batch > kPoolGradRows ? in.batch : kPoolGradRows;
-  return aligned(in.dim + 1) * threads * rows;
+  return aligned(in.dim + 2) * threads * rows;
 }
 
 }  // namespace LLM_EXT_ISA_NAMESPACE

@@ -18,7 +18,8 @@ constexpr int kPoolGradTile = 4;
 // Arguments and sums of one batch row, as T; missing gradients are zeros.
 template <typename T>
 struct PoolGrad {
-  T lse, g_lse;
+  T max, inverse;  // alpha = exp(s - max) * inverse
+  T g_lse;
   T g_c;       // g . c
   const T* g;  // [D] gradient of c
   const T* u;  // [D]
@@ -48,9 +49,9 @@ static inline void pool_backward_tile(const PoolBackwardParams<S>& p, int64_t b,
   constexpr int kPadded = N > kLanes<T> ? N : kLanes<T>;
   T alpha[kPadded] = {}, ds[N];
   for (int j = 0; j < N; ++j) {
-    alpha[j] = (in.u == nullptr ? read(in.scores + b * in.steps + t[j]) : sum_lanes<T>(with_u[j])) - grad->lse;
+    alpha[j] = (in.u == nullptr ? read(in.scores + b * in.steps + t[j]) : sum_lanes<T>(with_u[j])) - grad->max;
   }
-  for (int j = 0; j < kPadded; j += kLanes<T>) store(alpha + j, vec_exp<T>(load(alpha + j)));
+  for (int j = 0; j < kPadded; j += kLanes<T>) store(alpha + j, vec_exp<T>(load(alpha + j)) * grad->inverse);
   for (int j = 0; j < N; ++j) {
     const T slope = alpha[j] * (sum_lanes<T>(with_g[j]) - grad->g_c);
     grad->excess += slope;
@@ -83,7 +84,7 @@ static void pool_backward_range(const PoolBackwardParams<S>& p, int64_t b, Range
     const S* rows[kPoolGradTile];
     int count = 0;
     for (; t < range.end && count < kPoolGradTile; ++t) {
-      if (is_unmasked(in, b, t) && grad->lse != -infinity<T>()) {
+      if (is_unmasked(in, b, t) && grad->max != -infinity<T>()) {
         steps[count] = t;
         rows[count++] = in.e + offset_of(in, b, t);
         continue;
@@ -104,7 +105,7 @@ static void pool_backward_range(const PoolBackwardParams<S>& p, int64_t b, Range
 template <typename S, typename T = Compute<S>>
 static void pool_backward(const PoolBackwardParams<S>& p, const ThreadTeam& team) {
   const PoolInput<S>& in = p.in;
-  const int64_t size = aligned(in.dim + 1);
+  const int64_t size = aligned(in.dim + 2);
   T* du = p.workspace + team.rank * kPoolGradRows * size;
   T* u = du + size;
   T* g = du + 2 * size;
@@ -117,7 +118,7 @@ static void pool_backward(const PoolBackwardParams<S>& p, const ThreadTeam& team
     const S* c = p.c + b * in.dim;
     p.grad_c == nullptr ? zero(g, in.dim) : convert(p.grad_c + b * in.dim, g, in.dim);
     const T g_lse = p.grad_lse == nullptr ? T(0) : p.grad_lse[b];
-    PoolGrad<T> grad = {p.lse[b], g_lse, dot(g, c, in.dim), g, u, du, T(0)};
+    PoolGrad<T> grad = {p.l[b].max, T(1) / p.l[b].sum, g_lse, dot(g, c, in.dim), g, u, du, T(0)};
     pool_backward_range(p, b, steps, &grad);
     if constexpr (kIsNarrow<S>) {
       // c is rounded, so g . c has the same error in every ds, and du would have that error times c. Subtract it.

@@ -11,10 +11,10 @@
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
 
-// Pools the positions `range` of batch row b into c [D] by online softmax. Returns the log-sum-exp: -inf, with c = 0,
-// if all are masked.
+// Pools the positions `range` of batch row b into c [D] by online softmax. Returns the log-sum-exp; c is 0 if all are
+// masked.
 template <typename S, typename T = Compute<S>>
-static T pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
+static LogSum<T> pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
   T max = -infinity<T>();
   T sum = T(0);
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { store_partial(c + d, Vec<T>{}, lanes); });
@@ -60,22 +60,23 @@ static T pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
       });
     }
   }
-  if (max == -infinity<T>()) return max;
+  if (max == -infinity<T>()) return no_scores<T>();
   const T scale = T(1) / sum;
   for_each_vector<T>(in.dim,
                      [&](int64_t d, int lanes) { store_partial(c + d, load_partial(c + d, lanes) * scale, lanes); });
-  return max + scalar_log(sum);
+  return {max, sum};
 }
 
 template <typename S, typename T = Compute<S>>
 static void pool_forward(const PoolForwardParams<S>& p, const ThreadTeam& team) {
   const PoolInput<S>& in = p.in;
-  const int64_t size = aligned(in.dim + 1);
+  const int64_t size = aligned(in.dim + 2);
   if (in.batch >= team.size) {
     const Range batch = team.slice(in.batch);
     T* c = p.workspace + team.rank * size;
     for (int64_t b = batch.begin; b < batch.end; ++b) {
-      p.lse[b] = pool_range(in, b, {0, in.steps}, c);
+      p.l[b] = pool_range(in, b, {0, in.steps}, c);
+      p.lse[b] = log_sum_exp(p.l[b]);
       convert(c, p.c + b * in.dim, in.dim);
     }
     return;
@@ -83,17 +84,20 @@ static void pool_forward(const PoolForwardParams<S>& p, const ThreadTeam& team) 
   const Range steps = team.slice(in.steps, kPoolTile);
   for (int64_t b = 0; b < in.batch; ++b) {
     T* partial = p.workspace + (b * team.size + team.rank) * size;
-    partial[in.dim] = pool_range(in, b, steps, partial);
+    const LogSum<T> l = pool_range(in, b, steps, partial);
+    partial[in.dim] = l.max;
+    partial[in.dim + 1] = l.sum;
   }
   team.sync();
   if (team.rank != 0) return;
   for (int64_t b = 0; b < in.batch; ++b) {
     T* c = p.workspace + b * team.size * size;
-    p.lse[b] = c[in.dim];
+    p.l[b] = {c[in.dim], c[in.dim + 1]};
     for (int rank = 1; rank < team.size; ++rank) {
       const T* partial = c + rank * size;
-      merge(in.dim, p.lse + b, c, partial[in.dim], partial);
+      merge(in.dim, p.l + b, c, {partial[in.dim], partial[in.dim + 1]}, partial);
     }
+    p.lse[b] = log_sum_exp(p.l[b]);
     convert(c, p.c + b * in.dim, in.dim);
   }
 }

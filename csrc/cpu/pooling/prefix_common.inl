@@ -1,4 +1,5 @@
-// The causal prefix form of pooling: a_t = sigmoid(s_t - l), l <- logaddexp(l, s_t), c <- c + a_t (e_t - c).
+// The causal prefix form of pooling: a_t = sigmoid(s_t - l), l <- logaddexp(l, s_t), c <- c + a_t (e_t - c),
+// where l is a LogSum.
 //
 // The team splits the batch. If the batch does not divide evenly, it splits time, block by block: each thread runs its
 // chunk of the block alone to get the chunk's summary; then every thread merges the summaries of the chunks before its

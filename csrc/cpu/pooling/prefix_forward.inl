@@ -33,20 +33,28 @@ static inline void prefix_scores(const PoolInput<S>& in, int64_t b, int64_t t, i
   }
 }
 
+// The log-sum-exp that a caller has given. That of scores has a sum of at least 1; one that could underflow is replaced
+// by a sum of 1.
+template <typename T>
+static inline LogSum<T> given_log_sum(LogSum<T> l) {
+  if (l.sum >= T(1e-9)) return l;
+  return l.sum == T(0) ? no_scores<T>() : LogSum<T>{l.max + scalar_log(l.sum), T(1)};
+}
+
 // From N scores and the state's l, which it updates: the share of each position, a, and of the state before it, 1 - a.
 // Masked positions have a score of -inf.
 template <typename T, int N>
-static inline void prefix_shares(const T* scores, T* l, T* keep, T* share) {
-  T max = *l;
+static inline void prefix_shares(const T* scores, LogSum<T>* l, T* keep, T* share) {
+  T max = l->max;
   for (int j = 0; j < N; ++j) max = scores[j] > max ? scores[j] : max;
-  const T base = *l > scores[0] ? *l : scores[0];
+  const T base = l->max > scores[0] ? l->max : scores[0];
   if (N > 1 && max - base < T(kSafeRise)) {
     // All exponentials at once, relative to the maximum of the tile.
     constexpr int kPadded = N > kLanes<T> ? N : kLanes<T>;
     T weights[kPadded] = {};
     for (int j = 0; j < N; ++j) weights[j] = scores[j];
     for (int j = 0; j < kPadded; j += kLanes<T>) store(weights + j, vec_exp<T>(load(weights + j) - max));
-    T sum = scalar_exp(*l - max);
+    T sum = l->sum * scalar_exp(l->max - max);
     for (int j = 0; j < N; ++j) {
       const T before = sum;
       sum += weights[j];
@@ -54,22 +62,10 @@ static inline void prefix_shares(const T* scores, T* l, T* keep, T* share) {
       keep[j] = before * inverse;
       share[j] = weights[j] * inverse;
     }
-    *l = max + scalar_log(sum);
+    *l = {max, sum};
     return;
   }
-  for (int j = 0; j < N; ++j) {
-    const T s = scores[j];
-    keep[j] = T(1);
-    share[j] = T(0);
-    if (s == -infinity<T>()) continue;
-    const bool falls = *l > s;
-    const T high = falls ? *l : s;
-    const T ratio = scalar_exp((falls ? s : *l) - high);  // 0 from an empty state
-    const T larger = T(1) / (T(1) + ratio);
-    keep[j] = falls ? larger : ratio * larger;
-    share[j] = falls ? ratio * larger : larger;
-    *l = high + scalar_log1p(ratio);
-  }
+  for (int j = 0; j < N; ++j) add_scores(l, {scores[j], T(1)}, keep + j, share + j);
 }
 
 // Advances the state c over N unmasked rows of e, and stores it to N rows of c_rows unless that is null. Prefetches the
@@ -96,7 +92,8 @@ enum class Pass { kWhole, kSummary, kResults };
 // Runs the positions `range` of batch row b from the state (l, c), which it updates. Between the two passes p.share
 // holds scores. Prefetches the rows `ahead` steps later.
 template <typename S, Pass pass, typename T = Compute<S>>
-static void prefix_range(const PrefixPoolForwardParams<S>& p, int64_t b, Range range, int64_t ahead, T* l, T* c) {
+static void prefix_range(const PrefixPoolForwardParams<S>& p, int64_t b, Range range, int64_t ahead, LogSum<T>* l,
+                         T* c) {
   const PoolInput<S>& in = p.in;
   const int64_t stride = in.e_step_stride;
   for (int64_t t = range.begin; t < range.end; t += kPoolTile) {
@@ -138,7 +135,7 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<S>& p, const Threa
   T* sets = p.workspace + team.size * kPrefixRows * size;
   int turn = 0;
   for (int64_t b = batch.begin; b < batch.end; ++b) {
-    T l = p.l0 == nullptr ? -infinity<T>() : p.l0[b];
+    LogSum<T> l = p.l0 == nullptr ? no_scores<T>() : given_log_sum(p.l0[b]);
     if (p.c0 == nullptr) {
       zero(c, in.dim);
     } else {
@@ -152,16 +149,19 @@ static void prefix_pool_forward(const PrefixPoolForwardParams<S>& p, const Threa
       T* summaries = sets + turn * team.size * size;
       T* own = summaries + team.rank * size;
       zero(own, in.dim);
-      own[in.dim] = -infinity<T>();
-      prefix_range<S, Pass::kSummary>(p, b, chunk, 0, own + in.dim, own);
+      LogSum<T> own_l = no_scores<T>();
+      prefix_range<S, Pass::kSummary>(p, b, chunk, 0, &own_l, own);
+      own[in.dim] = own_l.max;
+      own[in.dim + 1] = own_l.sum;
       team.sync();
-      T chunk_l = l;
+      LogSum<T> chunk_l = l;
       for (int rank = 0; rank < team.size; ++rank) {
         if (rank == team.rank) {
           chunk_l = l;
           convert(c, chunk_c, in.dim);
         }
-        merge(in.dim, &l, c, summaries[rank * size + in.dim], summaries + rank * size);
+        const T* summary = summaries + rank * size;
+        merge(in.dim, &l, c, {summary[in.dim], summary[in.dim + 1]}, summary);
       }
       prefix_range<S, Pass::kResults>(p, b, chunk, block, &chunk_l, chunk_c);
       turn ^= 1;

@@ -135,11 +135,6 @@ static inline T scalar_log(T x) {
   if constexpr (sizeof(T) == 4) return __builtin_logf(x);
   return __builtin_log(x);
 }
-template <typename T>
-static inline T scalar_log1p(T x) {
-  if constexpr (sizeof(T) == 4) return __builtin_log1pf(x);
-  return __builtin_log1p(x);
-}
 
 }  // namespace LLM_EXT_ISA_NAMESPACE
 }  // namespace llm_ext

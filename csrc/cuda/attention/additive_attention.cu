@@ -151,7 +151,6 @@ int additive_attention_forward(const AdditiveAttentionForwardParams<S>& p, int64
     softmax.first = first;
     softmax.count = count;
     softmax.scores = workspace.scores;
-    softmax.lse = p.lse;
     softmax.weights = p.weights;
     attention.softmax(additive_softmax<S>, softmax);
     attention.product(context_product(p, attention.keys(), workspace.scores, first, count));
@@ -190,7 +189,6 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
     softmax.first = first;
     softmax.count = count;
     softmax.scores = workspace.scores;
-    softmax.lse = const_cast<T*>(p.lse);
     softmax.has_gradients = p.grad_context != nullptr;
     softmax.gradients = workspace.gradients;
     softmax.grad_weights = p.grad_weights;
@@ -239,7 +237,7 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
   } while (first < in.queries);
   if (p.dv != nullptr) {
     const int64_t rows = additive_rows(in.queries), tiles = (in.queries + rows - 1) / rows;
-    attention.add(PartialSums<S>{1, in.batch * tiles, in.attn_dim, workspace.dv, nullptr, p.dv, nullptr});
+    attention.add(PartialSums<S>{1, in.batch * tiles, in.attn_dim, workspace.dv, nullptr, p.dv, nullptr, nullptr});
   }
   return attention.error();
 }

@@ -13,7 +13,6 @@ struct SoftmaxParams {
   int64_t batch, queries, keys;
   int64_t first, count;  // the queries of the slab
   Compute<S>* scores;    // [B, count, Tk] in; out: the weights, or backward the gradients of the scores
-  Compute<S>* lse;       // [B, Tq] out; backward: in
   S* weights;            // [B, Tq, Tk] out; null: not wanted
   // Backward:
   bool has_gradients;     // whether `gradients` is defined
@@ -40,6 +39,26 @@ LLM_EXT_DEVICE T warp_sum(T sum) {
   return sum;
 }
 
+// Replaces the scores of the warp's query by their exponentials relative to the largest. Returns what makes weights of
+// them: the inverse of their sum, 0 without a key. Both passes take the maximum and the sum of the scores that they
+// have computed: a saved log-sum-exp would have the rounding error of large scores.
+template <typename T>
+LLM_EXT_DEVICE T exponentials(T* scores, int64_t keys) {
+  T max = kMinusInfinity<T>;
+  const auto rise_to = [&](T x) { max = x > max || x != x ? x : max; };
+  for (int64_t k = lane_index(); k < keys; k += kWarpThreads) rise_to(scores[k]);
+#pragma unroll
+  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) rise_to(shuffle_xor(max, mask));
+  T sum = T(0);
+  for (int64_t k = lane_index(); k < keys; k += kWarpThreads) {
+    const T exponential = scores[k] == kMinusInfinity<T> ? T(0) : exp_of(scores[k] - max);
+    scores[k] = exponential;
+    sum += exponential;
+  }
+  sum = warp_sum(sum);
+  return max == kMinusInfinity<T> ? T(0) : T(1) / sum;
+}
+
 template <typename S>
 LLM_EXT_SHARING_KERNEL(kThreads, 4)
 void additive_softmax(LLM_EXT_PARAMS SoftmaxParams<S> p) {
@@ -47,26 +66,12 @@ void additive_softmax(LLM_EXT_PARAMS SoftmaxParams<S> p) {
   const SoftmaxRow row(p.batch, p.queries, p.first, p.count);
   if (!row.exists) return;
   T* scores = p.scores + row.in_slab * p.keys;
-  T max = kMinusInfinity<T>;
-  const auto rise_to = [&](T x) { max = x > max || x != x ? x : max; };
-  for (int64_t k = lane_index(); k < p.keys; k += kWarpThreads) rise_to(scores[k]);
-#pragma unroll
-  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) rise_to(shuffle_xor(max, mask));
-  T sum = T(0);
-  for (int64_t k = lane_index(); k < p.keys; k += kWarpThreads) {
-    const T weight = scores[k] == kMinusInfinity<T> ? T(0) : exp_of(scores[k] - max);
-    scores[k] = weight;
-    sum += weight;
-  }
-  sum = warp_sum(sum);
-  const bool empty = max == kMinusInfinity<T>;
-  const T scale = empty ? T(0) : T(1) / sum;
+  const T scale = exponentials(scores, p.keys);
   for (int64_t k = lane_index(); k < p.keys; k += kWarpThreads) {
     const T weight = scores[k] * scale;
     scores[k] = weight;
     if (p.weights != nullptr) p.weights[row.overall * p.keys + k] = narrow<S>(weight);
   }
-  if (lane_index() == 0) p.lse[row.overall] = empty ? max : max + log_of(sum);
 }
 
 // ds = weight (g - sum of weight g).
@@ -79,8 +84,7 @@ void additive_softmax_backward(LLM_EXT_PARAMS SoftmaxParams<S> p) {
   T* scores = p.scores + row.in_slab * p.keys;
   T* gradients = p.gradients + row.in_slab * p.keys;
   const S* grad_weights = p.grad_weights == nullptr ? nullptr : p.grad_weights + row.overall * p.keys;
-  const T lse = p.lse[row.overall];
-  const auto weight_of = [&](int64_t k) { return scores[k] == kMinusInfinity<T> ? T(0) : exp_of(scores[k] - lse); };
+  const T scale = exponentials(scores, p.keys);
   // The value of a key without weight may be anything: skip its gradient.
   const auto gradient_of = [&](int64_t k) {
     T g = p.has_gradients ? gradients[k] : T(0);
@@ -89,12 +93,12 @@ void additive_softmax_backward(LLM_EXT_PARAMS SoftmaxParams<S> p) {
   };
   T common = T(0);
   for (int64_t k = lane_index(); k < p.keys; k += kWarpThreads) {
-    const T weight = weight_of(k);
+    const T weight = scores[k] * scale;
     if (weight != T(0)) common += weight * gradient_of(k);
   }
   common = warp_sum(common);
   for (int64_t k = lane_index(); k < p.keys; k += kWarpThreads) {
-    const T weight = weight_of(k);
+    const T weight = scores[k] * scale;
     scores[k] = weight != T(0) ? weight * (gradient_of(k) - common) : T(0);
     gradients[k] = weight;
   }

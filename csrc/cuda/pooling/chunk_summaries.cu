@@ -46,8 +46,11 @@ void pool_chunks_kernel(LLM_EXT_PARAMS ChunkSummaries<S> p) {
     e = next;
   }
   if (!chunk.exists) return;
-  const T l = pooled.end(columns);
-  if (columns.rank == 0) p.l[chunk.index] = l;
+  const LogSum<T> l = pooled.end(columns);
+  if (columns.rank == 0) {
+    p.l[chunk.index] = l;
+    if (p.lse != nullptr) p.lse[chunk.index] = log_sum_exp(l);
+  }
   if (p.c != nullptr) {
     write_row(columns, p.c + chunk.index * in.dim,
               [&](int i, int64_t column, int j) { return pooled.c.at(i, column, j); });

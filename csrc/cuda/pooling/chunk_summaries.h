@@ -12,7 +12,8 @@ struct ChunkSummaries {
   PoolPlan plan;
   S* c;                    // [B, D] out, if a chunk is a whole row; null otherwise
   Compute<S>* partial_c;   // [chunks, D] out: the pooled vector of each chunk
-  Compute<S>* l;           // [chunks] out: log-sum-exp
+  LogSum<Compute<S>>* l;   // [chunks] out: log-sum-exp
+  Compute<S>* lse;         // [B] out: the same, if a chunk is a whole row; null otherwise
   Compute<S>* scores_out;  // [B, T] out; null: not wanted
 };
 

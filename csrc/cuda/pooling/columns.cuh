@@ -8,10 +8,10 @@
 // workspace.
 #pragma once
 
-#include <limits>
 #include <type_traits>
 
 #include "cuda/device.cuh"
+#include "cuda/log_sum.cuh"
 #include "cuda/pooling/launchers.h"
 
 namespace llm_ext {
@@ -32,16 +32,8 @@ constexpr int kMaxSums = 8;
 constexpr int kSafeRise = 60;
 
 template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-template <typename T>
 constexpr size_t kSharedBytes = 2 * kPoolWarps * kMaxSums * sizeof(T);
 static_assert(kSharedBytes<float> == rounds_layout({}, 0, 0, sizeof(float)).sums, "rounds_layout() must agree");
-
-// exp(x) for x <= 0, which may be -inf.
-template <typename T>
-LLM_EXT_DEVICE T share_of(T x) {
-  return x == -kInfinity<T> ? T(0) : exp_of(x);
-}
 
 // The columns of a thread: N packs of 16 bytes, strided by the thread group; N = 0: any number of columns, one by one.
 template <typename S, int N>
@@ -294,25 +286,25 @@ struct Pooled {
     });
   }
   // Leaves the mean in c and returns the log-sum-exp.
-  LLM_EXT_DEVICE T end(const Columns<S, N>& columns) {
+  LLM_EXT_DEVICE LogSum<T> end(const Columns<S, N>& columns) {
     const bool empty = max == -kInfinity<T>;
     const T scale = empty ? T(0) : T(1) / total;
     columns.for_each_number([&](int n, int64_t column, int j) { c.at(n, column, j) *= scale; });
-    return empty ? max : max + log_of(total);
+    return {max, total};
   }
 };
 
 // Computes, from the scores of a tile and the log-sum-exp l before it, the share of each position and keep = 1 - share
 // of the state before it. Updates l. A score of -inf is that of a masked position.
 template <int R, typename T>
-LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], T& l, T (&keep)[R], T (&share)[R]) {
-  T max = l;
+LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], LogSum<T>& l, T (&keep)[R], T (&share)[R]) {
+  T max = l.max;
 #pragma unroll
   for (int r = 0; r < R; ++r) max = scores[r] > max ? scores[r] : max;
-  const T base = l > scores[0] ? l : scores[0];
+  const T base = l.max > scores[0] ? l.max : scores[0];
   if (max - base < T(kSafeRise)) {
     // All relative to the largest score: the exponentials are independent.
-    T sum = share_of(l - max);
+    T sum = l.sum * share_of(l.max - max);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const T weight = share_of(scores[r] - max), before = sum;
@@ -321,23 +313,11 @@ LLM_EXT_DEVICE void prefix_shares(const T (&scores)[R], T& l, T (&keep)[R], T (&
       keep[r] = weight == T(0) ? T(1) : before * inverse;
       share[r] = weight * inverse;
     }
-    l = max + log_of(sum);
+    l = {max, sum};
     return;
   }
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const T s = scores[r];
-    keep[r] = T(1);
-    share[r] = T(0);
-    if (s == -kInfinity<T>) continue;
-    const bool falls = l > s;
-    const T high = falls ? l : s;
-    const T ratio = share_of((falls ? s : l) - high);
-    const T larger = reciprocal(T(1) + ratio);
-    keep[r] = falls ? larger : ratio * larger;
-    share[r] = falls ? ratio * larger : larger;
-    l = high + log1p_of(ratio);
-  }
+  for (int r = 0; r < R; ++r) add_scores(l, {scores[r], T(1)}, keep[r], share[r]);
 }
 
 // c_t = keep_t c_{t-1} + share_t e_t for a tile; writes the first `count` states.

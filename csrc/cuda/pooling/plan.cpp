@@ -66,15 +66,15 @@ PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t ele
 }
 
 int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) {
-  return plan.whole() ? 0 : batch * plan.chunks * (dim + 1);
+  return plan.whole() ? 0 : batch * plan.chunks * (dim + 2);
 }
 
 int64_t pool_backward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) { return batch * plan.chunks * dim; }
 
 int64_t prefix_pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {
   // The flags of rounds take at most as much memory as two elements.
-  if (plan.round_groups > 0) return batch * plan.round_groups * (kRoundSlots * (dim + 2) + 2);
-  return plan.whole() ? 0 : batch * plan.chunks * (dim + 2) + batch * steps;
+  if (plan.round_groups > 0) return batch * plan.round_groups * (kRoundSlots * (dim + 4) + 2);
+  return plan.whole() ? 0 : batch * plan.chunks * (dim + 4) + batch * steps;
 }
 
 int64_t prefix_pool_backward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {

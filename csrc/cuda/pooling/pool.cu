@@ -31,11 +31,12 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
   const int count = static_cast<int>(chunk.end - chunk.begin);
   const int64_t first = chunk.b * in.steps + chunk.begin;  // of the chunk's first position
   GroupSum<T> sum = group_sum<T>(p.plan.group_threads);
-  const T lse = p.call.lse[chunk.b];
+  const LogSum<T> l = p.call.l[chunk.b];
+  const T scale = T(1) / l.sum;
   const S* rows = in.e + offset_of(in, chunk.b, chunk.begin);
   const auto load = [&](Tile<S, N, R>& tile, int i) {
     tile.load(columns, [&](int r) {
-      return attended.attends(i + r) && lse != -kInfinity<T> ? rows + (i + r) * in.e_step_stride : nullptr;
+      return attended.attends(i + r) && l.max != -kInfinity<T> ? rows + (i + r) * in.e_step_stride : nullptr;
     });
   };
 
@@ -81,7 +82,7 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
     for (int r = 0; r < R; ++r) {
       T s = -kInfinity<T>;
       if (e.present(r)) s = in.u != nullptr ? sums[r] : widen(in.scores[first + i + r]);
-      alpha[r] = e.present(r) ? share_of(s - lse) : T(0);
+      alpha[r] = e.present(r) ? share_of(s - l.max) * scale : T(0);
       const T slope = e.present(r) ? alpha[r] * (sums[R + r] - along[0]) : T(0);
       excess += slope;
       ds[r] = e.present(r) ? slope + alpha[r] * of_lse : T(0);
@@ -121,11 +122,11 @@ void pool_gradients(LLM_EXT_PARAMS PoolGradientParams<S> p) {
 template <typename S>
 int pool_forward(const PoolForwardParams<S>& call, const PoolPlan& plan, void* stream) {
   const PoolInput<S>& in = call.in;
-  if (plan.whole()) return pool_chunks(ChunkSummaries<S>{in, plan, call.c, nullptr, call.lse, nullptr}, stream);
-  Compute<S>* l = call.workspace + in.batch * plan.chunks * in.dim;
-  const int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, call.workspace, l, nullptr}, stream);
+  if (plan.whole()) return pool_chunks(ChunkSummaries<S>{in, plan, call.c, nullptr, call.l, call.lse, nullptr}, stream);
+  auto* l = reinterpret_cast<LogSum<Compute<S>>*>(call.workspace + in.batch * plan.chunks * in.dim);
+  const int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, call.workspace, l, nullptr, nullptr}, stream);
   if (error != 0) return error;
-  return reduce_partial_sums(PartialSums<S>{in.batch, plan.chunks, in.dim, call.workspace, l, call.c, call.lse},
+  return reduce_partial_sums(PartialSums<S>{in.batch, plan.chunks, in.dim, call.workspace, l, call.c, call.l, call.lse},
                              stream);
 }
 
@@ -137,8 +138,8 @@ int pool_backward(const PoolBackwardParams<S>& call, const PoolPlan& plan, void*
     return launch_chunks<Compute<S>>(pool_gradients<S, packs()>, p, plan, in.batch, stream);
   });
   if (error != 0 || call.du == nullptr) return error;
-  return reduce_partial_sums(PartialSums<S>{1, in.batch * plan.chunks, in.dim, p.partial_du, nullptr, call.du, nullptr},
-                             stream);
+  return reduce_partial_sums(
+      PartialSums<S>{1, in.batch * plan.chunks, in.dim, p.partial_du, nullptr, call.du, nullptr, nullptr}, stream);
 }
 
 #define FOR(S)                                                                    \

@@ -17,9 +17,9 @@ template <typename S>
 struct PrefixParams {
   PrefixPoolForwardParams<S> call;
   PoolPlan plan;
-  const Compute<S>* scores;    // [B, T] from pool_chunks(); null: a chunk is a whole row, scores are computed here
-  const Compute<S>* l_before;  // [chunks] log-sum-exp before each chunk; null: -inf
-  Compute<S>* c_before;        // [chunks, D] the state before each chunk; scratch if packs is 0; null: zeros
+  const Compute<S>* scores;  // [B, T] from pool_chunks(); null: a chunk is a whole row, scores are computed here
+  const LogSum<Compute<S>>* l_before;  // [chunks] log-sum-exp before each chunk; null: without scores
+  Compute<S>* c_before;                // [chunks, D] the state before each chunk; scratch if packs is 0; null: zeros
 };
 
 template <typename S, int N>
@@ -41,7 +41,7 @@ void prefix_states(LLM_EXT_PARAMS PrefixParams<S> p) {
 
   Tile<S, N, 1> u;
   u.load(columns, [&](int) { return p.scores == nullptr ? in.u : nullptr; });
-  T l = p.l_before == nullptr ? -kInfinity<T> : p.l_before[chunk.index];
+  LogSum<T> l = p.l_before == nullptr ? no_scores<T>() : given_log_sum(p.l_before[chunk.index]);
   Held<S, N> c;
   T* c_before = p.c_before == nullptr ? nullptr : p.c_before + chunk.index * in.dim;
   if (chunk.exists || N > 0) c.begin(columns, c_before, c_before);
@@ -77,12 +77,12 @@ void prefix_states(LLM_EXT_PARAMS PrefixParams<S> p) {
 template <typename S>
 struct ScanParams {
   int64_t column_blocks, chunks, dim;  // column_blocks: blocks that share a row
-  const Compute<S>* l;                 // [B, chunks]
-  Compute<S>* l_before;                // [B, chunks] out
+  const LogSum<Compute<S>>* l;         // [B, chunks]
+  LogSum<Compute<S>>* l_before;        // [B, chunks] out
   Compute<S>* c;                       // [B, chunks, D] in and out
-  const Compute<S>* l0;                // [B]; null: -inf
+  const LogSum<Compute<S>>* l0;        // [B]; null: without scores
   const Compute<S>* c0;                // [B, D]; null exactly where l0 is: zeros
-  Compute<S>* l_n;                     // [B] out
+  LogSum<Compute<S>>* l_n;             // [B] out
   Compute<S>* c_n;                     // [B, D] out
 };
 
@@ -95,14 +95,15 @@ void prefix_scan(LLM_EXT_PARAMS ScanParams<S> p) {
   const int64_t b = block_x() / p.column_blocks, column = block_x() % p.column_blocks * kPoolThreads + thread_index();
   if (column >= p.dim && column > 0) return;
   const bool owns = column < p.dim;
-  T l = p.l0 == nullptr ? -kInfinity<T> : p.l0[b];
+  LogSum<T> l = p.l0 == nullptr ? no_scores<T>() : given_log_sum(p.l0[b]);
   T c = p.c0 == nullptr || !owns ? T(0) : p.c0[b * p.dim + column];
   for (int64_t first = b * p.chunks; first < (b + 1) * p.chunks; first += kAhead) {
-    T of_l[kAhead], of_c[kAhead];
+    LogSum<T> of_l[kAhead];
+    T of_c[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const bool there = first + i < (b + 1) * p.chunks;
-      of_l[i] = there ? p.l[first + i] : -kInfinity<T>;
+      of_l[i] = there ? p.l[first + i] : no_scores<T>();
       of_c[i] = there && owns ? p.c[(first + i) * p.dim + column] : T(0);
     }
 #pragma unroll
@@ -110,10 +111,9 @@ void prefix_scan(LLM_EXT_PARAMS ScanParams<S> p) {
       if (first + i >= (b + 1) * p.chunks) continue;
       if (column == 0) p.l_before[first + i] = l;
       if (owns) p.c[(first + i) * p.dim + column] = c;
-      const T score[1] = {of_l[i]};
-      T keep[1], share[1];
-      prefix_shares(score, l, keep, share);
-      c = keep[0] * c + share[0] * of_c[i];
+      T keep, share;
+      add_scores(l, of_l[i], keep, share);
+      c = keep * c + share * of_c[i];
     }
   }
   if (column == 0) p.l_n[b] = l;
@@ -131,10 +131,10 @@ int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& 
   if (!plan.whole()) {
     const int64_t all_chunks = in.batch * plan.chunks;
     T* c = call.workspace;
-    T* l = c + all_chunks * in.dim;
-    T* l_before = l + all_chunks;
-    T* scores = l_before + all_chunks;
-    int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, c, l, scores}, stream);
+    auto* l = reinterpret_cast<LogSum<T>*>(c + all_chunks * in.dim);
+    LogSum<T>* l_before = l + all_chunks;
+    T* scores = reinterpret_cast<T*>(l_before + all_chunks);
+    int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, c, l, nullptr, scores}, stream);
     if (error != 0) return error;
     const int64_t column_blocks = in.dim > 0 ? (in.dim + kPoolThreads - 1) / kPoolThreads : 1;
     error = launch_blocks<T>(

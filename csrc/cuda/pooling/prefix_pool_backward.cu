@@ -328,7 +328,8 @@ int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan
   error = with_packs(
       plan, [&](auto packs) { return launch_chunks<T>(prefix_gradients<S, packs()>, p, plan, in.batch, stream); });
   if (error != 0 || call.du == nullptr) return error;
-  return reduce_partial_sums(PartialSums<S>{1, all_chunks, in.dim, p.partial_du, nullptr, call.du, nullptr}, stream);
+  return reduce_partial_sums(PartialSums<S>{1, all_chunks, in.dim, p.partial_du, nullptr, call.du, nullptr, nullptr},
+                             stream);
 }
 
 #define FOR(S) template int prefix_pool_backward(const PrefixPoolBackwardParams<S>&, const PoolPlan&, void*);

@@ -25,11 +25,11 @@ struct RoundsParams {
   PoolPlan plan;
   RoundsLayout layout;
   int rounds;
-  Compute<S>* summaries;  // [kSlots, B groups, D], groups per batch row
-  Compute<S>* l;          // [kSlots, B groups] log-sum-exp of each chunk
-  Compute<S>* l_before;   // [kSlots, B groups]
-  uint32_t* summed;       // [B groups] flags: rounds whose summary is stored
-  uint32_t* scanned;      // [B groups] flags: rounds whose columns are scanned
+  Compute<S>* summaries;         // [kSlots, B groups, D], groups per batch row
+  LogSum<Compute<S>>* l;         // [kSlots, B groups] log-sum-exp of each chunk
+  LogSum<Compute<S>>* l_before;  // [kSlots, B groups]
+  uint32_t* summed;              // [B groups] flags: rounds whose summary is stored
+  uint32_t* scanned;             // [B groups] flags: rounds whose columns are scanned
 };
 
 template <typename S, int N>
@@ -104,7 +104,7 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
       }
       pooled.add(columns, e, tile);
     }
-    const T l = pooled.end(columns);
+    const LogSum<T> l = pooled.end(columns);
     if (exists) {
       const int64_t slot = i % kSlots * all_groups + group;
       if (columns.rank == 0) p.l[slot] = l;
@@ -117,17 +117,18 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
   const int width = static_cast<int>((in.dim + groups - 1) / groups);
   const int64_t column = static_cast<int64_t>(rank_in_row) * width + columns.rank;
   const bool scans = exists && columns.rank < width && column < in.dim;
-  T l = call.l0 == nullptr || !exists ? -kInfinity<T> : call.l0[b];
+  LogSum<T> l = call.l0 == nullptr || !exists ? no_scores<T>() : given_log_sum(call.l0[b]);
   T c = call.c0 == nullptr || !scans ? T(0) : call.c0[b * in.dim + column];
   const auto scan = [&](int i) {
     constexpr int kAhead = 8;
     await_all(p.summed, i + 1);
     const int64_t first = i % kSlots * all_groups + first_of_row;
     for (int k0 = 0; exists && k0 < groups; k0 += kAhead) {
-      T of_l[kAhead], of_c[kAhead];
+      LogSum<T> of_l[kAhead];
+      T of_c[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        of_l[k] = k0 + k < groups ? p.l[first + k0 + k] : -kInfinity<T>;
+        of_l[k] = k0 + k < groups ? p.l[first + k0 + k] : no_scores<T>();
         of_c[k] = k0 + k < groups && scans ? p.summaries[(first + k0 + k) * in.dim + column] : T(0);
       }
 #pragma unroll
@@ -135,10 +136,9 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
         if (k0 + k >= groups) continue;
         if (scans) p.summaries[(first + k0 + k) * in.dim + column] = c;
         if (rank_in_row == 0 && columns.rank == 0) p.l_before[first + k0 + k] = l;
-        const T score_of[1] = {of_l[k]};
-        T keep[1], share[1];
-        prefix_shares(score_of, l, keep, share);
-        c = keep[0] * c + share[0] * of_c[k];
+        T keep, share;
+        add_scores(l, of_l[k], keep, share);
+        c = keep * c + share * of_c[k];
       }
     }
     raise(p.scanned, i + 1);
@@ -151,7 +151,7 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
     if (count == 0) return;
     Held<S, N> state;
     state.begin(columns, nullptr, p.summaries + slot * in.dim);
-    T level = p.l_before[slot];
+    LogSum<T> level = p.l_before[slot];
     S* to = call.c + b * in.e_batch_stride + begin * in.e_step_stride;
     for (int r0 = 0; r0 < count; r0 += R) {
       T tile[R], keep[R], share[R];
@@ -195,7 +195,7 @@ int prefix_pool_rounds(const PrefixPoolForwardParams<S>& call, const PoolPlan& p
   p.layout = rounds_layout(plan, in.dim, sizeof(S), sizeof(T));
   p.rounds = static_cast<int>((in.steps + plan.round_groups * plan.chunk - 1) / (plan.round_groups * plan.chunk));
   p.summaries = call.workspace;
-  p.l = p.summaries + kSlots * all_groups * in.dim;
+  p.l = reinterpret_cast<LogSum<T>*>(p.summaries + kSlots * all_groups * in.dim);
   p.l_before = p.l + kSlots * all_groups;
   p.summed = reinterpret_cast<uint32_t*>(p.l_before + kSlots * all_groups);
   p.scanned = p.summed + all_groups;

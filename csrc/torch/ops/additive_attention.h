@@ -95,20 +95,19 @@ class CheckedAdditiveAttentionArguments {
 };
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& query, const Tensor& keys, const Tensor& v,
-                                                              const Tensor& values, const OptionalTensor& key_lengths,
-                                                              const OptionalTensor& mask, bool need_weights) {
+std::tuple<Tensor, Tensor> additive_attention_forward(const Tensor& query, const Tensor& keys, const Tensor& v,
+                                                      const Tensor& values, const OptionalTensor& key_lengths,
+                                                      const OptionalTensor& mask, bool need_weights) {
   constexpr const char* kOp = "additive_attention_forward";
   return with_type<float, double, BFloat16, Float16>(query, kOp, "query", [&](auto type) {
     using S = decltype(type);
     const CheckedAdditiveAttentionArguments<S> a(kOp, query, keys, v, values, key_lengths, mask);
     const AdditiveAttentionInput<S> in = a.in();
     const Output<S> context = a.output(true, {in.batch, in.queries, in.value_dim});
-    const auto lse = a.template output<Compute<S>>(true, {in.batch, in.queries});
     const Output<S> weights = a.output(need_weights, {in.batch, in.queries, in.keys});
-    AdditiveAttentionForwardParams<S> p = {in, context.get(), lse.get(), weights.get(), nullptr};
+    AdditiveAttentionForwardParams<S> p = {in, context.get(), weights.get(), nullptr};
     Backend::forward(p, a.device());
-    return std::make_tuple(context.tensor(), lse.tensor(), weights.tensor());
+    return std::make_tuple(context.tensor(), weights.tensor());
   });
 }
 
@@ -116,35 +115,21 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& grad_context, const OptionalTensor& grad_weights, const Tensor& query, const Tensor& keys,
     const Tensor& v, const Tensor& values, const OptionalTensor& key_lengths, const OptionalTensor& mask,
-    const Tensor& context, const Tensor& lse, const Tensor& weights, bool need_dquery, bool need_dkeys, bool need_dv,
-    bool need_dvalues) {
+    bool need_dquery, bool need_dkeys, bool need_dv, bool need_dvalues) {
   constexpr const char* kOp = "additive_attention_backward";
   return with_type<float, double, BFloat16, Float16>(query, kOp, "query", [&](auto type) {
     using S = decltype(type);
     const CheckedAdditiveAttentionArguments<S> a(kOp, query, keys, v, values, key_lengths, mask);
     const AdditiveAttentionInput<S> in = a.in();
     const int64_t B = in.batch, Tq = in.queries, Tk = in.keys, A = in.attn_dim, Dv = in.value_dim;
-    const Input<S> context_in = a.input("context", context, {B, Tq, Dv});
-    const auto lse_in = a.template input<Compute<S>>("lse", lse, {B, Tq});
     const Input<S> grad_context_in = a.input("grad_context", grad_context, {B, Tq, Dv});
     const Input<S> grad_weights_in = a.input("grad_weights", grad_weights, {B, Tq, Tk});
-    const Input<S> weights_in =
-        a.input("weights", grad_weights.has_value() ? OptionalTensor(weights) : kNone, {B, Tq, Tk});
     const Output<S> dquery = a.output(need_dquery, {B, Tq, A});
     const Output<S> dkeys = a.output(need_dkeys, {B, Tk, A});
     const Output<S> dv = a.output(need_dv, {A});
     const Output<S> dvalues = a.output(need_dvalues, {B, Tk, Dv});
-    AdditiveAttentionBackwardParams<S> p = {in,
-                                            context_in.get(),
-                                            lse_in.get(),
-                                            weights_in.get(),
-                                            grad_context_in.get(),
-                                            grad_weights_in.get(),
-                                            dquery.get(),
-                                            dkeys.get(),
-                                            dv.get(),
-                                            dvalues.get(),
-                                            nullptr};
+    AdditiveAttentionBackwardParams<S> p = {
+        in, grad_context_in.get(), grad_weights_in.get(), dquery.get(), dkeys.get(), dv.get(), dvalues.get(), nullptr};
     Backend::backward(p, a.device());
     return std::make_tuple(dquery.tensor(), dkeys.tensor(), dv.tensor(), dvalues.tensor());
   });

@@ -27,6 +27,22 @@ inline void check_one_source(const char* op, const OptionalTensor& u, const Opti
   STD_TORCH_CHECK(u.has_value() != scores.has_value(), op, ": exactly one of u and scores must be given");
 }
 
+// Tensors [B, 2] as the LogSum of each row.
+template <typename T>
+const LogSum<T>* log_sums(const Input<T>& l) {
+  return reinterpret_cast<const LogSum<T>*>(l.get());
+}
+template <typename T>
+class LogSums {
+ public:
+  LogSums(int64_t batch, const Device& device) : l_(true, {batch, 2}, device) {}
+  LogSum<T>* get() const { return reinterpret_cast<LogSum<T>*>(l_.get()); }
+  const Tensor& tensor() const { return l_.tensor(); }
+
+ private:
+  Output<T> l_;
+};
+
 // Checked sizes and inputs of the four ops. Owns dense copies for the duration of the call.
 template <typename S>
 class CheckedPoolArguments {
@@ -110,9 +126,9 @@ class CheckedPoolArguments {
 };
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const OptionalTensor& u,
-                                                  const OptionalTensor& scores, const OptionalTensor& lengths,
-                                                  const OptionalTensor& mask) {
+std::tuple<Tensor, Tensor, Tensor> attention_pool_forward(const Tensor& e, const OptionalTensor& u,
+                                                          const OptionalTensor& scores, const OptionalTensor& lengths,
+                                                          const OptionalTensor& mask) {
   constexpr const char* kOp = "attention_pool_forward";
   return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
     using S = decltype(type);
@@ -122,9 +138,10 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& e, const Optiona
     const PoolInput<S>& in = args.in();
     const Output<S> c = args.output(true, {in.batch, in.dim});
     const auto lse = args.template output<T>(true, {in.batch});
-    PoolForwardParams<S> p = {in, c.get(), lse.get(), nullptr};
+    const LogSums<T> l(in.batch, args.device());
+    PoolForwardParams<S> p = {in, c.get(), lse.get(), l.get(), nullptr};
     Backend::forward(p, args.device());
-    return std::make_tuple(c.tensor(), lse.tensor());
+    return std::make_tuple(c.tensor(), lse.tensor(), l.tensor());
   });
 }
 
@@ -132,9 +149,8 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor& grad_c, const OptionalTensor& grad_lse,
                                                            const Tensor& e, const OptionalTensor& u,
                                                            const OptionalTensor& scores, const OptionalTensor& lengths,
-                                                           const OptionalTensor& mask, const Tensor& c,
-                                                           const Tensor& lse, bool need_de, bool need_du,
-                                                           bool need_dscores) {
+                                                           const OptionalTensor& mask, const Tensor& c, const Tensor& l,
+                                                           bool need_de, bool need_du, bool need_dscores) {
   constexpr const char* kOp = "attention_pool_backward";
   return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
     using S = decltype(type);
@@ -143,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
     const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
     const PoolInput<S>& in = args.in();
     const Input<S> c_in = args.input("c", c, {in.batch, in.dim});
-    const auto lse_in = args.template input<T>("lse", lse, {in.batch});
+    const auto l_in = args.template input<T>("l", l, {in.batch, 2});
     const Input<S> grad_c_in = args.input("grad_c", grad_c, {in.batch, in.dim});
     const auto grad_lse_in = args.template input<T>("grad_lse", grad_lse, {in.batch});
     const Tensor de = args.empty_like_e_if(need_de);
@@ -151,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
     const Output<S> dscores = args.output(need_dscores && scores.has_value(), {in.batch, in.steps});
     PoolBackwardParams<S> p = {in,
                                c_in.get(),
-                               lse_in.get(),
+                               log_sums(l_in),
                                grad_c_in.get(),
                                grad_lse_in.get(),
                                need_de ? mutable_data<S>(de) : nullptr,
@@ -177,14 +193,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
     const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
     const PoolInput<S>& in = args.in();
-    const auto l0_in = args.template input<T>("l0", l0, {in.batch});
+    const auto l0_in = args.template input<T>("l0", l0, {in.batch, 2});
     const auto c0_in = args.template input<T>("c0", c0, {in.batch, in.dim});
     const Tensor c = args.empty_like_e();
     const auto share = args.template output<T>(true, {in.batch, in.steps});
-    const auto l_n = args.template output<T>(true, {in.batch});
+    const LogSums<T> l_n(in.batch, args.device());
     const auto c_n = args.template output<T>(true, {in.batch, in.dim});
-    PrefixPoolForwardParams<S> p = {in,          l0_in.get(), c0_in.get(), mutable_data<S>(c),
-                                    share.get(), l_n.get(),   c_n.get(),   nullptr};
+    PrefixPoolForwardParams<S> p = {in,          log_sums(l0_in), c0_in.get(), mutable_data<S>(c),
+                                    share.get(), l_n.get(),       c_n.get(),   nullptr};
     Backend::prefix_forward(p, args.device());
     return std::make_tuple(c, share.tensor(), l_n.tensor(), c_n.tensor());
   });

@@ -51,7 +51,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     const Input<S> w_out_in(w_out, kOp, "w_out", {Dv, H});
     const Input<S> b_out_in(b_out, kOp, "b_out", {Dv});
     const Tensor context = empty({N, Dv}, kScalarType<S>);
-    const Tensor lse = empty({N}, kScalarType<S>);
     const Tensor out = empty({N, Dv}, kScalarType<S>);
 
     const LinearKernels<S>& linear = kernels().linear<S>();
@@ -70,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
       linear.forward(
           {query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), scratch}, team);
       team.sync();
-      attend.forward({in, mutable_data<S>(context), mutable_data<S>(lse), nullptr, scratch}, team);
+      attend.forward({in, mutable_data<S>(context), nullptr, scratch}, team);
       team.sync();
       linear.forward({out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true,
                       mutable_data<S>(out), scratch},

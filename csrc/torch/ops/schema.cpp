@@ -77,13 +77,13 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
       "int input, int hidden, int output, bool reverse) -> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("quantized_linear_forward(Tensor x, Tensor w, Tensor? scale, Tensor? b, int input, int output) -> Tensor y");
 
-  // llm_ext/ops/pooling.py
+  // llm_ext/ops/pooling.py. l, l0 and l_n are [B, 2]: the largest score and the sum of exponentials relative to it.
   m.def(
       "attention_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask) -> "
-      "(Tensor c, Tensor lse)");
+      "(Tensor c, Tensor lse, Tensor l)");
   m.def(
       "attention_pool_backward(Tensor? grad_c, Tensor? grad_lse, Tensor e, Tensor? u, Tensor? scores, "
-      "Tensor? lengths, Tensor? mask, Tensor c, Tensor lse, bool need_de, bool need_du, bool need_dscores) -> "
+      "Tensor? lengths, Tensor? mask, Tensor c, Tensor l, bool need_de, bool need_du, bool need_dscores) -> "
       "(Tensor de, Tensor du, Tensor dscores)");
   m.def(
       "prefix_pool_forward(Tensor e, Tensor? u, Tensor? scores, Tensor? lengths, Tensor? mask, Tensor? l0, "
@@ -96,10 +96,10 @@ STABLE_TORCH_LIBRARY(llm_ext, m) {
   // llm_ext/ops/attention.py
   m.def(
       "additive_attention_forward(Tensor query, Tensor keys, Tensor v, Tensor values, Tensor? key_lengths, "
-      "Tensor? mask, bool need_weights) -> (Tensor context, Tensor lse, Tensor weights)");
+      "Tensor? mask, bool need_weights) -> (Tensor context, Tensor weights)");
   m.def(
       "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor keys, Tensor v, "
-      "Tensor values, Tensor? key_lengths, Tensor? mask, Tensor context, Tensor lse, Tensor weights, "
+      "Tensor values, Tensor? key_lengths, Tensor? mask, "
       "bool need_dquery, bool need_dkeys, bool need_dv, bool need_dvalues) -> "
       "(Tensor dquery, Tensor dkeys, Tensor dv, Tensor dvalues)");
   m.def(

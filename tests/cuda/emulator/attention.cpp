@@ -75,14 +75,15 @@ void pool(const Records& request, Outputs& out) {
   const PoolPlan plan = pool_plan<S>(request, false);
   S* c = out.add<S>("c", in.batch * in.dim);
   T* lse = out.add<T>("lse", in.batch);
+  auto* l = reinterpret_cast<LogSum<T>*>(out.add<T>("l", 2 * in.batch));
   {
     const Workspace<T> workspace(pool_forward_workspace(in.batch, in.dim, plan));
-    expect(pool_forward<S>({in, c, lse, workspace.data()}, plan, nullptr), "pool_forward");
+    expect(pool_forward<S>({in, c, lse, l, workspace.data()}, plan, nullptr), "pool_forward");
   }
   PoolBackwardParams<S> p = {};
   p.in = in;
   p.c = c;
-  p.lse = lse;
+  p.l = l;
   p.grad_c = request.data<const S>("grad_c");
   p.grad_lse = request.data<const T>("grad_lse");
   if (request.number("need", 1) != 0) p.de = out.add<S>("de", in.batch * in.steps * in.dim);
@@ -101,12 +102,12 @@ void prefix_pool(const Records& request, Outputs& out) {
   const T* c0 = request.data<const T>("c0");
   S* c = out.add<S>("c", in.batch * in.steps * in.dim);
   T* share = out.add<T>("share", in.batch * in.steps);
-  T* l_n = out.add<T>("l_n", in.batch);
+  auto* l_n = reinterpret_cast<LogSum<T>*>(out.add<T>("l_n", 2 * in.batch));
   T* c_n = out.add<T>("c_n", in.batch * in.dim);
   {
     const Workspace<T> workspace(prefix_pool_forward_workspace(in.batch, in.steps, in.dim, forward_plan));
-    expect(prefix_pool_forward<S>({in, request.data<const T>("l0"), c0, c, share, l_n, c_n, workspace.data()},
-                                  forward_plan, nullptr),
+    const auto* l0 = reinterpret_cast<const LogSum<T>*>(request.data<const T>("l0"));
+    expect(prefix_pool_forward<S>({in, l0, c0, c, share, l_n, c_n, workspace.data()}, forward_plan, nullptr),
            "prefix_pool_forward");
   }
   const bool scored = in.scores != nullptr;
@@ -156,7 +157,6 @@ void additive_attention(const Records& request, Outputs& out) {
   AdditiveAttentionForwardParams<S> forward = {};
   forward.in = in;
   forward.context = out.add<S>("context", in.batch * in.queries * in.value_dim);
-  forward.lse = out.add<T>("lse", in.batch * in.queries);
   forward.weights = out.add<S>("weights", in.batch * in.queries * in.keys);
   {
     const Workspace<T> workspace(AdditiveWorkspace<S>(in, slab, false, nullptr).elements);
@@ -165,9 +165,6 @@ void additive_attention(const Records& request, Outputs& out) {
   }
   AdditiveAttentionBackwardParams<S> backward = {};
   backward.in = in;
-  backward.context = forward.context;
-  backward.lse = forward.lse;
-  backward.weights = forward.weights;
   backward.grad_context = request.data<const S>("grad_context");
   backward.grad_weights = request.data<const S>("grad_weights");
   backward.dquery = out.add<S>("dquery", in.batch * in.queries * in.attn_dim);

@@ -106,8 +106,6 @@ inline float exact_exp_of(float x) { return std::exp(x); }
 inline double exact_exp_of(double x) { return std::exp(x); }
 inline float log_of(float x) { return std::log(x); }
 inline double log_of(double x) { return std::log(x); }
-inline float log1p_of(float x) { return std::log1p(x); }
-inline double log1p_of(double x) { return std::log1p(x); }
 
 // Registers in the order in which csrc/cuda/device.cuh passes them to the instruction.
 inline void multiply_add(float (&sum)[4], const Pack<uint32_t, 4>& weights, const Pack<uint32_t, 2>& states, BFloat16,
