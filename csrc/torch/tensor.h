@@ -24,6 +24,11 @@ inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
   return true;
 }
 
+// Multiplies *volume by a size, or by 1 if the size is 0. False: it would overflow.
+inline bool multiply(int64_t* volume, int64_t size) {
+  return !__builtin_mul_overflow(*volume, size > 0 ? size : 1, volume);
+}
+
 inline std::string shape_text(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));

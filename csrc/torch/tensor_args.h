@@ -13,6 +13,18 @@
 
 namespace llm_ext {
 
+// The sizes of a tensor that has no elements may be anything. If their product, with 1 in place of 0, is at most this,
+// then no index, number of bytes or size of a workspace that is computed from them overflows.
+constexpr int64_t kMaxVolume = int64_t{1} << 48;
+
+// For tensors of any number of dimensions.
+inline void check_volume(const Tensor& t, const char* op, const char* name) {
+  int64_t volume = 1;
+  bool fits = true;
+  for (int64_t i = 0; i < t.dim(); ++i) fits = fits && multiply(&volume, t.size(i));
+  STD_TORCH_CHECK(fits && volume <= kMaxVolume, op, ": ", name, " has too large sizes, ", shape_text(t));
+}
+
 // Checks device, dtype and shape.
 inline void check_tensor(const Tensor& t, const char* op, const char* name, ScalarType dtype,
                          std::initializer_list<int64_t> sizes, const Device& device = {}) {
@@ -23,6 +35,10 @@ inline void check_tensor(const Tensor& t, const char* op, const char* name, Scal
     for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, op, ": ", name, " must be [", expected, "], got ", shape_text(t));
   }
+  int64_t volume = 1;
+  bool fits = true;
+  for (int64_t size : sizes) fits = fits && multiply(&volume, size);
+  STD_TORCH_CHECK(fits && volume <= kMaxVolume, op, ": ", name, " has too large sizes, ", shape_text(t));
 }
 
 // An optional input, checked and made dense. Owns the dense copy for the duration of the call.

@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <new>
+
 #include "exports.h"
 
 namespace llm_ext {
@@ -65,7 +67,11 @@ Block CpuCachingAllocator::allocate(int64_t bytes) {
 void CpuCachingAllocator::free(const Block& block) {
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (!lock || block.bytes > kMaxCachedBytes) return return_to_system(block);
-  cached_.push_front(block);
+  try {
+    cached_.push_front(block);
+  } catch (const std::bad_alloc&) {  // torch calls this through a C interface, which no exception may pass
+    return return_to_system(block);
+  }
   bytes_ += block.bytes;
   while (bytes_ > kMaxCachedBytes) {
     bytes_ -= cached_.back().bytes;

@@ -1,5 +1,7 @@
 #include "torch/alloc/empty.h"
 
+#include <vector>
+
 #include "torch/alloc/cpu_caching_allocator.h"
 
 namespace llm_ext {
@@ -49,7 +51,13 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
                      const Device& device) {
   AtenTensorHandle handle;
   auto [code, bytes] = dtype_info(dtype);
-  for (int64_t i = 0; i < dim; ++i) bytes *= sizes[i];
+  bool has_elements = true, fits = true;
+  for (int64_t i = 0; i < dim; ++i) {
+    has_elements = has_elements && sizes[i] > 0;
+    fits = fits && multiply(&bytes, sizes[i]);
+  }
+  STD_TORCH_CHECK(fits, "llm_ext: out of memory: the sizes of a result are too large");
+  if (!has_elements) bytes = 0;
   const bool cached = device.is_cpu() && bytes >= CpuCachingAllocator::kMinBytes;
   const bool ok =
       cached ? empty_from_cache(sizes, strides, dim, code, bytes, &handle)
@@ -60,14 +68,13 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
 }
 
 Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype, const Device& device) {
-  constexpr int64_t kMaxDim = 64;  // torch's limit
-  int64_t strides[kMaxDim];
+  std::vector<int64_t> strides(dim);  // torch has no limit to the number of dimensions
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
+    STD_TORCH_CHECK(multiply(&stride, sizes[i]), "llm_ext: out of memory: the sizes of a result are too large");
   }
-  return empty_strided(sizes, strides, dim, dtype, device);
+  return empty_strided(sizes, strides.data(), dim, dtype, device);
 }
 
 }  // namespace llm_ext

@@ -62,10 +62,12 @@ class CheckedLinearArguments {
     STD_TORCH_CHECK(w.dim() == 2, op_, ": w must be [O, I], got ", shape_text(w));
     std::vector<int64_t> shape;
     sizes_ = {1, w.size(1), w.size(0)};
+    check_volume(x, op_, "x");
     for (int64_t i = 0; i < x.dim(); ++i) {
       shape.push_back(x.size(i));
       if (i + 1 < x.dim()) sizes_.rows *= x.size(i);
     }
+    if (sizes_.input == 0 && sizes_.output == 0) sizes_.rows = 0;  // any number of rows without a number
     return shape;
   }
 

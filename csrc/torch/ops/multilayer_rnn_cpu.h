@@ -146,14 +146,15 @@ class MultilayerRnn {
       batch_ = offsets_.size() > 1 ? offsets_[1] : a.h0->size(1);
     } else {
       batch_ = a.x.size(1);
-      for (int64_t t = 0; t <= a.x.size(0); ++t) offsets_.push_back(t * batch_);
     }
-    steps_ = static_cast<int64_t>(offsets_.size()) - 1;
-    rows_ = offsets_.back();
+    check_volume(a.x, op_, "x");
     STD_TORCH_CHECK(a.x.is_cpu(), op_, ": x must be on cpu");
     STD_TORCH_CHECK(a.x.scalar_type() == (ids_given ? ScalarType::Long : kScalarType<S>), op_,
                     ids_given ? ": x must be int64 with input_projections" : ": x must have the dtype of the others");
     x_ = dense(a.x);
+    if (!packed_) offsets_ = padded_row_offsets(a.x.size(0), batch_);
+    steps_ = static_cast<int64_t>(offsets_.size()) - 1;
+    rows_ = offsets_.back();
     if (ids_given) read_input_projections(a);
   }
 

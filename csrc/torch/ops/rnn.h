@@ -109,6 +109,7 @@ inline std::vector<int64_t> packed_row_offsets(const char* op, int64_t rows, con
     const int64_t size = sizes.get()[t];
     STD_TORCH_CHECK(size >= 1 && (t == 0 || size <= sizes.get()[t - 1]), op,
                     ": batch_sizes must be positive and never rise, got ", size, " at step ", t);
+    STD_TORCH_CHECK(size <= rows - offsets[t], op, ": batch_sizes must sum to the rows of x, ", rows, ", got more");
     offsets[t + 1] = offsets[t] + size;
   }
   STD_TORCH_CHECK(offsets[steps] == rows, op, ": batch_sizes must sum to the rows of x, ", rows, ", got ",
@@ -116,20 +117,17 @@ inline std::vector<int64_t> packed_row_offsets(const char* op, int64_t rows, con
   return offsets;
 }
 
-// First row of each step of x, packed or not, and the end.
-inline std::vector<int64_t> row_offsets(const char* op, const Tensor& x, const OptionalTensor& batch_sizes) {
-  if (batch_sizes.has_value()) {
-    STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [N, I] with batch_sizes, got ", shape_text(x));
-    return packed_row_offsets(op, x.size(0), *batch_sizes);
-  }
-  STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [T, B, I], got ", shape_text(x));
-  std::vector<int64_t> offsets(x.size(0) + 1);
-  for (int64_t t = 0; t <= x.size(0); ++t) offsets[t] = t * x.size(1);
+// First row of each step of a padded batch, and the end. It takes memory: the sizes must be those of a checked tensor.
+inline std::vector<int64_t> padded_row_offsets(int64_t steps, int64_t batch) {
+  std::vector<int64_t> offsets(steps + 1);
+  for (int64_t t = 0; t <= steps; ++t) offsets[t] = t * batch;
   return offsets;
 }
 
 inline void check_states(const char* op, const OptionalTensor& h0, const OptionalTensor& c0) {
   STD_TORCH_CHECK(h0.has_value() == c0.has_value(), op, ": h0 and c0 must be given together");
+  STD_TORCH_CHECK(!h0.has_value() || h0->dim() == c0->dim(), op, ": c0 must have as many dimensions as h0, got ",
+                  shape_text(*c0));
 }
 
 // Checked sizes and inputs of a forward or backward op. Owns dense copies for the duration of the call.
@@ -139,18 +137,20 @@ class CheckedRnnArguments {
   explicit CheckedRnnArguments(const RnnArguments& a)
       : op_(a.op),
         device_(device_of(*a.x)),
-        offsets_(row_offsets(a.op, *a.x, *a.batch_sizes)),
         packed_(a.batch_sizes->has_value()),
+        offsets_(packed_ ? packed_row_offsets(a.op, rows_of(a), **a.batch_sizes) : std::vector<int64_t>()),
         sizes_(sizes_of(a)),
-        x_(dense_rows("x", *a.x, sizes_.input)),
         h0_(state_input("h0", *a.h0, sizes_.output)),
         c0_(state_input("c0", *a.c0, sizes_.hidden)),
         w_ih_(input("w_ih", *a.w_ih, {gates(), sizes_.input})),
         w_hh_(input("w_hh", *a.w_hh, {gates(), sizes_.output})),
         w_hr_(input("w_hr", *a.w_hr, {sizes_.output, sizes_.hidden})),
         lengths_(*a.lengths, op_, "lengths", {sizes_.batch}, device_),
+        x_(dense_rows("x", *a.x, sizes_.input)),  // after all other checks: it may be a large view of little memory
         layer_state_(!a.h0->has_value() || (*a.h0)->dim() == 3) {
     STD_TORCH_CHECK(!packed_ || !a.lengths->has_value(), op_, ": lengths and batch_sizes exclude each other");
+    if (!packed_) offsets_ = padded_row_offsets(sizes_.steps, sizes_.batch);
+    sizes_.row_offsets = offsets_.data();
   }
 
   const Device& device() const { return device_; }
@@ -218,6 +218,11 @@ class CheckedRnnArguments {
   }
 
  private:
+  static int64_t rows_of(const RnnArguments& a) {
+    STD_TORCH_CHECK(a.x->dim() == 2, a.op, ": x must be [N, I] with batch_sizes, got ", shape_text(*a.x));
+    return a.x->size(0);
+  }
+
   RecurrenceSizes sizes_of(const RnnArguments& a) const {
     const Tensor& w_ih = *a.w_ih;
     const OptionalTensor &h0 = *a.h0, &w_hr = *a.w_hr;
@@ -225,11 +230,13 @@ class CheckedRnnArguments {
                     shape_text(w_ih));
     RecurrenceSizes s;
     s.mode = a.mode;
-    s.steps = static_cast<int64_t>(offsets_.size()) - 1;
     if (packed_) {
+      s.steps = static_cast<int64_t>(offsets_.size()) - 1;
       STD_TORCH_CHECK(h0.has_value() && h0->dim() >= 2, op_, ": h0 must be [B, H] with batch_sizes");
       s.batch = s.steps > 0 ? offsets_[1] : h0->size(h0->dim() - 2);
     } else {
+      STD_TORCH_CHECK(a.x->dim() == 3, op_, ": x must be [T, B, I], got ", shape_text(*a.x));
+      s.steps = a.x->size(0);
       s.batch = a.x->size(1);
     }
     s.input = w_ih.size(1);
@@ -240,7 +247,6 @@ class CheckedRnnArguments {
                       shape_text(*w_hr));
       s.output = w_hr->size(0);
     }
-    s.row_offsets = offsets_.data();
     s.reverse = a.reverse;
     return s;
   }
@@ -248,16 +254,16 @@ class CheckedRnnArguments {
   // In this order: each is initialized from those above it.
   const char* op_;
   const Device device_;
-  const std::vector<int64_t> offsets_;
   const bool packed_;
-  const RecurrenceSizes sizes_;
-  const Tensor x_;
+  std::vector<int64_t> offsets_;
+  RecurrenceSizes sizes_;
   const Input<S> h0_;
   const Input<S> c0_;
   const Input<S> w_ih_;
   const Input<S> w_hh_;
   const Input<S> w_hr_;
   const Input<int64_t> lengths_;
+  const Tensor x_;
   const bool layer_state_;
 };
 

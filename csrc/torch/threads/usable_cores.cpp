@@ -25,33 +25,39 @@ int read_quota(const std::string& file, const std::string& period_file = "") {
   return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
 }
 
-// The smallest quota of this process's control groups, from its own up to the root.
-int smallest_quota() {
-  const std::string root = "/sys/fs/cgroup";
+}  // namespace
+
+int smallest_quota(const std::string& root, const std::string& own_groups) {
   int smallest = 0;
   const auto consider = [&](int cores) {
     if (cores > 0 && (smallest == 0 || cores < smallest)) smallest = cores;
   };
-  consider(read_quota(root + "/cpu/cpu.cfs_quota_us", root + "/cpu/cpu.cfs_period_us"));
-  std::ifstream groups("/proc/self/cgroup");
+  // Lines are "number:controllers:path". Version 2 has no controllers; version 1 has a hierarchy for each set of them,
+  // and that of the controller cpu can be found at its name.
+  std::ifstream groups(own_groups);
   for (std::string line; std::getline(groups, line);) {
-    if (line.rfind("0::", 0) != 0) continue;
-    std::string path = line.substr(3);
+    const size_t colon = line.find(':'), second = line.find(':', colon + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(colon + 1, second - colon - 1);
+    if (!controllers.empty() && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+    std::string path = line.substr(second + 1);
     if (path == "/") path.clear();
+    // In a container the path may be that of the host, of which only the root exists.
     for (;;) {
-      consider(read_quota(root + path + "/cpu.max"));
-      if (path.empty()) break;
+      const std::string v1 = root + "/cpu" + path;
+      consider(controllers.empty() ? read_quota(root + path + "/cpu.max")
+                                   : read_quota(v1 + "/cpu.cfs_quota_us", v1 + "/cpu.cfs_period_us"));
+      if (path.find('/') == std::string::npos) break;
       path.erase(path.rfind('/'));
     }
   }
   return smallest;
 }
 
-}  // namespace
-
 int usable_cores() {
 #ifdef __linux__
-  static const int quota = smallest_quota();  // affinities change while a process runs; quotas do not
+  // Affinities change while a process runs; quotas do not.
+  static const int quota = smallest_quota("/sys/fs/cgroup", "/proc/self/cgroup");
   cpu_set_t set;
   const int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 0;
   if (cores == 0 || quota == 0) return std::max(cores, quota);
