@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +181,45 @@ def test_call_within_a_call(threads: int) -> None:
         thread.join(TIMEOUT)
         assert not thread.is_alive()
         assert torch.equal(inner[0], outer)
+
+
+QUOTA = """
+#include <cstdio>
+#include "torch/threads/usable_cores.h"
+int main(int, char** arguments) { std::printf("%d", llm_ext::smallest_quota(arguments[1], arguments[2])); }
+"""
+
+
+def test_quota_of_a_control_group(tmp_path: Path) -> None:
+    """The smallest from the group of the process up to the root, in both versions of control groups."""
+    source, program = tmp_path / "quota.cpp", tmp_path / "quota"
+    source.write_text(QUOTA)
+    csrc = Path(__file__).parents[2] / "csrc"
+    usable_cores = csrc / "torch" / "threads" / "usable_cores.cpp"
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, "-std=c++17", f"-I{csrc}", source, usable_cores, "-o", program], check=True)
+
+    def quota(groups: str, **limits: str) -> int:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in limits.items():
+            folder = root / name.replace("_", "/")
+            folder.mkdir(parents=True)
+            if "cpu" in name.split("_"):
+                (folder / "cpu.cfs_quota_us").write_text(text)
+                (folder / "cpu.cfs_period_us").write_text("100000")
+            else:
+                (folder / "cpu.max").write_text(text)
+        own = tmp_path / "own"
+        own.write_text(groups)
+        return int(subprocess.check_output([program, root, own], text=True))
+
+    first = "12:memory:/x\n4:cpuacct,cpu:/a/b\n1:name=systemd:/\n"
+    assert quota(first, cpu="-1", cpu_a="-1", cpu_a_b="150000") == 2
+    assert quota(first, cpu="-1", cpu_a="100000", cpu_a_b="400000") == 1
+    assert quota(first, cpu_a_b="-1") == 0
+    assert quota("4:cpu:/of/the/host\n", cpu="300000") == 3  # in a container, which sees its own group as the root
+    assert quota("4:cpuset:/\n3:cpuacct:/\n", cpu="300000") == 0
+    second = "0::/a/b\n"
+    assert quota(second, a="max 100000", a_b="250000 100000") == 3
+    assert quota(second, a="100000 100000", a_b="250000 100000") == 1
+    assert quota("0::/\n") == 0

@@ -1,0 +1,194 @@
+"""Arguments that no model passes by intention: each is refused or computed, and never reads or writes elsewhere."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from support.comparison import assert_close, assert_same_bits
+from support.random_calls import Choices, fault, outcome, random_call
+from torch import Tensor
+
+import llm_ext
+from llm_ext import ops
+
+E = torch.empty
+OPS = torch.ops.llm_ext
+
+
+@contextmanager
+def memory_limit(megabytes: int) -> Iterator[None]:
+    """Let the process allocate no more than this."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (megabytes << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# ---- ranks and sizes
+
+
+@pytest.mark.parametrize("dim", [5, 64, 65, 67, 200])
+def test_any_number_of_dimensions(dim: int) -> None:
+    x, w, b = torch.randn(*[1] * (dim - 1), 4), torch.randn(3, 4), torch.randn(3)
+    x.requires_grad_()
+    y = ops.linear(x, w, b)
+    assert y.shape == (*x.shape[:-1], 3)
+    flat = x.detach().view(1, 4)
+    assert_same_bits(y.view(1, 3), ops.linear(flat, w, b))
+    assert torch.equal(ops.linear_argmax(x.detach(), w, b).view(1), ops.linear_argmax(flat, w, b))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close("linear_backward", gradient.view(1, 4), w.sum(0, keepdim=True))
+
+
+def test_one_dimension_too_many() -> None:
+    """Every argument of every op that has a fixed number of dimensions refuses another one."""
+    e, keys, values, u = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5, 6), torch.zeros(4)
+    calls: list[tuple[Callable[..., object], tuple[Tensor, ...]]] = [
+        (ops.attention_pool, (e, u)),
+        (ops.prefix_pool, (e, u)),
+        (ops.additive_attention, (e, keys, u, values)),
+        (lambda x, *w: ops.rnn(x, None, *w), (e, torch.zeros(5, 4), torch.zeros(5, 5))),
+        (lambda x, *w: ops.gru(x, None, *w), (e, torch.zeros(15, 4), torch.zeros(15, 5))),
+        (lambda w: ops.linear(torch.zeros(3, 4), w), (torch.zeros(3, 4),)),
+    ]
+    for call, tensors in calls:
+        call(*tensors)
+        for i, tensor in enumerate(tensors):
+            for shape in ((*[1] * 70, *tensor.shape), ()):
+                with pytest.raises(ValueError, match="must be "):
+                    call(*tensors[:i], torch.zeros(shape), *tensors[i + 1 :])
+
+
+HUGE = 1 << 31  # torch allows sizes whose product is below 2^63
+WRAPPING = torch.tensor([1 << 62] * 4 + [1] * 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        # The bytes of a result wrap 2^64.
+        lambda: ops.linear(E((1 << 62) + (1 << 20), 0), E(3, 0)),
+        lambda: ops.linear_argmax(E((1 << 62) + (1 << 20), 0), E(3, 0)),
+        # So does a size of the workspace, or the bytes of a row.
+        lambda: ops.linear(E(HUGE, HUGE, 0), E(3, 0)),
+        lambda: ops.attention_pool(E(HUGE, HUGE, 0), E(0)),
+        lambda: ops.attention_pool(E(0, HUGE, HUGE), E(1).expand(HUGE)),
+        lambda: ops.prefix_pool(E(HUGE, HUGE, 0), E(0)),
+        lambda: ops.additive_attention(E(0, 2, HUGE), E(0, HUGE, HUGE), E(1).expand(HUGE), E(0, HUGE, 3)),
+        lambda: ops.rnn(E(HUGE, HUGE, 0), None, E(2, 0), E(2, 2)),
+        lambda: ops.gru(E(HUGE, HUGE, 0), None, E(6, 0), E(6, 2)),
+        lambda: ops.multilayer_rnn("GRU", E(HUGE, HUGE, 0), None, [(E(6, 0), E(6, 2))]),
+        # Sums of batch_sizes wrap 2^64, to the right number of rows.
+        lambda: ops.rnn(E(4, 2), E(1, 3), E(3, 2), E(3, 3), batch_sizes=WRAPPING),
+        lambda: OPS.rnn_forward(
+            E(4, 2),
+            E(1, 3),
+            E(3, 2),
+            E(3, 3),
+            None,
+            None,
+            torch.tensor([1 << 62] * 4 + [1] * 4),
+            None,
+            "tanh",
+            *[False] * 2,
+        ),
+        lambda: OPS.recurrence_tangent("RNN_TANH", E(3, 3), None, None, E(4, 3), E(1, 3), *[None] * 6, WRAPPING, False),
+    ],
+)
+def test_sizes_that_wrap(call: Callable[[], object]) -> None:
+    with memory_limit(2000), pytest.raises((RuntimeError, ValueError), match=r"too large sizes|must sum|never rise"):
+        call()
+
+
+def test_rows_without_numbers() -> None:
+    """However many they are, they take neither time nor memory."""
+    assert ops.linear(E(1 << 47, 0), E(0, 0)).shape == (1 << 47, 0)
+    x = E(1 << 20, 1 << 27, 0, requires_grad=True)
+    assert torch.autograd.grad(ops.linear(x, E(0, 0)).sum(), x)[0].shape == x.shape
+
+
+def test_checks_come_before_memory() -> None:
+    """A view of one step as 2^31 steps, whose row offsets would take 17 GB, and a weight that does not fit."""
+    x = torch.zeros(1, 1, 4).expand(1 << 31, 1, 4)
+    with memory_limit(4000):
+        for w_ih, message in ((torch.zeros(3, 4).double(), "must have the dtype"), (torch.zeros(3, 5), "x must be")):
+            with pytest.raises(RuntimeError, match=message):
+                OPS.rnn_forward(x, None, w_ih, torch.zeros(3, 3), None, None, None, None, "tanh", False, False)
+
+
+# ---- states
+
+
+def test_states_of_two_ranks() -> None:
+    x, w_ih, w_hh = torch.zeros(3, 2, 4), torch.zeros(20, 4), torch.zeros(20, 5)
+    for h0, c0 in ((torch.zeros(1, 2, 5), torch.zeros(2, 5)), (torch.zeros(2, 5), torch.zeros(1, 2, 5))):
+        with pytest.raises(ValueError, match="c0 must have as many dimensions as h0"):
+            ops.lstm(x, (h0, c0), w_ih, w_hh)
+        arguments = (x, h0, c0, w_ih, w_hh, *[None] * 5, False, False, False)
+        for device in ("cpu", "meta"):
+            with pytest.raises((RuntimeError, ValueError), match="c0 must have as many dimensions as h0"):
+                OPS.lstm_forward(*(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
+
+
+# ---- memory
+
+
+def _calls() -> dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]]:
+    """Functions of one large tensor, and its shape."""
+    return {
+        "linear": (lambda x: ops.linear(x, torch.zeros(1, 4096)), (4096, 4096)),
+        "attention_pool": (lambda e: ops.attention_pool(e, torch.zeros(1024))[0], (64, 256, 1024)),
+        "prefix_pool": (lambda e: ops.prefix_pool(e, torch.zeros(1024))[1][1], (64, 256, 1024)),
+        "additive_attention": (
+            lambda k: ops.additive_attention(torch.zeros(64, 1, 1024), k, torch.zeros(1024), torch.zeros(64, 256, 1))[
+                0
+            ],
+            (64, 256, 1024),
+        ),
+        "rnn": (lambda x: ops.rnn(x, None, torch.zeros(1, 4096), torch.zeros(1, 1))[1], (4096, 1, 4096)),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_out_of_memory_in_a_backward_pass(name: str) -> None:
+    call, shape = _calls()[name]
+    x = torch.zeros(shape, requires_grad=True)
+    loss = call(x).sum()
+    llm_ext.empty_cpu_cache()
+    with memory_limit(16), pytest.raises(torch.OutOfMemoryError, match="out of memory: cannot allocate 67108864 bytes"):
+        loss.backward()
+
+
+# ---- anything at all
+
+
+class Drawn(Choices):
+    """Choices of hypothesis, which finds the smallest call that fails."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+
+    def number(self, low: int, high: int) -> int:
+        return self.data.draw(st.integers(low, high))
+
+
+@given(data=st.data())
+@settings(max_examples=120)
+def test_random_calls(data: st.DataObject) -> None:
+    """`make fuzz` makes many more of them, in a process of its own and between guard pages."""
+    call = random_call(Drawn(data))
+    note(str(call))
+    with memory_limit(2000):
+        first, refused = outcome(call)
+        second, _ = outcome(call)
+    assert fault(call, first, second, refused, compares=not call.changed) is None
