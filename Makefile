@@ -4,6 +4,8 @@
 # make test-isa LEVEL=avx2   run the op tests with the kernels of one ISA: baseline, avx2, avx512 or avx512_bf16
 # make wheel            build the wheel in dist/, for every Python and every torch from 2.11 on; with CUDA=1 that with the
 #                       CUDA kernels, in dist/cuda/, which takes a torch with CUDA and its nvcc
+# make fuzz             random calls of every op, hostile ones too, for FUZZ_MINUTES (default: 1)
+# make sanitize         csrc under the sanitizers of the compiler; SANITIZE=--short for the quick ones
 # make wheel-test       install that wheel beside several versions of torch and test it there
 # make faults           kill trainings, cut their power, fill their disks, flip bytes; FAULTS="--kills 200" for more
 # make docs             build the documentation in site/; a dead link or a missing docstring is an error
@@ -35,8 +37,8 @@ CPP := $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 # build-system.requires of pyproject.toml; tests/test_docs.py compares both.
 BUILD_NEEDS := setuptools wheel ninja pybind11
 
-.PHONY: build test test-cuda test-isa faults wheel wheel-test docs cuda-check cuda-compile cuda-ptx gpu demo \
-    demo-translate demo-summarize demo-audio bench lint format clean
+.PHONY: build test test-cuda test-isa faults fuzz sanitize wheel wheel-test docs cuda-check cuda-compile cuda-ptx gpu \
+    demo demo-translate demo-summarize demo-audio bench lint format clean
 .DELETE_ON_ERROR:
 
 build: $(BUILT)
@@ -77,6 +79,14 @@ test-isa: $(BUILT)
 # To mount the disks that are full or read-only needs the rights of root; without them these faults are left out.
 faults: $(BUILT)
 	PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
+
+FUZZ_MINUTES ?= 1
+
+fuzz: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(FUZZ_MINUTES) $(FUZZ)
+
+sanitize: $(BUILT)
+	$(BIN)/python tests/sanitize/run.py $(SANITIZE)
 
 # The wheel has a compiled module for those of these Pythons that have headers; any other uses llm_ext/_C.py.
 WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
