@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llm_ext.ops._registration import FAILURES, explain, refuse_derivative, torch_ops
+from llm_ext.ops._registration import FAILURES, explain, refuse_derivative, register_fake, torch_ops
 from llm_ext.ops._transforms import exports_to_onnx
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.reference.quantization import quantize_weight
@@ -188,7 +188,7 @@ def _rnn_forward_fake(
     return x.new_empty((*x.shape[:-1], output)), x.new_empty((*leading, output)), cells
 
 
-torch.library.register_fake("llm_ext::quantized_rnn_forward", _rnn_forward_fake)
+register_fake("quantized_rnn_forward", _rnn_forward_fake)
 refuse_derivative("quantized_rnn_forward", _DERIVATIVE)
 
 
@@ -210,5 +210,5 @@ def _linear_forward_fake(
     return x.new_empty((*x.shape[:-1], output))
 
 
-torch.library.register_fake("llm_ext::quantized_linear_forward", _linear_forward_fake)
+register_fake("quantized_linear_forward", _linear_forward_fake)
 refuse_derivative("quantized_linear_forward", _DERIVATIVE)

@@ -73,16 +73,22 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
   STD_TORCH_CHECK(lstm ? h0.has_value() == c0.has_value() : !c0.has_value(), kOp,
                   ": c0 must be given with the h0 of an LSTM, and only then");
   STD_TORCH_CHECK(hidden > 0 && output > 0 && output <= hidden, kOp, ": output must be from 1 to hidden");
+  STD_TORCH_CHECK(input >= 0 && input <= kMaxVolume && hidden <= kMaxVolume, kOp, ": input and hidden are too large");
   STD_TORCH_CHECK(w_hr.has_value() == (output < hidden) && (lstm || output == hidden), kOp,
                   ": w_hr must be given exactly if the output of an LSTM is projected");
   STD_TORCH_CHECK(!batch_sizes.has_value() || !lengths.has_value(), kOp,
                   ": lengths and batch_sizes exclude each other");
-  const std::vector<int64_t> offsets = row_offsets(kOp, x, batch_sizes);
-  const int64_t steps = static_cast<int64_t>(offsets.size()) - 1;
-  int64_t batch = 0;
-  if (!batch_sizes.has_value()) {
+  const bool is_packed = batch_sizes.has_value();
+  STD_TORCH_CHECK(x.dim() == (is_packed ? 2 : 3), kOp, ": x must be [T, B, I], or [N, I] with batch_sizes, got ",
+                  shape_text(x));
+  check_volume(x, kOp, "x");
+  std::vector<int64_t> offsets;
+  int64_t steps = x.size(0), batch = 0;
+  if (!is_packed) {
     batch = x.size(1);
   } else {
+    offsets = packed_row_offsets(kOp, x.size(0), *batch_sizes);
+    steps = static_cast<int64_t>(offsets.size()) - 1;
     STD_TORCH_CHECK(h0.has_value() && h0->dim() >= 2, kOp, ": h0 must be [B, P] with batch_sizes");
     batch = steps > 0 ? offsets[1] : h0->size(h0->dim() - 2);
   }
@@ -119,8 +125,9 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
     const Packed<W> hr(w_hr, s_hr, kOp, "w_hr", 1, output, hidden);
     const Input<float> b_ih_in(b_ih, kOp, "b_ih", {gates * hidden}), b_hh_in(b_hh, kOp, "b_hh", {gates * hidden});
     const Tensor x_in = dense(x);
-    const Tensor y = batch_sizes.has_value() ? empty({offsets.back(), output}, ScalarType::Float)
-                                             : empty({steps, batch, output}, ScalarType::Float);
+    if (!is_packed) offsets = padded_row_offsets(steps, batch);
+    const Tensor y = is_packed ? empty({offsets.back(), output}, ScalarType::Float)
+                               : empty({steps, batch, output}, ScalarType::Float);
     QuantizedRecurrenceParams<W> p = {};
     p.call.sizes = {mode, steps, batch, input, hidden, output, offsets.data(), reverse};
     p.call.x = data<float>(x_in);
@@ -152,8 +159,9 @@ Tensor quantized_linear_forward(const Tensor& x, const Tensor& w, const Optional
                                 int64_t input, int64_t output) {
   constexpr const char* kOp = "quantized_linear_forward";
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, kOp, ": x must be float32 on cpu");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == input && input > 0 && output >= 0, kOp,
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == input && input > 0 && output >= 0 && output <= kMaxVolume, kOp,
                   ": x must have I = ", input, " features, got ", shape_text(x));
+  check_volume(x, kOp, "x");
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
   shape.back() = output;
