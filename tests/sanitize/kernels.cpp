@@ -1,5 +1,6 @@
-// Every kernel of the table, of every type, on arrays of exactly the size that its contract names, by teams of 1 to 4
-// threads. The sanitizers find what is read or written beside them, and what two threads of a team do at once.
+// Every kernel but the quantized ones, of every type, on arrays of exactly the size that its contract names, by teams
+// of 1 to 4 threads. The sanitizers find what is read or written beside them, and what two threads of a team do at
+// once.
 #include "cpu/kernels.h"
 
 #include <cstdio>
@@ -11,9 +12,16 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/isa/isa.h"
 #include "torch/threads/run_team.h"
 
 namespace llm_ext {
+
+// With the kernels of one level alone: isa/dispatch.cpp refers to all of them.
+#ifdef LLM_EXT_LEVEL
+const Kernels& kernels() { return LLM_EXT_LEVEL; }
+#endif
+
 namespace {
 
 std::mt19937 generator;

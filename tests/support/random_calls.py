@@ -137,9 +137,10 @@ def pool(choices: Choices) -> Call:
 def pool_of_options(choices: Choices) -> Call:
     """With lengths and mask as arguments, which may be changed."""
     B, steps, D = choices.one_of(SIZES[:9]), choices.one_of(SIZES), choices.one_of(SIZES)
-    function = choices.one_of((ops.attention_pool, ops.prefix_pool))
+    function: Callable[..., Any] = choices.one_of((ops.attention_pool, ops.prefix_pool))
     named = pool_inputs(B, steps, D, choices.one_of(ALL_DTYPES), folded=choices.flag())
-    return Call(f"ops.{function.__name__}", function, [], named | _selection(choices, B, steps))
+    name = "attention_pool" if function is ops.attention_pool else "prefix_pool"
+    return Call(f"ops.{name}", function, [], named | _selection(choices, B, steps))
 
 
 def additive(choices: Choices) -> Call:

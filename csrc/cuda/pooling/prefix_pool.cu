@@ -91,7 +91,7 @@ template <typename S>
 LLM_EXT_SHARING_KERNEL(kPoolThreads, 2)
 void prefix_scan(LLM_EXT_PARAMS ScanParams<S> p) {
   using T = Compute<S>;
-  constexpr int kAhead = 16;
+  constexpr int kAhead = 64 / sizeof(T);  // of three numbers in registers
   const int64_t b = block_x() / p.column_blocks, column = block_x() % p.column_blocks * kPoolThreads + thread_index();
   if (column >= p.dim && column > 0) return;
   const bool owns = column < p.dim;
