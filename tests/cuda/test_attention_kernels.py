@@ -220,8 +220,9 @@ def pool_cases() -> list[Pool]:
             replace(some, B=2, plan=(1, 32, 5), round_groups=11, rows="full"),
             replace(some, B=2, plan=(1, 128, 4), round_groups=3),
         ]
-        cases.append(replace(some, plan=(1, 32, 4), round_groups=3 * pack(dtype), scored=True, size=1e6))
-        cases += [Pool(p, dtype, T=30, plan=(1, 4, 8), D=3 * pack(dtype), scored=True, size=1e6) for p in (False, True)]
+        large = replace(some, scored=True, size=1e4 if dtype == torch.float16 else 1e6)
+        cases.append(replace(large, plan=(1, 32, 4), round_groups=3 * pack(dtype)))
+        cases += [replace(large, prefix=prefix, plan=(1, 4, 8)) for prefix in (False, True)]
     # A plan of make_prefix_plan().
     cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
     return list(dict.fromkeys(cases))
