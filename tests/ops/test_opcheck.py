@@ -30,9 +30,7 @@ def test_tensors_on_two_devices(op: str, arguments: tuple[object, ...]) -> None:
     function = getattr(torch.ops.llm_ext, op)
     for i, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
-            with pytest.raises(
-                (RuntimeError, ValueError), match=r"on (one device|meta|cpu|the cpu)"
-            ):
+            with pytest.raises((RuntimeError, ValueError), match=r"on (one device|meta|cpu|the cpu)"):
                 function(*arguments[:i], argument.to("meta"), *arguments[i + 1 :])
 
 

@@ -137,10 +137,10 @@ def pool(choices: Choices) -> Call:
 def pool_of_options(choices: Choices) -> Call:
     """With lengths and mask as arguments, which may be changed."""
     B, steps, D = choices.one_of(SIZES[:9]), choices.one_of(SIZES), choices.one_of(SIZES)
-    function: Callable[..., Any] = choices.one_of((ops.attention_pool, ops.prefix_pool))
+    prefix = choices.flag()
+    function: Callable[..., Any] = ops.prefix_pool if prefix else ops.attention_pool
     named = pool_inputs(B, steps, D, choices.one_of(ALL_DTYPES), folded=choices.flag())
-    name = "attention_pool" if function is ops.attention_pool else "prefix_pool"
-    return Call(f"ops.{name}", function, [], named | _selection(choices, B, steps))
+    return Call(f"ops.{op_name(prefix)}", function, [], named | _selection(choices, B, steps))
 
 
 def additive(choices: Choices) -> Call:

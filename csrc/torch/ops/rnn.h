@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -119,7 +120,12 @@ inline std::vector<int64_t> packed_row_offsets(const char* op, int64_t rows, con
 
 // First row of each step of a padded batch, and the end. It takes memory: the sizes must be those of a checked tensor.
 inline std::vector<int64_t> padded_row_offsets(int64_t steps, int64_t batch) {
-  std::vector<int64_t> offsets(steps + 1);
+  std::vector<int64_t> offsets;
+  try {
+    offsets.resize(steps + 1);
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "llm_ext: out of memory: cannot allocate the row offsets of ", steps, " steps");
+  }
   for (int64_t t = 0; t <= steps; ++t) offsets[t] = t * batch;
   return offsets;
 }
