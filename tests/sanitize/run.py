@@ -22,7 +22,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "sanitize"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-w", f"-I{HERE / 'stub'}", f"-I{ROOT / 'csrc'}"]
+# -fwrapv is among Python's flags for extensions: exponents that are computed of any bits, and then not used, may wrap.
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fwrapv", "-fno-omit-frame-pointer", "-w"]
+FLAGS += [f"-I{HERE / 'stub'}", f"-I{ROOT / 'csrc'}"]
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 THREAD = ["-fsanitize=thread"]
 CACHES = [
