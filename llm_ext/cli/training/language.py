@@ -193,7 +193,7 @@ class LanguageTask(Task):
         dtype = torch.float32 if self.config.precision == "32-true" else torch.bfloat16
         layout = {"hidden": Layout([rnn.num_layers, B, rnn.hidden_size], dtype)}
         if pool is not None:
-            layout["attention.L"] = Layout([B], torch.float32)
+            layout["attention.L"] = Layout([B, 2], torch.float32)
             layout["attention.c"] = Layout([B, pool.embed_dim], torch.float32)
         return layout | ({"cell": layout["hidden"]} if rnn.mode == "LSTM" else {})
 
