@@ -167,6 +167,7 @@ FAULTS = [
         r"\g<1>3,",
         FLOAT,
         WRONG,
+        None,
     ),
     Fault(
         "wrong_sign",
