@@ -225,7 +225,9 @@ def attention_request(op: str) -> Request:
         return sizes | tensors | {"op": 2, "type": 2, "seed": 1}
     B, T, D = (2, 96, 64) if op == "rounds" else (3, 21, 64)
     tensors = {"e": normal(B, T, D), "u": normal(D), "grad_c": normal(B, T, D) if op == "rounds" else normal(B, D)}
-    plan = {"packs": 1, "group_threads": 8, "chunk": 8, "round_groups": 4 if op == "rounds" else 0}
+    # Rounds in several blocks: within one, barriers order what the flags do.
+    rounds = {"group_threads": 128, "round_groups": 4} if op == "rounds" else {"group_threads": 8, "round_groups": 0}
+    plan = {"packs": 1, "chunk": 8, **rounds}
     return {"batch": B, "steps": T, "dim": D, **tensors, **plan, "op": int(op == "rounds"), "type": 2, "seed": 1}
 
 
