@@ -20,7 +20,7 @@ class TorchPrefixPool(nn.Module):
         self.weight, self.v, self.bias = pool.weight, pool.v, pool.bias
 
     def forward(self, e: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Pool each prefix of e [B, T, D]; return c [B, T, D] and the state (L [B], c [B, D])."""
+        """Pool each prefix of e [B, T, D]; return c [B, T, D] and the state (L [B, 2], c [B, D]), L as the largest score and the sum."""
         if self.bias is None:
             scores = e @ (self.v @ self.weight)
         else:
@@ -28,14 +28,14 @@ class TorchPrefixPool(nn.Module):
         # Shift the scores so that the largest exponential is 1 and the sums neither overflow nor vanish.
         shift = scores.amax(1, keepdim=True)  # [B, 1]
         if state is not None:
-            shift = torch.maximum(shift, state[0][:, None])
+            shift = torch.maximum(shift, state[0][:, :1])
         weights = torch.exp(scores - shift)  # [B, T]
         above, below = torch.cumsum(weights[..., None] * e, 1), torch.cumsum(weights, 1)
         if state is not None:
-            past = torch.exp(state[0][:, None] - shift)  # [B, 1]
+            past = torch.exp(state[0][:, :1] - shift) * state[0][:, 1:]  # [B, 1]
             above, below = above + past[..., None] * state[1][:, None], below + past
         c = above / below[..., None]
-        return c, (below[:, -1].log() + shift[:, 0], c[:, -1])
+        return c, (torch.cat((shift, below[:, -1:]), 1), c[:, -1])
 
 
 def torch_peer(model: LLM) -> LLM:
