@@ -20,7 +20,10 @@ class TorchPrefixPool(nn.Module):
         self.weight, self.v, self.bias = pool.weight, pool.v, pool.bias
 
     def forward(self, e: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Pool each prefix of e [B, T, D]; return c [B, T, D] and the state (L [B, 2], c [B, D]), L as the largest score and the sum."""
+        """Pool each prefix of e [B, T, D]; return c [B, T, D] and the state (L [B, 2], c [B, D]).
+
+        L is the largest score, and the sum of the exponentials relative to it.
+        """
         if self.bias is None:
             scores = e @ (self.v @ self.weight)
         else:
