@@ -121,11 +121,11 @@ def test_sizes_take_their_routes(tmp_path: Path) -> None:
 
 def test_a_run(tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one step that fails, one that says something when it is interrupted, and one that only dies."""
-    monkeypatch.setattr(gpu_run, "GRACE", 0.2)
+    monkeypatch.setattr(gpu_run, "GRACE", 1.0)
     monkeypatch.setenv("HANG", "two streams")
     wanted = ("build", "smoke cluster", "two streams grid", "headline", "test cuda", "sanitizer")
     short = [
-        gpu_run.Step(step.name, step.command, min(step.limit, 1.0), step.environment, step.together)
+        gpu_run.Step(step.name, step.command, min(step.limit, 2.0), step.environment, step.together)
         for step in gpu_run.steps(fake, tmp_path, "9.0a")
         if step.name.startswith(wanted)
     ]
@@ -145,7 +145,7 @@ def test_a_run(tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_time_is_over(tmp_path: Path, fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is left out, and the record says so; nothing follows a failed build."""
-    monkeypatch.setattr(gpu_run, "GRACE", 0.2)
+    monkeypatch.setattr(gpu_run, "GRACE", 1.0)
     monkeypatch.setenv("HANG", "yes")
     kept = [step for step in gpu_run.steps(fake, tmp_path, "9.0a") if step.name in ("headline", "bench", "sanitizer")]
     started = time.monotonic()

@@ -47,6 +47,9 @@ constexpr RoundsLayout rounds_layout(const PoolPlan& plan, int64_t dim, int elem
   return {2 * 8 * 8 * computed_bytes, rows, (rows + positions * computed_bytes + 15) / 16 * 16};
 }
 
+// Elements of pooled rows in a workspace. A LogSum, whose two numbers may be accessed at once, follows: hence even.
+inline int64_t pooled_rows_size(int64_t rows, int64_t dim) { return (rows * dim + 1) / 2 * 2; }
+
 // Workspace of a call, in elements of Compute<S>.
 int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan);
 int64_t pool_backward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan);

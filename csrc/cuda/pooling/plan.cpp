@@ -66,7 +66,8 @@ PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t ele
 }
 
 int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) {
-  return plan.whole() ? 0 : batch * plan.chunks * (dim + 2);
+  const int64_t chunks = batch * plan.chunks;
+  return plan.whole() ? 0 : pooled_rows_size(chunks, dim) + 2 * chunks;
 }
 
 int64_t pool_backward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) { return batch * plan.chunks * dim; }
@@ -74,7 +75,8 @@ int64_t pool_backward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan
 int64_t prefix_pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {
   // The flags of rounds take at most as much memory as two elements.
   if (plan.round_groups > 0) return batch * plan.round_groups * (kRoundSlots * (dim + 4) + 2);
-  return plan.whole() ? 0 : batch * plan.chunks * (dim + 4) + batch * steps;
+  const int64_t chunks = batch * plan.chunks;
+  return plan.whole() ? 0 : pooled_rows_size(chunks, dim) + 4 * chunks + batch * steps;
 }
 
 int64_t prefix_pool_backward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {

@@ -123,7 +123,7 @@ template <typename S>
 int pool_forward(const PoolForwardParams<S>& call, const PoolPlan& plan, void* stream) {
   const PoolInput<S>& in = call.in;
   if (plan.whole()) return pool_chunks(ChunkSummaries<S>{in, plan, call.c, nullptr, call.l, call.lse, nullptr}, stream);
-  auto* l = reinterpret_cast<LogSum<Compute<S>>*>(call.workspace + in.batch * plan.chunks * in.dim);
+  auto* l = reinterpret_cast<LogSum<Compute<S>>*>(call.workspace + pooled_rows_size(in.batch * plan.chunks, in.dim));
   const int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, call.workspace, l, nullptr, nullptr}, stream);
   if (error != 0) return error;
   return reduce_partial_sums(PartialSums<S>{in.batch, plan.chunks, in.dim, call.workspace, l, call.c, call.l, call.lse},

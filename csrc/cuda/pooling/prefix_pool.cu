@@ -131,7 +131,7 @@ int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& 
   if (!plan.whole()) {
     const int64_t all_chunks = in.batch * plan.chunks;
     T* c = call.workspace;
-    auto* l = reinterpret_cast<LogSum<T>*>(c + all_chunks * in.dim);
+    auto* l = reinterpret_cast<LogSum<T>*>(c + pooled_rows_size(all_chunks, in.dim));
     LogSum<T>* l_before = l + all_chunks;
     T* scores = reinterpret_cast<T*>(l_before + all_chunks);
     int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, c, l, nullptr, scores}, stream);
