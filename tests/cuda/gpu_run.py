@@ -107,6 +107,9 @@ class Run:
     """Runs steps until the time is over. Whatever ends this process, the files hold what was known before."""
 
     def __init__(self, out: Path, seconds: float) -> None:
+        # What a shell starts in the background ignores the signal, and the steps would inherit that.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.start = time.monotonic()
