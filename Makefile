@@ -67,14 +67,13 @@ test: $(BUILT)
 test-cuda: $(BUILT)
 	$(BIN)/python -m pytest $(PARALLEL) $(filter-out %/test_ptx.py, $(EMULATED_TESTS)) $(PYTEST)
 
-# Registration, FLOPs and the rules for transforms do not depend on the ISA; their kernels are tested for each. So are
-# gradients, against those of the reference.
+# Registration, FLOPs and the rules for transforms do not depend on the ISA; their kernels are tested for each.
 ISA_INDEPENDENT := %/test_opcheck.py %/test_registration.py %/test_flops.py %/test_transforms.py
 ISA_TESTS := $(filter-out $(ISA_INDEPENDENT), $(wildcard tests/ops/test_*.py)) \
     tests/cpu/test_packed_weight_cache.py
 
 test-isa: $(BUILT)
-	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS) -k "not gradcheck and not memory" $(PYTEST)
+	LLM_EXT_ISA=$(LEVEL) $(BIN)/python -m pytest $(PARALLEL) $(ISA_TESTS) $(PYTEST)
 
 # To mount the disks that are full or read-only needs the rights of root; without them these faults are left out.
 faults: $(BUILT)

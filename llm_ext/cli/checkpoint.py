@@ -168,7 +168,7 @@ class Checkpoint:
         """Build the model and load its weights.
 
         The shapes in the header of the file are compared with those of the model before any memory is allocated, so
-        that no configuration, whoever wrote it, costs more than its file does.
+        that no configuration, even a hostile one, costs more than its file does.
 
         Raises:
             CommandError: The files are damaged or do not match.

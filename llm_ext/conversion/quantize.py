@@ -31,7 +31,7 @@ __all__ = ["Quantized", "dequantize_", "fake_quantize_", "quantize_"]
 Filter = Callable[[nn.Module, str], bool]
 Dtype = Literal["int8", "bfloat16"]
 
-# What a class becomes.
+# The quantized class of each class.
 _QUANTIZED: dict[type[nn.Module], Any] = {
     RNN: QuantizedRNN,
     GRU: QuantizedGRU,

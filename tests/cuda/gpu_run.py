@@ -107,7 +107,7 @@ class Run:
     """Runs steps until the time is over. Whatever ends this process, the files hold what was known before."""
 
     def __init__(self, out: Path, seconds: float) -> None:
-        # What a shell starts in the background ignores the signal, and the steps would inherit that.
+        # Processes that a shell starts in the background ignore the signal, and the steps would inherit that.
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class Process:
     def __init__(self, step: Step, limit: float, log: IO[str]) -> None:
         self.step, self.limit, self.log = step, limit, log
         self.signals = 0
-        # What runs alone writes to the log itself, so that its last line is there whatever happens.
+        # A step that runs alone writes to the log itself, so that its last line survives the end of this process.
         self.output: IO[str] = log if step.together == "" else tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | step.environment
         self.start = time.monotonic()

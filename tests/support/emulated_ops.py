@@ -93,7 +93,7 @@ def load(folder: Path) -> Any:
         ('"llm_ext::', f'"{NAME}::'),
         ('Library("llm_ext"', f'Library("{NAME}"'),
         ("from llm_ext.ops", f"from {NAME}"),
-        # What is for the CPU alone is not taken, as on a GPU.
+        # Paths for the CPU alone are not taken, as on a GPU.
         ("x.is_cpu", "x.is_meta"),
         ("x.is_cuda", "x.is_cpu"),
     )

@@ -203,8 +203,8 @@ static inline void panels_product(LeftRows<typename Arithmetic<W>::Left> left, i
         for_each_vector<float>(width, [&](int64_t j, int lanes) {
           Vec<float> values[kGates];
           for (int g = 0; g < kGates; ++g) {
-            values[g] =
-                A::finish(sums[g][m][j / kLanes<float>], row_scale, w.scale + g * block_rows + first + j, lanes);
+            const float* scale = w.scale == nullptr ? nullptr : w.scale + g * block_rows + first + j;
+            values[g] = A::finish(sums[g][m][j / kLanes<float>], row_scale, scale, lanes);
           }
           finish(row, first + j, values, lanes);
         });

@@ -71,7 +71,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def round_weights(options: argparse.Namespace, model: nn.Module) -> None:
-    """Do with a model what --weights asks for.
+    """Round the weights of a model if --weights is given.
 
     Raises:
         CommandError: The model is not in float32 on the CPU.

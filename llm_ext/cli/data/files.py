@@ -51,7 +51,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        # Of an earlier process with this number; or a link that someone else has put there.
+        # An earlier process with this number may have left the file, or someone else a link.
         unfinished.unlink(missing_ok=True)
         with open(unfinished, "xb") as file:
             yield file

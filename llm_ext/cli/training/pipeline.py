@@ -146,7 +146,7 @@ def resume(
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CommandError(f"{checkpoint.path / 'config.json'}: damaged: {error}") from None
         for path in (*files, *val):
-            # A training has copies of pipes. Whoever wrote the run directory must not let it read something endless.
+            # A training has copies of pipes, so another one is not from a training, and may have no end.
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise CommandError(f"{path}: cannot resume: expected a file, got a pipe or a device")
         try:

@@ -1,4 +1,4 @@
-// What C++ that is translated from PTX calls (tests/support/ptx.py). A function of an instruction has its name with its
+// The functions that translated PTX calls (tests/support/ptx.py). A function of an instruction has its name with its
 // modifiers; types are those of the instruction, and registers hold bits.
 #pragma once
 

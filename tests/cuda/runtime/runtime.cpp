@@ -18,7 +18,7 @@ cudaError_t answer(cudaError_t error) { return last_error = error; }
 bool has_error() { return last_error != cudaSuccess; }
 
 extern "C" {
-// What nvcc's code calls before main().
+// The functions that nvcc's code calls before main().
 void** __cudaRegisterFatBinary(void*) { return nullptr; }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
