@@ -28,7 +28,7 @@ GPU_CODE = {"sm_80", "sm_90", "sm_100", "sm_120", "compute_90"}
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
 # Symbols that may be undefined without a version: torch's stable C interface and the OpenMP runtime that torch has
 # loaded; in a module also Python and our library.
-LIBRARY_IMPORTS = re.compile(r"(aoti_)?torch_[a-z]|GOMP_|omp_")
+LIBRARY_IMPORTS = re.compile(r"(aoti_)?torch_[a-z_]|GOMP_|omp_")
 MODULE_IMPORTS = re.compile(r"_?Py[A-Z_]|_ZN7llm_ext")
 NEEDED = re.compile(r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|(c10|torch)(_cpu|_cuda)?|cudart|llm_ext)\.so[.\d]*|ld-linux.*")
 TESTS = (
