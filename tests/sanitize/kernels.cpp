@@ -1,6 +1,5 @@
-// Every kernel but the quantized ones, of every type, on arrays of exactly the size that its contract names, by teams
-// of 1 to 4 threads. The sanitizers find what is read or written beside them, and what two threads of a team do at
-// once.
+// Every kernel, of every type, on arrays of exactly the size that its contract names, by teams of 1 to 4 threads. The
+// sanitizers find what is read or written beside them, and what two threads of a team do at once.
 #include "cpu/kernels.h"
 
 #include <cstdio>
@@ -19,7 +18,14 @@ namespace llm_ext {
 
 // With the kernels of one level alone: isa/dispatch.cpp refers to all of them.
 #ifdef LLM_EXT_LEVEL
-const Kernels& kernels() { return LLM_EXT_LEVEL; }
+const Kernels& kernels() {
+  static const Kernels all = [] {
+    Kernels level = LLM_EXT_LEVEL;
+    level.quantizeds = LLM_EXT_QUANTIZED;
+    return level;
+  }();
+  return all;
+}
 #endif
 
 namespace {
@@ -38,6 +44,8 @@ S random_number() {
     return {static_cast<uint16_t>(bits >> 16)};
   } else if constexpr (std::is_same_v<S, Float16>) {
     return {static_cast<uint16_t>(0x3000 | (generator() & 0x83ff))};  // 0.125 to 0.25, of either sign
+  } else if constexpr (std::is_same_v<S, int8_t>) {
+    return static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
   } else {
     return static_cast<S>(x);
   }
@@ -93,10 +101,7 @@ void run(Kernel kernel, const Params& params, int threads) {
   run_team(threads, [&](const ThreadTeam& team) { kernel(params, team); });
 }
 
-template <typename S>
-void recurrence(int threads) {
-  using T = Compute<S>;
-  Arrays a;
+RecurrenceSizes recurrence_sizes(Arrays& a) {
   RecurrenceSizes s = {};
   s.mode = static_cast<Mode>(generator() % 5);
   s.steps = one_of({1, 2, 5, 9});
@@ -113,7 +118,15 @@ void recurrence(int threads) {
     if (packed) rows = 1 + static_cast<int64_t>(generator()) % rows;
   }
   s.row_offsets = a.numbers(offsets);
-  const int64_t N = offsets.back(), H = s.hidden, P = s.output, gates = gates_of(s.mode) * H;
+  return s;
+}
+
+template <typename S>
+void recurrence(int threads) {
+  using T = Compute<S>;
+  Arrays a;
+  const RecurrenceSizes s = recurrence_sizes(a);
+  const int64_t N = s.row_offsets[s.steps], H = s.hidden, P = s.output, gates = gates_of(s.mode) * H;
   const bool lstm = s.mode == Mode::kLstm;
   const int64_t saved = saved_blocks(s.mode, s.projected()) * H;
   const RecurrenceKernels<S>& kernel = std::get<RecurrenceKernels<S>>(kernels().recurrences);
@@ -225,6 +238,47 @@ void linear(int threads) {
       threads);
 }
 
+template <typename W>
+QuantizedMatrix<W> packed(Arrays& a, int64_t blocks, int64_t rows, int64_t columns, int64_t depth) {
+  const int64_t units = (columns + depth - 1) / depth + (depth == 4 ? 1 : 0);
+  const int64_t panels = (rows + kQuantizedPanel - 1) / kQuantizedPanel;
+  return {a.in<W>(panels * blocks * units * kQuantizedPanel * depth),
+          sizeof(W) == 1 ? a.in<float>(blocks * rows) : nullptr};
+}
+
+template <typename W>
+void quantized(int threads) {
+  Arrays a;
+  const RecurrenceSizes s = recurrence_sizes(a);
+  const int64_t N = s.row_offsets[s.steps], H = s.hidden, P = s.output, gates = gates_of(s.mode);
+  const bool lstm = s.mode == Mode::kLstm;
+  const QuantizedKernels<W>& kernel = std::get<QuantizedKernels<W>>(kernels().quantizeds);
+  const int size = kernel.recurrence_threads(s, threads);
+  QuantizedRecurrenceParams<W> p = {};
+  p.call.sizes = s;
+  p.call.x = a.in<float>(N * s.input);
+  p.call.h0 = a.in_or_null<float>(s.batch * P);
+  p.call.c0 = lstm && p.call.h0 != nullptr ? a.in<float>(s.batch * H) : nullptr;
+  p.call.b_ih = a.in_or_null<float>(gates * H);
+  p.call.b_hh = a.in_or_null<float>(gates * H);
+  p.call.y = a.out<float>(N * P);
+  p.call.h_n = a.out<float>(s.batch * P);
+  p.call.c_n = lstm ? a.out<float>(s.batch * H) : nullptr;
+  p.call.workspace = a.out<float>(kernel.recurrence_workspace(s, size));
+  p.ih = packed<W>(a, gates, H, s.input, kInputDepth);
+  p.hh = packed<W>(a, gates, H, P, kStateDepth<W>);
+  if (s.projected()) p.hr = packed<W>(a, 1, P, H, kStateDepth<W>);
+  run(kernel.recurrence, p, size);
+
+  const LinearSizes l = {one_of({0, 1, 2, 7, 25, 70}), one_of({1, 5, 17, 64}), one_of({1, 3, 17, 50})};
+  const int team = kernel.linear_threads(l, threads);
+  run(kernel.linear,
+      QuantizedLinearParams<W>{l, a.in<float>(l.rows * l.input), packed<W>(a, 1, l.output, l.input, kInputDepth),
+                               a.in_or_null<float>(l.output), a.out<float>(l.rows * l.output),
+                               a.out<float>(kernel.linear_workspace(l, team))},
+      team);
+}
+
 template <typename S>
 void pool(int threads) {
   using T = Compute<S>;
@@ -326,6 +380,8 @@ int main(int count, char** arguments) {
     llm_ext::every_kernel<double>(threads);
     llm_ext::every_kernel<llm_ext::BFloat16>(threads);
     llm_ext::every_kernel<llm_ext::Float16>(threads);
+    llm_ext::quantized<int8_t>(threads);
+    llm_ext::quantized<llm_ext::BFloat16>(threads);
   }
   std::printf("kernels: %s, %d rounds of every kernel and type\n", llm_ext::kernels().isa, rounds);
 }

@@ -1,8 +1,8 @@
 """make sanitize: csrc under the sanitizers of the compiler.
 
 - caches: what calls share (allocator, weight cache, barrier), used by several threads under ThreadSanitizer.
-- kernels: every kernel but the quantized ones, of every ISA level of this machine, on arrays of exact size, under
-  AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+- kernels: every kernel of every ISA level of this machine, on arrays of exact size, under AddressSanitizer with
+  UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 
 Without arguments both run, which takes a core about 10 minutes; --short runs the first, in 6 seconds.
 """
@@ -77,8 +77,9 @@ def kernels_of(level: str, name: str, sanitizers: Sequence[str]) -> Path:
     """The program that runs the kernels of one level."""
     if level == "avx512_bf16":  # a level of other kernels and one entry of its own
         return build(f"kernels-{name}-{level}", [HERE / "kernels.cpp", *sorted(ISA.glob("*.cpp"))], sanitizers)
-    sources = [HERE / "kernels.cpp", ISA / f"{level}.cpp"]
-    return build(f"kernels-{name}-{level}", sources, [*sanitizers, f"-DLLM_EXT_LEVEL={level}_kernels"])
+    sources = [HERE / "kernels.cpp", ISA / f"{level}.cpp", ISA / f"{level}_quantized.cpp"]
+    tables = [f"-DLLM_EXT_LEVEL={level}_kernels", f"-DLLM_EXT_QUANTIZED={level}_quantized_kernels"]
+    return build(f"kernels-{name}-{level}", sources, [*sanitizers, *tables])
 
 
 def main() -> int:
