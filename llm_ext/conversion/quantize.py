@@ -14,6 +14,7 @@ from llm_ext.conversion.classes import CONVERTED, assign_converted, reason_again
 from llm_ext.nn import GRU, LSTM, RNN, AffineEmbedding, GRUCell, Linear, LSTMCell, RNNCell
 from llm_ext.nn.quantized import (
     DTYPES,
+    MAX_INT8_COLUMNS,
     FakeQuantize,
     QuantizedAffineEmbedding,
     QuantizedGRU,
@@ -72,9 +73,9 @@ def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | Non
 
     Args:
         model: Any module, which may be a layer itself.
-        weights: ``"int8"``: a scale for each row of a matrix, and products in integers, with inputs and states in 16
-            bits. A network gives the same bits on every ISA and any number of threads. ``"bfloat16"``: weights are
-            widened when they are read, and products are float32.
+        weights: ``"int8"``: a scale for each row of a matrix, and products in integers, with inputs in 16 bits and
+            states in 7. A network gives the same bits on every ISA and any number of threads. ``"bfloat16"``: weights
+            are widened when they are read, and products are float32; or pairs of bfloat16, where the machine has them.
         filter: Called with a module and its name in the model; False leaves the module as it is.
 
     Returns:
@@ -96,7 +97,7 @@ def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | Non
     """
     _check("quantize_", model, weights)
     entries: list[Quantized] = []
-    for fqn, module, reason in list(_considered(model, filter)):
+    for fqn, module, reason in list(_considered(model, weights, filter)):
         kind = type(module)
         error = None
         if reason is None:
@@ -165,7 +166,7 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
     """
     _check("fake_quantize_", model, weights)
     entries: list[Quantized] = []
-    for fqn, module, reason in list(_considered(model, filter)):
+    for fqn, module, reason in list(_considered(model, weights, filter)):
         error = None
         kind = type(module)
         if reason is None:
@@ -183,16 +184,16 @@ def _remove_fake(module: nn.Module) -> None:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def _considered(model: nn.Module, filter: Filter | None) -> Iterator[tuple[str, nn.Module, str | None]]:
+def _considered(model: nn.Module, weights: Dtype, filter: Filter | None) -> Iterator[tuple[str, nn.Module, str | None]]:
     """Yield the modules that hold weights of a known kind, and why they are left, or None."""
     kinds = (nn.RNNBase, nn.RNNCellBase, nn.Linear, nn.Embedding, AffineEmbedding)
     for fqn, module in model.named_modules():
         if isinstance(module, kinds) and not isinstance(module, tuple(_QUANTIZED.values())):
             excluded = filter is not None and not filter(module, fqn)
-            yield fqn, module, "the filter excludes it" if excluded else _reason_to_leave(module)
+            yield fqn, module, "the filter excludes it" if excluded else _reason_to_leave(module, weights)
 
 
-def _reason_to_leave(module: nn.Module) -> str | None:
+def _reason_to_leave(module: nn.Module, weights: Dtype) -> str | None:
     """Return why a module is not quantized, or None if it can be."""
     cls = parametrize.type_before_parametrizations(module)
     if cls not in (*_QUANTIZED, *_RECURRENT):
@@ -207,6 +208,8 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.float32 or not parameter.is_cpu:
             return f"{name.rpartition('.')[2]} is {parameter.dtype} on {parameter.device}, not float32 on the cpu"
+        if weights == "int8" and parameter.dim() > 1 and parameter.shape[1] > MAX_INT8_COLUMNS:
+            return f"{name.rpartition('.')[2]} has {parameter.shape[1]} columns, more than {MAX_INT8_COLUMNS}"
     return None
 
 

@@ -20,6 +20,7 @@ from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops.argument_checks import gates_of
 from llm_ext.ops.quantization import (
     DTYPES,
+    MAX_INT8_COLUMNS,
     PackedWeight,
     QuantizedWeights,
     pack,
@@ -31,6 +32,7 @@ from llm_ext.ops.quantization import (
 
 __all__ = [
     "DTYPES",
+    "MAX_INT8_COLUMNS",
     "FakeQuantize",
     "QuantizedAffineEmbedding",
     "QuantizedGRU",
@@ -85,7 +87,8 @@ class _Quantized(nn.Module):
             else:
                 weights[name] = self._matrix(name)
                 del self._buffers[f"{name}_packed"], self._buffers[f"{name}_scale"]
-        del self._weights_dtype, self._parameter_names
+        for attribute in ("_weights_dtype", "_parameter_names", "_buffer_names"):
+            self.__dict__.pop(attribute, None)
         self.__class__ = self._original  # type: ignore[assignment]
         for name, tensor in weights.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
@@ -127,9 +130,11 @@ class _QuantizedLayers(_Quantized):
     proj_size: int
     bidirectional: bool
     _all_weights: list[list[str]]
+    _buffer_names: list[tuple[list[str], int]]  # buffers of each row of QuantizedWeights, and I
 
     def _pack(self, name: str, w: Tensor) -> PackedWeight:
-        return pack(w, self._weights_dtype, 1 if name.startswith("weight_hr") else gates_of(self.mode))
+        gates = 1 if name.startswith("weight_hr") else gates_of(self.mode)
+        return pack(w, self._weights_dtype, gates, state=not name.startswith("weight_ih"))
 
     def _shape(self, name: str) -> tuple[int, int]:
         P, H = self.proj_size or self.hidden_size, self.hidden_size
@@ -139,20 +144,25 @@ class _QuantizedLayers(_Quantized):
             return H, P
         return H, self.input_size if name.startswith("weight_ih_l0") else P * (1 + self.bidirectional)
 
+    def _renew(self) -> None:
+        super()._renew()
+        I, P = self.input_size, self.proj_size or self.hidden_size  # noqa: E741
+        self._buffer_names = []
+        for i, names in enumerate(self._all_weights):
+            suffix = names[0].removeprefix("weight_ih")
+            matrices = [f"weight_{name}{suffix}_{part}" for name in ("ih", "hh", "hr") for part in ("packed", "scale")]
+            biases = [f"bias_{name}{suffix}" for name in ("ih", "hh")]
+            columns = I if i <= self.bidirectional else P * (1 + self.bidirectional)
+            self._buffer_names.append(([*matrices[:4], *biases, *matrices[4:]], columns))
+
     def _weights(self) -> Any:
         # Looked up in every call, as in other layers, and written for speed: a call may be one step.
-        found: Any = self._buffers
-        I, H, P = self.input_size, self.hidden_size, self.proj_size or self.hidden_size  # noqa: E741
+        find = self._buffers.get  # None for what the layer does not have
         rows = []
-        for i, names in enumerate(self._all_weights):
-            if i == 1 + self.bidirectional:
-                I = P * i  # noqa: E741
-            ih, hh = names[0], names[1]
-            b_ih, b_hh = (found[names[2]], found[names[3]]) if len(names) >= 4 else (None, None)
-            w_hr, s_hr, _ = self._packed(names[-1]) if len(names) % 2 else (None, None, None)
-            w_ih, s_ih = found[ih + "_packed"], found[ih + "_scale"]
-            rows.append((w_ih, s_ih, found[hh + "_packed"], found[hh + "_scale"], b_ih, b_hh, w_hr, s_hr, I))
-        return QuantizedWeights(rows, H, P)
+        for (w_ih, s_ih, w_hh, s_hh, b_ih, b_hh, w_hr, s_hr), columns in self._buffer_names:
+            state = find(w_hh), find(s_hh), find(b_ih), find(b_hh), find(w_hr), find(s_hr)
+            rows.append((find(w_ih), find(s_ih), *state, columns))
+        return QuantizedWeights(rows, self.hidden_size, self.proj_size or self.hidden_size)
 
     @property
     def all_weights(self) -> Any:
@@ -210,7 +220,7 @@ class _QuantizedCell(_Quantized):
     hidden_size: int
 
     def _pack(self, name: str, w: Tensor) -> PackedWeight:
-        return pack(w, self._weights_dtype, gates_of(self.mode))
+        return pack(w, self._weights_dtype, gates_of(self.mode), state=name == "weight_hh")
 
     def _shape(self, name: str) -> tuple[int, int]:
         return self.hidden_size, self.input_size if name == "weight_ih" else self.hidden_size

@@ -14,10 +14,11 @@ from torch import Tensor
 from llm_ext.ops._registration import FAILURES, explain, refuse_derivative, register_fake, torch_ops
 from llm_ext.ops._transforms import exports_to_onnx
 from llm_ext.ops.argument_checks import ArgumentError
-from llm_ext.reference.quantization import quantize_weight
+from llm_ext.reference.quantization import MAX_INT8_COLUMNS, quantize_weight
 
 __all__ = [
     "DTYPES",
+    "MAX_INT8_COLUMNS",
     "PackedWeight",
     "QuantizedWeights",
     "one_direction",
@@ -32,8 +33,9 @@ _rnn_forward = torch_ops.quantized_rnn_forward.default
 _linear_forward = torch_ops.quantized_linear_forward.default
 
 DTYPES = ("int8", "bfloat16")
-# Rows of a panel of packed weights.
+# Rows of a panel of packed weights, and what is added to the integers of a state: csrc/params/quantized.h.
 _PANEL = 16
+_OFFSET = 64
 _DERIVATIVE = "train with llm_ext.fake_quantize_, and quantize after training"
 
 
@@ -41,7 +43,9 @@ class PackedWeight(NamedTuple):
     """A packed weight matrix ``[G R, K]``, of G blocks of R rows.
 
     Attributes:
-        values: ``[R / 16, G, K / d, 16, d]``, R and K rounded up: int8 with d = 2, or bfloat16 as int16 with d = 1.
+        values: ``[R / 16, G, K / d, 16, d]``, R and K rounded up: int8, with d = 4 for the products with states, or
+            bfloat16 as int16; otherwise d = 2. With d = 4 there is one more of K / d, the first: an int32 for each
+            row, -64 times the sum of its numbers, because a state has integers from 1 to 127 for -63 to 63.
         scale: Factor of each row of int8 values, float32 ``[G R]``; None for bfloat16.
         columns: K.
     """
@@ -81,24 +85,35 @@ def widen(values: Tensor, scale: Tensor | None) -> Tensor:
     return values.float() * scale.unsqueeze(-1)
 
 
-def pack(w: Tensor, dtype: str, gates: int = 1) -> PackedWeight:
+def pack(w: Tensor, dtype: str, gates: int = 1, *, state: bool = False) -> PackedWeight:
     """Round a float32 matrix ``[G R, K]`` to int8 or bfloat16, and pack it.
 
     Args:
         w: The matrix.
         dtype: "int8" or "bfloat16".
         gates: G.
+        state: Whether it is multiplied with states, which are bytes if it is int8.
+
+    Raises:
+        ValueError: An int8 matrix has so many columns that a sum could exceed 32 bits.
     """
-    (values, scale), depth = round_weight(w, dtype), 2 if dtype == "int8" else 1
     rows, K = len(w) // gates, w.shape[1]
+    if dtype == "int8" and K > MAX_INT8_COLUMNS:
+        raise ValueError(f"pack: w has {K} columns, and an int8 weight may have at most {MAX_INT8_COLUMNS}")
+    values, scale = round_weight(w, dtype)
+    depth = 4 if state and dtype == "int8" else 2
     blocks = torch.nn.functional.pad(values.view(gates, rows, K), (0, -K % depth, 0, -rows % _PANEL))
-    panels = blocks.view(gates, -(-rows // _PANEL), _PANEL, -(-K // depth), depth)
-    return PackedWeight(panels.permute(1, 0, 3, 2, 4).contiguous(), scale, K)
+    panels = blocks.view(gates, -(-rows // _PANEL), _PANEL, -(-K // depth), depth).permute(1, 0, 3, 2, 4)
+    if depth == 4:
+        first = (panels.sum((2, 4), dtype=torch.int32) * -_OFFSET).unsqueeze(-1).view(torch.int8)
+        panels = torch.cat([first.unsqueeze(2), panels], 2)
+    return PackedWeight(panels.contiguous(), scale, K)
 
 
 def unpack(packed: PackedWeight, rows: int) -> Tensor:
     """Return the float32 matrix ``[G R, K]`` that a packed weight of G blocks of R = `rows` rows stands for."""
-    panels, gates = packed.values.permute(1, 0, 3, 2, 4), packed.values.shape[1]
+    values = packed.values[:, :, 1:] if packed.values.shape[-1] == 4 else packed.values
+    panels, gates = values.permute(1, 0, 3, 2, 4), values.shape[1]
     values = panels.flatten(3).flatten(1, 2)[:, :rows, : packed.columns].reshape(gates * rows, packed.columns)
     return widen(values, packed.scale)
 

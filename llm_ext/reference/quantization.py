@@ -1,9 +1,10 @@
 """Weights of 8 bits and factors of 16 bits in plain PyTorch: what `llm_ext.ops` computes with int8 weights.
 
-A row of weights is ``w = scale * q`` with integers q from -127 to 127. A row a of an input or a state, of K numbers, is
-rounded to ``a = scale * q`` with integers |q| <= Q, where Q is the largest number up to 32767 with ``127 * Q * K <
-2**31``: it exceeds 16000 up to K = 1024, so that what is lost is lost in the weights. The sum of the products of both
-integers is then exact in int32, in any order of the terms. Everything else, the gates included, is not rounded.
+A row of weights is ``w = scale * q`` with integers q from -127 to 127. A row a of K numbers is rounded to ``a = scale *
+q`` with integers |q| <= Q. For an input, Q is the largest number up to 32767 with ``127 * Q * K < 2**31``: it exceeds
+16000 up to K = 1024, so that what is lost is lost in the weights. For a state, and the output of an LSTM before its
+projection, Q is 63: they are bounded, and their numbers of similar size. The sum of the products of both integers is
+exact in int32, in any order of the terms. Everything else, the gates included, is not rounded.
 
 Rows of zeros have the scale 0. A row with NaN or infinity has the scale NaN, and everything computed with it is NaN. A
 row of inputs without a magnitude above 1e-30 counts as zero.
@@ -16,7 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["QuantizedWeight", "quantize_rows", "quantize_weight", "quantized_linear"]
+__all__ = [
+    "INPUT_LIMIT",
+    "MAX_INT8_COLUMNS",
+    "STATE_LIMIT",
+    "QuantizedWeight",
+    "quantize_rows",
+    "quantize_weight",
+    "quantized_linear",
+]
+
+# The largest Q of inputs, and Q of states.
+INPUT_LIMIT, STATE_LIMIT = 32767, 63
+# The largest K: sums of products of 127 and 127 fit into int32.
+MAX_INT8_COLUMNS = 2**31 // 127**2
 
 
 class QuantizedWeight(NamedTuple):
@@ -33,11 +47,6 @@ class QuantizedWeight(NamedTuple):
     def dequantize(self) -> Tensor:
         """Return the weights, ``[O, K]`` in the dtype of the scale."""
         return self.values.to(self.scale.dtype) * self.scale[:, None]
-
-
-def _largest_factor(K: int) -> int:
-    """Return Q for rows of K numbers."""
-    return min(32767, 2**31 // (127 * max(K, 1)))
 
 
 def _divide(x: Tensor, largest: Tensor, limit: int, smallest: float) -> tuple[Tensor, Tensor]:
@@ -58,22 +67,25 @@ def quantize_weight(w: Tensor) -> QuantizedWeight:
     return QuantizedWeight(values.to(torch.int8), scale.squeeze(1))
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, limit: int = INPUT_LIMIT) -> tuple[Tensor, Tensor]:
     """Return each row of an input ``[*, K]`` rounded to integers, in the dtype of x, and the scales ``[*, 1]``."""
     K = x.shape[-1]
     largest = x.abs().amax(-1, keepdim=True) if K else x.new_zeros(*x.shape[:-1], 1)
-    return _divide(x, largest, _largest_factor(K), 1e-30)
+    return _divide(x, largest, min(limit, 2**31 // (127 * max(K, 1))), 1e-30)
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, limit: int = INPUT_LIMIT
+) -> Tensor:
     """Affine map ``y = x Wᵀ + b`` with weights of 8 bits and rows of x that are rounded to integers.
 
     Args:
         x: Input ``[*, K]``.
         weight: W, ``[O, K]``.
         bias: b, ``[O]``, or None for zeros.
+        limit: The largest magnitude of the integers of x, unless fewer fit.
     """
-    values, scale = quantize_rows(x)
+    values, scale = quantize_rows(x, limit)
     # float64 holds the sums of integers exactly.
     sums = values.double() @ weight.values.double().T
     y = sums.to(x.dtype) * scale * weight.scale.to(x.dtype)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.reference.lengths import within_lengths
-from llm_ext.reference.quantization import QuantizedWeight, quantized_linear
+from llm_ext.reference.quantization import STATE_LIMIT, QuantizedWeight, quantized_linear
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
@@ -234,6 +234,10 @@ def _linear(x: Tensor, w: Matrix, b: Tensor | None = None) -> Tensor:
     return F.linear(x, w, b) if isinstance(w, Tensor) else quantized_linear(x, w, b)
 
 
+def _linear_of_state(h: Tensor, w: Matrix, b: Tensor | None = None) -> Tensor:
+    return F.linear(h, w, b) if isinstance(w, Tensor) else quantized_linear(h, w, b, STATE_LIMIT)
+
+
 def _zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Return x with 0 beyond `lengths`: whatever padding holds, even NaN, then reaches no result and no gradient."""
     if lengths is None:
@@ -305,13 +309,13 @@ def _rnn_step(
     w_hr: Matrix | None,
 ) -> State:
     (h,) = state
-    return (nonlinearity(wx + _linear(h, w_hh, b_hh)),)
+    return (nonlinearity(wx + _linear_of_state(h, w_hh, b_hh)),)
 
 
 def _gru_step(wx: Tensor, state: State, w_hh: Matrix, b_hh: Tensor | None, w_hr: Matrix | None) -> State:
     (h,) = state
     wx_r, wx_z, wx_n = wx.chunk(3, 1)
-    uh_r, uh_z, uh_n = _linear(h, w_hh, b_hh).chunk(3, 1)
+    uh_r, uh_z, uh_n = _linear_of_state(h, w_hh, b_hh).chunk(3, 1)
     r, z = torch.sigmoid(wx_r + uh_r), torch.sigmoid(wx_z + uh_z)
     n = torch.tanh(wx_n + r * uh_n)
     return ((1 - z) * n + z * h,)
@@ -319,10 +323,10 @@ def _gru_step(wx: Tensor, state: State, w_hh: Matrix, b_hh: Tensor | None, w_hr:
 
 def _lstm_step(wx: Tensor, state: State, w_hh: Matrix, b_hh: Tensor | None, w_hr: Matrix | None) -> State:
     h, c = state
-    i, f, g, o = (wx + _linear(h, w_hh, b_hh)).chunk(4, 1)
+    i, f, g, o = (wx + _linear_of_state(h, w_hh, b_hh)).chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if w_hr is None else _linear(h, w_hr)), c
+    return (h if w_hr is None else _linear_of_state(h, w_hr)), c
 
 
 _STEPS: dict[str, Callable[[Tensor, State, Matrix, Tensor | None, Matrix | None], State]] = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.comparison import assert_all_close, assert_same_bits, flatten
 from support.pairwise import parametrize_pairwise
-from support.quantized import WEIGHTS
+from support.quantized import LAYER, WEIGHTS
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -78,8 +78,7 @@ def test_layers_compute_with_rounded_weights(
         actual, reference = layer(x, **arguments), expected(x, **arguments)
     if call == "packed":
         actual, reference = (actual[0].data, actual[1]), (reference[0].data, reference[1])
-    # int8 rounds the factors to 15 bits besides.
-    assert_all_close("recurrence_rounded_factors", actual, reference)
+    assert_all_close(LAYER[weights], actual, reference)
 
 
 @every_weights
@@ -95,10 +94,10 @@ def test_cells_compute_with_rounded_weights(name: str, module: Any, weights: Any
     hx: Any = (h, c) if name == "LSTMCell" else h
     calls: list[tuple[Any, ...]] = [(x,), (x, hx), (x[0],)]
     for call in calls:
-        assert_all_close("recurrence_rounded_factors", cell(*call), expected(*call))
+        assert_all_close(LAYER[weights], cell(*call), expected(*call))
     reset = torch.tensor([True, False, True, False, False])
     actual, reference = (each(x, hx, reset=reset) for each in (cell, expected))
-    assert_all_close("recurrence_rounded_factors", actual, reference)
+    assert_all_close(LAYER[weights], actual, reference)
     with pytest.raises(ValueError, match="input must be"):
         cell(torch.randn(5, 8))
 
@@ -207,6 +206,7 @@ def test_what_is_left_alone_and_why() -> None:
             "excluded": nn.GRU(3, 3),
             "normed": nn.utils.parametrizations.weight_norm(nn.GRU(3, 3), "weight_hh_l0"),
             "quantized": nn.GRU(3, 3),
+            "long": llm_ext.Linear(133145, 1),
         }
     )
     entries = llm_ext.quantize_(model, filter=lambda module, fqn: fqn != "excluded")
@@ -217,6 +217,7 @@ def test_what_is_left_alone_and_why() -> None:
         "excluded": "the filter excludes it",
         "normed": "it has parametrizations; remove them first",
         "quantized": None,
+        "long": "weight has 133145 columns, more than 133144",
     }
     with pytest.warns(UserWarning, match="no layer of Linear is quantized"):
         llm_ext.quantize_(nn.Linear(2, 2))
@@ -255,7 +256,7 @@ def test_fake_quantization_trains_towards_rounded_weights(weights: Any) -> None:
         (entry,) = llm_ext.quantize_(layer, weights)
         assert entry.reason is None
         assert not parametrize.is_parametrized(layer)
-        assert_all_close("recurrence_rounded_factors", layer(x)[0], expected)
+        assert_all_close(LAYER[weights], layer(x)[0], expected)
 
 
 @every_weights

@@ -54,7 +54,8 @@ def test_avx_only_in_kernels_of_an_isa() -> None:
             symbol = match[1]
         elif re.search(r"\t(v[a-z0-9]+ .*%[xyz]mm|vzero)", line):
             users.add(symbol)
-    namespaces = [*ISAS[1:], "avx2_quantized", "avx512_quantized", "avx512_vnni_quantized"]
+    quantized = ["avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16"]
+    namespaces = [*ISAS[1:], *(f"{name}_quantized" for name in quantized)]
     marks = [f"7llm_ext{len(name)}{name}" for name in namespaces]
     assert all(any(mark in user for user in users) for mark in marks)
     assert not [user for user in users if not any(mark in user for mark in marks)]

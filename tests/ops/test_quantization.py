@@ -14,7 +14,16 @@ from support.devices import num_threads, supported_isas
 from support.inputs import noncontiguous
 from support.pairwise import parametrize_pairwise
 from support.process import check_fork
-from support.quantized import WEIGHTS, detached, pack_inputs, quantized_arguments, run_op, run_reference
+from support.quantized import (
+    LINEAR,
+    RECURRENCE,
+    WEIGHTS,
+    detached,
+    pack_inputs,
+    quantized_arguments,
+    run_op,
+    run_reference,
+)
 from support.recurrences import ARCHITECTURES, GRU, LSTM, PROJECTED, RECURRENCES, RNN, Recurrence, recurrence_inputs
 from torch import Tensor
 
@@ -36,10 +45,6 @@ SIZES = [  # T, B, I, H: one row, tiles, panels of 16 and their rests, odd depth
 ]
 every_weights = pytest.mark.parametrize("weights", WEIGHTS)
 every_architecture = pytest.mark.parametrize("recurrence_", ARCHITECTURES, ids=str)
-
-
-def name_of(weights: str) -> str:
-    return f"recurrence_{weights}"
 
 
 @parametrize_pairwise(
@@ -66,7 +71,7 @@ def test_forward(
     with num_threads(threads):
         actual = run_op(recurrence_, inputs, weights, reverse=reverse)
     expected = run_reference(recurrence_, inputs, weights, reverse=reverse)
-    assert_all_close(name_of(weights), actual, expected)
+    assert_all_close(RECURRENCE[weights], actual, expected)
 
 
 @every_weights
@@ -78,12 +83,12 @@ def test_packed_rows_and_lengths(recurrence_: Recurrence, weights: str, reverse:
     inputs["x"][4:, 0] = float("nan")
     actual = run_op(recurrence_, inputs, weights, lengths=lengths, reverse=reverse)
     expected = run_reference(recurrence_, inputs, weights, lengths=lengths, reverse=reverse)
-    assert_all_close(name_of(weights), actual, expected)
+    assert_all_close(RECURRENCE[weights], actual, expected)
     batch_sizes = torch.tensor([5, 3, 3, 1])
     packed = inputs | {"x": torch.randn(12, 6)}
     actual = run_op(recurrence_, packed, weights, batch_sizes=batch_sizes, reverse=reverse)
     expected = run_reference(recurrence_, packed, weights, batch_sizes=batch_sizes, reverse=reverse)
-    assert_all_close(name_of(weights), actual, expected)
+    assert_all_close(RECURRENCE[weights], actual, expected)
 
 
 # Prints a hash of results that are the same on every machine.
@@ -148,6 +153,30 @@ def test_rows_of_zeros_and_tiny_numbers(value: float) -> None:
     assert_all_close("recurrence_int8", actual, run_reference(GRU, inputs, "int8"))
 
 
+@every_architecture
+def test_the_largest_weights_and_states_do_not_saturate(recurrence_: Recurrence) -> None:
+    inputs = detached(recurrence_inputs(recurrence_, (2, 3, 4), 3, 40, torch.float32, bias=False))
+    for name in ("w_hh", "w_hr"):
+        if name in inputs:
+            inputs[name] = inputs[name].sign() * 0.05
+    inputs["h0"][0], inputs["h0"][1] = 1, -1
+    assert_all_close("recurrence_int8", run_op(recurrence_, inputs, "int8"), run_reference(recurrence_, inputs, "int8"))
+
+
+def test_sums_that_may_not_fit_are_refused() -> None:
+    most = quantization.MAX_INT8_COLUMNS
+    w = torch.ones(3, most)
+    y = quantization.quantized_linear(torch.ones(2, most), quantization.pack(w, "int8"), None, 3)
+    torch.testing.assert_close(y, torch.full((2, 3), float(most)))
+    too_many = f"has {most + 1} columns, and an int8 weight may have at most {most}"
+    with pytest.raises(ValueError, match=too_many):
+        quantization.pack(torch.empty(3, most + 1, device="meta"), "int8")
+    arguments = list(quantized_arguments(GRU, "int8"))
+    arguments[1], arguments[14] = torch.empty(0, 3, most + 1), most + 1
+    with pytest.raises(RuntimeError, match=f"w_ih {too_many}"):
+        torch.ops.llm_ext.quantized_rnn_forward.default(*arguments)
+
+
 @every_weights
 @settings(max_examples=25)
 @given(data=st.data())
@@ -155,7 +184,8 @@ def test_pack_and_linear(weights: str, data: st.DataObject) -> None:
     gates, rows, K, N = (data.draw(st.integers(1, most)) for most in (4, 40, 70, 9))
     w, b = torch.randn(gates * rows, K), torch.randn(rows)
     rounded = quantization.widen(*quantization.round_weight(w, weights))
-    assert_same_bits(quantization.unpack(quantization.pack(w, weights, gates), rows), rounded)
+    for state in (False, True):
+        assert_same_bits(quantization.unpack(quantization.pack(w, weights, gates, state=state), rows), rounded)
     own = w[:rows]
     x = torch.randn(3, N, K)
     actual = quantization.quantized_linear(x, quantization.pack(own, weights), b, rows)
@@ -164,7 +194,7 @@ def test_pack_and_linear(weights: str, data: st.DataObject) -> None:
         expected = quantized_linear(x.double(), QuantizedWeight(values, scale.double()), b.double())
     else:
         expected = reference.linear(x.double(), own.to(torch.bfloat16).double(), b.double())
-    assert_close("linear", actual, expected)
+    assert_close(LINEAR[weights], actual, expected)
 
 
 def rms(error: Tensor) -> float:

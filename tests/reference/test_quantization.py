@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_ext.reference.quantization import quantize_rows, quantize_weight, quantized_linear
+from llm_ext.reference.quantization import STATE_LIMIT, quantize_rows, quantize_weight, quantized_linear
 
 INF, NAN = float("inf"), float("nan")
 
@@ -26,6 +26,9 @@ def test_the_error_is_half_a_unit(dtype: torch.dtype) -> None:
     values, scale = quantize_rows(x)
     assert ((values * scale - x).abs() <= scale * (0.5 + 1e-2)).all()
     assert values.abs().amax() == 2**31 // (127 * 1024) > 16000
+    values, scale = quantize_rows(x, STATE_LIMIT)
+    assert ((values * scale - x).abs() <= scale * (0.5 + 1e-4)).all()
+    assert values.abs().amax() == 63
 
 
 @pytest.mark.parametrize("K", [1, 2, 64, 515, 516, 1024, 70000])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_ext import reference
+from llm_ext import build_info, reference
 from llm_ext.ops import quantization, recurrence
 from llm_ext.ops.quantization import PackedWeight, QuantizedWeights
 from llm_ext.reference.quantization import QuantizedWeight, quantize_weight
@@ -15,6 +15,12 @@ from support.comparison import flatten, in_double
 from support.recurrences import ARCHITECTURES, Recurrence, recurrence_inputs
 
 WEIGHTS = ("int8", "bfloat16")
+# Rows of `tolerances.py` against the reference, and against layers in float32 with the same weights. One ISA rounds
+# inputs and states to bfloat16.
+_PAIRS = "_pairs" if build_info()["isa"] == "avx512_bf16" else ""
+RECURRENCE = {"int8": "recurrence_int8", "bfloat16": f"recurrence_bfloat16{_PAIRS}"}
+LAYER = RECURRENCE | {"int8": "recurrence_rounded_states"}
+LINEAR = {"int8": "linear", "bfloat16": f"linear{_PAIRS}"}
 
 
 def detached(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -25,8 +31,9 @@ def detached(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def pack_inputs(recurrence_: Recurrence, inputs: dict[str, Tensor], weights: str) -> QuantizedWeights:
     """The weights of one direction of one layer."""
     G = recurrence_.gates
-    w_ih, w_hh = (quantization.pack(inputs[name], weights, G) for name in ("w_ih", "w_hh"))
-    w_hr: PackedWeight | None = quantization.pack(inputs["w_hr"], weights) if "w_hr" in inputs else None
+    w_ih = quantization.pack(inputs["w_ih"], weights, G)
+    w_hh = quantization.pack(inputs["w_hh"], weights, G, state=True)
+    w_hr: PackedWeight | None = quantization.pack(inputs["w_hr"], weights, state=True) if "w_hr" in inputs else None
     H, P = len(inputs["w_hh"]) // G, inputs["w_hh"].shape[1]
     biases = inputs.get("b_ih"), inputs.get("b_hh")
     row = (*w_ih[:2], *w_hh[:2], *biases, *(w_hr or (None, None))[:2], w_ih.columns)

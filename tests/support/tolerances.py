@@ -56,13 +56,17 @@ TOLERANCE = {
     ("additive_attention_backward", torch.bfloat16): 1.6e-2,
     ("additive_attention", torch.float16): 5e-4,
     ("additive_attention_backward", torch.float16): 2e-3,
-    # The reference has the same weights. A factor of 14 bits or more that lies between two integers may be rounded to
-    # the other one, if a float32 rounding moves it.
+    # The reference has the same weights. A factor that lies between two integers may be rounded to the other one, if a
+    # float32 rounding moves it. Those of inputs have 14 bits or more. Those of states have 7 and would be off by more,
+    # but none is in the tests.
     ("recurrence_int8", torch.float32): 1e-4,
     # As of the recurrences in float32.
     ("recurrence_bfloat16", torch.float32): 5e-5,
-    # int8 layers against float32 layers of the same weights: factors of 14 bits or more.
-    ("recurrence_rounded_factors", torch.float32): 5e-4,
+    # int8 layers against float32 layers of the same weights: states of 7 bits, each number off by 1/126 of the largest.
+    ("recurrence_rounded_states", torch.float32): 3e-2,
+    # Of AVX512-BF16: inputs and states are rounded to 8 bits.
+    ("recurrence_bfloat16_pairs", torch.float32): 8e-3,
+    ("linear_pairs", torch.float32): 8e-3,
     # A dot product, and sums over rows.
     ("linear", torch.float32): 2e-5,
     ("linear_backward", torch.float32): 5e-5,

@@ -1,5 +1,5 @@
-// Weights of 8 and 16 bits on AVX-512 with VNNI, which adds the products of pairs of int16 to a sum in one instruction.
-// Without contraction: see baseline_quantized.cpp.
+// Weights of 8 and 16 bits on AVX-512 with VNNI, which adds the products of four bytes, or of two int16, to a sum in
+// one instruction. Without contraction: see baseline_quantized.cpp.
 #include "cpu/isa/isa.h"
 
 #if LLM_EXT_X86_ISAS
@@ -8,7 +8,7 @@
 #pragma GCC target("arch=x86-64-v4,avx512vnni")
 #pragma GCC optimize("fp-contract=off")
 #define LLM_EXT_ISA_NAMESPACE avx512_vnni_quantized
-#define LLM_EXT_DOT_INT16
+#define LLM_EXT_VNNI
 #define LLM_EXT_VECTOR_BYTES 64
 #include "cpu/quantized/quantized.inl"
 #pragma GCC pop_options

@@ -13,10 +13,6 @@
 
 namespace llm_ext {
 
-#if LLM_EXT_X86_ISAS
-extern const QuantizedTables& avx512_vnni_quantized_kernels;
-#endif
-
 namespace {
 
 struct Isa {
@@ -51,10 +47,17 @@ const QuantizedTables& avx512_quantized() {
   const bool vnni = has_avx512() && __builtin_cpu_supports("avx512vnni");
   return vnni ? avx512_vnni_quantized_kernels : avx512_quantized_kernels;
 }
+const QuantizedTables& avx2_quantized() {
+  constexpr unsigned int kAvxVnni = 1u << 4;  // by cpuid: older compilers do not accept "avxvnni"
+  unsigned int a, b, c, d;
+  const bool vnni = has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
+  return vnni ? avx_vnni_quantized_kernels : avx2_quantized_kernels;
+}
 
 Kernels with_bf16(Kernels kernels) {
   kernels.isa = "avx512_bf16";
   std::get<RecurrenceKernels<BFloat16>>(kernels.recurrences) = avx512_bf16_recurrence;
+  std::get<QuantizedKernels<BFloat16>>(kernels.quantizeds) = avx512_bf16_quantized_kernels;
   return kernels;
 }
 #endif
@@ -63,9 +66,9 @@ const Kernels& select() {
   // Best first: the default is the first that the machine supports.
   static const Isa isas[] = {
 #if LLM_EXT_X86_ISAS
-      {with_quantized(with_bf16(avx512_kernels), avx512_quantized()), has_avx512_bf16()},
+      {with_bf16(with_quantized(avx512_kernels, avx512_quantized())), has_avx512_bf16()},
       {with_quantized(avx512_kernels, avx512_quantized()), has_avx512()},
-      {with_quantized(avx2_kernels, avx2_quantized_kernels), has_avx2()},
+      {with_quantized(avx2_kernels, avx2_quantized()), has_avx2()},
 #endif
       {with_quantized(baseline_kernels, baseline_quantized_kernels), true},
   };

@@ -47,7 +47,10 @@ extern const QuantizedTables& baseline_quantized_kernels;
 extern const Kernels& avx2_kernels;
 extern const Kernels& avx512_kernels;
 extern const QuantizedTables& avx2_quantized_kernels;
+extern const QuantizedTables& avx_vnni_quantized_kernels;
 extern const QuantizedTables& avx512_quantized_kernels;
+extern const QuantizedTables& avx512_vnni_quantized_kernels;
+extern const QuantizedKernels<BFloat16>& avx512_bf16_quantized_kernels;
 extern const RecurrenceKernels<BFloat16>& avx512_bf16_recurrence;
 #endif
 

@@ -13,7 +13,7 @@ namespace LLM_EXT_ISA_NAMESPACE {
 
 template <typename W>
 static int64_t quantized_linear_workspace(const LinearSizes& s, int threads) {
-  return threads * blocked_space<W>(s.rows, s.input);
+  return threads * blocked_space<InputProduct<W>>(s.rows, s.input);
 }
 
 static int quantized_linear_threads(const LinearSizes& s, int threads) {
@@ -24,13 +24,15 @@ template <typename W>
 static void quantized_linear(const QuantizedLinearParams<W>& p, const ThreadTeam& team) {
   const LinearSizes s = p.sizes;
   const auto slice = slice_product(s.rows, divide_up(s.output, kQuantizedPanel), team);
-  float* space = p.workspace == nullptr ? nullptr : p.workspace + team.rank * blocked_space<W>(s.rows, s.input);
+  float* space =
+      p.workspace == nullptr ? nullptr : p.workspace + team.rank * blocked_space<InputProduct<W>>(s.rows, s.input);
   float* y = p.y + slice.rows.begin * s.output;
-  blocked_product<W, 1>(p.x + slice.rows.begin * s.input, slice.rows.size(), s.input, p.w, s.output, slice.panels,
-                        space, [&](int64_t row, int64_t col, Vec<float>(&value)[1], int lanes) {
-                          if (p.b != nullptr) value[0] += load_partial(p.b + col, lanes);
-                          store_partial(y + row * s.output + col, value[0], lanes);
-                        });
+  blocked_product<InputProduct<W>, 1>(p.x + slice.rows.begin * s.input, slice.rows.size(), s.input, p.w, s.output,
+                                      slice.panels, space,
+                                      [&](int64_t row, int64_t col, Vec<float>(&value)[1], int lanes) {
+                                        if (p.b != nullptr) value[0] += load_partial(p.b + col, lanes);
+                                        store_partial(y + row * s.output + col, value[0], lanes);
+                                      });
 }
 
 }  // namespace LLM_EXT_ISA_NAMESPACE

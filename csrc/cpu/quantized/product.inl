@@ -1,7 +1,8 @@
 // Products with packed weights of 8 or 16 bits: float rows become left factors, which meet one panel at a time.
 //
-// int8 weights: a row of factors is rounded to int16 with one scale, so that int32 sums are exact in any order. The
-// factor of a sum is applied to the float that it is rounded to. BFloat16 weights are widened to float.
+// int8 weights: a row of factors is rounded to integers with one scale, so that int32 sums are exact in any order. The
+// factor of a sum is applied to the float that it is rounded to. Inputs become int16, states bytes. BFloat16 weights
+// are widened to float, or meet rows that are rounded to pairs of BFloat16 where the ISA multiplies these.
 #pragma once
 
 #include "cpu/gemm/blocking.inl"
@@ -10,6 +11,7 @@
 #include "cpu/simd/float16.inl"
 #include "cpu/simd/int8.inl"
 #include "cpu/simd/load_store.inl"
+#include "cpu/simd/traits.inl"
 #include "cpu/simd/vec.inl"
 
 namespace llm_ext {
@@ -30,64 +32,143 @@ struct LeftRows {
   const float* scale;
 };
 
-// How weights of W are multiplied.
-template <typename W>
-struct Arithmetic;
+// Rows of K floats as integers of magnitude `most` at most. A row whose largest magnitude is below 1e-30 counts as
+// zero, and one with NaN or infinity becomes NaN. round(row, factor, out) writes whole units, clear(out) those of
+// zeros.
+template <typename L, typename Round, typename Clear>
+static inline LeftRows<L> round_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int64_t width,
+                                     float most, float* space, Round round, Clear clear) {
+  float* scales = space;
+  L* factors = reinterpret_cast<L*>(space + aligned(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = x + r * x_stride;
+    const float magnitude = largest_magnitude(row, k);
+    const bool usable = magnitude >= 1e-30f && magnitude < infinity<float>();
+    scales[r] = usable ? magnitude / most : (magnitude < infinity<float>() ? 0.0f : __builtin_nanf(""));
+    if (!usable || width > k) clear(factors + r * width);
+    if (usable) round(row, most / magnitude, factors + r * width);
+  }
+  return {factors, width, scales};
+}
 
-template <>
-struct Arithmetic<int8_t> {
+// Floats of memory for rows of `width` factors of type L and a scale each.
+template <typename L>
+static inline int64_t rounded_space(int64_t rows, int64_t width) {
+  return aligned(rows) + aligned(divide_up(rows * width * static_cast<int64_t>(sizeof(L)), sizeof(float)));
+}
+
+// Three ways to multiply. A unit is kDepth numbers of each column, which are multiplied in kParts parts; kFirst units
+// of a panel hold the numbers with which its sums begin; a tile has up to kRows rows.
+
+// int8 weights and rows of int16.
+struct WordProduct {
+  using Weight = int8_t;
   using Left = int16_t;
   using Sum = IntVec<float>;
+  static constexpr int kDepth = kInputDepth;
+  static constexpr int kParts = 1;
+  static constexpr int kFirst = 0;
+  static constexpr int kRows = kTileRows;
 
-  static Int16Vec load_weights(const int8_t* p) { return load_int8(p); }
-  static Int16Vec load_left(const int16_t* p) { return broadcast_pair(p); }
+  static Int16Vec load_weights(const int8_t* p, int) { return load_int8(p); }
+  static Int16Vec load_left(const int16_t* p, int) { return (Int16Vec)broadcast_lane(p); }
   static Sum multiply_add(Sum sum, Int16Vec a, Int16Vec b) { return add_pairs(sum, a, b); }
   static Vec<float> finish(Sum sum, float row_scale, const float* scale, int lanes) {
     return __builtin_convertvector(sum, Vec<float>) * row_scale * load_partial(scale, lanes);
   }
 
-  static int64_t stride(int64_t k) { return divide_up(k, 2) * 2; }
+  static int64_t stride(int64_t k) { return divide_up(k, kDepth) * kDepth; }
 
-  // The largest int16 factor of a row of k numbers: k products with 127 fit into int32.
+  // The largest factor: k products with 127 fit into int32.
   static int32_t limit(int64_t k) {
     const int64_t fitting = (int64_t(1) << 31) / 127 / (k > 0 ? k : 1);
     return static_cast<int32_t>(fitting < 32767 ? fitting : 32767);
   }
 
-  // A row whose largest magnitude is below 1e-30 counts as zero, and one with NaN or infinity becomes NaN.
   static LeftRows<Left> prepare(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* space) {
-    const int64_t width = stride(k);
-    float* scales = space;
-    Left* factors = reinterpret_cast<Left*>(space + aligned(rows));
-    const float most = static_cast<float>(limit(k));
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* row = x + r * x_stride;
-      Left* out = factors + r * width;
-      const float magnitude = largest_magnitude(row, k);
-      const bool usable = magnitude >= 1e-30f && magnitude < infinity<float>();
-      scales[r] = usable ? magnitude / most : (magnitude < infinity<float>() ? 0.0f : __builtin_nanf(""));
-      if (usable) {
-        round_to_int16(row, k, most / magnitude, out);
-        if (width > k) out[k] = 0;
-      } else {
-        zero(out, width);
-      }
-    }
-    return {factors, width, scales};
+    return round_rows<Left>(
+        x, x_stride, rows, k, stride(k), static_cast<float>(limit(k)), space,
+        [=](const float* row, float factor, Left* out) { round_to_int16(row, k, factor, out); },
+        [=](Left* out) { zero(out, stride(k)); });
   }
-
-  static int64_t space(int64_t rows, int64_t k) {
-    return aligned(rows) + aligned(divide_up(rows * stride(k), sizeof(float) / sizeof(Left)));
-  }
+  static int64_t space(int64_t rows, int64_t k) { return rounded_space<Left>(rows, stride(k)); }
 };
 
-template <>
-struct Arithmetic<BFloat16> {
-  using Left = float;
-  using Sum = Vec<float>;
+// int8 weights and rows of bytes.
+struct ByteProduct {
+  using Weight = int8_t;
+  using Left = uint8_t;
+  using Sum = IntVec<float>;
+  static constexpr int kDepth = kStateDepth<int8_t>;
+  static constexpr int kParts = 1;
+  static constexpr int kFirst = 1;
+  static constexpr int kRows = kTileRows;
 
-  static Vec<float> load_weights(const BFloat16* p) { return load(p); }
-  static Vec<float> load_left(const float* p) { return broadcast(*p); }
+  static Sum load_weights(const int8_t* p, int) {
+    Sum bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return bytes;
+  }
+  static Sum load_left(const uint8_t* p, int) { return broadcast_lane(p); }
+  static Sum multiply_add(Sum sum, Sum a, Sum b) { return add_fours(sum, a, b); }
+  static Vec<float> finish(Sum sum, float row_scale, const float* scale, int lanes) {
+    return WordProduct::finish(sum, row_scale, scale, lanes);
+  }
+
+  static int64_t stride(int64_t k) { return divide_up(k, kDepth) * kDepth; }
+
+  static LeftRows<Left> prepare(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* space) {
+    return round_rows<Left>(
+        x, x_stride, rows, k, stride(k), kByteOffset - 1, space,
+        [=](const float* row, float factor, Left* out) { round_to_bytes(row, k, factor, kByteOffset, out); },
+        [=](Left* out) { __builtin_memset(out, kByteOffset, stride(k)); });
+  }
+  static int64_t space(int64_t rows, int64_t k) { return rounded_space<Left>(rows, stride(k)); }
+};
+
+// BFloat16 weights.
+struct PairProduct {
+  using Weight = BFloat16;
+  using Sum = Vec<float>;
+  static constexpr int kDepth = kInputDepth;
+  static constexpr int kFirst = 0;
+  static_assert(kInputDepth == kStateDepth<BFloat16>);
+
+#ifdef LLM_EXT_DOT_BF16
+  using Left = BFloat16;
+  static constexpr int kParts = 1;
+  static constexpr int kRows = kTileRows;
+
+  static Vec<float> load_weights(const BFloat16* p, int) { return load_pairs(p, 2 * kLanes<float>); }
+  static Vec<float> load_left(const BFloat16* p, int) { return (Vec<float>)broadcast_lane(p); }
+  static Sum multiply_add(Sum sum, Vec<float> a, Vec<float> b) {
+    return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  static int64_t stride(int64_t k) { return divide_up(k, kDepth) * kDepth; }
+  static LeftRows<Left> prepare(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* space) {
+    Left* factors = reinterpret_cast<Left*>(space);
+    for (int64_t r = 0; r < rows; ++r) {
+      Left* out = factors + r * stride(k);
+      convert(x + r * x_stride, out, k);
+      if (stride(k) > k) out[k] = {0};
+    }
+    return {factors, stride(k), nullptr};
+  }
+  static int64_t space(int64_t rows, int64_t k) { return aligned(divide_up(rows * stride(k), 2)); }
+#else
+  using Left = float;
+  static constexpr int kParts = 2;
+  static constexpr int kRows = LLM_EXT_VECTOR_BYTES == 32 ? 5 : kTileRows;  // the mask takes a register
+
+  static Vec<float> load_weights(const BFloat16* p, int part) {
+    // Keeps loads behind the products of the part before: a tile leaves no registers for both.
+    asm volatile("" ::: "memory");
+    Bits32 pairs;
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    return (Vec<float>)(part == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
+  static Vec<float> load_left(const float* p, int part) { return broadcast(p[part]); }
   // Fused where the ISA can, since the compiler is told not to contract.
   static Sum multiply_add(Sum sum, Vec<float> a, Vec<float> b) {
 #if LLM_EXT_VECTOR_BYTES == 64
@@ -98,51 +179,82 @@ struct Arithmetic<BFloat16> {
     return sum + a * b;
 #endif
   }
-  static Vec<float> finish(Sum sum, float, const float*, int) { return sum; }
 
   static LeftRows<Left> prepare(const float* x, int64_t x_stride, int64_t, int64_t, float*) {
     return {x, x_stride, nullptr};
   }
   static int64_t space(int64_t, int64_t) { return 0; }
+#endif
+  static Vec<float> finish(Sum sum, float, const float*, int) { return sum; }
 };
 
-// Elements of W in a panel of one gate.
+// How weights of W are multiplied with inputs and with states.
 template <typename W>
+using InputProduct = Choose<sizeof(W) == 1, WordProduct, PairProduct>;
+template <typename W>
+using StateProduct = Choose<sizeof(W) == 1, ByteProduct, PairProduct>;
+
+// Elements in a panel of one gate.
+template <typename A>
 static inline int64_t panel_size(int64_t k) {
-  return divide_up(k, kQuantizedDepth<W>) * kQuantizedDepth<W> * kQuantizedPanel;
+  return (A::kFirst + divide_up(k, A::kDepth)) * A::kDepth * kQuantizedPanel;
+}
+
+// Adds a part of the products of M rows of left factors with one unit of a panel.
+template <typename A, int M>
+__attribute__((always_inline)) static inline void add_part(typename A::Sum (&sums)[M][kPanelVectors],
+                                                           const typename A::Left* left, int64_t stride,
+                                                           const typename A::Weight* unit, int part) {
+  decltype(A::load_weights(unit, part)) weights[kPanelVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kPanelVectors; ++v) {
+    weights[v] = A::load_weights(unit + v * kLanes<float> * A::kDepth, part);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const auto factor = A::load_left(left + m * stride, part);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) sums[m][v] = A::multiply_add(sums[m][v], factor, weights[v]);
+  }
 }
 
 // sums[m][v] = sum over k of row m of the left factors times column v of a panel. With few sums, they are split over
 // several sets to cover the latency of a multiply-add.
-template <typename W, int M>
-__attribute__((noinline)) static void multiply_panel(const typename Arithmetic<W>::Left* left, int64_t stride,
-                                                     int64_t k, const W* panel,
-                                                     typename Arithmetic<W>::Sum (*sums)[kPanelVectors]) {
-  using A = Arithmetic<W>;
-  constexpr int kDepth = kQuantizedDepth<W>;
+template <typename A, int M>
+__attribute__((noinline)) static void multiply_panel(const typename A::Left* left, int64_t stride, int64_t k,
+                                                     const typename A::Weight* panel,
+                                                     typename A::Sum (*sums)[kPanelVectors]) {
   constexpr int kSums = M * kPanelVectors;
-  constexpr int kSets = kSums >= 8 ? 1 : (kSums >= 4 ? 2 : 4);
+  constexpr int kMostSums = LLM_EXT_VECTOR_BYTES == 64 ? 16 : A::kRows * kPanelVectors;
+  constexpr int kSets = kSums < 4 ? 4 : (kSums < 8 && 2 * kSums <= kMostSums ? 2 : 1);
+  constexpr int kUnit = A::kDepth * kQuantizedPanel;
   typename A::Sum acc[kSets][M][kPanelVectors] = {};
-  const auto accumulate = [&](typename A::Sum(&set)[M][kPanelVectors], int64_t i) {
-    decltype(A::load_weights(panel)) weights[kPanelVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      weights[v] = A::load_weights(panel + (i * kQuantizedPanel + v * kLanes<float>)*kDepth);
-    }
+  if constexpr (A::kFirst > 0) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const auto factor = A::load_left(left + m * stride + i * kDepth);
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) set[m][v] = A::multiply_add(set[m][v], factor, weights[v]);
-    }
-  };
-  const int64_t units = divide_up(k, kDepth);
+    for (int m = 0; m < M; ++m) __builtin_memcpy(acc[0][m], panel, sizeof(acc[0][m]));
+    panel += A::kFirst * kUnit;
+  }
+  // Left factors that are not rounded have no padding: of a last unit that is not full only the first part exists.
+  const int64_t units = A::kParts == 1 ? divide_up(k, A::kDepth) : k / A::kDepth;
   int64_t i = 0;
   for (; i + kSets <= units; i += kSets) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSets; ++s) accumulate(acc[s], i + s);
+    for (int s = 0; s < kSets; ++s) {
+#pragma GCC unroll 2
+      for (int part = 0; part < A::kParts; ++part) {
+        add_part<A, M>(acc[s], left + (i + s) * A::kDepth, stride, panel + (i + s) * kUnit, part);
+      }
+    }
   }
-  for (; i < units; ++i) accumulate(acc[0], i);
+  for (; i < units; ++i) {
+#pragma GCC unroll 2
+    for (int part = 0; part < A::kParts; ++part) {
+      add_part<A, M>(acc[0], left + i * A::kDepth, stride, panel + i * kUnit, part);
+    }
+  }
+  if (A::kParts > 1 && k % A::kDepth != 0) {
+    add_part<A, M>(acc[0], left + units * A::kDepth, stride, panel + units * kUnit, 0);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
@@ -154,14 +266,14 @@ __attribute__((noinline)) static void multiply_panel(const typename Arithmetic<W
   }
 }
 
-template <typename W>
-using MultiplyPanel = void (*)(const typename Arithmetic<W>::Left*, int64_t, int64_t, const W*,
-                               typename Arithmetic<W>::Sum (*)[kPanelVectors]);
+template <typename A>
+using MultiplyPanel = void (*)(const typename A::Left*, int64_t, int64_t, const typename A::Weight*,
+                               typename A::Sum (*)[kPanelVectors]);
 
-template <typename W>
-static inline MultiplyPanel<W> multiply_panel_for(int m) {
-#define LLM_EXT_TILE(M) multiply_panel<W, M>
-  static constexpr MultiplyPanel<W> kTable[kTileRows] = {
+template <typename A>
+static inline MultiplyPanel<A> multiply_panel_for(int m) {
+#define LLM_EXT_TILE(M) multiply_panel<A, (M < A::kRows ? M : A::kRows)>
+  static constexpr MultiplyPanel<A> kTable[] = {
       LLM_EXT_TILE(1), LLM_EXT_TILE(2),
 #if LLM_EXT_VECTOR_BYTES >= 32
       LLM_EXT_TILE(3), LLM_EXT_TILE(4), LLM_EXT_TILE(5), LLM_EXT_TILE(6),
@@ -177,14 +289,13 @@ static inline MultiplyPanel<W> multiply_panel_for(int m) {
 // The rows of `left`, of k numbers, times `panels` of a matrix of kGates blocks of `block_rows` rows. Calls
 // finish(row, column, values, lanes) with one vector of each gate. Panels are read backwards if asked: repeated
 // products should alternate, so that the panels which a cache still holds come first.
-template <typename W, int kGates, typename Finish>
-static inline void panels_product(LeftRows<typename Arithmetic<W>::Left> left, int64_t rows, int64_t k,
-                                  QuantizedMatrix<W> w, int64_t block_rows, Range panels, bool backwards,
-                                  Finish finish) {
-  using A = Arithmetic<W>;
+template <typename A, int kGates, typename Finish>
+static inline void panels_product(LeftRows<typename A::Left> left, int64_t rows, int64_t k,
+                                  QuantizedMatrix<typename A::Weight> w, int64_t block_rows, Range panels,
+                                  bool backwards, Finish finish) {
   typename A::Sum sums[kGates][kTileRows][kPanelVectors];
-  const Tiles tiles(rows, kTileRows, kTileRows);
-  const int64_t size = panel_size<W>(k);
+  const Tiles tiles(rows, A::kRows, A::kRows);
+  const int64_t size = panel_size<A>(k);
   for (int64_t i = panels.begin; i < panels.end; ++i) {
     const int64_t p = backwards ? panels.end - 1 - (i - panels.begin) : i;
     const int64_t first = p * kQuantizedPanel;
@@ -192,7 +303,7 @@ static inline void panels_product(LeftRows<typename Arithmetic<W>::Left> left, i
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const Range tile_rows = tiles[tile];
       const int count = static_cast<int>(tile_rows.size());
-      const MultiplyPanel<W> multiply = multiply_panel_for<W>(count);
+      const MultiplyPanel<A> multiply = multiply_panel_for<A>(count);
       for (int g = 0; g < kGates; ++g) {
         multiply(left.data + tile_rows.begin * left.stride, left.stride, k, w.packed + (p * kGates + g) * size,
                  sums[g]);
@@ -215,24 +326,24 @@ static inline void panels_product(LeftRows<typename Arithmetic<W>::Left> left, i
 
 // panels_product of rows of float, in blocks of MC rows that stay in the L2 cache while all panels pass. `space` has
 // blocked_space() elements.
-template <typename W, int kGates, typename Finish>
-static inline void blocked_product(const float* x, int64_t rows, int64_t k, QuantizedMatrix<W> w, int64_t block_rows,
-                                   Range panels, float* space, Finish finish) {
-  const int64_t block = mc_rows<typename Arithmetic<W>::Left>(k);
+template <typename A, int kGates, typename Finish>
+static inline void blocked_product(const float* x, int64_t rows, int64_t k, QuantizedMatrix<typename A::Weight> w,
+                                   int64_t block_rows, Range panels, float* space, Finish finish) {
+  const int64_t block = mc_rows<typename A::Left>(k);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t count = rows - begin < block ? rows - begin : block;
-    const auto left = Arithmetic<W>::prepare(x + begin * k, k, count, k, space);
-    panels_product<W, kGates>(left, count, k, w, block_rows, panels, false,
+    const auto left = A::prepare(x + begin * k, k, count, k, space);
+    panels_product<A, kGates>(left, count, k, w, block_rows, panels, false,
                               [&](int64_t row, int64_t col, Vec<float>(&values)[kGates], int lanes) {
                                 finish(begin + row, col, values, lanes);
                               });
   }
 }
 
-template <typename W>
+template <typename A>
 static inline int64_t blocked_space(int64_t rows, int64_t k) {
-  const int64_t block = mc_rows<typename Arithmetic<W>::Left>(k);
-  return Arithmetic<W>::space(rows < block ? rows : block, k);
+  const int64_t block = mc_rows<typename A::Left>(k);
+  return A::space(rows < block ? rows : block, k);
 }
 
 // How a team divides the product of `rows` rows with `panels` panels: by rows if there are enough for whole tiles.

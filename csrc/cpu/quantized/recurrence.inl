@@ -24,9 +24,9 @@ struct QuantizedWorkspace {
       : bias(aligned(gates_of(s.mode) * s.hidden)),
         z(aligned(max_step_block_rows<float>(s) * gates_of(s.mode) * s.hidden)),
         m(s.projected() ? aligned(s.batch * s.hidden) : 0),
-        left(most(blocked_space<W>(max_step_block_rows<float>(s), s.input),
-                  most(Arithmetic<W>::space(s.batch, s.output),
-                       s.projected() ? Arithmetic<W>::space(s.batch, s.hidden) : 0))),
+        left(most(blocked_space<InputProduct<W>>(max_step_block_rows<float>(s), s.input),
+                  most(StateProduct<W>::space(s.batch, s.output),
+                       s.projected() ? StateProduct<W>::space(s.batch, s.hidden) : 0))),
         total(bias + z + m + threads * left) {}
 
   static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -50,7 +50,7 @@ static int quantized_recurrence_threads(const RecurrenceSizes& s, int threads) {
 
 template <typename W, typename C>
 static void quantized_forward(const QuantizedRecurrenceParams<W>& params, const ThreadTeam& team) {
-  using A = Arithmetic<W>;
+  using A = StateProduct<W>;
   const RecurrenceForwardParams<float>& p = params.call;
   const RecurrenceSizes& s = p.sizes;
   const int64_t H = s.hidden, P = s.output;
@@ -63,11 +63,16 @@ static void quantized_forward(const QuantizedRecurrenceParams<W>& params, const 
   float* const m = z + sizes.z;
   float* const left = m + sizes.m + team.rank * sizes.left;
 
-  const Range biases = team.slice(gates, kAlign);
-  for (int64_t j = biases.begin; j < biases.end; ++j) {
-    const int b = static_cast<int>(j / H);
-    bias[j] = p.b_ih == nullptr ? 0.0f : p.b_ih[input_gate<C>(b) * H + j % H];
-    if (state_gate<C>(b) >= 0 && p.b_hh != nullptr) bias[j] += p.b_hh[state_gate<C>(b) * H + j % H];
+  const Range units = team.slice(H, kAlign);
+  for (int b = 0; b < C::kGates; ++b) {
+    const int g = state_gate<C>(b);
+    for_each_vector<float>(units.size(), [&](int64_t j, int lanes) {
+      const int64_t col = units.begin + j;
+      Vec<float> sum{};
+      if (p.b_ih != nullptr) sum = load_partial(p.b_ih + input_gate<C>(b) * H + col, lanes);
+      if (g >= 0 && p.b_hh != nullptr) sum += load_partial(p.b_hh + g * H + col, lanes);
+      store_partial(bias + b * H + col, sum, lanes);
+    });
   }
 
   const int64_t panels = divide_up(H, kQuantizedPanel);
@@ -84,7 +89,7 @@ static void quantized_forward(const QuantizedRecurrenceParams<W>& params, const 
 
     team.sync();
     const auto slice = slice_product(count, panels, team);
-    blocked_product<W, C::kGates>(
+    blocked_product<InputProduct<W>, C::kGates>(
         p.x + (first + slice.rows.begin) * s.input, slice.rows.size(), s.input, params.ih, H, slice.panels, left,
         [&](int64_t row, int64_t col, Vec<float>(&values)[C::kGates], int lanes) {
           for (int b = 0; b < C::kGates; ++b) {
@@ -130,7 +135,7 @@ static void quantized_forward(const QuantizedRecurrenceParams<W>& params, const 
           }
           return;
         }
-        panels_product<W, C::kGates>(A::prepare(previous, P, r.size(), P, left), r.size(), P, params.hh, H,
+        panels_product<A, C::kGates>(A::prepare(previous, P, r.size(), P, left), r.size(), P, params.hh, H,
                                      partition.panels, i % 2 != 0,
                                      [&](int64_t row, int64_t col, Vec<float>(&values)[C::kGates], int lanes) {
                                        finish(previous + row * P, r.begin + row, col, values, lanes);
@@ -140,7 +145,7 @@ static void quantized_forward(const QuantizedRecurrenceParams<W>& params, const 
       step(intersect(all, {order.rows(i - 1), order.rows(i)}));
       if (projected) {
         if (partition.barrier) team.sync();
-        panels_product<W, 1>(A::prepare(m + all.begin * H, H, all.size(), H, left), all.size(), H, params.hr, P,
+        panels_product<A, 1>(A::prepare(m + all.begin * H, H, all.size(), H, left), all.size(), H, params.hr, P,
                              partition.output_panels, i % 2 != 0,
                              [&](int64_t row, int64_t col, Vec<float>(&value)[1], int lanes) {
                                target.store(all.begin + row, col, value[0], lanes);

@@ -27,20 +27,21 @@ constexpr ScalarType kPackedType = sizeof(W) == 1 ? ScalarType::Char : ScalarTyp
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Checks a packed matrix of `blocks` blocks of `rows` rows of `depth` numbers. Owns dense copies.
+// Checks a packed matrix of `blocks` blocks of `rows` rows of `columns` numbers, packed at `depth`. Owns dense copies.
 template <typename W>
 class Packed {
  public:
   Packed(const OptionalTensor& w, const OptionalTensor& scale, const char* op, const char* name, int64_t blocks,
-         int64_t rows, int64_t depth)
+         int64_t rows, int64_t columns, int64_t depth)
       : scale_(scale, op, "scale", {blocks * rows}) {
     if (!w.has_value()) return;
-    constexpr int64_t kDepth = kQuantizedDepth<W>;
-    STD_TORCH_CHECK(
-        w->is_cpu() && w->scalar_type() == kPackedType<W> &&
-            has_sizes(*w,
-                      {divide_up(rows, kQuantizedPanel), blocks, divide_up(depth, kDepth), kQuantizedPanel, kDepth}),
-        op, ": ", name, " must be the packed weight [", blocks * rows, ", ", depth, "], got ", shape_text(*w));
+    STD_TORCH_CHECK(sizeof(W) != 1 || columns <= kMaxInt8Columns, op, ": ", name, " has ", columns,
+                    " columns, and an int8 weight may have at most ", kMaxInt8Columns);
+    const int64_t units = divide_up(columns, depth) + (depth == 4 ? 1 : 0);
+    STD_TORCH_CHECK(w->is_cpu() && w->scalar_type() == kPackedType<W> &&
+                        has_sizes(*w, {divide_up(rows, kQuantizedPanel), blocks, units, kQuantizedPanel, depth}),
+                    op, ": ", name, " must be the packed weight [", blocks * rows, ", ", columns, "], got ",
+                    shape_text(*w));
     STD_TORCH_CHECK(scale.has_value() == (sizeof(W) == 1), op, ": ", name, " must have a scale exactly if it is int8");
     w_ = dense(*w);
   }
@@ -120,9 +121,9 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
   return with_weight_type(w_ih, kOp, [&](auto type) -> Results {
     using W = decltype(type);
     const int64_t gates = gates_of(mode);
-    const Packed<W> ih(w_ih, s_ih, kOp, "w_ih", gates, hidden, input);
-    const Packed<W> hh(w_hh, s_hh, kOp, "w_hh", gates, hidden, output);
-    const Packed<W> hr(w_hr, s_hr, kOp, "w_hr", 1, output, hidden);
+    const Packed<W> ih(w_ih, s_ih, kOp, "w_ih", gates, hidden, input, kInputDepth);
+    const Packed<W> hh(w_hh, s_hh, kOp, "w_hh", gates, hidden, output, kStateDepth<W>);
+    const Packed<W> hr(w_hr, s_hr, kOp, "w_hr", 1, output, hidden, kStateDepth<W>);
     const Input<float> b_ih_in(b_ih, kOp, "b_ih", {gates * hidden}), b_hh_in(b_hh, kOp, "b_hh", {gates * hidden});
     const Tensor x_in = dense(x);
     if (!is_packed) offsets = padded_row_offsets(steps, batch);
@@ -168,7 +169,7 @@ Tensor quantized_linear_forward(const Tensor& x, const Tensor& w, const Optional
   const int64_t rows = x.numel() / input;
   return with_weight_type(w, kOp, [&](auto type) {
     using W = decltype(type);
-    const Packed<W> packed(w, scale, kOp, "w", 1, output, input);
+    const Packed<W> packed(w, scale, kOp, "w", 1, output, input, kInputDepth);
     const Input<float> b_in(b, kOp, "b", {output});
     const Tensor x_in = dense(x);
     const Tensor y = empty(shape.data(), static_cast<int64_t>(shape.size()), ScalarType::Float);
