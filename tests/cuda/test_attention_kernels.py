@@ -6,6 +6,7 @@ Each case runs with several seeds, so in several orders of its threads, and must
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ class Pool:
     # A given plan: packs per thread, threads per thread group, positions per chunk.
     plan: tuple[int, int, int] | None = None
     round_groups: int = 0  # prefix form forward, in rounds: thread groups per row
+    gradient_groups: int = 0  # backward, likewise
     sm_count: int = 132
     shared_bytes: int = 227 * 1024
 
@@ -68,6 +70,7 @@ class Pool:
         options += [f"size{self.size:g}"] * (self.size != 0)
         options += ["plan" + "_".join(map(str, self.plan))] if self.plan else [f"sm{self.sm_count}"]
         options += [f"rounds{self.round_groups}"] * (self.round_groups > 0)
+        options += [f"backward{self.gradient_groups}"] * (self.gradient_groups > 0)
         sizes = f"B{self.B}-T{self.T}-D{self.D}"
         op = "prefix" if self.prefix else "pool"
         return "-".join([op, str(self.dtype).removeprefix("torch."), sizes, self.rows, *options])
@@ -158,6 +161,7 @@ def check_pool(program: Path, case: Pool) -> None:
             "dim": case.D,
             "time_major": int(case.time_major),
             "round_groups": case.round_groups,
+            "gradient_groups": case.gradient_groups,
             "sm_count": case.sm_count,
             "shared_bytes": case.shared_bytes,
             "seed": sum(map(ord, str(case))),
@@ -167,7 +171,7 @@ def check_pool(program: Path, case: Pool) -> None:
     op = "prefix_pool" if case.prefix else "attention_pool"
     wide = ("lse", "l_n", "c_n", "dl0", "dc0")
     for name, expected in pool_expected(
-        replace(case, plan=None, round_groups=0, sm_count=0, shared_bytes=0, time_major=False)
+        replace(case, plan=None, round_groups=0, gradient_groups=0, sm_count=0, shared_bytes=0, time_major=False)
     ).items():
         dtype, shape = computed(case.dtype) if name in wide else case.dtype, expected.shape
         if name == "l_n":
@@ -213,7 +217,7 @@ def pool_cases() -> list[Pool]:
     # Rounds: several thread groups per block and one; rounds without positions; the last state from the first round.
     for i, dtype in enumerate(DTYPES):
         some = Pool(True, dtype, D=3 * pack(dtype), T=30)
-        cases += [
+        rounds = [
             replace(some, plan=(1, 4, 3), round_groups=3 * pack(dtype) // 4 + 1),
             replace(some, plan=(1, 64, 2), round_groups=3, scored=i % 2 == 0, rows="lengths", state=False),
             replace(some, plan=(2, 8, 4), round_groups=5, rows="mask", time_major=True),
@@ -221,9 +225,20 @@ def pool_cases() -> list[Pool]:
             replace(some, B=2, plan=(1, 128, 4), round_groups=3),
         ]
         large = replace(some, scored=True, size=1e4 if dtype == torch.float16 else 1e6)
-        cases.append(replace(large, plan=(1, 32, 4), round_groups=3 * pack(dtype)))
+        rounds.append(replace(large, plan=(1, 32, 4), round_groups=3 * pack(dtype)))
+        cases += [replace(case, gradient_groups=0 if dtype in HALF_DTYPES else case.round_groups) for case in rounds]
+        if dtype not in HALF_DTYPES:
+            # Backward, a thread group per row: several chunks, one, and no gradient of c.
+            alone = replace(some, gradient_groups=1)
+            cases += [
+                replace(alone, plan=(1, 4, 4)),
+                replace(alone, plan=(1, 64, 8), scored=i % 2 == 1, rows="lengths", time_major=True),
+                replace(alone, plan=(2, 2, 6), rows="mask", state=False),
+                replace(alone, B=2, T=9, plan=(1, 128, 12), rows="full", bare=True),
+                replace(alone, plan=(1, 8, 8), scored=True, size=1e6),
+            ]
         cases += [replace(large, prefix=prefix, plan=(1, 4, 8)) for prefix in (False, True)]
-    # A plan of make_prefix_plan().
+    # Plans of make_prefix_plan() and make_prefix_gradient_plan().
     cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
     return list(dict.fromkeys(cases))
 
@@ -372,20 +387,31 @@ def test_plans_fit(program: Path) -> None:
     ]
     slabs = [(Tq, Tk, A) for Tq in (0, 1, 31, 50, 3000) for Tk in (0, 1, 50, 5000) for A in (0, 1, 64, 1024)]
     answer = run(program, {"pools": torch.tensor(pools), "slabs": torch.tensor(slabs)})
-    for i, (B, T, D, size, multiprocessors, room) in enumerate(pools):
-        packs, group_threads, chunk, chunks, round_groups, shared = tensor(answer[f"pool{i}"], torch.int64, 6).tolist()
-        what = f"{pools[i]} by {(packs, group_threads, chunk, chunks, round_groups, shared)}"
+    kinds = {name: set[bool]() for name in ("pool", "gradient")}
+    for (i, problem), name in itertools.product(enumerate(pools), kinds):
+        B, T, D, size, multiprocessors, room = problem
+        packs, group_threads, chunk, chunks, round_groups, shared = tensor(
+            answer[f"{name}{i}"], torch.int64, 6
+        ).tolist()
+        what = f"{name} {problem} by {(packs, group_threads, chunk, chunks, round_groups, shared)}"
+        kinds[name].add(round_groups > 1)
         assert group_threads in (1, 2, 4, 8, 16, 32, 64, 128, 256), what
         assert packs == 0 or (D * size % 16 == 0 and packs * group_threads * 16 >= D * size), what
         assert chunks >= 1, what
         if round_groups == 0:
             assert chunk * chunks >= T, what
-        else:  # all thread groups are resident
-            assert packs > 0, what
+            continue
+        assert packs > 0, what
+        assert shared <= room, what
+        if round_groups > 1:  # all thread groups are resident
             assert B * round_groups <= multiprocessors * (256 // group_threads), what
-            assert shared <= room, what
             assert round_groups * group_threads >= D, what
-    assert any(tensor(answer[f"pool{i}"], torch.int64, 6)[4] > 0 for i in range(len(pools)))
+        else:
+            assert name == "gradient", what
+            assert packs <= 2, what
+            assert size >= 4, what
+            assert 2 * (shared + 1024) <= room + 1024 or packs > 1, what
+    assert all(len(found) == 2 for found in kinds.values())
     for i, (Tq, Tk, A) in enumerate(slabs):
         slab = int.from_bytes(answer[f"slab{i}"], "little")
         assert slab == Tq or slab % 32 == 0, slabs[i]
@@ -393,8 +419,10 @@ def test_plans_fit(program: Path) -> None:
 
 
 # A call that is removed from a real kernel, and a case that must find the fault.
+ROUNDS = Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2))
 LINES = [
-    ("pooling/prefix_rounds.cu", "await_flag", Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2), round_groups=3)),
+    ("pooling/rounds.cuh", "await_flag", replace(ROUNDS, round_groups=3)),
+    ("pooling/prefix_gradient_rounds.cu", "block_barrier", replace(ROUNDS, gradient_groups=1)),
     ("attention/scores.cuh", "block_barrier", Additive(torch.float32)),
 ]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import ptx
 from support.cuda_rnn import Case, check, program_sources
-from support.emulator import EMULATOR, ROOT, KernelError, Request, build_ptx, run
+from support.emulator import DTYPES, EMULATOR, ROOT, KernelError, Request, build_ptx, run
 
 KERNELS = ROOT / "csrc" / "cuda"
 GRU = replace(Case("cluster", "GRU", torch.bfloat16), H=34, directions=2, rows="lengths", plan=(2, 2, 2, 2))
@@ -188,6 +188,15 @@ FAULTS = [
         "race: ",
     ),
     Fault(
+        "gradient_flag_relaxed",
+        "pooling/prefix_gradient_rounds.cu",
+        "prefix_gradient_roundsIfLi1E",
+        r"ld\.acquire\.gpu",
+        "ld.relaxed.gpu",
+        "gradient",
+        "race: ",
+    ),
+    Fault(
         "pool_lanes",
         "pooling/chunk_summaries.cu",
         "pool_chunks.*BFloat16.*Li1E",
@@ -213,9 +222,10 @@ FAULTS = [
 def attention_request(op: str) -> Request:
     """A small call of an op."""
     generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if op == "gradient" else torch.bfloat16
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).bfloat16()
+        return torch.randn(shape, generator=generator).to(dtype)
 
     if op == "additive":
         B, Tq, Tk, A, D = 2, 5, 7, 40, 9
@@ -223,12 +233,14 @@ def attention_request(op: str) -> Request:
         tensors = {"query": normal(B, Tq, A), "key": normal(B, Tk, A), "v": normal(A), "values": normal(B, Tk, D)}
         tensors |= {"grad_context": normal(B, Tq, D)}
         return sizes | tensors | {"op": 2, "type": 2, "seed": 1}
-    B, T, D = (2, 96, 64) if op == "rounds" else (3, 21, 64)
-    tensors = {"e": normal(B, T, D), "u": normal(D), "grad_c": normal(B, T, D) if op == "rounds" else normal(B, D)}
+    prefix = op != "pool"
+    B, T, D = (2, 96, 64) if prefix else (3, 21, 64)
+    tensors = {"e": normal(B, T, D), "u": normal(D), "grad_c": normal(B, T, D) if prefix else normal(B, D)}
     # Rounds in several blocks: within one, barriers order what the flags do.
-    rounds = {"group_threads": 128, "round_groups": 4} if op == "rounds" else {"group_threads": 8, "round_groups": 0}
-    plan = {"packs": 1, "chunk": 8, **rounds}
-    return {"batch": B, "steps": T, "dim": D, **tensors, **plan, "op": int(op == "rounds"), "type": 2, "seed": 1}
+    plan = {"packs": 1, "group_threads": 128 if prefix else 8, "chunk": 8}
+    plan |= {"round_groups": 4 * (op == "rounds"), "gradient_groups": 4 * (op == "gradient")}
+    sizes = {"batch": B, "steps": T, "dim": D}
+    return sizes | tensors | plan | {"op": int(prefix), "type": DTYPES[dtype], "seed": 1}
 
 
 def change_of(fault: Fault) -> Callable[[str, str], str]:
@@ -251,7 +263,8 @@ def change_of(fault: Fault) -> Callable[[str, str], str]:
 def test_planted_fault_is_found(fault: Fault) -> None:
     of_rnn = isinstance(fault.case, Case)
     sources = program_sources() if of_rnn else attention_sources()
-    build = partial(build_ptx, only=(Path(fault.file).name,), wanted="3Gru" if of_rnn else "BFloat16")
+    wanted = "3Gru" if of_rnn else "IfLi1E" if fault.case == "gradient" else "BFloat16"
+    build = partial(build_ptx, only=(Path(fault.file).name,), wanted=wanted)
     name = "rnn" if of_rnn else "attention"
     changed = build(f"{name}-{fault.name}", sources, "compute_90", change=change_of(fault))
     if isinstance(fault.case, Case):

@@ -18,8 +18,40 @@ constexpr int kMinRoundGroups = 2;
 constexpr int kMaxRoundGroups = 1024;
 constexpr int64_t kLongestRoundChunk = 64;
 constexpr int64_t kMinRounds = 4;
+// Backward: chunks are shorter, because two rows of each position are in shared memory, and wider rows have no room.
+constexpr int64_t kGradientChunkMultiple = 2;
+constexpr int kMaxGradientPacks = 2;
+constexpr int64_t kReservedShared = 1024;  // bytes of a multiprocessor's shared memory that a block takes in addition
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The plan with rounds of `round_groups` thread groups per row, whose chunks are the longest multiple of `multiple` for
+// which a block has `room`; `plan` itself if there is none.
+PoolPlan with_rounds(const PoolPlan& plan, int64_t round_groups, int64_t dim, int64_t element_bytes,
+                     decltype(rounds_layout)& layout_of, int64_t multiple, int64_t room) {
+  PoolPlan best = plan, longer = plan;
+  longer.round_groups = static_cast<int>(round_groups);
+  for (longer.chunk = multiple; longer.chunk <= kLongestRoundChunk; longer.chunk += multiple) {
+    const RoundsLayout layout =
+        layout_of(longer, dim, static_cast<int>(element_bytes), static_cast<int>(std::max<int64_t>(element_bytes, 4)));
+    if (layout.sums + kPoolThreads / plan.group_threads * layout.group > room) break;
+    best = longer;
+  }
+  return best;
+}
+
+// The plan with rounds of several resident thread groups per row; `plan` itself if there are too few or too many of
+// them for the row.
+PoolPlan with_resident_rounds(const PoolPlan& plan, int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes,
+                              const DeviceFacts& facts, decltype(rounds_layout)& layout_of, int64_t multiple) {
+  const int64_t resident = int64_t{facts.sm_count} * (kPoolThreads / plan.group_threads);
+  const int64_t groups = std::min<int64_t>(resident / batch, kMaxRoundGroups);
+  // In the scan a thread owns one column.
+  if (groups < kMinRoundGroups || groups * plan.group_threads < dim) return plan;
+  const PoolPlan rounds = with_rounds(plan, groups, dim, element_bytes, layout_of, multiple, facts.shared_bytes);
+  // The pipeline takes some rounds to fill.
+  return steps >= kMinRounds * rounds.round_groups * rounds.chunk ? rounds : plan;
+}
 
 }  // namespace
 
@@ -45,24 +77,21 @@ PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t eleme
 }
 
 PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, const DeviceFacts& facts) {
-  const PoolPlan plain = make_pool_plan(batch, steps, dim, element_bytes, facts.sm_count);
-  if (plain.packs == 0 || plain.chunks < kMinRoundGroups || batch == 0) return plain;
-  PoolPlan plan = plain;
-  const int in_block = kPoolThreads / plan.group_threads;
-  plan.round_groups = static_cast<int>(std::min<int64_t>(int64_t{facts.sm_count} * in_block / batch, kMaxRoundGroups));
-  plan.chunk = kChunkMultiple;
-  const int computed = element_bytes == 8 ? 8 : 4;
-  const auto fits = [&](int64_t chunk) {
-    PoolPlan longer = plan;
-    longer.chunk = chunk;
-    const RoundsLayout layout = rounds_layout(longer, dim, static_cast<int>(element_bytes), computed);
-    return chunk <= kLongestRoundChunk && layout.sums + in_block * layout.group <= facts.shared_bytes;
-  };
-  // In the scan a thread owns one column; and the pipeline takes some rounds to fill.
-  if (plan.round_groups < kMinRoundGroups || plan.round_groups * int64_t{plan.group_threads} < dim || !fits(plan.chunk))
-    return plain;
-  while (fits(plan.chunk + kChunkMultiple)) plan.chunk += kChunkMultiple;
-  return steps >= kMinRounds * plan.round_groups * plan.chunk ? plan : plain;
+  const PoolPlan plan = make_pool_plan(batch, steps, dim, element_bytes, facts.sm_count);
+  if (plan.packs == 0 || plan.chunks == 1 || batch == 0) return plan;
+  return with_resident_rounds(plan, batch, steps, dim, element_bytes, facts, rounds_layout, kChunkMultiple);
+}
+
+PoolPlan make_prefix_gradient_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes,
+                                   const DeviceFacts& facts) {
+  const PoolPlan plan = make_pool_plan(batch, steps, dim, element_bytes, facts.sm_count);
+  if (plan.packs == 0 || plan.packs > kMaxGradientPacks || element_bytes < 4 || batch == 0) return plan;
+  if (plan.chunks > 1) {
+    return with_resident_rounds(plan, batch, steps, dim, element_bytes, facts, gradient_rounds_layout,
+                                kGradientChunkMultiple);
+  }
+  const int64_t room = plan.packs == 1 ? (facts.shared_bytes - kReservedShared) / kBlocksPerSm : facts.shared_bytes;
+  return with_rounds(plan, 1, dim, element_bytes, gradient_rounds_layout, kGradientChunkMultiple, room);
 }
 
 int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan) {
@@ -80,6 +109,9 @@ int64_t prefix_pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim,
 }
 
 int64_t prefix_pool_backward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan) {
+  if (plan.round_groups == 1) return batch * dim;
+  // As forward.
+  if (plan.round_groups > 1) return batch * plan.round_groups * (dim + kRoundSlots * (dim + 3) + 3);
   return batch * plan.chunks * (3 * dim + 3) + 2 * batch * steps;
 }
 

@@ -12,6 +12,7 @@
 // So flags have one round to arrive.
 #include "cuda/device.cuh"
 #include "cuda/pooling/columns.cuh"
+#include "cuda/pooling/rounds.cuh"
 
 namespace llm_ext {
 namespace cuda {
@@ -39,21 +40,19 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
   constexpr int R = kForwardRows<N>;
   const PrefixPoolForwardParams<S>& call = p.call;
   const PoolInput<S>& in = call.in;
-  const int groups = p.plan.round_groups, chunk = static_cast<int>(p.plan.chunk);
-  const int group_in_block = thread_index() / p.plan.group_threads;
-  const int64_t group = static_cast<int64_t>(block_x()) * (kPoolThreads / p.plan.group_threads) + group_in_block;
-  const int64_t all_groups = in.batch * groups;
-  const bool exists = group < all_groups;
-  const int64_t b = exists ? group / groups : 0, first_of_row = b * groups;
-  const int rank_in_row = static_cast<int>(group % groups);
+  const int chunk = static_cast<int>(p.plan.chunk);
+  const RoundGroup group(p.plan, in.batch);
+  const int groups = group.groups;
+  const int64_t all_groups = in.batch * groups, b = group.b;
+  const bool exists = group.exists;
   const Columns<S, N> columns(in.dim, p.plan);
   GroupSum<T> sum = group_sum<T>(p.plan.group_threads);
   // The thread group's rows and scores.
-  unsigned char* own = shared_memory() + p.layout.sums + group_in_block * p.layout.group;
+  unsigned char* own = shared_memory() + p.layout.sums + group.in_block * p.layout.group;
   S* rows = reinterpret_cast<S*>(own);
   T* scores = reinterpret_cast<T*>(own + p.layout.rows);
 
-  const auto begin_of = [&](int i) { return (static_cast<int64_t>(i) * groups + rank_in_row) * chunk; };
+  const auto begin_of = [&](int i) { return (static_cast<int64_t>(i) * groups + group.rank) * chunk; };
   const auto count_of = [&](int i) {
     const int64_t left = exists ? in.steps - begin_of(i) : 0;
     return static_cast<int>(left < 0 ? 0 : (left < chunk ? left : chunk));
@@ -73,17 +72,6 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
       });
     }
   };
-  // Waits for all groups of the row, then for the block.
-  const auto await_all = [&](const uint32_t* flags, int rounds) {
-    for (int k = columns.rank; exists && k < groups; k += columns.group_threads)
-      await_flag(flags + first_of_row + k, rounds);
-    block_barrier();
-  };
-  const auto raise = [&](uint32_t* flags, int rounds) {
-    block_barrier();
-    if (exists && columns.rank == 0) raise_flag(flags + group, rounds);
-  };
-
   Tile<S, N, 1> u;
   u.load(columns, [&](int) { return in.u; });
 
@@ -106,23 +94,23 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
     }
     const LogSum<T> l = pooled.end(columns);
     if (exists) {
-      const int64_t slot = i % kSlots * all_groups + group;
+      const int64_t slot = i % kSlots * all_groups + group.index;
       if (columns.rank == 0) p.l[slot] = l;
       pooled.c.end(columns, p.summaries + slot * in.dim);
     }
-    raise(p.summed, i + 1);
+    group.raise(p.summed, i + 1);
   };
 
   // The columns of the scan that this thread group owns, one per thread.
   const int width = static_cast<int>((in.dim + groups - 1) / groups);
-  const int64_t column = static_cast<int64_t>(rank_in_row) * width + columns.rank;
+  const int64_t column = static_cast<int64_t>(group.rank) * width + columns.rank;
   const bool scans = exists && columns.rank < width && column < in.dim;
   LogSum<T> l = call.l0 == nullptr || !exists ? no_scores<T>() : given_log_sum(call.l0[b]);
   T c = call.c0 == nullptr || !scans ? T(0) : call.c0[b * in.dim + column];
   const auto scan = [&](int i) {
     constexpr int kAhead = 8;
-    await_all(p.summed, i + 1);
-    const int64_t first = i % kSlots * all_groups + first_of_row;
+    group.await_all(p.summed, i + 1);
+    const int64_t first = i % kSlots * all_groups + group.first;
     for (int k0 = 0; exists && k0 < groups; k0 += kAhead) {
       LogSum<T> of_l[kAhead];
       T of_c[kAhead];
@@ -135,18 +123,18 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
       for (int k = 0; k < kAhead; ++k) {
         if (k0 + k >= groups) continue;
         if (scans) p.summaries[(first + k0 + k) * in.dim + column] = c;
-        if (rank_in_row == 0 && columns.rank == 0) p.l_before[first + k0 + k] = l;
+        if (group.rank == 0 && columns.rank == 0) p.l_before[first + k0 + k] = l;
         T keep, share;
         add_scores(l, of_l[k], keep, share);
         c = keep * c + share * of_c[k];
       }
     }
-    raise(p.scanned, i + 1);
+    group.raise(p.scanned, i + 1);
   };
 
   const auto write = [&](int i) {
-    await_all(p.scanned, i + 1);
-    const int64_t begin = begin_of(i), slot = i % kSlots * all_groups + group;
+    group.await_all(p.scanned, i + 1);
+    const int64_t begin = begin_of(i), slot = i % kSlots * all_groups + group.index;
     const int count = count_of(i);
     if (count == 0) return;
     Held<S, N> state;
@@ -178,7 +166,7 @@ void prefix_rounds(LLM_EXT_PARAMS RoundsParams<S> p) {
     if (i < p.rounds) summarise(i);
     if (i >= 1 && i <= p.rounds) scan(i - 1);
   }
-  if (rank_in_row == 0 && exists && columns.rank == 0) call.l_n[b] = l;
+  if (group.rank == 0 && exists && columns.rank == 0) call.l_n[b] = l;
   if (scans) call.c_n[b * in.dim + column] = c;
 }
 
@@ -201,12 +189,8 @@ int prefix_pool_rounds(const PrefixPoolForwardParams<S>& call, const PoolPlan& p
   p.scanned = p.summed + all_groups;
   const int error = zero(p.summed, static_cast<size_t>(flags) * sizeof(uint32_t), stream);
   if (error != 0) return error;
-  LaunchShape shape;
-  shape.grid_x = (all_groups + kPoolThreads / plan.group_threads - 1) / (kPoolThreads / plan.group_threads);
-  shape.threads = kPoolThreads;
-  shape.shared_bytes = static_cast<size_t>(p.layout.sums + kPoolThreads / plan.group_threads * p.layout.group);
-  shape.all_resident = true;
-  return with_held_packs(plan, [&](auto packs) { return launch(prefix_rounds<S, packs()>, shape, p, stream); });
+  return with_held_packs(
+      plan, [&](auto packs) { return launch_rounds(prefix_rounds<S, packs()>, p, plan, p.layout, in.batch, stream); });
 }
 
 template int prefix_pool_rounds(const PrefixPoolForwardParams<float>&, const PoolPlan&, void*);

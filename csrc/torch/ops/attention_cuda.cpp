@@ -36,7 +36,7 @@ class Pooling {
              int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
     const Workspace<Compute<S>> workspace(elements, device_);
     p.workspace = workspace.get();
-    return on_.launch(plan.round_groups > 0, [&] { return run(p, plan, on_.stream()); });
+    return on_.launch(plan.round_groups > 1, [&] { return run(p, plan, on_.stream()); });
   }
   void check(int error) const { check_queued(op_, error); }
 
@@ -61,22 +61,13 @@ struct Cuda {
   }
   template <typename S>
   static void prefix_forward(PrefixPoolForwardParams<S>& p, const Device& device) {
-    const Pooling on("prefix_pool_forward", p.in, device);
-    const auto with = [&](const cuda::PoolPlan& plan) {
-      const int64_t elements = cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
-      return on.launch(p, plan, elements, cuda::prefix_pool_forward<S>);
-    };
-    int error = with(cuda::make_prefix_plan(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts()));
-    // A plan without rounds needs fewer resources.
-    if (asks_too_much(error)) error = with(on.plan(p.in));
-    on.check(error);
+    prefix("prefix_pool_forward", p, device, cuda::make_prefix_plan, cuda::prefix_pool_forward_workspace,
+           cuda::prefix_pool_forward<S>);
   }
   template <typename S>
   static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Device& device) {
-    const Pooling on("prefix_pool_backward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in);
-    const int64_t elements = cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan);
-    on.check(on.launch(p, plan, elements, cuda::prefix_pool_backward<S>));
+    prefix("prefix_pool_backward", p, device, cuda::make_prefix_gradient_plan, cuda::prefix_pool_backward_workspace,
+           cuda::prefix_pool_backward<S>);
   }
 
   template <typename S>
@@ -89,6 +80,20 @@ struct Cuda {
   }
 
  private:
+  template <template <typename> class Params, typename S>
+  static void prefix(const char* op, Params<S>& p, const Device& device, decltype(cuda::make_prefix_plan)& plan_of,
+                     decltype(cuda::prefix_pool_forward_workspace)& workspace_of,
+                     int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) {
+    const Pooling on(op, p.in, device);
+    const auto with = [&](const cuda::PoolPlan& plan) {
+      return on.launch(p, plan, workspace_of(p.in.batch, p.in.steps, p.in.dim, plan), run);
+    };
+    int error = with(plan_of(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts()));
+    // A plan without rounds needs fewer resources.
+    if (asks_too_much(error)) error = with(on.plan(p.in));
+    on.check(error);
+  }
+
   template <template <typename> class Params, typename S>
   static void additive(const char* op, Params<S>& p, const Device& device, bool backward,
                        int (*launch)(const Params<S>&, int64_t, void*)) {

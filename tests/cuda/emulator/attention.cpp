@@ -49,11 +49,11 @@ PoolInput<S> pool_input(const Records& request) {
 template <typename S>
 PoolPlan pool_plan(const Records& request, bool forward) {
   if (!request.has("packs")) {
-    if (forward && request.number("op") == 1) {
+    if (request.number("op") == 1) {
       DeviceFacts facts;
       query_device(0, &facts);
-      return make_prefix_plan(request.number("batch"), request.number("steps"), request.number("dim"), sizeof(S),
-                              facts);
+      return (forward ? make_prefix_plan : make_prefix_gradient_plan)(request.number("batch"), request.number("steps"),
+                                                                      request.number("dim"), sizeof(S), facts);
     }
     return make_pool_plan(request.number("batch"), request.number("steps"), request.number("dim"), sizeof(S),
                           emulator::device.sm_count);
@@ -64,7 +64,7 @@ PoolPlan pool_plan(const Records& request, bool forward) {
   plan.chunk = request.number("chunk");
   plan.chunks = (request.number("steps") + plan.chunk - 1) / plan.chunk;
   if (plan.chunks == 0) plan.chunks = 1;
-  if (forward) plan.round_groups = static_cast<int>(request.number("round_groups"));
+  plan.round_groups = static_cast<int>(request.number(forward ? "round_groups" : "gradient_groups"));
   return plan;
 }
 
@@ -198,12 +198,16 @@ void plans(const Records& request, emulator::Answer& answer) {
     DeviceFacts facts;
     facts.sm_count = static_cast<int>(problem[4]);
     facts.shared_bytes = problem[5];
-    const PoolPlan plan = make_prefix_plan(problem[0], problem[1], problem[2], problem[3], facts);
-    const int computed = problem[3] == 8 ? 8 : 4;
-    const RoundsLayout layout = rounds_layout(plan, problem[2], static_cast<int>(problem[3]), computed);
-    const int64_t shared = plan.round_groups > 0 ? layout.sums + kPoolThreads / plan.group_threads * layout.group : 0;
-    const int64_t numbers[] = {plan.packs, plan.group_threads, plan.chunk, plan.chunks, plan.round_groups, shared};
-    answer.add("pool" + std::to_string(i), numbers, sizeof numbers);
+    const int64_t bytes = problem[3];
+    for (const bool forward : {true, false}) {
+      const PoolPlan plan =
+          (forward ? make_prefix_plan : make_prefix_gradient_plan)(problem[0], problem[1], problem[2], bytes, facts);
+      const RoundsLayout layout = (forward ? rounds_layout : gradient_rounds_layout)(
+          plan, problem[2], static_cast<int>(bytes), bytes == 8 ? 8 : 4);
+      const int64_t shared = plan.round_groups > 0 ? layout.sums + kPoolThreads / plan.group_threads * layout.group : 0;
+      const int64_t numbers[] = {plan.packs, plan.group_threads, plan.chunk, plan.chunks, plan.round_groups, shared};
+      answer.add((forward ? "pool" : "gradient") + std::to_string(i), numbers, sizeof numbers);
+    }
   }
   problem = request.data<const int64_t>("slabs");
   for (size_t i = 0; i < request.bytes("slabs") / (3 * sizeof(int64_t)); ++i, problem += 3) {
