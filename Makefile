@@ -124,7 +124,7 @@ docs: $(BUILT)
 cuda-check: cuda-compile cuda-ptx
 
 cuda-compile:
-	$(PYTHON) tests/cuda/check.py
+	PYTHONPATH=tests $(PYTHON) tests/cuda/check.py
 
 # The tests of the kernels once more, on nvcc's PTX, and planted faults; only the kernels of clusters depend on the
 # generation. PTX=short: a cell in two routes.
@@ -132,7 +132,7 @@ cuda-ptx: $(BUILT)
 ifeq ($(PTX),short)
 	$(BIN)/python -m pytest tests/cuda/test_ptx.py -k short
 else
-	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 -k "not without_a_line" $(KERNEL_TESTS) tests/cuda/test_ptx.py
+	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 -k "not without_a_line and not plans_fit and not plans_count" $(KERNEL_TESTS) tests/cuda/test_ptx.py
 	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_89 -k "(tiles or chosen) and not cluster" $(firstword $(KERNEL_TESTS))
 endif
 

@@ -6,7 +6,6 @@ Needs nvcc, no GPU and no torch.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from support import nvcc
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -70,26 +71,11 @@ def parse(source: str, report: str) -> list[Kernel]:
     return kernels
 
 
-@functools.cache
-def text_of(file: str) -> str:
-    """A file of csrc with the kernel headers that it includes, device.cuh left out."""
-    text = (CSRC / file).read_text()
-    return text + "".join(map(text_of, re.findall(r'#include "(cuda/(?!device\.cuh)[^"]+\.cuh)"', text)))
-
-
-def depends_on_target(source: Path) -> bool:
-    """Whether the PTX of a source depends on the target: whether it uses a function of device.cuh that asks for it."""
-    device = (CSRC / "cuda" / "device.cuh").read_text()
-    asking = re.findall(r"^LLM_EXT_DEVICE \w+ (\w+)\([^{;]*\{\n#if __CUDA_ARCH__", device, re.MULTILINE)
-    known = len(asking) == device.count("__CUDA_ARCH__")
-    return not known or re.search(rf"\b({'|'.join(asking)})\(", text_of(str(source.relative_to(CSRC)))) is not None
-
-
-def compile_one(nvcc: str, source: Path, virtual: str, targets: tuple[str, ...]) -> list[Kernel]:
-    """Compile the device's half alone, in which nvcc reads the host's half, too: one PTX for these targets."""
+def compile_one(source: Path, virtual: str, targets: tuple[str, ...]) -> list[Kernel]:
+    """Compile the device's half, in which nvcc reads the host's half, too: one PTX for these targets."""
     name = str(source.relative_to(ROOT))
     architecture = f"-gencode=arch={virtual},code=[{','.join(targets)}]"
-    command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", architecture, "-Xptxas=-v", "-fatbin", str(source)]
+    command = [str(nvcc.find()), "-fatbin", architecture, "-Xptxas=-v", str(nvcc.ptx_of(source, virtual))]
     done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name} does not compile for {' and '.join(targets)}:\n{done.stdout}{done.stderr}")
@@ -102,7 +88,7 @@ def jobs_of(source: Path, later: tuple[str, ...] = ()) -> list[tuple[Path, str, 
     The kernels of clusters, which are short of registers, are compiled for `later` targets as well.
     """
     groups: list[tuple[str, ...]] = [TARGETS]
-    if depends_on_target(source):
+    if nvcc.depends_on_target(source):
         groups = [TARGETS[:1], TARGETS[1:] + later]
     return [(source, group[0].replace("sm_", "compute_"), group) for group in groups]
 
@@ -155,23 +141,20 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which(str(Path(home, "bin", "nvcc")))
-
-
 def main() -> int:
-    nvcc = find_nvcc()
-    if nvcc is None:
+    compiler = nvcc.find()
+    if compiler is None:
         print("cuda-check: no nvcc found, the kernels were not compiled")
         return 0
     sources = sorted((CSRC / "cuda").rglob("*.cu"))
-    said = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    said = subprocess.run(
+        [str(compiler), "--list-gpu-code"], capture_output=True, text=True, check=False
+    ).stdout.split()
     later = tuple(target for target in LATER_TARGETS if target in said)
     jobs = [job for source in sources for job in jobs_of(source, later)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            reports = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
+            reports = list(pool.map(lambda job: compile_one(*job), jobs))
         except RuntimeError as error:
             print(f"cuda-check: {error}")
             return 1

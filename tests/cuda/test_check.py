@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import nvcc
 
 
 def _load() -> ModuleType:
@@ -55,12 +56,11 @@ def test_names_are_short() -> None:
 
 def test_kernels_of_clusters_depend_on_the_target() -> None:
     """The PTX of all others is compiled once."""
-    sources = (cuda_check.CSRC / "cuda").rglob("*.cu")
-    found = {source.name for source in sources if cuda_check.depends_on_target(source)}
+    found = {source.name for source in (nvcc.CSRC / "cuda").rglob("*.cu") if nvcc.depends_on_target(source)}
     assert found == {"tiles_bf16.cu", "tiles_fp16.cu", "tiles_fp32.cu"}
 
 
 def test_without_nvcc_the_check_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
+    monkeypatch.setattr(nvcc, "find", lambda: None)
     assert cuda_check.main() == 0
     assert capsys.readouterr().out.count("\n") == 1

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support import ptx
+from support import nvcc, ptx
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
@@ -137,22 +137,6 @@ def _host_folder() -> Path:
     return folder
 
 
-def ptx_of(source: Path, virtual: str) -> str:
-    """The PTX of a source, compiled unless it exists for the same text."""
-    read = _headers(ROOT / "csrc" / "cuda", ROOT / "csrc" / "params") + source.read_bytes()
-    key = hashlib.sha256(read + virtual.encode()).hexdigest()[:20]
-    folder = BUILD / "ptx" / virtual
-    target = folder / f"{source.stem}-{key}.ptx"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{source.stem}-" + "?" * 20 + ".ptx"):
-            stale.unlink()
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        ptx.compile_ptx(source, partial, ROOT / "csrc", virtual)
-        partial.rename(target)
-    return target.read_text()
-
-
 # Changes the PTX of a kernel, given its name.
 Change = Callable[[str, str], str]
 
@@ -171,7 +155,7 @@ def build_ptx(
     If `only` is given, the other files have g++'s code. Kernels of the PTX whose names do not match `wanted` cannot
     run.
     """
-    if ptx.nvcc() is None:
+    if nvcc.find() is None:
         pytest.skip("PTX needs nvcc")
     common = _headers(ROOT / "csrc" / "cuda", ROOT / "csrc" / "params", EMULATOR)
     code = int(virtual.removeprefix("compute_"))
@@ -182,8 +166,9 @@ def build_ptx(
         kernels = [s for s in sources if s.suffix == ".cu" and (only is None or s.name in only)]
         jobs = [(s, [*FLAGS, *defined, *KERNEL], common, BUILD) for s in sources if s not in kernels]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            texts = list(pool.map(lambda source: ptx_of(source, virtual), kernels))
-        for source, text in zip(kernels, texts, strict=True):
+            files = list(pool.map(lambda source: nvcc.ptx_of(source, virtual), kernels))
+        for source, compiled in zip(kernels, files, strict=True):
+            text = compiled.read_text()
             local = f"in_{source.stem}"
             host = folder / source.relative_to(ROOT / "csrc")
             flags = [f"-I{EMULATOR}", f"-I{folder}", *FLAGS, *defined, f"-DLLM_EXT_LOCAL={local}", "-w", *KERNEL]
@@ -198,11 +183,11 @@ def build_ptx(
                     changed = replace(kernel, body=change(kernel.name, kernel.body))
                 translated = ptx.translate(changed, local, f"{source.stem}.ptx")
                 own = "" if changed.body == kernel.body else f"-{name}"
-                file = _write(BUILD / "ptx" / virtual / f"{source.stem}-{i}{own}.cpp", translated)
+                file = _write(compiled.parent / f"{source.stem}-{i}{own}.cpp", translated)
                 # Not optimized where it runs one case.
                 jobs.append((file, [*FLAGS, "-w", *([] if own == "" else ["-O0"]), *KERNEL], common, BUILD))
             if missing:
-                file = _write(BUILD / "ptx" / virtual / f"{source.stem}-absent-{name}.cpp", ptx.HEAD + missing)
+                file = _write(compiled.parent / f"{source.stem}-absent-{name}.cpp", ptx.HEAD + missing)
                 jobs.append((file, [*FLAGS, "-w"], common, BUILD))
         return _link(f"{name}-{virtual}", [*jobs, *_runtime_jobs(common)])
 

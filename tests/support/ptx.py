@@ -8,13 +8,9 @@ tests/cuda/emulator/ptx.h has the rest.
 
 from __future__ import annotations
 
-import functools
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 TYPES = {
     "pred": "bool",
@@ -410,15 +406,3 @@ def without_kernels(text: str) -> str:
         text = f"{text[:opened].rstrip()};{text[closed + 2 :]}"
         begin = opened
     return text
-
-
-@functools.cache
-def nvcc() -> str | None:
-    """The compiler; None if there is none."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
-def compile_ptx(source: Path, target: Path, csrc: Path, architecture: str) -> None:
-    """Let nvcc write the PTX of a source, for a virtual architecture such as compute_90."""
-    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{csrc}", f"-arch={architecture}", "-ptx", str(source)]
-    subprocess.run([*command, "-o", str(target)], check=True, capture_output=True)

@@ -181,7 +181,7 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
   const bool scans = group.exists && !alone && columns.rank < width && column < D;
   T g_after = call.grad_c_n == nullptr || !scans ? T(0) : call.grad_c_n[b * D + column];
   const auto scan = [&](int i) {
-    constexpr int kAhead = 8;
+    constexpr int kAhead = 32 / sizeof(T);  // of three numbers in registers
     group.await_all(p.summed, i + 1);
     const int64_t first = i % kRoundSlots * all_groups + group.first;
     for (int n0 = 0; group.exists && n0 < group.groups; n0 += kAhead) {
