@@ -182,13 +182,15 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
       t == 0 ? convert(c0, to, in.dim) : convert(p.c + offset_of(in, b, t - 1), to, in.dim);
     };
     Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
-    if (p.grad_c_n == nullptr) {
-      zero(state, in.dim);
-    } else {
-      convert(p.grad_c_n + b * in.dim, state, in.dim);
-      copy_c_before(in.steps, row);
-      carried.k += dot(state, row, in.dim);
-    }
+    p.grad_c_n == nullptr ? zero(state, in.dim) : convert(p.grad_c_n + b * in.dim, state, in.dim);
+    if (p.grad_c_n != nullptr && in.steps == 0) carried.k += dot(state, c0, in.dim);
+    // grad_c_n . c_n, from c_n as `row` after the products of the last chunk: the last row of c may be rounded to 16
+    // bits.
+    const auto of_last_state = [&](Range chunk) {
+      return p.grad_c_n != nullptr && chunk.begin < chunk.end && chunk.end == in.steps
+                 ? dot(p.grad_c_n + b * in.dim, row, in.dim)
+                 : T(0);
+    };
     const int64_t block = chunk_steps(in.dim) * (split_time ? team.size : 1);
     for (int64_t end = in.steps; end > 0; end -= block) {
       const int64_t count = end < block ? end : block;
@@ -197,6 +199,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
       copy_c_before(chunk.begin, row);
       if (!split_time) {
         prefix_products<S, false, T>(p, b, chunk, row, products, nullptr, no_row);
+        carried.k += of_last_state(chunk);
         prefix_backward_range(p, b, chunk, block, products, &carried, du, no_row);
         continue;
       }
@@ -205,13 +208,14 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
       zero(own, in.dim);
       Carried<T> out = {own, T(0)};
       own[in.dim] = prefix_products<S, true>(p, b, chunk, row, products, &out, no_row);
-      own[in.dim + 1] = out.k;
+      const T last = of_last_state(chunk);
+      own[in.dim + 1] = out.k + own[in.dim] * last;
       team.sync();
       Carried<T> into = {row, T(0)};
       for (int rank = team.size - 1; rank >= 0; --rank) {
         if (rank == team.rank) {
           convert(state, into.g, in.dim);
-          into.k = carried.k;
+          into.k = carried.k + last;
         }
         const T* summary = summaries + rank * size;
         const T through = summary[in.dim];
