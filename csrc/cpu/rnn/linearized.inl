@@ -374,8 +374,8 @@ class CurvaturePass : LinearizedPass<S, C> {
   void unit(int64_t i, int64_t r, int64_t col, int lanes) {
     const int64_t row = order_.first_row(i) + r;
     const bool continues = r < order_.rows(i - 1);
-    const int64_t before = (order_.first_row(i - 1) + r) * H + col;  // unless it is the first step of r
     const int64_t first = r * H + col;
+    const int64_t before = continues ? (order_.first_row(i - 1) + r) * H + col : first;
     const int64_t here = row * H + col;
     const auto at = Base::activations(i, r, col, lanes);
     Vec<S> a[C::kBlocks], d[C::kBlocks];
