@@ -24,6 +24,13 @@ inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
   return true;
 }
 
+// Whether any of the tensors, the results of an op, has elements. Only then a kernel runs: the sizes of a tensor
+// without elements take no memory, but the loops of a kernel over them would take time.
+template <typename... Tensors>
+bool any_elements(const Tensors&... tensors) {
+  return ((tensors.numel() > 0) || ...);
+}
+
 // Multiplies *volume by a size, or by 1 if the size is 0. False: it would overflow.
 inline bool multiply(int64_t* volume, int64_t size) {
   return !__builtin_mul_overflow(*volume, size > 0 ? size : 1, volume);

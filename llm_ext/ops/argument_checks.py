@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -87,10 +87,16 @@ def _has_values(tensor: Tensor) -> bool:
     return tensor.is_cpu and not is_recorded(tensor) and not is_mapped(tensor)
 
 
+def _numbers(tensor: Tensor) -> list[int]:
+    """Return the numbers of a tensor [n]: one if it has been expanded, whatever n is."""
+    values = unwrapped(tensor)
+    return cast(list[int], (values[:1] if values.stride() == (0,) else values).tolist())
+
+
 def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> None:
     """Raise unless all lengths are from 0 to T; `letter` names T."""
-    if _has_values(lengths) and any(not 0 <= length <= T for length in unwrapped(lengths).tolist()):
-        raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {unwrapped(lengths).tolist()}")
+    if _has_values(lengths) and any(not 0 <= length <= T for length in _numbers(lengths)):
+        raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {_numbers(lengths)}")
 
 
 def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
@@ -117,11 +123,12 @@ def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
         raise ArgumentError(f"{op}: batch_sizes must be the same for all samples, got one that vmap maps")
     if not _has_values(batch_sizes):
         return None
-    sizes = unwrapped(batch_sizes).tolist()
+    sizes = _numbers(batch_sizes)
     if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
         raise ArgumentError(f"{op}: batch_sizes must be positive and never rise, got {sizes}")
-    if sum(sizes) != len(x):
-        raise ArgumentError(f"{op}: batch_sizes must sum to the rows of x, {len(x)}, got {sum(sizes)}")
+    rows = sum(sizes) if len(sizes) == len(batch_sizes) else sizes[0] * len(batch_sizes)
+    if rows != len(x):
+        raise ArgumentError(f"{op}: batch_sizes must sum to the rows of x, {len(x)}, got {rows}")
     return sizes[0] if sizes else None
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import math
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from support.comparison import assert_close, assert_same_bits
+from support.memory import memory_limit
+from support.process import run_python
 from support.random_calls import Choices, fault, outcome, random_call
 from torch import Tensor
 
@@ -20,18 +21,6 @@ from llm_ext import ops
 
 E = torch.empty
 OPS = torch.ops.llm_ext
-
-
-@contextmanager
-def memory_limit(megabytes: int) -> Iterator[None]:
-    """Let the process allocate no more than this."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (megabytes << 20), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 # ---- ranks and sizes
@@ -115,11 +104,29 @@ def test_sizes_that_wrap(call: Callable[[], object]) -> None:
         call()
 
 
-def test_rows_without_numbers() -> None:
-    """However many they are, they take neither time nor memory."""
+def test_huge_sizes_that_take_no_memory() -> None:
+    """Every op ends soon, or is refused for its memory, however large the sizes of tensors without elements are."""
+    code = "import sys; sys.path[:] = sys.argv[1:]; from support.huge_sizes import main; main(5)"
+    done = run_python(code, *sys.path)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1]}: {done.returncode}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([1 << 40, 1 << 30, 1, 0])])
+def test_rows_without_numbers(lengths: Tensor | None) -> None:
+    """Their results and gradients are as those of a few rows."""
     assert ops.linear(E(1 << 47, 0), E(0, 0)).shape == (1 << 47, 0)
     x = E(1 << 20, 1 << 27, 0, requires_grad=True)
     assert torch.autograd.grad(ops.linear(x, E(0, 0)).sum(), x)[0].shape == x.shape
+    e, u = (E(shape, requires_grad=True) for shape in ((4, 1 << 40, 0), (0,)))
+    c, lse = ops.attention_pool(e, u, lengths=lengths)
+    counts = lengths.tolist() if lengths is not None else [1 << 40] * 4
+    assert c.shape == (4, 0)
+    assert lse.tolist() == pytest.approx([math.log(n) if n else -math.inf for n in counts])
+    for gradient, like in zip(torch.autograd.grad(c.sum() + lse.sum(), (e, u)), (e, u), strict=True):
+        assert gradient.shape == like.shape
+    x, w_ih, w_hh = (E(shape, requires_grad=True) for shape in ((1 << 40, 0, 3), (12, 3), (12, 4)))
+    y, _ = ops.gru(x, None, w_ih, w_hh)
+    assert all(not g.any() for g in torch.autograd.grad(y.sum(), (x, w_ih, w_hh)))
 
 
 def test_checks_come_before_memory() -> None:

@@ -1,8 +1,12 @@
-"""Uninitialized memory that holds NaN, so that a result which depends on it is found."""
+"""Memory: uninitialized memory that holds NaN, so that a result which depends on it is found; and a limit."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,3 +27,18 @@ def fill_uninitialized_memory() -> bool:
         flag.value = True
         return True
     return False
+
+
+@contextmanager
+def memory_limit(megabytes: int) -> Iterator[None]:
+    """Let the process allocate no more than this. The shadow memory of AddressSanitizer is beyond any limit."""
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (megabytes << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -15,6 +15,10 @@ namespace LLM_EXT_ISA_NAMESPACE {
 // masked.
 template <typename S, typename T = Compute<S>>
 static LogSum<T> pool_range(const PoolInput<S>& in, int64_t b, Range range, T* c) {
+  if (in.dim == 0 && in.u != nullptr && in.mask == nullptr) {  // scores of 0 at positions that take no memory
+    const int64_t count = intersect(range, {0, in.lengths == nullptr ? in.steps : in.lengths[b]}).size();
+    return count > 0 ? LogSum<T>{T(0), static_cast<T>(count)} : no_scores<T>();
+  }
   T max = -infinity<T>();
   T sum = T(0);
   for_each_vector<T>(in.dim, [&](int64_t d, int lanes) { store_partial(c + d, Vec<T>{}, lanes); });

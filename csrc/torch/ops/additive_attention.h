@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> additive_attention_forward(const Tensor& query, const
     const Output<S> context = a.output(true, {in.batch, in.queries, in.value_dim});
     const Output<S> weights = a.output(need_weights, {in.batch, in.queries, in.keys});
     AdditiveAttentionForwardParams<S> p = {in, context.get(), weights.get(), nullptr};
-    Backend::forward(p, a.device());
+    if (any_elements(context.tensor(), weights.tensor())) Backend::forward(p, a.device());
     return std::make_tuple(context.tensor(), weights.tensor());
   });
 }
@@ -130,7 +130,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const Output<S> dvalues = a.output(need_dvalues, {B, Tk, Dv});
     AdditiveAttentionBackwardParams<S> p = {
         in, grad_context_in.get(), grad_weights_in.get(), dquery.get(), dkeys.get(), dv.get(), dvalues.get(), nullptr};
-    Backend::backward(p, a.device());
+    // Without a pair that of v may have elements; a kernel would look for pairs in B rows that take no memory.
+    if (B == 0 || Tq == 0 || Tk == 0) {
+      for (Tensor gradient : {dquery.tensor(), dkeys.tensor(), dv.tensor(), dvalues.tensor()}) {
+        torch::stable::zero_(gradient);
+      }
+    } else if (any_elements(dquery.tensor(), dkeys.tensor(), dv.tensor(), dvalues.tensor())) {
+      Backend::backward(p, a.device());
+    }
     return std::make_tuple(dquery.tensor(), dkeys.tensor(), dv.tensor(), dvalues.tensor());
   });
 }

@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_forward(const Tensor& e, const
     const auto lse = args.template output<T>(true, {in.batch});
     const LogSums<T> l(in.batch, args.device());
     PoolForwardParams<S> p = {in, c.get(), lse.get(), l.get(), nullptr};
-    Backend::forward(p, args.device());
+    if (any_elements(lse.tensor())) Backend::forward(p, args.device());
     return std::make_tuple(c.tensor(), lse.tensor(), l.tensor());
   });
 }
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
                                du.get(),
                                dscores.get(),
                                nullptr};
-    Backend::backward(p, args.device());
+    if (any_elements(de, du.tensor(), dscores.tensor())) Backend::backward(p, args.device());
     return std::make_tuple(de, du.tensor(), dscores.tensor());
   });
 }
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     const auto c_n = args.template output<T>(true, {in.batch, in.dim});
     PrefixPoolForwardParams<S> p = {in,          log_sums(l0_in), c0_in.get(), mutable_data<S>(c),
                                     share.get(), l_n.get(),       c_n.get(),   nullptr};
-    Backend::prefix_forward(p, args.device());
+    if (any_elements(l_n.tensor())) Backend::prefix_forward(p, args.device());
     return std::make_tuple(c, share.tensor(), l_n.tensor(), c_n.tensor());
   });
 }

@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     const Input<S> b_out_in(b_out, kOp, "b_out", {Dv});
     const Tensor context = empty({N, Dv}, kScalarType<S>);
     const Tensor out = empty({N, Dv}, kScalarType<S>);
+    if (N == 0) return std::make_tuple(out, h_n, c_n);
 
     const LinearKernels<S>& linear = kernels().linear<S>();
     const AdditiveAttentionKernels<S>& attend = kernels().additive_attention<S>();

@@ -67,7 +67,6 @@ class CheckedLinearArguments {
       shape.push_back(x.size(i));
       if (i + 1 < x.dim()) sizes_.rows *= x.size(i);
     }
-    if (sizes_.input == 0 && sizes_.output == 0) sizes_.rows = 0;  // any number of rows without a number
     return shape;
   }
 
@@ -91,7 +90,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b)
     const int threads = team_size(kernel.threads(s, max_threads()));
     const Workspace<S> workspace(kernel.forward_workspace(s));
     const LinearForwardParams<S> p = {s, a.x(), a.w(), b_in.get(), nullptr, false, mutable_data<S>(y), workspace.get()};
-    run_team(threads, [&](const ThreadTeam& team) { kernel.forward(p, team); });
+    if (any_elements(y)) run_team(threads, [&](const ThreadTeam& team) { kernel.forward(p, team); });
     return y;
   });
 }
@@ -111,7 +110,7 @@ Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) 
     const int threads = team_size(kernel.threads(s, max_threads()));
     const Workspace<S> workspace(kernel.argmax_workspace(s, threads));
     const LinearArgmaxParams<S> p = {s, a.x(), a.w(), b_in.get(), mutable_data<int64_t>(indices), workspace.get()};
-    run_team(threads, [&](const ThreadTeam& team) { kernel.argmax(p, team); });
+    if (any_elements(indices)) run_team(threads, [&](const ThreadTeam& team) { kernel.argmax(p, team); });
     return indices;
   });
 }
@@ -134,7 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
     const LinearBackwardParams<S> p = {
         s,        data<S>(grad_y_in), a.x(),          a.w(), need_dx ? mutable_data<S>(dx) : nullptr,
         dw.get(), db.get(),           workspace.get()};
-    run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
+    if (any_elements(dx, dw.tensor(), db.tensor())) {
+      run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
+    }
     return std::make_tuple(dx, dw.tensor(), db.tensor());
   });
 }

@@ -71,7 +71,7 @@ class MultilayerRnn {
   }
 
   std::tuple<Tensor, Tensor, Tensor> run() {
-    if (steps_ == 0) {
+    if (!any_elements(y_)) {
       for (const RecurrenceForwardParams<S>& p : params_) {
         copy_state(batch_ * hidden_, p.h0, p.h_n);
         copy_state(batch_ * hidden_, p.c0, p.c_n);
@@ -152,8 +152,9 @@ class MultilayerRnn {
     STD_TORCH_CHECK(a.x.scalar_type() == (ids_given ? ScalarType::Long : kScalarType<S>), op_,
                     ids_given ? ": x must be int64 with input_projections" : ": x must have the dtype of the others");
     x_ = dense(a.x);
-    if (!packed_) offsets_ = padded_row_offsets(a.x.size(0), batch_);
-    steps_ = static_cast<int64_t>(offsets_.size()) - 1;
+    // Steps without rows take no memory, whatever their number; no kernel runs them.
+    if (!packed_) offsets_ = padded_row_offsets(batch_ > 0 ? a.x.size(0) : 0, batch_);
+    steps_ = packed_ ? static_cast<int64_t>(offsets_.size()) - 1 : a.x.size(0);
     rows_ = offsets_.back();
     if (ids_given) read_input_projections(a);
   }

@@ -126,9 +126,14 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
     const Packed<W> hr(w_hr, s_hr, kOp, "w_hr", 1, output, hidden, kStateDepth<W>);
     const Input<float> b_ih_in(b_ih, kOp, "b_ih", {gates * hidden}), b_hh_in(b_hh, kOp, "b_hh", {gates * hidden});
     const Tensor x_in = dense(x);
-    if (!is_packed) offsets = padded_row_offsets(steps, batch);
     const Tensor y = is_packed ? empty({offsets.back(), output}, ScalarType::Float)
                                : empty({steps, batch, output}, ScalarType::Float);
+    if (!any_elements(y)) {
+      copy_state(batch * output, h0_in.get(), mutable_data<float>(h_n));
+      copy_state(batch * hidden, c0_in.get(), lstm ? mutable_data<float>(c_n) : nullptr);
+      return {y, h_n, c_n};
+    }
+    if (!is_packed) offsets = padded_row_offsets(steps, batch);
     QuantizedRecurrenceParams<W> p = {};
     p.call.sizes = {mode, steps, batch, input, hidden, output, offsets.data(), reverse};
     p.call.x = data<float>(x_in);
@@ -142,11 +147,6 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
     p.ih = ih.get();
     p.hh = hh.get();
     p.hr = hr.get();
-    if (steps == 0) {
-      copy_state(batch * output, p.call.h0, p.call.h_n);
-      copy_state(batch * hidden, p.call.c0, p.call.c_n);
-      return {y, h_n, c_n};
-    }
     const QuantizedKernels<W>& kernel = kernels().quantized<W>();
     const int threads = team_size(kernel.recurrence_threads(p.call.sizes, max_threads()));
     const Workspace<float> workspace(kernel.recurrence_workspace(p.call.sizes, threads));
@@ -179,7 +179,7 @@ Tensor quantized_linear_forward(const Tensor& x, const Tensor& w, const Optional
     const Workspace<float> workspace(kernel.linear_workspace(sizes, threads));
     const QuantizedLinearParams<W> p = {sizes,      data<float>(x_in),      packed.get(),
                                         b_in.get(), mutable_data<float>(y), workspace.get()};
-    run_team(threads, [&](const ThreadTeam& team) { kernel.linear(p, team); });
+    if (any_elements(y)) run_team(threads, [&](const ThreadTeam& team) { kernel.linear(p, team); });
     return y;
   });
 }

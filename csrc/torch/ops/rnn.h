@@ -146,6 +146,7 @@ class CheckedRnnArguments {
         packed_(a.batch_sizes->has_value()),
         offsets_(packed_ ? packed_row_offsets(a.op, rows_of(a), **a.batch_sizes) : std::vector<int64_t>()),
         sizes_(sizes_of(a)),
+        steps_(sizes_.steps),
         h0_(state_input("h0", *a.h0, sizes_.output)),
         c0_(state_input("c0", *a.c0, sizes_.hidden)),
         w_ih_(input("w_ih", *a.w_ih, {gates(), sizes_.input})),
@@ -155,12 +156,14 @@ class CheckedRnnArguments {
         x_(dense_rows("x", *a.x, sizes_.input)),  // after all other checks: it may be a large view of little memory
         layer_state_(!a.h0->has_value() || (*a.h0)->dim() == 3) {
     STD_TORCH_CHECK(!packed_ || !a.lengths->has_value(), op_, ": lengths and batch_sizes exclude each other");
+    if (sizes_.batch == 0) sizes_.steps = 0;  // steps without rows take no memory, whatever their number
     if (!packed_) offsets_ = padded_row_offsets(sizes_.steps, sizes_.batch);
     sizes_.row_offsets = offsets_.data();
   }
 
   const Device& device() const { return device_; }
   const RecurrenceSizes& sizes() const { return sizes_; }
+  int64_t steps() const { return steps_; }
   const std::vector<int64_t>& offsets() const { return offsets_; }
   int64_t rows() const { return offsets_.back(); }
   int64_t gates() const { return gates_of(sizes_.mode) * sizes_.hidden; }
@@ -183,13 +186,13 @@ class CheckedRnnArguments {
     if (packed_) {
       check_tensor(t, op_, name, kScalarType<S>, {rows(), width}, device_);
     } else {
-      check_tensor(t, op_, name, kScalarType<S>, {sizes_.steps, sizes_.batch, width}, device_);
+      check_tensor(t, op_, name, kScalarType<S>, {steps_, sizes_.batch, width}, device_);
     }
     return device_.is_cpu() ? dense(t) : aligned(t);
   }
   Tensor empty_rows(int64_t width) const {
     if (packed_) return empty({rows(), width}, kScalarType<S>, device_);
-    return empty({sizes_.steps, sizes_.batch, width}, kScalarType<S>, device_);
+    return empty({steps_, sizes_.batch, width}, kScalarType<S>, device_);
   }
 
   // The saved activations, [N, width] also where x is [T, B, I].
@@ -262,7 +265,8 @@ class CheckedRnnArguments {
   const Device device_;
   const bool packed_;
   std::vector<int64_t> offsets_;
-  RecurrenceSizes sizes_;
+  RecurrenceSizes sizes_;  // of what the kernels run
+  const int64_t steps_;    // of x and y
   const Input<S> h0_;
   const Input<S> c0_;
   const Input<S> w_ih_;

@@ -44,7 +44,7 @@ struct RnnCpu {
   static RnnForwardResults forward_lengths(const RnnForwardArguments& a, const CheckedRnnArguments<S>& args) {
     const RecurrenceSizes& s = args.sizes();
     const bool lstm = s.mode == Mode::kLstm;
-    const PackedLengths<S> packing(a.op, **a.lengths, s.steps, s.batch);
+    const PackedLengths<S> packing(a.op, **a.lengths, args.steps(), s.batch);
     const Tensor x = packing.pack(args.x_tensor());
     const OptionalTensor batch_sizes = packing.batch_sizes();
     const OptionalTensor h0 = packing.pack_state(args.h0_tensor(), s.output);
@@ -73,7 +73,7 @@ struct RnnCpu {
   template <typename S>
   static RnnBackwardResults backward_lengths(const RnnBackwardArguments& a, const CheckedRnnArguments<S>& args) {
     const RecurrenceSizes& s = args.sizes();
-    const PackedLengths<S> packing(a.op, **a.lengths, s.steps, s.batch);
+    const PackedLengths<S> packing(a.op, **a.lengths, args.steps(), s.batch);
     const auto pack_state = [&](const char* name, const OptionalTensor& state, int64_t width) {
       const Input<S> input = args.state_input(name, state, width);
       return state.has_value() ? OptionalTensor(packing.pack_state(input.tensor(), width)) : kNone;
@@ -145,7 +145,7 @@ struct RnnCpu {
       p.h_n = h_n.get();
       p.c_n = c_n ? c_n->get() : nullptr;
       p.saved = a.needs_autograd ? mutable_data<S>(*saved) : nullptr;
-      if (s.steps > 0) {
+      if (s.steps > 0 && s.hidden > 0) {
         run_forward(p);
       } else {
         copy_state(s.batch * s.output, p.h0, p.h_n);
@@ -207,7 +207,10 @@ struct RnnCpu {
         copy_state(s.batch * s.output, p.grad_h_n, p.dh0);
         copy_state(s.batch * s.hidden, p.grad_c_n, p.dc0);
       }
-      run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
+      if (any_elements(dx, dh0.tensor(), dc0.tensor(), dw_ih.tensor(), dw_hh.tensor(), dw_hr.tensor(), db_ih.tensor(),
+                       db_hh.tensor())) {
+        run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
+      }
       return RnnBackwardResults{dx,
                                 dh0.tensor(),
                                 dc0.tensor(),

@@ -1,0 +1,133 @@
+"""Calls of every op over huge sizes that take no memory: of tensors without elements, and of expanded ones.
+
+`python -m support.huge_sizes SECONDS [CALL]...` makes them all: each ends soon, or is refused for its memory. One that
+takes longer than SECONDS ends the process, and its name is the last one printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_ext import ops
+from support.comparison import flatten
+from support.memory import memory_limit
+
+SIZES = (0, 2, 1 << 40)
+FUNCTIONS = {"RNN_TANH": ops.rnn, "GRU": ops.gru, "LSTM": ops.lstm}
+GATES = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of ones, with memory for one element at most."""
+    whole = torch.empty(shape, dtype=dtype) if 0 in shape else torch.ones(1, dtype=dtype).expand(shape)
+    return whole.requires_grad_(dtype.is_floating_point)
+
+
+def count(n: int, rows: int) -> Tensor:
+    """[rows] of n."""
+    return torch.full((1,), n).expand(rows)
+
+
+def run(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call, and differentiate the results."""
+    results = [t for t in flatten(function(*arguments)) if t.requires_grad]
+    leaves = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    if results:
+        grads = [torch.zeros(1).expand(t.numel()).view(t.shape) for t in results]
+        torch.autograd.grad(results, leaves, grads, allow_unused=True)
+
+
+def linear(N: int, I: int, O: int) -> None:  # noqa: E741
+    run(ops.linear, tensor(N, I), tensor(O, I), tensor(O))
+
+
+def linear_of_rows(A: int, B: int, I: int, O: int) -> None:  # noqa: E741
+    run(ops.linear, tensor(A, B, I), tensor(O, I))
+
+
+def linear_argmax(N: int, I: int, O: int) -> None:  # noqa: E741
+    run(ops.linear_argmax, tensor(N, I).detach(), tensor(O, I).detach())
+
+
+def quantized_linear(N: int, I: int, O: int) -> None:  # noqa: E741
+    packed = tensor(-(-O // 16), 1, I, 16, 1, dtype=torch.int16)
+    run(torch.ops.llm_ext.quantized_linear_forward, tensor(N, I).detach(), packed, None, None, I, O)
+
+
+def pool(B: int, T: int, D: int, *, function: Callable[..., Any], kind: str) -> None:
+    if kind == "scores":
+        run(lambda e, scores: function(e, scores=scores), tensor(B, T, D), tensor(B, T))
+        return
+    selection = {"lengths": count(T, B)} if kind == "lengths" else {}
+    if kind == "mask":
+        selection = {"mask": tensor(B, T, dtype=torch.bool)}
+    run(lambda e, u: function(e, u, **selection), tensor(B, T, D), tensor(D))
+
+
+def additive(B: int, Tq: int, Tk: int, A: int, Dv: int, *, kind: str) -> None:
+    options = {"lengths": {"key_lengths": count(Tk, B)}, "weights": {"need_weights": True}}.get(kind, {})
+    arguments = tensor(B, Tq, A), tensor(B, Tk, A), tensor(A), tensor(B, Tk, Dv)
+    run(partial(ops.additive_attention, **options), *arguments)
+
+
+def recurrence(T: int, B: int, I: int, H: int, *, mode: str, kind: str) -> None:  # noqa: E741
+    rows, x = GATES[mode] * H, tensor(T, B, I)
+    if kind == "layers":
+        weights = tensor(rows, I).detach(), tensor(rows, H).detach()
+        run(ops.multilayer_rnn, mode, x.detach(), None, [weights])
+        return
+    if kind == "quantized":
+        weights = tuple(tensor(-(-H // 16), GATES[mode], size, 16, 1, dtype=torch.int16) for size in (I, H))
+        packed = weights[0], None, weights[1], None, None, None, None, None, None, None
+        run(torch.ops.llm_ext.quantized_rnn_forward, mode, x.detach(), None, None, *packed, I, H, H, False)
+        return
+    options = {"lengths": count(T, B)} if kind == "lengths" else {}
+    if kind == "packed":
+        options, x = {"batch_sizes": count(B, T)}, tensor(T * B, I)
+    state = (tensor(B, H), tensor(B, H)) if mode == "LSTM" else tensor(B, H)
+    function = partial(FUNCTIONS[mode], **options)
+    run(lambda x, *weights: function(x, state, *weights), x, tensor(rows, I), tensor(rows, H))
+
+
+def calls() -> dict[str, Callable[..., None]]:
+    """Functions of sizes."""
+    functions: list[Callable[..., None]] = [linear, linear_of_rows, linear_argmax, quantized_linear]
+    found = {function.__name__: function for function in functions}
+    for kind in ("u", "scores", "lengths", "mask"):
+        for function in (ops.attention_pool, ops.prefix_pool):
+            found[f"{function.__name__} {kind}"] = partial(pool, function=function, kind=kind)
+    for kind in ("plain", "lengths", "weights"):
+        found[f"additive_attention {kind}"] = partial(additive, kind=kind)
+    for kind in ("plain", "lengths", "packed", "layers", "quantized"):
+        for mode in FUNCTIONS:
+            found[f"{mode} {kind}"] = partial(recurrence, mode=mode, kind=kind)
+    return found
+
+
+def main(seconds: int, *names: str) -> None:
+    with memory_limit(2000):
+        for name, function in calls().items():
+            parameters = inspect.signature(function).parameters.values()
+            letters = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            for sizes in itertools.product(SIZES, repeat=len(letters)):
+                if SIZES[-1] not in sizes or (names and name not in names):
+                    continue
+                print(name, *map("{}={}".format, letters, sizes), flush=True)
+                signal.alarm(seconds)
+                with contextlib.suppress(RuntimeError, ValueError):  # no memory, or sizes that torch does not allow
+                    function(*sizes)
+    signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
