@@ -3,8 +3,10 @@
 - caches: what calls share (allocator, weight cache, barrier), used by several threads under ThreadSanitizer.
 - kernels: every kernel of every ISA level of this machine, on arrays of exact size, under AddressSanitizer with
   UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+- ops: tests/ops on a copy of the project whose library has AddressSanitizer and UndefinedBehaviorSanitizer, with the
+  kernels of every ISA level of this machine.
 
-Without arguments both run, which takes a core about 10 minutes; --short runs the first, in 6 seconds.
+Without arguments all of them run, which takes a core about OPS_MINUTES minutes; --short runs the first, in 6 seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -35,10 +38,11 @@ CACHES = [
 ]
 ISA = ROOT / "csrc" / "cpu" / "isa"
 ROUNDS = 400  # of a program
+PROJECT = BUILD / "project"  # the copy
 
 
-def run(command: Sequence[str | Path], **environment: str) -> int:
-    return subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ | environment, check=False).returncode
+def run(command: Sequence[str | Path], cwd: Path = ROOT, **environment: str) -> int:
+    return subprocess.run([*map(str, command)], cwd=cwd, env=os.environ | environment, check=False).returncode
 
 
 def build(name: str, sources: Sequence[Path], sanitizers: Sequence[str]) -> Path:
@@ -82,10 +86,46 @@ def kernels_of(level: str, name: str, sanitizers: Sequence[str]) -> Path:
     return build(f"kernels-{name}-{level}", sources, [*sanitizers, *tables])
 
 
+def build_project() -> None:
+    """Copy the project, and build its library with the sanitizers in the copy."""
+    for name in ("csrc", "llm_ext", "tests"):
+        shutil.rmtree(PROJECT / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, PROJECT / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy2(ROOT / name, PROJECT / name)
+    flags = " ".join(["-O1", "-g1", "-fno-omit-frame-pointer", *ADDRESS])
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    if run(command, PROJECT, LLM_EXT_CUDA="0", LLM_EXT_CXXFLAGS=flags) != 0:
+        sys.exit("sanitize: the library does not compile")
+
+
+def test_ops(level: str) -> int:
+    """Run the tests of the ops in the copy."""
+    # Python is not linked to the sanitizers, nor to the library whose exceptions they must see.
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    found = [subprocess.check_output([COMPILER, f"-print-file-name={n}"], text=True).strip() for n in names]
+    # Reports are written to the file of the standard errors. Tests that limit the memory of the process are left out.
+    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "not memory and not wrap"]
+    return run(
+        [sys.executable, "-m", "pytest", *options, "tests/ops"],
+        PROJECT,
+        LLM_EXT_ISA=level,
+        LD_PRELOAD=" ".join(found),
+        # Python and torch free what they like at exit.
+        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2000",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        PYTHONPATH=str(PROJECT),
+    )
+
+
+PARTS = ("caches", "kernels", "ops")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true")
-    short = parser.parse_args().short
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--short", dest="part", action="store_const", const=PARTS[:1])
+    parts = parser.parse_args().part
     failed = []
 
     def report(name: str, status: int, since: float) -> None:
@@ -93,13 +133,19 @@ def main() -> int:
         if status != 0:
             failed.append(name)
 
-    since = time.time()
-    report("caches, thread", run([build("caches-thread", CACHES, THREAD), str(ROUNDS)]), since)
-    for name, sanitizers in () if short else (("address", ADDRESS), ("thread", THREAD)):
+    if "caches" in parts:
+        since = time.time()
+        report("caches, thread", run([build("caches-thread", CACHES, THREAD), str(ROUNDS)]), since)
+    for name, sanitizers in (("address", ADDRESS), ("thread", THREAD)) if "kernels" in parts else ():
         for level in levels():
             since = time.time()
             status = run([kernels_of(level, name, sanitizers), str(ROUNDS)], LLM_EXT_ISA=level)
             report(f"kernels, {name}, {level}", status, since)
+    if "ops" in parts:
+        build_project()
+        for level in levels():
+            since = time.time()
+            report(f"ops, address, {level}", test_ops(level), since)
     return 1 if failed else 0
 
 
