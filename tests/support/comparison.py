@@ -22,9 +22,14 @@ def flatten(results: object) -> list[Tensor]:
 
 
 def assert_close(
-    op: str, actual: Tensor, expected: Tensor, what: str = "result", dtype: torch.dtype | None = None
+    op: str,
+    actual: Tensor,
+    expected: Tensor,
+    what: str = "result",
+    dtype: torch.dtype | None = None,
+    factor: float = 1.0,
 ) -> None:
-    """Check shape and error against the table's row for `op` and `dtype` (default: that of `actual`)."""
+    """Check shape and error against the row for `op` and `dtype` (default: that of `actual`), times `factor`."""
     assert actual.shape == expected.shape, f"{op}: {what} is {list(actual.shape)}, not {list(expected.shape)}"
     if actual.numel() == 0:
         return
@@ -36,7 +41,7 @@ def assert_close(
     if a.numel() == 0:
         return
     error = (a - b).abs().max().item()
-    allowed = tolerance(op, dtype or actual.dtype, actual.device.type) * max(1.0, b.abs().max().item())
+    allowed = factor * tolerance(op, dtype or actual.dtype, actual.device.type) * max(1.0, b.abs().max().item())
     assert error <= allowed, f"{op}: {what} is off by {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -69,19 +74,20 @@ def compare(
     inputs: Mapping[str, Tensor],
     *,
     gradients: bool = True,
+    factor: float = 1.0,
 ) -> None:
     """Compare results and gradients of `functions`, a function and its reference; the latter computes in float64.
 
     Both are called with `inputs` by name. `gradients`: also compare those of every input that requires one. A gradient
     stored more precisely than the first input is compared at that input's precision, because it was computed from
-    results rounded to it.
+    results rounded to it. `factor` multiplies the tolerances.
     """
     function, reference = functions
     dtype = next(t.dtype for t in inputs.values() if t.is_floating_point())
     doubles = {name: in_double(t).requires_grad_(t.requires_grad) for name, t in inputs.items()}
     actual, expected = function(**inputs), reference(**doubles)
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(op, a, b, f"result {i}")
+        assert_close(op, a, b, f"result {i}", factor=factor)
     used = [i for i, b in enumerate(expected) if b.requires_grad]
     if not used or not gradients:
         return
@@ -96,7 +102,7 @@ def compare(
     actual_gradients = differentiate(actual, inputs, seeds)
     expected_gradients = differentiate(expected, doubles, [seed.double() for seed in seeds])
     for name, a, b in zip(names, actual_gradients, expected_gradients, strict=True):
-        assert_close(f"{op}_backward", a, b, f"gradient of {name}", dtype)
+        assert_close(f"{op}_backward", a, b, f"gradient of {name}", dtype, factor)
 
 
 def outputs_and_gradients(

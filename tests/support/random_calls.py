@@ -304,10 +304,7 @@ def hostile_tensor(choices: Choices, t: Tensor) -> Any:
 
 
 def _without_elements(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape, or of one that torch allows, without elements. A loop over its sizes ends."""
-    positions = math.prod(size for size in shape if size)
-    if 1 << 24 < positions <= 1 << 48:
-        shape = [min(size, 3) for size in shape]
+    """A tensor of this shape, or of one that torch allows, without elements."""
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError:
@@ -403,7 +400,10 @@ def fault(call: Call, first: object, second: object, refused: bool, compares: bo
         return f"unclear message: {message}" if unclear else None
     if compares and call.reference is not None:
         try:
-            compare(call.op, [call.function, call.reference], call.named, gradients=call.gradients)
+            functions = [call.function, call.reference]
+            # The largest of many rounding errors of 16 bits; those of more bits are far from the tolerances.
+            factor = 2.0 if any(t.element_size() == 2 for t in tensors_in(call.named)) else 1.0
+            compare(call.op, functions, call.named, gradients=call.gradients, factor=factor)
         except AssertionError as difference:
             return str(difference)
     return None
