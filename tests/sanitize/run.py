@@ -6,7 +6,7 @@
 - ops: tests/ops on a copy of the project whose library has AddressSanitizer and UndefinedBehaviorSanitizer, with the
   kernels of every ISA level of this machine.
 
-Without arguments all of them run, which takes a core about OPS_MINUTES minutes; --short runs the first, in 6 seconds.
+Without arguments all of them run, which takes a core about 35 minutes; --short runs the first, in 6 seconds.
 """
 
 from __future__ import annotations
