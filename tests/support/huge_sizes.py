@@ -23,7 +23,7 @@ from support.comparison import flatten
 from support.memory import memory_limit
 
 SIZES = (0, 2, 1 << 40)
-FUNCTIONS = {"RNN_TANH": ops.rnn, "GRU": ops.gru, "LSTM": ops.lstm}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"RNN_TANH": ops.rnn, "GRU": ops.gru, "LSTM": ops.lstm}
 GATES = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}
 
 
@@ -59,43 +59,44 @@ def linear_argmax(N: int, I: int, O: int) -> None:  # noqa: E741
     run(ops.linear_argmax, tensor(N, I).detach(), tensor(O, I).detach())
 
 
+def packed(rows: int, columns: int, blocks: int = 1) -> Tensor:
+    """A weight of bfloat16, as kernels read it."""
+    return tensor(-(-rows // 16), blocks, -(-columns // 2), 16, 2, dtype=torch.int16)
+
+
 def quantized_linear(N: int, I: int, O: int) -> None:  # noqa: E741
-    packed = tensor(-(-O // 16), 1, I, 16, 1, dtype=torch.int16)
-    run(torch.ops.llm_ext.quantized_linear_forward, tensor(N, I).detach(), packed, None, None, I, O)
+    run(torch.ops.llm_ext.quantized_linear_forward, tensor(N, I).detach(), packed(O, I), None, None, I, O)
 
 
 def pool(B: int, T: int, D: int, *, function: Callable[..., Any], kind: str) -> None:
     if kind == "scores":
         run(lambda e, scores: function(e, scores=scores), tensor(B, T, D), tensor(B, T))
         return
-    selection = {"lengths": count(T, B)} if kind == "lengths" else {}
-    if kind == "mask":
-        selection = {"mask": tensor(B, T, dtype=torch.bool)}
-    run(lambda e, u: function(e, u, **selection), tensor(B, T, D), tensor(D))
+    lengths = count(T, B) if kind == "lengths" else None
+    mask = tensor(B, T, dtype=torch.bool) if kind == "mask" else None
+    run(lambda e, u: function(e, u, lengths=lengths, mask=mask), tensor(B, T, D), tensor(D))
 
 
 def additive(B: int, Tq: int, Tk: int, A: int, Dv: int, *, kind: str) -> None:
-    options = {"lengths": {"key_lengths": count(Tk, B)}, "weights": {"need_weights": True}}.get(kind, {})
-    arguments = tensor(B, Tq, A), tensor(B, Tk, A), tensor(A), tensor(B, Tk, Dv)
-    run(partial(ops.additive_attention, **options), *arguments)
+    lengths = count(Tk, B) if kind == "lengths" else None
+    function = partial(ops.additive_attention, key_lengths=lengths, need_weights=kind == "weights")
+    run(function, tensor(B, Tq, A), tensor(B, Tk, A), tensor(A), tensor(B, Tk, Dv))
 
 
 def recurrence(T: int, B: int, I: int, H: int, *, mode: str, kind: str) -> None:  # noqa: E741
     rows, x = GATES[mode] * H, tensor(T, B, I)
     if kind == "layers":
-        weights = tensor(rows, I).detach(), tensor(rows, H).detach()
-        run(ops.multilayer_rnn, mode, x.detach(), None, [weights])
+        run(ops.multilayer_rnn, mode, x.detach(), None, [(tensor(rows, I).detach(), tensor(rows, H).detach())])
         return
     if kind == "quantized":
-        weights = tuple(tensor(-(-H // 16), GATES[mode], size, 16, 1, dtype=torch.int16) for size in (I, H))
-        packed = weights[0], None, weights[1], None, None, None, None, None, None, None
-        run(torch.ops.llm_ext.quantized_rnn_forward, mode, x.detach(), None, None, *packed, I, H, H, False)
+        weights = packed(H, I, GATES[mode]), None, packed(H, H, GATES[mode]), *[None] * 7
+        run(torch.ops.llm_ext.quantized_rnn_forward, mode, x.detach(), None, None, *weights, I, H, H, False)
         return
-    options = {"lengths": count(T, B)} if kind == "lengths" else {}
-    if kind == "packed":
-        options, x = {"batch_sizes": count(B, T)}, tensor(T * B, I)
+    lengths = count(T, B) if kind == "lengths" else None
+    sizes = count(B, T) if kind == "packed" else None
     state = (tensor(B, H), tensor(B, H)) if mode == "LSTM" else tensor(B, H)
-    function = partial(FUNCTIONS[mode], **options)
+    function: Callable[..., Any] = partial(FUNCTIONS[mode], lengths=lengths, batch_sizes=sizes)
+    x = x if sizes is None else tensor(T * B, I)
     run(lambda x, *weights: function(x, state, *weights), x, tensor(rows, I), tensor(rows, H))
 
 
@@ -104,8 +105,8 @@ def calls() -> dict[str, Callable[..., None]]:
     functions: list[Callable[..., None]] = [linear, linear_of_rows, linear_argmax, quantized_linear]
     found = {function.__name__: function for function in functions}
     for kind in ("u", "scores", "lengths", "mask"):
-        for function in (ops.attention_pool, ops.prefix_pool):
-            found[f"{function.__name__} {kind}"] = partial(pool, function=function, kind=kind)
+        found[f"attention_pool {kind}"] = partial(pool, function=ops.attention_pool, kind=kind)
+        found[f"prefix_pool {kind}"] = partial(pool, function=ops.prefix_pool, kind=kind)
     for kind in ("plain", "lengths", "weights"):
         found[f"additive_attention {kind}"] = partial(additive, kind=kind)
     for kind in ("plain", "lengths", "packed", "layers", "quantized"):

@@ -264,7 +264,7 @@ def hostile_tensor(choices: Choices, t: Tensor) -> Any:
     kind = choices.number(0, 13)
     if kind == 0:
         return None
-    if t.numel() > 1 << 24:  # expanded already: to copy it would take long
+    if math.prod(max(size, 1) for size in t.shape) > 1 << 24:  # huge already: to copy it would take long
         return t
     if kind == 1:
         return detached.to(choices.one_of(OTHER_DTYPES))
