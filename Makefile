@@ -126,13 +126,16 @@ cuda-check: cuda-compile cuda-ptx
 cuda-compile:
 	PYTHONPATH=tests $(PYTHON) tests/cuda/check.py
 
+# Tests of plans and of faults in the sources have nothing of the PTX.
+PTX_TESTS := -k "not without_a_line and not plans_fit and not plans_count" $(KERNEL_TESTS) tests/cuda/test_ptx.py
+
 # The tests of the kernels once more, on nvcc's PTX, and planted faults; only the kernels of clusters depend on the
 # generation. PTX=short: a cell in two routes.
 cuda-ptx: $(BUILT)
 ifeq ($(PTX),short)
 	$(BIN)/python -m pytest tests/cuda/test_ptx.py -k short
 else
-	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 -k "not without_a_line and not plans_fit and not plans_count" $(KERNEL_TESTS) tests/cuda/test_ptx.py
+	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_90 $(PTX_TESTS)
 	$(BIN)/python -m pytest $(PARALLEL) --ptx compute_89 -k "(tiles or chosen) and not cluster" $(firstword $(KERNEL_TESTS))
 endif
 
