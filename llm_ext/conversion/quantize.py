@@ -101,9 +101,7 @@ def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | Non
         kind = type(module)
         error = None
         if reason is None:
-            _remove_fake(module)
-            if type(module) in _RECURRENT:
-                assign_converted(module, False)
+            _restore(module)
             error = max([rounding_error(p.detach(), weights) for p in module.parameters(recurse=False) if p.dim() > 1])
             _QUANTIZED[type(module)].quantize(module, weights)
         entries.append(Quantized(fqn, kind, error, reason))
@@ -140,8 +138,9 @@ def dequantize_(model: nn.Module) -> nn.Module:
 def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | None = None) -> list[Quantized]:
     """Let the layers of a model compute with rounded weights while it is trained, in place.
 
-    The modules that :func:`quantize_` would change keep their parameters, which a parametrization rounds in every call.
-    Gradients pass the rounding as if it were not there (straight-through estimator, arXiv 1308.3432). After training,
+    The modules that :func:`quantize_` would change keep their parameters, which a parametrization rounds in every call;
+    recurrent layers and cells of torch.nn become those of llm_ext. Gradients pass the rounding as if it were not there
+    (straight-through estimator, arXiv 1308.3432). The model may be moved to another device afterwards. After training,
     :func:`quantize_` removes the parametrizations and quantizes.
 
     Args:
@@ -170,7 +169,7 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
         error = None
         kind = type(module)
         if reason is None:
-            _remove_fake(module)
+            _restore(module)
             matrices = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1}
             error = max([rounding_error(p.detach(), weights) for p in matrices.values()])
             for name in matrices:
@@ -179,9 +178,12 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
     return entries
 
 
-def _remove_fake(module: nn.Module) -> None:
+def _restore(module: nn.Module) -> None:
+    """Remove fake quantization from a module, and make it one of llm_ext."""
     for name in list(getattr(module, "parametrizations", ())):
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    if type(module) in _RECURRENT:
+        assign_converted(module, False)
 
 
 def _considered(model: nn.Module, weights: Dtype, filter: Filter | None) -> Iterator[tuple[str, nn.Module, str | None]]:
