@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from bench.timing import Call
 __all__ = [
     "CPU_LIBRARIES",
     "CUDA_LIBRARIES",
+    "aot_inductor_call",
     "flashrnn_call",
     "haste_layer",
     "jax_pool",
@@ -206,6 +208,20 @@ def openvino_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
         return [result[output] for output in outputs]
 
     return call
+
+
+def aot_inductor_call(layer: Any, x: Tensor) -> Call:
+    """Return a call of a torch layer that torch.export and AOTInductor have compiled, its weights packed beforehand."""
+    inductor: Any = importlib.import_module("torch._inductor")
+    with tempfile.TemporaryDirectory(prefix="llm_ext-bench-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's layers assign attributes when they are exported
+        with torch.inference_mode(False), torch.no_grad():
+            exported = torch.export.export(layer, (x.clone(),))
+            path = inductor.aoti_compile_and_package(
+                exported, package_path=f"{folder}/layer.pt2", inductor_configs={"freezing": True}
+            )
+            compiled = inductor.aoti_load_package(path)
+    return lambda: compiled(x)
 
 
 def _jax(dtype: torch.dtype) -> Any:

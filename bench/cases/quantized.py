@@ -72,6 +72,7 @@ def quantized(
         "bfloat16": f"{name}, bfloat16",
         "weights": f"{name}, bfloat16 weights",
         "torch": f"torch.nn.{cell.name}, int8",
+        "frozen": f"torch.nn.{cell.name}, AOTInductor",
     }
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
@@ -86,7 +87,10 @@ def quantized(
             Candidate(names["weights"], OURS, lambda: lambda: bfloat16(x), reference=rounded),
             Candidate(names["torch"], "torch", _torch_int8(other, x), tolerance=_ROUNDED),
         ]
-        if cell is LSTM:  # ONNX Runtime has no GRU in int8
+        if cell is LSTM:
+            # Inductor unrolls the steps of a GRU, compiles them for a minute, and is slower than eager.
+            others.append(Candidate(names["frozen"], "compile", lambda: peers.aot_inductor_call(other, x)))
+            # ONNX Runtime has no GRU in int8.
             state = [torch.zeros(1, B, H) for _ in cell.state]
             others.append(
                 Candidate(
