@@ -140,8 +140,8 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
 
     The modules that :func:`quantize_` would change keep their parameters, which a parametrization rounds in every call;
     recurrent layers and cells of torch.nn become those of llm_ext. Gradients pass the rounding as if it were not there
-    (straight-through estimator, arXiv 1308.3432). The model may be moved to another device afterwards. After training,
-    :func:`quantize_` removes the parametrizations and quantizes.
+    (straight-through estimator, arXiv 1308.3432). After training, :func:`quantize_` removes the parametrizations and
+    quantizes.
 
     Args:
         model: As in :func:`quantize_`.
