@@ -211,7 +211,7 @@ def openvino_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
 
 
 def aot_inductor_call(layer: Any, x: Tensor) -> Call:
-    """Return a call of a torch layer that torch.export and AOTInductor have compiled, its weights packed beforehand."""
+    """Return a call of a torch layer that torch.export and AOTInductor have compiled with frozen weights."""
     inductor: Any = importlib.import_module("torch._inductor")
     with tempfile.TemporaryDirectory(prefix="llm_ext-bench-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's layers assign attributes when they are exported
