@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
+from torch import nn
 
 from llm_ext.cli.errors import CommandError
 
-__all__ = ["check_device", "default_device", "find_device"]
+__all__ = ["check_device", "default_device", "device_of", "find_device"]
 
 
 def default_device() -> str:
@@ -33,3 +36,8 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model; quantized layers have no parameters, but buffers."""
+    return next(chain(model.parameters(), model.buffers())).device

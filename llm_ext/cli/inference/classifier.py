@@ -16,6 +16,7 @@ from llm_ext.cli.data.features import EncodedSamples, FeatureReader
 from llm_ext.cli.data.labels import Labels, load_labels
 from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.data.splits import Indices
+from llm_ext.cli.device import device_of
 from llm_ext.cli.inference.evaluation import Processes, Score, shared_batches
 from llm_ext.models import SequenceClassifier
 
@@ -54,7 +55,7 @@ class Classifier:
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @torch.inference_mode()
     def predict(self, samples: Sequence[Sample], batch: int = 32) -> Iterator[npt.NDArray[np.float32]]:

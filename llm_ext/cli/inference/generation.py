@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from llm_ext.cli.data.tokenizer import Tokenizer
+from llm_ext.cli.device import device_of
 from llm_ext.cli.errors import CommandError
 from llm_ext.models import LLM
 
@@ -43,7 +44,7 @@ def generate(
     ids = tokenizer.encode(prompt)
     if not ids.size:
         raise CommandError("the prompt must hold at least one character, got none")
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()

@@ -18,6 +18,7 @@ from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.data.splits import Indices
 from llm_ext.cli.data.tokenizer import Ids
+from llm_ext.cli.device import device_of
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.evaluation import Processes, Score, TokenTotals, shared_batches
 from llm_ext.cli.inference.translator import SearchOptions
@@ -174,7 +175,7 @@ class Transcriber:
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @property
     def ctc(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.batches import pad_lines
 from llm_ext.cli.data.lines import LineTokenizer
+from llm_ext.cli.device import device_of
 from llm_ext.cli.errors import CommandError
 from llm_ext.models import InputProjections, Seq2Seq
 
@@ -80,7 +81,7 @@ class Translator:
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def encode(self, line: str, where: str, warn: Callable[[str], object]) -> list[int]:
         """Return the ids of a source, cut if it is too long.

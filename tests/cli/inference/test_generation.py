@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from llm_ext import LLM
+from llm_ext import LLM, quantize_
 from llm_ext.cli import CommandError
 from llm_ext.cli.data import ByteTokenizer, CharTokenizer
 from llm_ext.cli.inference import generate
@@ -25,3 +27,12 @@ def test_a_prompt_that_cannot_be_used() -> None:
         generate(model, CharTokenizer("ab"), "", 5)
     with pytest.raises(CommandError, match="the character 'c'"):
         generate(model, CharTokenizer("ab"), "c", 5)
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_a_quantized_model_generates(weights: Any) -> None:
+    """It has no parameters."""
+    model = LLM(256, 8, 16, 256, 1, 0.0, attention="none").eval()
+    quantize_(model, weights)
+    assert not list(model.parameters())
+    assert len(list(generate(model, ByteTokenizer(), "a", 20, seed=1))) == 21
