@@ -69,8 +69,22 @@ class Translation:
     kernel: Kernel
     file: str
     symbols: dict[str, str] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)  # of registers; `r<>` of r0, r1 and so on
 
     # ---- operands
+
+    def type_of(self, operand: str) -> str | None:
+        """The type of a register; None if it is not known."""
+        name = register(operand)
+        return self.types.get(name) or self.types.get(name.rstrip("0123456789") + "<>")
+
+    def put(self, name: str, value: str, kind: str = "") -> str:
+        """The assignment of a value, of this kind if one is given, to a register."""
+        if name == "_":
+            return f"{value};"
+        if kind and self.type_of(name) == TYPES[kind]:
+            return f"{register(name)} = {value};"
+        return f"{register(name)} = as<decltype({register(name)})>({value});"
 
     def value(self, operand: str, kind: str) -> str:
         """An operand as an expression of the type."""
@@ -85,6 +99,8 @@ class Translation:
         if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
             number_ = int(operand.rstrip("U"), 0)
             return f"static_cast<{TYPES[kind]}>({number_}{'ull' if number_ >= 2**63 else 'll'})"
+        if self.type_of(operand) == TYPES[kind]:
+            return register(operand)
         return f"{as_type}({register(operand)})"
 
     def address(self, operand: str, space: str) -> str:
@@ -108,11 +124,12 @@ class Translation:
     def statement(self, text: str, line: int) -> str:
         """A statement as C++."""
         if declared := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL):
-            names = []
+            names, kind = [], TYPES[declared[1]]
             for name in re.split(r",\s*", declared[2]):
                 many = re.fullmatch(r"(%\w+)<(\d+)>", name)
+                self.types[f"{register(many[1])}<>" if many else register(name)] = kind
                 names += [f"{register(many[1])}{i}" for i in range(int(many[2]))] if many else [register(name)]
-            return f"{TYPES[declared[1]]} " + ", ".join(f"{name} = 0" for name in names) + ";"
+            return f"{kind} " + ", ".join(f"{name} = 0" for name in names) + ";"
         if text.startswith((".pragma", ".loc")):
             return ""
         guard = ""
@@ -137,8 +154,8 @@ class Translation:
             values = [self.value(operand, others.get(i, kind)) for i, operand in enumerate(a[1:])]
             function = "_".join([root, *words[:-1]]) + "_" * (root in ("and", "or", "xor", "not"))
             if (root, kind) == ("rcp", "f64") and "approx" in words:
-                return put(a[0], f"rcp_approx_f64({values[0]})")
-            return put(a[0], f"{function}<{TYPES[kind]}>({', '.join(values)})")
+                return self.put(a[0], f"rcp_approx_f64({values[0]})")
+            return self.put(a[0], f"{function}<{TYPES[kind]}>({', '.join(values)})", kind)
         raise UnknownPtxError(f"{'.'.join(name)} {', '.join(a)}")
 
     def _bra(self, name: list[str], a: list[str], site: str) -> str:
@@ -157,7 +174,7 @@ class Translation:
             parts = list_in(a[0])
             each = bits // len(parts)
             return f"const uint{bits}_t whole = {self.value(a[1], f'b{bits}')}; " + " ".join(
-                put(part, f"static_cast<uint{each}_t>(whole >> {each * i})")
+                self.put(part, f"static_cast<uint{each}_t>(whole >> {each * i})")
                 for i, part in enumerate(parts)
                 if part != "_"
             )
@@ -168,23 +185,23 @@ class Translation:
                 f"static_cast<uint{bits}_t>({self.value(part, f'b{each}')}) << {each * i}"
                 for i, part in enumerate(parts)
             ]
-            return put(a[0], f"static_cast<uint{bits}_t>({' | '.join(terms)})")
-        return put(a[0], self.value(a[1], kind))
+            return self.put(a[0], f"static_cast<uint{bits}_t>({' | '.join(terms)})")
+        return self.put(a[0], self.value(a[1], kind), kind)
 
     def _cvta(self, name: list[str], a: list[str], site: str) -> str:
         if "shared" not in name:
-            return put(a[0], self.value(a[1], "u64"))
+            return self.put(a[0], self.value(a[1], "u64"))
         if "to" in name:
             raise UnknownPtxError(".".join(name))
-        return put(a[0], f"generic_of_shared(static_cast<uint32_t>({self.value(a[1], 'u64')}))")
+        return self.put(a[0], f"generic_of_shared(static_cast<uint32_t>({self.value(a[1], 'u64')}))")
 
     def _cvt(self, name: list[str], a: list[str], site: str) -> str:
         to, source = name[-2:]
         words = [word for word in name[1:-2] if word not in IGNORED]
         if {to, source} & {"f16", "bf16", "tf32"}:
-            return put(a[0], f"{'_'.join(['cvt', *words, to, source])}({self.value(a[1], source)})")
+            return self.put(a[0], f"{'_'.join(['cvt', *words, to, source])}({self.value(a[1], source)})")
         function = "_".join(["cvt", *words])
-        return put(a[0], f"{function}<{TYPES[to]}, {TYPES[source]}>({self.value(a[1], source)})")
+        return self.put(a[0], f"{function}<{TYPES[to]}, {TYPES[source]}>({self.value(a[1], source)})", to)
 
     def _setp(self, name: list[str], a: list[str], site: str) -> str:
         kind, compare = name[-1], {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name[1], name[1])
@@ -192,11 +209,11 @@ class Translation:
         combined = [word for word in name[2:-1] if word in ("and", "or", "xor")]
         if combined:
             result = f"{combined[0]}_<bool>({result}, {self.value(a[3], 'pred')})"
-        return put(a[0], result)
+        return self.put(a[0], result, "pred")
 
     def _selp(self, name: list[str], a: list[str], site: str) -> str:
         kind = name[-1]
-        return put(a[0], f"{register(a[3])} ? {self.value(a[1], kind)} : {self.value(a[2], kind)}")
+        return self.put(a[0], f"{register(a[3])} ? {self.value(a[1], kind)} : {self.value(a[2], kind)}", kind)
 
     def _ld(self, name: list[str], a: list[str], site: str) -> str:
         words, kind = name[1:-1], name[-1]
@@ -204,15 +221,15 @@ class Translation:
         if "acquire" in words or "relaxed" in words:
             acquires = str("acquire" in words and "cta" not in words).lower()
             where = f"reinterpret_cast<const uint32_t*>({self.address(a[1], space)})"
-            return put(a[0], f"poll_flag({where}, {acquires}, {site})")
+            return self.put(a[0], f"poll_flag({where}, {acquires}, {site})")
         count = next((int(word[1]) for word in words if word in ("v2", "v4")), 1)
         known = {"global", "shared", "param", "v2", "v4"} | IGNORED
         if set(words) - known:
             raise UnknownPtxError(".".join(name))
         where = self.address(a[1], space)
         if count == 1:
-            return put(a[0], f"load<{TYPES[kind]}>({where})")
-        parts = [put(part, f"loaded.at[{i}]") for i, part in enumerate(list_in(a[0])) if part != "_"]
+            return self.put(a[0], f"load<{TYPES[kind]}>({where})", kind)
+        parts = [self.put(part, f"loaded.at[{i}]", kind) for i, part in enumerate(list_in(a[0])) if part != "_"]
         return f"const auto loaded = load<Vector<{TYPES[kind]}, {count}>>({where}); {' '.join(parts)}"
 
     def _st(self, name: list[str], a: list[str], site: str) -> str:
@@ -274,16 +291,16 @@ class Translation:
             return f"expect_bytes({self.address(a[1], 'shared')}, {self.value(a[2], 's32')}, {site});"
         scope = str("cluster" in name).lower()
         waits = f"wait_mbarrier({self.address(a[1], 'shared')}, {self.value(a[2], 's32')}, {site}, {scope});"
-        return f"{waits} {put(a[0], 'true')}"
+        return f"{waits} {self.put(a[0], 'true')}"
 
     def _mapa(self, name: list[str], a: list[str], site: str) -> str:
-        return put(a[0], f"mapa({self.value(a[1], 'u32')}, {self.value(a[2], 'u32')})")
+        return self.put(a[0], f"mapa({self.value(a[1], 'u32')}, {self.value(a[2], 'u32')})")
 
     def _shfl(self, name: list[str], a: list[str], site: str) -> str:
         if name[1:] != ["sync", "bfly", "b32"]:
             raise UnknownPtxError(f"{'.'.join(name)} {a}")
         values = ", ".join(self.value(operand, "u32") for operand in a[1:])
-        return put(a[0].partition("|")[0], f"shfl_sync_bfly({values}, {site})")
+        return self.put(a[0].partition("|")[0], f"shfl_sync_bfly({values}, {site})")
 
     def _mma(self, name: list[str], a: list[str], site: str) -> str:
         to, first, second, sums = map(list_in, a)
@@ -300,19 +317,12 @@ class Translation:
         else:
             widen = "float_of_bfloat16" if "bf16" in name else "float_of_float16"
             call = f"mma_m16n8k16(sum, a, b, {widen}, {site});"
-        return f"{declared} {call} " + " ".join(put(register_, f"sum[{i}]") for i, register_ in enumerate(to))
+        return f"{declared} {call} " + " ".join(self.put(register_, f"sum[{i}]") for i, register_ in enumerate(to))
 
 
 def register(name: str) -> str:
     """A register or label as a C++ name."""
     return name.replace("%", "").replace("$", "")
-
-
-def put(name: str, value: str) -> str:
-    """The assignment of a value to a register."""
-    if name == "_":
-        return f"{value};"
-    return f"{register(name)} = as<decltype({register(name)})>({value});"
 
 
 def list_in(operand: str) -> list[str]:
