@@ -358,4 +358,6 @@ class FakeQuantize(nn.Module):
 def rounding_error(w: Tensor, weights: str) -> float:
     """Return the root mean square of the error of rounded weights, relative to that of the weights."""
     scale = w.square().mean().sqrt()
-    return float((widen(*round_weight(w, weights)) - w).square().mean().sqrt() / scale) if scale > 0 else 0.0
+    if w.numel() == 0 or scale == 0:
+        return 0.0
+    return float((widen(*round_weight(w, weights)) - w).square().mean().sqrt() / scale)

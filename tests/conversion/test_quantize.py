@@ -240,6 +240,15 @@ def test_the_error_of_an_outlier_is_reported(outlier: float) -> None:
     assert entry.error < 4e-3
 
 
+@pytest.mark.parametrize(("weight", "error"), [(0.0, 0.0), (torch.nan, torch.nan), (torch.inf, torch.nan)])
+def test_the_error_of_weights_without_a_scale(weight: float, error: float) -> None:
+    layer = llm_ext.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight[:] = weight
+    (entry,) = llm_ext.quantize_(layer)
+    assert entry.error == pytest.approx(error, nan_ok=True)
+
+
 @every_weights
 def test_fake_quantization_trains_towards_rounded_weights(weights: Any) -> None:
     torch.manual_seed(0)
