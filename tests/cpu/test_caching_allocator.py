@@ -60,6 +60,15 @@ def test_reuse_of_any_size(columns: int) -> None:
         assert llm_ext.cpu_cache_bytes() == cached
 
 
+def test_resizing() -> None:
+    """A large result can be made smaller, but not larger; its clone can."""
+    y = large(4).resize_(3, 3)
+    assert torch.equal(y.flatten(), expected(4).flatten()[:9])
+    with pytest.raises(RuntimeError, match="not resizable"):
+        y.resize_(2 * COLUMNS_PER_MB * 4, 1024)
+    assert large(4).clone().resize_(8 * MB).numel() == 8 * MB
+
+
 def test_live_tensors_keep_their_memory() -> None:
     results = [large(8, seed) for seed in range(4)]
     assert len({y.data_ptr() for y in results}) == 4
