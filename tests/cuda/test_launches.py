@@ -59,20 +59,26 @@ def test_grids_of_a_device_take_turns(grid_turns: Path) -> None:
 
 def test_grids_of_a_graph_take_turns(grid_turns: Path) -> None:
     """Events of a capture are awaited in that capture alone, and calls outside of it by calls outside."""
-    assert grids(grid_turns, (1, 0, 0), (1, 7, 0), (2, 7, 0), (1, 8, 0), (3, 0, 0)) == [
+    assert grids(grid_turns, (1, 0, 0), (1, 7, 0), (1, 8, 0), (2, 7, 0), (3, 0, 0)) == [
         "1 runs a grid",
         "1 records event 1",
         "1 runs a grid",
         "1 records event 2",
+        "1 runs a grid",
+        "1 records event 3",
         "2 awaits event 2",
         "2 runs a grid",
         "2 records event 2",
-        "1 runs a grid",
-        "1 records event 2",
         "3 awaits event 1",
         "3 runs a grid",
         "3 records event 1",
     ]
+
+
+def test_events_of_captures_are_used_again(grid_turns: Path) -> None:
+    said = grids(grid_turns, *((1, capture, 0) for capture in range(1, 21)))
+    assert not [line for line in said if "awaits" in line]
+    assert len({line for line in said if "records" in line}) < 20
 
 
 def test_instructions_of_a_warp_are_volatile() -> None:

@@ -19,27 +19,43 @@ class GridTurns {
   int run(void* stream, const Launch& launch) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const uint64_t capture = cuda::capture_of(stream);
-    Last& last = last_[capture != 0];
+    Last& last = last_of(capture);
     int error = 0;
     if (last.event == nullptr) {
       error = cuda::new_event(&last.event);
-    } else if (last.capture == capture) {
+    } else if (last.recorded) {
       error = cuda::await_event(last.event, stream);
     }
     if (error == 0) error = launch();
     if (error != 0) return error;
-    last.capture = capture;
+    last.recorded = true;
     return cuda::record_event(last.event, stream);
   }
 
  private:
-  // An event of a capture means nothing outside of it: calls outside have one of their own.
+  // The last grid outside of captures, or of a capture: an event of a capture means nothing outside of it.
   struct Last {
     void* event = nullptr;
     uint64_t capture = 0;
+    bool recorded = false;
   };
+
+  Last& last_of(uint64_t capture) {
+    if (capture == 0) return outside_;
+    for (Last& last : captured_) {
+      if (last.capture == capture) return last;
+    }
+    Last& last = captured_[next_++ % kCaptures];
+    last.capture = capture;
+    last.recorded = false;
+    return last;
+  }
+
+  static constexpr unsigned int kCaptures = 8;  // that threads may record at a time
   std::mutex mutex_;
-  Last last_[2];
+  Last outside_;
+  Last captured_[kCaptures];
+  unsigned int next_ = 0;
 };
 
 }  // namespace llm_ext
