@@ -17,6 +17,7 @@ from support.pooling import (
     check_large_scores,
     check_layouts,
     check_masked_positions,
+    check_outweighing_state,
     check_pool,
     check_precision,
     check_scores_of_any_size,
@@ -137,6 +138,14 @@ def test_large_equal_scores_step_by_step() -> None:
     for t in range(50):
         c, state = ops.prefix_pool(e[:, t : t + 1], scores=torch.full((2, 1), 1e8), state=state)
         assert_close("prefix_pool", c[:, 0], e[:, : t + 1].double().mean(1))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_outweighing_state(dtype: torch.dtype, device: str) -> None:
+    check_outweighing_state(dtype, device)
+    with num_threads(3):  # which share the positions
+        check_outweighing_state(dtype, device)
 
 
 @every_device

@@ -209,6 +209,21 @@ def check_scores_of_any_size(prefix: bool, device: str = "cpu") -> None:
         compare(op_name(prefix), pool_functions(prefix), inputs)
 
 
+def check_outweighing_state(dtype: torch.dtype, device: str = "cpu") -> None:
+    """Of an initial state that outweighs all positions, the rounding of c does not add up in the gradient of L."""
+    e = torch.randn(2, 1500, 512, device=device).to(dtype)
+    scores = torch.randn(2, 1500, device=device).to(dtype)
+    c0 = torch.randn(2, 512, dtype=torch.float32, device=device)
+    for size in (1.0, 1e3, 1e9):
+        L = torch.tensor([[1.0, size]] * 2, device=device)
+        gradients = []
+        for function, to in zip(pool_functions(True), (Tensor.clone, Tensor.double), strict=True):
+            z = to(L[:, 1]).requires_grad_()
+            c = function(to(e), None, to(scores), torch.stack((to(L[:, 0]), z), 1), to(c0))[0]
+            gradients.append(size * torch.autograd.grad(c.mean(-1, dtype=z.dtype).sum(), z)[0])
+        assert_close("prefix_pool_backward", *gradients, dtype=dtype)
+
+
 def check_infinite_scores(device: str = "cpu") -> None:
     """A score of +inf gives a log-sum-exp of +inf and no weights, as in torch."""
     e, scores = torch.randn(3, 40, 5, device=device), torch.randn(3, 40, device=device)

@@ -172,7 +172,7 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
   T* zeros = state + 3 * size;
   const S* no_row = reinterpret_cast<const S*>(zeros);
   T* sets = p.workspace + team.size * kPrefixRows * size;
-  T* products = sets + 2 * team.size * size + team.rank * aligned(chunk_steps(in.dim));
+  T* products = sets + 4 * team.size * size + team.rank * aligned(chunk_steps(in.dim));
   int turn = 0;
   zero(du, in.dim);
   zero(zeros, in.dim);
@@ -184,12 +184,15 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
     Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
     p.grad_c_n == nullptr ? zero(state, in.dim) : convert(p.grad_c_n + b * in.dim, state, in.dim);
     if (p.grad_c_n != nullptr && in.steps == 0) carried.k += dot(state, c0, in.dim);
-    // grad_c_n . c_n, from c_n as `row` after the products of the last chunk: the last row of c may be rounded to 16
-    // bits.
-    const auto of_last_state = [&](Range chunk) {
-      return p.grad_c_n != nullptr && chunk.begin < chunk.end && chunk.end == in.steps
-                 ? dot(p.grad_c_n + b * in.dim, row, in.dim)
-                 : T(0);
+    // Of the state `row` after the products of a chunk, leaves what the products of the later positions have left out:
+    // they start from a row of c, which may be rounded to 16 bits, and nothing has counted the last state.
+    const auto subtract_counted_state = [&](Range chunk) {
+      if (chunk.begin == chunk.end) return zero(row, in.dim);
+      if (chunk.end == in.steps) return;
+      const S* counted = p.c + offset_of(in, b, chunk.end - 1);
+      for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
+        store_partial(row + d, load_partial(row + d, lanes) - load_partial(counted + d, lanes), lanes);
+      });
     };
     const int64_t block = chunk_steps(in.dim) * (split_time ? team.size : 1);
     for (int64_t end = in.steps; end > 0; end -= block) {
@@ -199,25 +202,28 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
       copy_c_before(chunk.begin, row);
       if (!split_time) {
         prefix_products<S, false, T>(p, b, chunk, row, products, nullptr, no_row);
-        carried.k += of_last_state(chunk);
+        subtract_counted_state(chunk);
+        carried.k += dot(state, row, in.dim);
         prefix_backward_range(p, b, chunk, block, products, &carried, du, no_row);
         continue;
       }
-      T* summaries = sets + turn * team.size * size;
-      T* own = summaries + team.rank * size;
+      T* summaries = sets + turn * team.size * 2 * size;
+      T* own = summaries + team.rank * 2 * size;
       zero(own, in.dim);
       Carried<T> out = {own, T(0)};
       own[in.dim] = prefix_products<S, true>(p, b, chunk, row, products, &out, no_row);
-      const T last = of_last_state(chunk);
-      own[in.dim + 1] = out.k + own[in.dim] * last;
+      own[in.dim + 1] = out.k;
+      subtract_counted_state(chunk);
+      convert(row, own + size, in.dim);
       team.sync();
       Carried<T> into = {row, T(0)};
       for (int rank = team.size - 1; rank >= 0; --rank) {
+        const T* summary = summaries + rank * 2 * size;
+        carried.k += dot(state, summary + size, in.dim);
         if (rank == team.rank) {
           convert(state, into.g, in.dim);
-          into.k = carried.k + last;
+          into.k = carried.k;
         }
-        const T* summary = summaries + rank * size;
         const T through = summary[in.dim];
         for_each_vector<T>(in.dim, [&](int64_t d, int lanes) {
           store_partial(state + d, load_partial(summary + d, lanes) + through * load_partial(state + d, lanes), lanes);

@@ -28,14 +28,14 @@ static inline int64_t chunk_steps(int64_t dim) {
   return steps > kPoolTile ? steps : kPoolTile;
 }
 
-// Rows of workspace per thread: the state, the state of its chunk, du, zeros. Then two sets of one summary per thread;
-// they alternate, so that one barrier per block is enough. Each row has D + 2 elements. Last, a number per position of
-// a thread's chunk, for the backward pass.
+// Rows of workspace per thread: the state, the state of its chunk, du, zeros. Then two sets of a summary per thread, of
+// two rows in the backward pass; the sets alternate, so that one barrier per block is enough. Each row has D + 2
+// elements. Last, a number per position of a thread's chunk, for the backward pass.
 constexpr int kPrefixRows = 4;
 
 template <typename S>
 static int64_t prefix_pool_workspace(const PoolInput<S>& in, int threads) {
-  return threads * ((kPrefixRows + 2) * aligned(in.dim + 2) + aligned(chunk_steps(in.dim)));
+  return threads * ((kPrefixRows + 4) * aligned(in.dim + 2) + aligned(chunk_steps(in.dim)));
 }
 
 }  // namespace LLM_EXT_ISA_NAMESPACE
