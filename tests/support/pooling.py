@@ -216,12 +216,13 @@ def check_outweighing_state(dtype: torch.dtype, device: str = "cpu") -> None:
     c0 = torch.randn(2, 512, dtype=torch.float32, device=device)
     for size in (1.0, 1e3, 1e9):
         L = torch.tensor([[1.0, size]] * 2, device=device)
-        gradients = []
+        gradients: list[Tensor] = []
         for function, to in zip(pool_functions(True), (Tensor.clone, Tensor.double), strict=True):
             z = to(L[:, 1]).requires_grad_()
             c = function(to(e), None, to(scores), torch.stack((to(L[:, 0]), z), 1), to(c0))[0]
             gradients.append(size * torch.autograd.grad(c.mean(-1, dtype=z.dtype).sum(), z)[0])
-        assert_close("prefix_pool_backward", *gradients, dtype=dtype)
+        actual, expected = gradients
+        assert_close("prefix_pool_backward", actual, expected, dtype=dtype)
 
 
 def check_infinite_scores(device: str = "cpu") -> None:

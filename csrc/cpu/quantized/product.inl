@@ -21,8 +21,19 @@ namespace LLM_EXT_ISA_NAMESPACE {
 constexpr double kQuantizedWorkPerThread = 2 * kWorkPerThread;
 
 constexpr int kPanelVectors = static_cast<int>(kQuantizedPanel) / kLanes<float>;
+
+// Panels that are multiplied at once: those of the gates, or as many of one gate.
+template <int kGates>
+constexpr int kPanelsAtOnce = kGates > 1 ? kGates : 4;
+// The sums of panels that are multiplied at once, so that they share the broadcasts of left factors. With more rows,
+// one panel after the other. The baseline has no registers for it.
+constexpr int kSharedSums = LLM_EXT_VECTOR_BYTES == 64 ? 24 : (LLM_EXT_VECTOR_BYTES == 32 ? 8 : 0);
+// With one row, up to this k: a single long panel streams faster from the L2 cache. Zen 5: docs/lab/quantization.md.
+constexpr int64_t kSharedDepth = 64;
 // Rows of a tile: their sums fill the register file beside the weights. Fewer are not faster: docs/lab/quantization.md.
-constexpr int kTileRows = LLM_EXT_VECTOR_BYTES == 64 ? 8 : (LLM_EXT_VECTOR_BYTES == 32 ? 6 : 2);
+constexpr int kMostRows = LLM_EXT_VECTOR_BYTES == 64 ? 8 : (LLM_EXT_VECTOR_BYTES == 32 ? 6 : 2);
+template <typename A, int kGates>
+constexpr int kTileRows = LLM_EXT_VECTOR_BYTES == 64 ? kSharedSums / kPanelsAtOnce<kGates> : A::kRows;
 
 // Left factors of a product: rows of L, and for int8 weights the scale of each.
 template <typename L>
@@ -58,7 +69,7 @@ static inline int64_t rounded_space(int64_t rows, int64_t width) {
 }
 
 // Three ways to multiply. A unit is kDepth numbers of each column, which are multiplied in kParts parts; kFirst units
-// of a panel hold the numbers with which its sums begin; a tile has up to kRows rows.
+// of a panel hold the numbers with which its sums begin; without AVX-512 a tile has up to kRows rows.
 
 // int8 weights and rows of int16.
 struct WordProduct {
@@ -68,7 +79,7 @@ struct WordProduct {
   static constexpr int kDepth = kInputDepth;
   static constexpr int kParts = 1;
   static constexpr int kFirst = 0;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kMostRows;
 
   static Int16Vec load_weights(const int8_t* p, int) { return load_int8(p); }
   static Int16Vec load_left(const int16_t* p, int) { return (Int16Vec)broadcast_lane(p); }
@@ -102,7 +113,7 @@ struct ByteProduct {
   static constexpr int kDepth = kStateDepth<int8_t>;
   static constexpr int kParts = 1;
   static constexpr int kFirst = 1;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kMostRows;
 
   static Sum load_weights(const int8_t* p, int) {
     Sum bytes;
@@ -137,7 +148,7 @@ struct PairProduct {
 #ifdef LLM_EXT_DOT_BF16
   using Left = BFloat16;
   static constexpr int kParts = 1;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kMostRows;
 
   static Vec<float> load_weights(const BFloat16* p, int) { return load_pairs(p, 2 * kLanes<float>); }
   static Vec<float> load_left(const BFloat16* p, int) { return (Vec<float>)broadcast_lane(p); }
@@ -159,7 +170,7 @@ struct PairProduct {
 #else
   using Left = float;
   static constexpr int kParts = 2;
-  static constexpr int kRows = LLM_EXT_VECTOR_BYTES == 32 ? 5 : kTileRows;  // the mask takes a register
+  static constexpr int kRows = LLM_EXT_VECTOR_BYTES == 32 ? 5 : kMostRows;  // the mask takes a register
 
   static Vec<float> load_weights(const BFloat16* p, int part) {
     // Keeps loads behind the products of the part before: a tile leaves no registers for both.
@@ -200,38 +211,54 @@ static inline int64_t panel_size(int64_t k) {
   return (A::kFirst + divide_up(k, A::kDepth)) * A::kDepth * kQuantizedPanel;
 }
 
-// Adds a part of the products of M rows of left factors with one unit of a panel.
-template <typename A, int M>
-__attribute__((always_inline)) static inline void add_part(typename A::Sum (&sums)[M][kPanelVectors],
-                                                           const typename A::Left* left, int64_t stride,
-                                                           const typename A::Weight* unit, int part) {
-  decltype(A::load_weights(unit, part)) weights[kPanelVectors];
+// Sums of M rows of left factors with N panels.
+template <typename A, int M, int N>
+using Sums = typename A::Sum[N][M][kPanelVectors];
+
+// Adds a part of the products of M rows of left factors with one unit of each of N panels, `size` apart.
+template <typename A, int M, int N>
+__attribute__((always_inline)) static inline void add_part(Sums<A, M, N>& sums, const typename A::Left* left,
+                                                           int64_t stride, const typename A::Weight* unit, int64_t size,
+                                                           int part) {
+  decltype(A::load_weights(unit, part)) weights[N][kPanelVectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < kPanelVectors; ++v) {
-    weights[v] = A::load_weights(unit + v * kLanes<float> * A::kDepth, part);
+  for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      weights[n][v] = A::load_weights(unit + n * size + v * kLanes<float> * A::kDepth, part);
+    }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const auto factor = A::load_left(left + m * stride, part);
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) sums[m][v] = A::multiply_add(sums[m][v], factor, weights[v]);
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) {
+        sums[n][m][v] = A::multiply_add(sums[n][m][v], factor, weights[n][v]);
+      }
+    }
   }
 }
 
-// sums[m][v] = sum over k of row m of the left factors times column v of a panel. With few sums, they are split over
-// several sets to cover the latency of a multiply-add.
-template <typename A, int M>
-__attribute__((noinline)) static void multiply_panel(const typename A::Left* left, int64_t stride, int64_t k,
-                                                     const typename A::Weight* panel,
-                                                     typename A::Sum (*sums)[kPanelVectors]) {
-  constexpr int kSums = M * kPanelVectors;
+// out [N][M][kPanelVectors]: sum over k of row m of the left factors times column v of panel n. With few sums, they are
+// split over several sets to cover the latency of a multiply-add.
+template <typename A, int M, int N>
+__attribute__((always_inline)) static inline void multiply_at_once(const typename A::Left* left, int64_t stride,
+                                                                   int64_t k, const typename A::Weight* panel,
+                                                                   typename A::Sum* out) {
+  constexpr int kSums = M * N * kPanelVectors;
   constexpr int kMostSums = LLM_EXT_VECTOR_BYTES == 64 ? 16 : A::kRows * kPanelVectors;
-  constexpr int kSets = kSums < 4 ? 4 : (kSums < 8 && 2 * kSums <= kMostSums ? 2 : 1);
+  constexpr int kSets = kSums < 4 || 4 * kSums <= kMostSums ? 4 : (2 * kSums <= kMostSums ? 2 : 1);
   constexpr int kUnit = A::kDepth * kQuantizedPanel;
-  typename A::Sum acc[kSets][M][kPanelVectors] = {};
+  const int64_t size = panel_size<A>(k);
+  Sums<A, M, N> acc[kSets] = {};
   if constexpr (A::kFirst > 0) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) __builtin_memcpy(acc[0][m], panel, sizeof(acc[0][m]));
+      for (int m = 0; m < M; ++m) __builtin_memcpy(acc[0][n][m], panel + n * size, sizeof(acc[0][n][m]));
+    }
     panel += A::kFirst * kUnit;
   }
   // Left factors that are not rounded have no padding: of a last unit that is not full only the first part exists.
@@ -242,38 +269,53 @@ __attribute__((noinline)) static void multiply_panel(const typename A::Left* lef
     for (int s = 0; s < kSets; ++s) {
 #pragma GCC unroll 2
       for (int part = 0; part < A::kParts; ++part) {
-        add_part<A, M>(acc[s], left + (i + s) * A::kDepth, stride, panel + (i + s) * kUnit, part);
+        add_part<A, M, N>(acc[s], left + (i + s) * A::kDepth, stride, panel + (i + s) * kUnit, size, part);
       }
     }
   }
   for (; i < units; ++i) {
 #pragma GCC unroll 2
     for (int part = 0; part < A::kParts; ++part) {
-      add_part<A, M>(acc[0], left + i * A::kDepth, stride, panel + i * kUnit, part);
+      add_part<A, M, N>(acc[0], left + i * A::kDepth, stride, panel + i * kUnit, size, part);
     }
   }
   if (A::kParts > 1 && k % A::kDepth != 0) {
-    add_part<A, M>(acc[0], left + units * A::kDepth, stride, panel + units * kUnit, 0);
+    add_part<A, M, N>(acc[0], left + units * A::kDepth, stride, panel + units * kUnit, size, 0);
   }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
+      for (int v = 0; v < kPanelVectors; ++v) {
 #pragma GCC unroll 4
-      for (int s = 1; s < kSets; ++s) acc[0][m][v] += acc[s][m][v];
-      sums[m][v] = acc[0][m][v];
+        for (int s = 1; s < kSets; ++s) acc[0][n][m][v] += acc[s][n][m][v];
+        out[(n * M + m) * kPanelVectors + v] = acc[0][n][m][v];
+      }
+    }
+  }
+}
+
+// multiply_at_once, or panel after panel.
+template <typename A, int M, int N>
+__attribute__((noinline)) static void multiply_panels(const typename A::Left* left, int64_t stride, int64_t k,
+                                                      const typename A::Weight* panel, typename A::Sum* out) {
+  if constexpr (N == 1 || M * N * kPanelVectors <= kSharedSums) {
+    multiply_at_once<A, M, N>(left, stride, k, panel, out);
+  } else {
+    for (int n = 0; n < N; ++n) {
+      multiply_panels<A, M, 1>(left, stride, k, panel + n * panel_size<A>(k), out + n * M * kPanelVectors);
     }
   }
 }
 
 template <typename A>
-using MultiplyPanel = void (*)(const typename A::Left*, int64_t, int64_t, const typename A::Weight*,
-                               typename A::Sum (*)[kPanelVectors]);
+using MultiplyPanels = void (*)(const typename A::Left*, int64_t, int64_t, const typename A::Weight*, typename A::Sum*);
 
-template <typename A>
-static inline MultiplyPanel<A> multiply_panel_for(int m) {
-#define LLM_EXT_TILE(M) multiply_panel<A, (M < A::kRows ? M : A::kRows)>
-  static constexpr MultiplyPanel<A> kTable[] = {
+template <typename A, int kRows, int N>
+static inline MultiplyPanels<A> multiply_panels_for(int m) {
+#define LLM_EXT_TILE(M) multiply_panels<A, (M < kRows ? M : kRows), N>
+  static constexpr MultiplyPanels<A> kTable[] = {
       LLM_EXT_TILE(1), LLM_EXT_TILE(2),
 #if LLM_EXT_VECTOR_BYTES >= 32
       LLM_EXT_TILE(3), LLM_EXT_TILE(4), LLM_EXT_TILE(5), LLM_EXT_TILE(6),
@@ -293,32 +335,49 @@ template <typename A, int kGates, typename Finish>
 static inline void panels_product(LeftRows<typename A::Left> left, int64_t rows, int64_t k,
                                   QuantizedMatrix<typename A::Weight> w, int64_t block_rows, Range panels,
                                   bool backwards, Finish finish) {
-  typename A::Sum sums[kGates][kTileRows][kPanelVectors];
-  const Tiles tiles(rows, A::kRows, A::kRows);
-  const int64_t size = panel_size<A>(k);
-  for (int64_t i = panels.begin; i < panels.end; ++i) {
-    const int64_t p = backwards ? panels.end - 1 - (i - panels.begin) : i;
-    const int64_t first = p * kQuantizedPanel;
-    const int64_t width = block_rows - first < kQuantizedPanel ? block_rows - first : kQuantizedPanel;
+  if (rows == 0) return;
+  constexpr int kRows = kTileRows<A, kGates>, kAtOnce = kPanelsAtOnce<kGates>;
+  typename A::Sum sums[kAtOnce * kMostRows * kPanelVectors];
+  const Tiles tiles(rows, kRows, kRows);
+  // Few rows: the sums of several panels come before finish() of any, whose latency a product would not hide.
+  const int64_t step = kAtOnce / kGates * (rows <= kMostRows / 2 ? kMostRows / rows : 1);
+  const bool together = rows > 1 || k <= kSharedDepth;
+  const int64_t size = panel_size<A>(k), steps = divide_up(panels.size(), step);
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t begin = panels.begin + (backwards ? steps - 1 - i : i) * step;
+    const int64_t end = begin + step < panels.end ? begin + step : panels.end;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const Range tile_rows = tiles[tile];
       const int count = static_cast<int>(tile_rows.size());
-      const MultiplyPanel<A> multiply = multiply_panel_for<A>(count);
-      for (int g = 0; g < kGates; ++g) {
-        multiply(left.data + tile_rows.begin * left.stride, left.stride, k, w.packed + (p * kGates + g) * size,
-                 sums[g]);
+      const auto* factors = left.data + tile_rows.begin * left.stride;
+      const auto* packed = w.packed + begin * kGates * size;
+      const int64_t wanted = (end - begin) * kGates;
+      int64_t n = 0;
+      for (; together && n + kAtOnce <= wanted; n += kAtOnce) {
+        multiply_panels_for<A, kRows, kAtOnce>(count)(factors, left.stride, k, packed + n * size,
+                                                      sums + n * count * kPanelVectors);
       }
-      for (int m = 0; m < count; ++m) {
-        const int64_t row = tile_rows.begin + m;
-        const float row_scale = left.scale == nullptr ? 1.0f : left.scale[row];
-        for_each_vector<float>(width, [&](int64_t j, int lanes) {
-          Vec<float> values[kGates];
-          for (int g = 0; g < kGates; ++g) {
-            const float* scale = w.scale == nullptr ? nullptr : w.scale + g * block_rows + first + j;
-            values[g] = A::finish(sums[g][m][j / kLanes<float>], row_scale, scale, lanes);
-          }
-          finish(row, first + j, values, lanes);
-        });
+      for (; n < wanted; ++n) {
+        multiply_panels_for<A, kRows, 1>(count)(factors, left.stride, k, packed + n * size,
+                                                sums + n * count * kPanelVectors);
+      }
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = p * kQuantizedPanel;
+        const int64_t width = block_rows - first < kQuantizedPanel ? block_rows - first : kQuantizedPanel;
+        const typename A::Sum* of_panel = sums + (p - begin) * kGates * count * kPanelVectors;
+        for (int m = 0; m < count; ++m) {
+          const int64_t row = tile_rows.begin + m;
+          const float row_scale = left.scale == nullptr ? 1.0f : left.scale[row];
+          for_each_vector<float>(width, [&](int64_t j, int lanes) {
+            Vec<float> values[kGates];
+            for (int g = 0; g < kGates; ++g) {
+              const float* scale = w.scale == nullptr ? nullptr : w.scale + g * block_rows + first + j;
+              values[g] =
+                  A::finish(of_panel[(g * count + m) * kPanelVectors + j / kLanes<float>], row_scale, scale, lanes);
+            }
+            finish(row, first + j, values, lanes);
+          });
+        }
       }
     }
   }
@@ -352,7 +411,7 @@ struct ProductSlice {
   Range panels;
 };
 static inline ProductSlice slice_product(int64_t rows, int64_t panels, const ThreadTeam& team) {
-  if (rows >= kTileRows * team.size) return {team.slice(rows, kTileRows), {0, panels}};
+  if (rows >= kMostRows * team.size) return {team.slice(rows, kMostRows), {0, panels}};
   return {{0, rows}, team.slice(panels)};
 }
 

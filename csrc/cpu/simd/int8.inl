@@ -68,6 +68,20 @@ static inline IntVec<float> add_fours(IntVec<float> sum, IntVec<float> a, IntVec
 #endif
 }
 
+static inline int32_t largest_lane(IntVec<float> v) {
+#if LLM_EXT_VECTOR_BYTES == 64
+  return _mm512_reduce_max_epi32((__m512i)v);
+#elif LLM_EXT_VECTOR_BYTES == 32
+  const __m128i half = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  const __m128i quarter = _mm_max_epi32(half, _mm_unpackhi_epi64(half, half));
+  return _mm_cvtsi128_si32(_mm_max_epi32(quarter, _mm_srli_epi64(quarter, 32)));
+#else
+  int32_t largest = v[0];
+  for (int i = 1; i < kLanes<float>; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+#endif
+}
+
 // The largest magnitude of n numbers; a NaN counts as larger than infinity.
 static inline float largest_magnitude(const float* x, int64_t n) {
   IntVec<float> most{};
@@ -76,8 +90,7 @@ static inline float largest_magnitude(const float* x, int64_t n) {
     const IntVec<float> bits = (IntVec<float>)load_partial(x + i, lanes) & 0x7fffffff;
     most = bits > most ? bits : most;
   });
-  int32_t largest = 0;
-  for (int i = 0; i < kLanes<float>; ++i) largest = most[i] > largest ? most[i] : largest;
+  const int32_t largest = largest_lane(most);
   float result;
   __builtin_memcpy(&result, &largest, sizeof(result));
   return result;
