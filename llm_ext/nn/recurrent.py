@@ -173,7 +173,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
                 states. ``None`` means zeros.
             lengths: Steps of each row of a padded batch, int64 ``[B]`` on the device of `input`, from 0 to T, in any
                 order. Beyond them the output is 0, and the states are those after the last step of each row. On CUDA
-                they cause no synchronization. A PackedSequence has lengths of its own.
+                they cause no synchronization, except with `return_all_states` or under a transform of torch. A
+                PackedSequence has lengths of its own.
             reset: Whether the state of a row is replaced before a step, in every layer: bool ``[T, B]``, ``[B, T]``
                 with batch_first, ``[T]`` without a batch, or ``[N]`` in the order of the data of a PackedSequence.
                 Beyond `lengths` it has no effect. Its values are read on the host, so a call on CUDA synchronizes. A
