@@ -54,8 +54,9 @@ def add_parser(commands: Commands) -> None:
         "tune",
         help="choose settings by cross-validation",
         usage="llm-ext tune FILE [FILE ...] --out DIR --trial-minutes X [options]\n"
-        "       llm-ext tune --task translate FILE.tsv --out DIR --trial-minutes X [options]\n"
-        "       llm-ext tune --task translate --source FILE --target FILE --out DIR --trial-minutes X [options]\n"
+        "       llm-ext tune --task translate|summarize FILE.tsv --out DIR --trial-minutes X [options]\n"
+        "       llm-ext tune --task translate|summarize --source FILE --target FILE --out DIR --trial-minutes X "
+        "[options]\n"
         "       llm-ext tune --task classify|transcribe --kind KIND PATH --out DIR --trial-minutes X [options]\n"
         "       llm-ext tune --resume --out DIR [--trials N] [--minutes M]",
         description="Search settings of `llm-ext train` by trials: trainings on all but one of several parts of the "
@@ -67,7 +68,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory, created if missing")
     parser.add_argument("--resume", action="store_true", help="continue the search in DIR, or join it")
     search = parser.add_argument_group("search")
-    search.add_argument("--space", type=Path, metavar="FILE", help="TOML file of the values to try (default: by task)")
+    search.add_argument(
+        "--space", type=Path, metavar="FILE", help="TOML file of the values to try (default: those of the task)"
+    )
     search.add_argument(
         "--trials",
         type=int,
