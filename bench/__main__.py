@@ -153,7 +153,7 @@ def main(
         parser.error(f"--peers must be some of {','.join(known)}, got {','.join(unknown)}")
     pictures: dict[str, Path] = {name: path for name in _PICTURES if (path := getattr(options, name)) is not None}
     if pictures and importlib.util.find_spec("matplotlib") is None:
-        parser.error("pictures need matplotlib (pip install --no-build-isolation '.[bench]')")
+        parser.error("pictures need matplotlib (pip install 'llm_ext[bench]')")
     if options.json == _DEFAULT_JSON:
         options.json = _default_json(options.device)
     for path in (options.json, *pictures.values()):

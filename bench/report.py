@@ -51,7 +51,7 @@ def header(run: dict[str, Any]) -> str:
     if models := versions.get("models"):
         lines.append(f"Models: {', '.join(f'{name} {version}' for name, version in models.items())}")
     if absent := [word for word in settings["libraries"] if word in settings["absent"]]:
-        lines.append(f"Skipped, not installed (pip install --no-build-isolation '.[bench]'): {', '.join(absent)}")
+        lines.append(f"Skipped, not installed (pip install 'llm_ext[bench]'): {', '.join(absent)}")
     if settings["device"] == "cuda":
         lines.append("Times: median [quartiles] over the turns, by events in the stream; each case has its own dtype.")
     else:

@@ -12,7 +12,9 @@ import torch
 
 _LIBRARY = Path(__file__).parent / "lib" / "libllm_ext.so"
 if not _LIBRARY.exists():
-    raise ImportError(f"llm_ext is not built: {_LIBRARY} does not exist; pip install llm_ext, or build from source")
+    raise ImportError(
+        f"llm_ext is not built: {_LIBRARY} does not exist; run make build, or pip install --no-build-isolation ."
+    )
 torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
 _ops = torch.ops.llm_ext
 

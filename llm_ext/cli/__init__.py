@@ -9,7 +9,7 @@
 
 Imports go from the bottom of this list to its top. `llm_ext.cli.data`, `llm_ext.cli.inference` and
 `llm_ext.cli.training` export the names that scripts use. Install the packages it needs with
-`pip install --no-build-isolation '.[cli]'`.
+`pip install 'llm_ext[cli]'`.
 """
 
 from llm_ext.cli.commands import main

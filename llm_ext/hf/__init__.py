@@ -2,7 +2,7 @@
 
 Importing this package registers `LLMForCausalLM` for `AutoModelForCausalLM` and `Seq2SeqForConditionalGeneration` for
 `AutoModelForSeq2SeqLM`, with their configurations. It needs transformers:
-`pip install --no-build-isolation '.[hf]'`.
+`pip install 'llm_ext[hf]'`.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM

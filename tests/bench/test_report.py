@@ -17,7 +17,7 @@ def test_header_names_limits_and_what_is_not_installed(record: dict[str, Any]) -
     text = report.header(record)
     assert "Read 2 GB/s, FMA peak 5 GFLOP/s, best of several" in text
     assert "Peers: jax (not installed), torch 2.13.0" in text
-    assert "Skipped, not installed (pip install --no-build-isolation '.[bench]'): jax" in text
+    assert "Skipped, not installed (pip install 'llm_ext[bench]'): jax" in text
     record["limits"] = record["limits"] | {"unavailable": "no reason"}
     assert "FMA peak and read speed not measured: no reason" in report.header(record)
 

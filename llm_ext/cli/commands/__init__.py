@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        return _fail(f"{error.name} is not installed: pip install --no-build-isolation '.[{extra}]'")
+        return _fail(f"{error.name} is not installed: pip install 'llm_ext[{extra}]'")
     except CommandError as error:
         return _fail(str(error))
     except OSError as error:

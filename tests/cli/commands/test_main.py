@@ -430,7 +430,7 @@ def test_a_missing_package_is_named() -> None:
     code = "import sys; sys.modules['tokenizers'] = None; from llm_ext.cli import main; sys.exit(main([]))"
     done = run_python(code)
     assert done.returncode == 1
-    assert done.stderr == "llm-ext: tokenizers is not installed: pip install --no-build-isolation '.[cli]'\n"
+    assert done.stderr == "llm-ext: tokenizers is not installed: pip install 'llm_ext[cli]'\n"
 
 
 @pytest.mark.parametrize(

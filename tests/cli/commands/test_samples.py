@@ -157,7 +157,7 @@ def test_a_missing_package(
 ) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     assert run("train", recordings / "all.tsv", "--task", "classify", "--out", tmp_path / "run") == 1
-    expected = "llm-ext: soundfile is not installed: pip install --no-build-isolation '.[cli,data]'\n"
+    expected = "llm-ext: soundfile is not installed: pip install 'llm_ext[cli,data]'\n"
     assert capsys.readouterr().err == expected
 
 

@@ -298,5 +298,5 @@ def test_optuna_is_named_if_it_is_missing(tune: Tune, tmp_path: Path, monkeypatc
     code, _, errors = tune("text.txt", "--out", tmp_path / "out")
     assert (code, errors) == (
         1,
-        "llm-ext: optuna is not installed: pip install --no-build-isolation '.[cli,tune]'\n",
+        "llm-ext: optuna is not installed: pip install 'llm_ext[cli,tune]'\n",
     )
