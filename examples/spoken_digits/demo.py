@@ -13,7 +13,6 @@ import torch
 
 from llm_ext.cli.data import Sample, encode_samples, read_samples
 from llm_ext.cli.inference import Classifier, draw_confusion, draw_sample, evaluate_labels, explain_classification
-from llm_ext.cli.inference.evaluation import Processes
 from llm_ext.cli.training import ClassificationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -78,9 +77,7 @@ def main() -> None:
     classes = np.array(labels.encode(samples), dtype=np.int64)
     encoded = encode_samples(samples, reader, run.path / "cache")
     indices = np.arange(len(samples))
-    score, table = evaluate_labels(
-        classifier.model, encoded, reader, indices, classes, labels.size, classifier.device, Processes()
-    )
+    score, table = evaluate_labels(classifier.model, encoded, reader, indices, classes, labels.size, classifier.device)
     base = nearest(reader, read_samples(training, "audio", "label"), samples)
     base_accuracy = np.mean([label == sample.target for label, sample in zip(base, samples, strict=True)])
     print(f"\nAccuracy on {len(samples)} recordings that were not trained on:")

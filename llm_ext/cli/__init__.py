@@ -7,9 +7,9 @@
     tuning/      search of settings by cross-validation
     commands/    one file per command: its options and what it runs
 
-Imports go from the bottom of this list to its top. `llm_ext.cli.data`, `llm_ext.cli.inference` and
-`llm_ext.cli.training` export the names that scripts use. Install the packages it needs with
-`pip install 'llm_ext[cli]'`.
+Imports go from the bottom of this list to its top. Scripts use `main` and `CommandError`. The names of the modules
+above serve the demos in `examples`; they may change from version to version. `pip install 'llm_ext[cli]'` installs the
+packages that the command needs.
 """
 
 from llm_ext.cli.commands import main

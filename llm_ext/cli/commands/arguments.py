@@ -66,7 +66,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("int8", "bfloat16"),
-        help="round the weights to 8 or 16 bits, which is faster on a CPU (default: as they were trained)",
+        help="round the weights to 8 or 16 bits, for a CPU; int8 is the faster (default: as they were trained)",
     )
 
 
@@ -130,7 +130,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="beam search: scores are divided by length to this power; more than 1 favors long ones (default: 1)",
+        help="beam search: scores are divided by length to this power; more than 1 favours long ones (default: 1)",
     )
     parser.add_argument(
         "--no-repeat-ngram-size",

@@ -33,7 +33,7 @@ from llm_ext.cli.device import find_device
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.inference.classifier import Classifier, evaluate_labels
 from llm_ext.cli.inference.confusion import draw_confusion
-from llm_ext.cli.inference.evaluation import Processes, Score, evaluate_pairs, evaluate_text
+from llm_ext.cli.inference.evaluation import Score, evaluate_pairs, evaluate_text
 from llm_ext.cli.inference.stateful import StatefulLLM
 from llm_ext.cli.inference.transcriber import (
     Transcriber,
@@ -168,7 +168,7 @@ def _evaluate_classifier(options: argparse.Namespace, classifier: Classifier, pa
     classes = np.array(labels.encode(samples), dtype=np.int64)
     encoded = encode_samples(samples, reader, _cache(options))
     score, table = evaluate_labels(
-        classifier.model, encoded, reader, np.arange(len(samples)), classes, labels.size, classifier.device, Processes()
+        classifier.model, encoded, reader, np.arange(len(samples)), classes, labels.size, classifier.device
     )
     draw_confusion(table, labels.names, picture)
     print(f"loss        {score.loss:.4f} nats per sample, over {score.tokens:,} samples")
@@ -192,7 +192,6 @@ def _evaluate_transcriber(options: argparse.Namespace, transcriber: Transcriber,
             ids,
             tokenizer,
             transcriber.device,
-            Processes(),
         )
         print(f"loss        {score.loss:.4f} nats per token, over {score.tokens:,} tokens")
     if len(fit) < len(samples):

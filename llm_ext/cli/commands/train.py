@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "train",
-        help="train a model on text files",
+        help="train a model on text, pairs or samples",
         usage="llm-ext train FILE [FILE ...] --out DIR [options]\n"
         "       llm-ext train --task translate|summarize FILE.tsv --out DIR [options]\n"
         "       llm-ext train --task translate|summarize --source FILE --target FILE --out DIR [options]\n"

@@ -150,7 +150,7 @@ def _stack(rows: Rows, count: int) -> Rows:
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Reads samples as the model does: a front end, and the normalization learnt on the training samples.
+    """Reads samples as the model does: a front end, and the normalization learned on the training samples.
 
     Attributes:
         front_end: From a file to vectors.

@@ -17,7 +17,7 @@ from llm_ext.cli.data.labels import Labels, load_labels
 from llm_ext.cli.data.samples import Sample
 from llm_ext.cli.data.splits import Indices
 from llm_ext.cli.device import device_of
-from llm_ext.cli.inference.evaluation import Processes, Score, shared_batches
+from llm_ext.cli.inference.evaluation import ALONE, Processes, Score, shared_batches
 from llm_ext.models import SequenceClassifier
 
 __all__ = ["Classifier", "evaluate_labels"]
@@ -82,7 +82,7 @@ def evaluate_labels(
     classes: npt.NDArray[np.int64],
     count: int,
     device: torch.device,
-    processes: Processes,
+    processes: Processes = ALONE,
 ) -> tuple[Score, npt.NDArray[np.int64]]:
     """Measure the loss and the accuracy of a classifier.
 

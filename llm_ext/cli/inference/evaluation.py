@@ -17,6 +17,7 @@ from llm_ext.cli.data.pairs import EncodedPairs, Indices
 from llm_ext.cli.data.tokenizer import Tokenizer
 
 __all__ = [
+    "ALONE",
     "EvaluationStoppedError",
     "Processes",
     "Score",
@@ -104,6 +105,9 @@ class Processes:
     stop: Callable[[], bool] = lambda: False
 
 
+ALONE = Processes()
+
+
 def evaluate_text(
     model: nn.Module,
     corpus: Corpus,
@@ -111,7 +115,7 @@ def evaluate_text(
     end: int,
     tokenizer: Tokenizer,
     device: torch.device,
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
 ) -> Score:
     """Measure the loss over a range of a text, every token but the first once.
 
@@ -156,7 +160,7 @@ def evaluate_pairs(
     ends: tuple[int, int],
     tokenizer: Tokenizer,
     device: torch.device,
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
 ) -> Score:
     """Measure the loss of targets given their sources; the end of a target counts as a token.
 

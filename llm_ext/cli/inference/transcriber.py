@@ -20,7 +20,7 @@ from llm_ext.cli.data.splits import Indices
 from llm_ext.cli.data.tokenizer import Ids
 from llm_ext.cli.device import device_of
 from llm_ext.cli.errors import CommandError
-from llm_ext.cli.inference.evaluation import Processes, Score, TokenTotals, shared_batches
+from llm_ext.cli.inference.evaluation import ALONE, Processes, Score, TokenTotals, shared_batches
 from llm_ext.cli.inference.translator import SearchOptions
 from llm_ext.models import LLM, Seq2Seq, SequenceClassifier
 from llm_ext.ops.packing import within_lengths
@@ -107,7 +107,7 @@ def evaluate_transcripts(
     ids: Sequence[Ids],
     tokenizer: LineTokenizer,
     device: torch.device,
-    processes: Processes,
+    processes: Processes = ALONE,
 ) -> Score:
     """Measure the loss of the texts given the samples; with a decoder the end of a text counts as a token.
 

@@ -78,7 +78,8 @@ class Config:
     vocab_size: int = _setting(4096, "largest vocabulary of --tokens bpe", group="data", least=256, most=1 << 24)
     val_fraction: float = _setting(
         0.1,
-        "without --val, fraction held out for validation: the end of the text, or all pairs of some sources",
+        "without --val, fraction held out for validation: the end of the text, all pairs of some sources, or some "
+        "samples or groups",
         group="data",
         least=0,
         most=0.9,
