@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from support.tolerances import TOLERANCE, TOLERANCE_ON
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("bench/**/*.md"), *ROOT.glob("examples/*/*.md")]
+PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("bench/**/*.md"), *ROOT.glob("examples/**/*.md")]
 PACKAGES = ("llm_ext", "llm_ext.ops", "llm_ext.reference", "llm_ext.nn", "llm_ext.models", "llm_ext.cli")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -81,6 +82,19 @@ def test_every_page_is_in_the_navigation(name: str) -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     missing = [page.name for page in (ROOT / name).glob("*.md") if str(page.relative_to(DOCS)) not in navigation]
     assert missing == [], f"mkdocs.yml does not list these pages of {name}"
+
+
+@pytest.mark.parametrize(
+    ("index", "pages"),
+    [("docs/index.md", DOCS.glob("guides/*.md")), ("examples/README.md", (ROOT / "examples").glob("[!_]*"))],
+    ids=["guides", "examples"],
+)
+def test_an_index_leads_to_every_page(index: str, pages: Iterable[Path]) -> None:
+    folder = (ROOT / index).parent
+    links = re.findall(r"\]\(([^)\s#]+)", (ROOT / index).read_text())
+    found = {(folder / link).resolve() for link in links}
+    missing = [page.name for page in pages if page.name != "README.md" and not {page, page / "README.md"} & found]
+    assert missing == [], f"{index} does not link to these"
 
 
 def public(package: str) -> list[tuple[str, object]]:
