@@ -7,6 +7,7 @@ The CUDA half is built if torch has CUDA and nvcc is found; a GPU is not needed.
 
 - LLM_EXT_CUDA: 0 builds for the CPU only; 1 fails if the CUDA half cannot be built.
 - TORCH_CUDA_ARCH_LIST: the GPU architectures to compile for; those below 8.0 are left out.
+- CUDA_HOME or CUDA_PATH: the CUDA toolkit with the nvcc to use.
 - LLM_EXT_CXXFLAGS: additional flags for the C++ compiler.
 - LLM_EXT_MANYLINUX: 1 builds binaries that run on glibc 2.28, whatever glibc they are built on (x86-64); with CUDA, the
   version has a suffix such as +cu13.
