@@ -2,8 +2,8 @@
 
 Layers: :class:`RNN`, :class:`GRU`, :class:`LSTM`, their cells, :class:`Linear`, :class:`AttentionPool` and
 :class:`AdditiveAttention`. Models: :class:`LLM`, :class:`Seq2Seq` and :class:`SequenceClassifier`. The
-functions behind them are in :mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`. :func:`convert` makes
-the layers of a model of torch.nn those of llm_ext, :func:`quantize_` rounds their weights to 8 or 16 bits.
+functions behind them are in :mod:`llm_ext.ops`, and in plain torch in :mod:`llm_ext.reference`. :func:`convert`
+replaces the layers of a model of torch.nn by those of llm_ext, :func:`quantize_` rounds their weights to 8 or 16 bits.
 """
 
 from __future__ import annotations

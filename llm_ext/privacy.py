@@ -1,7 +1,7 @@
 """Training with differential privacy: gradients of each sample for `Opacus <https://opacus.ai>`_.
 
 Importing this module registers the layers of llm_ext with Opacus, whose `GradSampleModule` and `PrivacyEngine` then
-take models of them, `LLM` and `Seq2Seq` included.
+take models of them, `LLM`, `Seq2Seq` and `SequenceClassifier` included.
 
 Opacus gives a grad sampler the first input of a layer and the gradient of its first output, which says nothing of
 states, lengths and packed rows. So a layer that Opacus watches runs with weights that are expanded, as a view, to one

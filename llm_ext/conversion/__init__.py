@@ -1,4 +1,4 @@
-"""Conversion of models that exist: layers of torch.nn become those of llm_ext, and back."""
+"""Conversion of existing models: layers of torch.nn become those of llm_ext, and back."""
 
 from llm_ext.conversion.patching import patched
 from llm_ext.conversion.quantize import Quantized, dequantize_, fake_quantize_, quantize_

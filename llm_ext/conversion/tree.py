@@ -47,7 +47,7 @@ def convert(model: Model, *, filter: Filter | None = None, linear: bool = False,
 
     Every ``torch.nn.RNN``, ``GRU``, ``LSTM``, ``RNNCell``, ``GRUCell`` and ``LSTMCell`` gets the class of llm_ext, and
     stays the same object with the same parameters, buffers, hooks, parametrizations, training mode and attributes. So
-    optimizers, averaged weights, tied weights, ``DistributedDataParallel`` and modules that two parents share need no
+    optimizers, averaged weights, tied weights, ``DistributedDataParallel`` and modules that two modules share need no
     change. A subclass is converted if it inherits ``forward`` or calls ``super().forward`` in its own; it stays a
     subclass of what it was. A warning names the modules that are left; :func:`convertible` lists all.
 

@@ -1,4 +1,4 @@
-"""The base of the models for transformers: initialization, wrapping of a model that exists, another vocabulary size."""
+"""The base of the models for transformers: initialization, wrapping of an existing model, another vocabulary size."""
 
 from __future__ import annotations
 
