@@ -20,7 +20,7 @@ import torch
 from bench import timing
 from bench.timing import Call
 
-__all__ = ["copy", "measure", "measure_cuda", "multiply_add", "read", "unavailable"]
+__all__ = ["copy", "has_vnni", "measure", "measure_cuda", "multiply_add", "read", "unavailable"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # OpenMP shares runtime and threads with torch and llm_ext.
@@ -78,6 +78,12 @@ def read(floats: int, passes: int, threads: int) -> Call:
     groups = math.ceil(floats / (group * threads))
     data = torch.ones(groups * group * threads)
     return lambda: library.read(data.data_ptr(), groups, passes, threads)
+
+
+def has_vnni() -> bool:
+    """Return whether this machine multiplies and adds four bytes in one instruction."""
+    words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return "avx512_vnni" in words or "avx_vnni" in words
 
 
 def copy(gb: float) -> Call:

@@ -210,18 +210,18 @@ def openvino_call(model: bytes, feed: Sequence[Tensor], threads: int) -> Call:
     return call
 
 
-def aot_inductor_call(layer: Any, x: Tensor) -> Call:
+def aot_inductor_call(layer: Any, x: Tensor, hx: tuple[Tensor, ...]) -> Call:
     """Return a call of a torch layer that torch.export and AOTInductor have compiled with frozen weights."""
     inductor: Any = importlib.import_module("torch._inductor")
     with tempfile.TemporaryDirectory(prefix="llm_ext-bench-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's layers assign attributes when they are exported
         with torch.inference_mode(False), torch.no_grad():
-            exported = torch.export.export(layer, (x.clone(),))
+            exported = torch.export.export(layer, (x.clone(), tuple(map(torch.clone, hx))))
             path = inductor.aoti_compile_and_package(
                 exported, package_path=f"{folder}/layer.pt2", inductor_configs={"freezing": True}
             )
             compiled = inductor.aoti_load_package(path)
-    return lambda: compiled(x)
+    return lambda: compiled(x, hx)
 
 
 def _jax(dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import llm_ext
 from bench import limits, peers
-from bench.cases.building import FMA_PEAK, READ_U, given_targets, limit, size_name
+from bench.cases.building import given_targets, limit, size_name
 from bench.cases.recurrence import gflop, kind_name, make_layers, reference_outputs
 from bench.cells import LSTM, Cell
 from bench.comparison import OURS, Candidate, Case, Comparison
@@ -35,7 +35,7 @@ def _quantized_layer(layer: Any, weights: Any) -> Any:
     return layer
 
 
-def _int8_outputs(layer: Any, x: Tensor) -> list[Tensor]:
+def _int8_outputs(layer: Any, x: Tensor, state: list[Tensor]) -> list[Tensor]:
     """Return the results of `layer` with int8 weights by the float64 reference."""
 
     def rounded(w: Tensor) -> Any:
@@ -43,20 +43,42 @@ def _int8_outputs(layer: Any, x: Tensor) -> list[Tensor]:
         return QuantizedWeight(values, scale.double())
 
     weights = [[rounded(w) if w.dim() > 1 else w.detach().double() for w in layer.parameters()]]
-    y, last = reference.multilayer_rnn(layer.mode, x.double(), None, weights)
+    y, last = reference.multilayer_rnn(layer.mode, x.double(), tuple(tensor.double() for tensor in state), weights)
     return [y, *last]
 
 
-def _torch_int8(layer: Any, x: Tensor) -> Callable[[], Call]:
+def _torch_int8(layer: Any, x: Tensor, hx: Any) -> Callable[[], Call]:
     def build() -> Call:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated
             model = torch.nn.Sequential(layer)  # only the children of a model are replaced
             quantize_dynamic: Any = torch.ao.quantization.quantize_dynamic
-            other = quantize_dynamic(model, {type(layer)}, dtype=torch.qint8)
-        return lambda: other(x)
+            other = quantize_dynamic(model, {type(layer)}, dtype=torch.qint8)[0]
+        return lambda: other(x, hx)
 
     return build
+
+
+def _limit(cell: Cell, B: int, T: int, I: int, H: int, threads: int) -> Candidate:  # noqa: E741
+    """Return the limit of a recurrence with int8 weights.
+
+    The products with inputs have two multiply-adds where float32 has one, those with states two, or four with VNNI. For
+    one sequence reading U in each step takes longer than its products; in a single step, reading W does, too.
+    """
+    of_inputs, of_states = (cell.gates * H * size for size in (I, H))
+    if T == 1:
+        return limit("reading W and U in int8", lambda: limits.read((of_inputs + of_states) // 4, 1, threads))
+
+    def build() -> Call:
+        gflop = 2e-9 * T * B
+        first = limits.multiply_add(gflop * of_inputs / 2, threads)
+        if B == 1:
+            then = limits.read(of_states // 4, T, threads)
+        else:
+            then = limits.multiply_add(gflop * of_states / (4 if limits.has_vnni() else 2), threads)
+        return lambda: min(first(), then())
+
+    return limit("products, reading U in int8" if B == 1 else "products", build)
 
 
 def quantized(
@@ -80,21 +102,25 @@ def quantized(
 
     def build(dtype: torch.dtype, threads: int) -> Comparison:
         ours, other = make_layers(cell, I, H, dtype=dtype)
-        x = torch.randn(T, B, I, dtype=dtype)
+        x, state = torch.randn(T, B, I, dtype=dtype), [torch.randn(1, B, H, dtype=dtype) for _ in cell.state]
+
+        def as_argument(state: list[Tensor]) -> Any:
+            return state[0] if len(state) == 1 else tuple(state)
+
+        hx, narrow_hx = as_argument(state), as_argument([tensor.bfloat16() for tensor in state])
         narrow, narrow_x = copy.deepcopy(ours).bfloat16(), x.bfloat16()
         int8, bfloat16 = (_quantized_layer(ours, weights) for weights in ("int8", "bfloat16"))
-        rounded = reference_outputs(llm_ext.dequantize_(copy.deepcopy(bfloat16)), x, None)
+        rounded = reference_outputs(llm_ext.dequantize_(copy.deepcopy(bfloat16)), x, None, state)
         others = [
-            Candidate(names["float32"], OURS, lambda: lambda: ours(x)),
-            Candidate(names["bfloat16"], OURS, lambda: lambda: narrow(narrow_x), tolerance=_ROUNDED),
-            Candidate(names["weights"], OURS, lambda: lambda: bfloat16(x), reference=rounded, tolerance=_NEXT),
-            Candidate(names["torch"], "torch", _torch_int8(other, x), tolerance=_ROUNDED),
+            Candidate(names["float32"], OURS, lambda: lambda: ours(x, hx)),
+            Candidate(names["bfloat16"], OURS, lambda: lambda: narrow(narrow_x, narrow_hx), tolerance=_ROUNDED),
+            Candidate(names["weights"], OURS, lambda: lambda: bfloat16(x, hx), reference=rounded, tolerance=_NEXT),
+            Candidate(names["torch"], "torch", _torch_int8(other, x, hx), tolerance=_ROUNDED),
         ]
         if cell is LSTM:
             # Inductor unrolls the steps of a GRU, compiles them for a minute, and is slower than eager.
-            others.append(Candidate(names["frozen"], "compile", lambda: peers.aot_inductor_call(other, x)))
+            others.append(Candidate(names["frozen"], "compile", lambda: peers.aot_inductor_call(other, x, hx)))
             # ONNX Runtime has no GRU in int8.
-            state = [torch.zeros(1, B, H) for _ in cell.state]
             others.append(
                 Candidate(
                     "ONNX Runtime, int8",
@@ -105,12 +131,10 @@ def quantized(
                     tolerance=_ROUNDED,
                 )
             )
-        if B > 1:  # twice the multiply-adds of float32 per instruction
-            others.append(limit(f"{FMA_PEAK}, doubled", lambda: limits.multiply_add(work / 2, threads)))
-        else:
-            others.append(limit(f"{READ_U} in int8", lambda: limits.read(cell.gates * H * H // 4, T, threads)))
-        own = Candidate(name, OURS, lambda: lambda: int8(x), reference=_int8_outputs(other, x), tolerance=_NEXT)
-        return Comparison(reference_outputs(other, x, None), own, others)
+        others.append(_limit(cell, B, T, I, H, threads))
+        expected = _int8_outputs(other, x, state)
+        own = Candidate(name, OURS, lambda: lambda: int8(x, hx), reference=expected, tolerance=_NEXT)
+        return Comparison(reference_outputs(other, x, None, state), own, others)
 
     by_name = given_targets({names[key]: target for key, target in targets.items()})
     sizes = size_name(B=B, T=T, I=I, H=H)
