@@ -830,7 +830,10 @@ def _layer_by_layer(
         x = outputs[0] if count == 1 else torch.cat(outputs, -1)
     if call.all_states:
         x = _with_states(x, list(zip(*every, strict=True)))
-    return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
+    try:
+        return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
+    except RuntimeError as failure:  # each layer fits, but their sizes differ
+        explain(failure, _check, call)
 
 
 def _both_directions(

@@ -253,6 +253,38 @@ def test_errors(emulated: Any) -> None:
         emulated.rnn(torch.zeros(1, 2**31, 0), None, torch.zeros(1, 0), torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["5-3", "3-5"])
+@pytest.mark.parametrize("trains", FLAGS)
+def test_rows_of_two_sizes(emulated: Any, trains: bool, order: tuple[int, int]) -> None:
+    """Two directions or layers of different H: one launch and one result have the sizes of the first."""
+    x = torch.randn(3, 2, 4, requires_grad=trains)
+    for mode, gates in (("RNN_TANH", 1), ("GRU", 3), ("LSTM", 4)):
+        for directions in (2, 1):
+            rows = [(torch.randn(gates * H, 4), torch.randn(gates * H, H)) for H in (5, 3)]
+            rows = [rows[i] for i in order]
+            if directions == 1:
+                rows[1] = (torch.randn(len(rows[1][0]), len(rows[0][1][0])), rows[1][1])
+            with pytest.raises(ValueError, match=r"multilayer_rnn: weights\["):
+                emulated.multilayer_rnn(mode, x, None, rows, bidirectional=directions == 2)
+    sizes = [(5, 3), (5, 2)]
+    projected = [
+        (torch.randn(4 * H, 4), torch.randn(4 * H, P), torch.randn(P, H)) for H, P in (sizes[i] for i in order)
+    ]
+    with pytest.raises(ValueError, match=r"multilayer_rnn: weights\["):
+        emulated.multilayer_rnn("LSTM", x, None, projected, bidirectional=True)
+
+
+@pytest.mark.parametrize("H", [(5, 3), (3, 5)], ids=str)
+def test_backward_of_two_sizes(H: tuple[int, int]) -> None:
+    weights = [w for h in H for w in (torch.zeros(3 * h, 4), torch.zeros(3 * h, h))]
+    y, saved = torch.zeros(3, 2, 2 * H[0]), torch.zeros(2 * 3 * 2, 4 * H[0])
+    options = (None, None, False, True, False, False, True)
+    with pytest.raises(RuntimeError, match=rf"both directions must have the same sizes, got H = {H[0]} and {H[1]}"):
+        getattr(torch.ops, NAME).bidirectional_backward(
+            torch.zeros_like(y), None, None, "GRU", torch.zeros(3, 2, 4), None, None, weights, False, y, saved, *options
+        )
+
+
 def test_errors_leave_the_next_call_intact() -> None:
     """A failed call throws after some of its arguments were checked, copied and allocated."""
     for recurrence in ARCHITECTURES:

@@ -36,6 +36,10 @@ std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mod
                     rows, ", B, H]");
   }
   const int64_t B = x.size(1), H = weights[1].dim() == 2 ? weights[1].size(1) : 0;
+  for (size_t i = 1; i < weights.size(); i += each) {
+    STD_TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(1) == H, kOp,
+                    ": w_hh must be [G H, H], with one H for all layers and directions, got ", shape_text(weights[i]));
+  }
   const bool lstm = mode == "LSTM";
   const Tensor h_n = empty({rows, B, H}, x.scalar_type(), device_of(x));
   const Tensor c_n = empty({lstm ? rows : 0, B, H}, x.scalar_type(), device_of(x));

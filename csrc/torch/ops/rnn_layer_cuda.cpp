@@ -42,6 +42,12 @@ class Layer {
         tf32_(directions[0].common.tf32),
         r_(checked(directions)),
         device_(op_, common().device().index) {
+    // One launch runs both directions with the sizes of the first.
+    for (const CheckedRnnArguments<S>& r : r_) {
+      STD_TORCH_CHECK(r.sizes().hidden == sizes().hidden && r.sizes().output == sizes().output, op_,
+                      ": both directions must have the same sizes, got H = ", sizes().hidden, " and ", r.sizes().hidden,
+                      ", P = ", sizes().output, " and ", r.sizes().output);
+    }
     // Kernels use int for each of these.
     for (int64_t size : {sizes().steps, sizes().batch, sizes().hidden}) {
       STD_TORCH_CHECK(size < int64_t{1} << 31, op_, ": T, B and H must be below 2^31 on cuda, got ", size);
