@@ -41,21 +41,28 @@ inline void check_tensor(const Tensor& t, const char* op, const char* name, Scal
   STD_TORCH_CHECK(fits && volume <= kMaxVolume, op, ": ", name, " has too large sizes, ", shape_text(t));
 }
 
-// An optional input, checked and made dense. Owns the dense copy for the duration of the call.
+// An optional input, checked at once, and made dense when it is first read: an expanded tensor is a large view of
+// little memory, and all checks of a call come before its copies. Owns the dense copy for the duration of the call. The
+// first read must not be in a parallel region.
 template <typename T>
 class Input {
  public:
   Input(const OptionalTensor& t, const char* op, const char* name, std::initializer_list<int64_t> sizes,
-        const Device& device = {}) {
-    if (!t.has_value()) return;
-    check_tensor(*t, op, name, kScalarType<T>, sizes, device);
-    tensor_ = device.is_cpu() ? dense(*t) : aligned(*t);
+        const Device& device = {})
+      : tensor_(t), on_cpu_(device.is_cpu()) {
+    if (t.has_value()) check_tensor(*t, op, name, kScalarType<T>, sizes, device);
   }
-  const OptionalTensor& tensor() const { return tensor_; }
-  const T* get() const { return tensor_.has_value() ? data<T>(*tensor_) : nullptr; }
+  const OptionalTensor& tensor() const {
+    if (!dense_ && tensor_.has_value()) tensor_ = on_cpu_ ? dense(*tensor_) : aligned(*tensor_);
+    dense_ = true;
+    return tensor_;
+  }
+  const T* get() const { return tensor().has_value() ? data<T>(*tensor_) : nullptr; }
 
  private:
-  OptionalTensor tensor_;
+  mutable OptionalTensor tensor_;
+  mutable bool dense_ = false;
+  bool on_cpu_;
 };
 
 // Checks that every length is from 0 to `most`. Lengths on a GPU are not read here: its kernels clamp them.

@@ -59,7 +59,7 @@ def test_one_dimension_too_many() -> None:
 
 
 HUGE = 1 << 31  # torch allows sizes whose product is below 2^63
-WRAPPING = torch.tensor([1 << 62] * 4 + [1] * 4)
+WRAPPING = torch.tensor([1 << 62] * 4 + [2] * 4)  # as many steps as rows
 
 
 @pytest.mark.parametrize(
@@ -80,20 +80,9 @@ WRAPPING = torch.tensor([1 << 62] * 4 + [1] * 4)
         # So would the row offsets of the steps, if they did not take too much memory before.
         lambda: ops.multilayer_rnn("GRU", E(1 << 40, 8, 0), None, [(E(6, 0), E(6, 2))]),
         # Sums of batch_sizes wrap 2^64, to the right number of rows.
-        lambda: ops.rnn(E(4, 2), E(1, 3), E(3, 2), E(3, 3), batch_sizes=WRAPPING),
-        lambda: OPS.rnn_forward(
-            E(4, 2),
-            E(1, 3),
-            E(3, 2),
-            E(3, 3),
-            None,
-            None,
-            torch.tensor([1 << 62] * 4 + [1] * 4),
-            None,
-            "tanh",
-            *[False] * 2,
-        ),
-        lambda: OPS.recurrence_tangent("RNN_TANH", E(3, 3), None, None, E(4, 3), E(1, 3), *[None] * 6, WRAPPING, False),
+        lambda: ops.rnn(E(8, 2), E(1, 3), E(3, 2), E(3, 3), batch_sizes=WRAPPING),
+        lambda: OPS.rnn_forward(E(8, 2), E(1, 3), E(3, 2), E(3, 3), None, None, WRAPPING, None, "tanh", *[False] * 2),
+        lambda: OPS.recurrence_tangent("RNN_TANH", E(3, 3), None, None, E(8, 3), E(1, 3), *[None] * 6, WRAPPING, False),
     ],
 )
 def test_sizes_that_wrap(call: Callable[[], object]) -> None:
@@ -129,13 +118,79 @@ def test_rows_without_numbers(lengths: Tensor | None) -> None:
     assert all(not g.any() for g in torch.autograd.grad(y.sum(), (x, w_ih, w_hh)))
 
 
-def test_checks_come_before_memory() -> None:
-    """A view of one step as 2^31 steps, whose row offsets would take 17 GB, and a weight that does not fit."""
-    x = torch.zeros(1, 1, 4).expand(1 << 31, 1, 4)
-    with memory_limit(4000):
-        for w_ih, message in ((torch.zeros(3, 4).double(), "must have the dtype"), (torch.zeros(3, 5), "x must be")):
-            with pytest.raises(RuntimeError, match=message):
-                OPS.rnn_forward(x, None, w_ih, torch.zeros(3, 3), None, None, None, None, "tanh", False, False)
+Z = torch.zeros
+STEPS = Z(1, 1, 4).expand(HUGE, 1, 4)  # a view of one step: a copy of it takes 34 GB, and its row offsets 17 GB
+ROWS = Z(1, 4).expand(HUGE, 4)
+ONES = torch.ones(1).long()
+PACKED = torch.zeros(1, 1, 2, 16, 2, dtype=torch.int16)  # of a [3, 3] or [3, 4] weight of bfloat16
+
+
+def _rnn(x: Tensor, *weights: Tensor | None, h0: Tensor | None = None, **options: Tensor | None) -> object:
+    weights += (None,) * (4 - len(weights))
+    return OPS.rnn_forward(x, h0, *weights, options.get("batch_sizes"), options.get("lengths"), "tanh", False, False)
+
+
+def _rnn_backward(grad_y: Tensor, grad_h_n: Tensor, y: Tensor) -> object:
+    x, w_ih, w_hh = STEPS, Z(3, 4), Z(3, 3)
+    return OPS.rnn_backward(grad_y, grad_h_n, x, None, w_ih, w_hh, y, None, None, "tanh", *[False] * 8)
+
+
+def _layers(x: Tensor, *weights: Tensor, h0: Tensor | None = None, projections: tuple[Tensor, ...] = ()) -> object:
+    return OPS.multilayer_rnn_forward("RNN_TANH", x, h0, None, list(weights), False, False, projections, None, False)
+
+
+def _quantized(x: Tensor, w_hh: Tensor, lengths: Tensor | None = None, b_hh: Tensor | None = None) -> object:
+    weights = PACKED, None, w_hh, None, None, b_hh, None, None
+    return OPS.quantized_rnn_forward("RNN_TANH", x, None, None, *weights, None, lengths, 4, 3, 3, False)
+
+
+BEFORE_MEMORY: dict[str, Callable[[], object]] = {
+    "rnn: dtype of w_ih": lambda: _rnn(STEPS, Z(3, 4).double(), Z(3, 3)),
+    "rnn: w_ih": lambda: _rnn(STEPS, Z(3, 5), Z(3, 3)),
+    "rnn: b_hh": lambda: _rnn(STEPS, Z(3, 4), Z(3, 3), None, Z(4)),
+    "rnn: b_hh, lengths": lambda: _rnn(STEPS, Z(3, 4), Z(3, 3), None, Z(4), lengths=ONES),
+    "rnn: batch_sizes": lambda: _rnn(Z(3, 4), Z(3, 4), Z(3, 3), h0=Z(1, 3), batch_sizes=ONES.expand(HUGE)),
+    "rnn_backward: grad_h_n": lambda: _rnn_backward(Z(1, 1, 3).expand(HUGE, 1, 3), Z(1, 4), STEPS[..., :3]),
+    "layers: w_ih": lambda: _layers(STEPS, Z(3, 5), Z(3, 3)),
+    "layers: w_hh of the second": lambda: _layers(STEPS, Z(3, 4), Z(3, 3), Z(3, 3), Z(3, 4)),
+    "layers: h0": lambda: _layers(STEPS, Z(3, 4), Z(3, 3), h0=Z(1, 2, 3)),
+    "layers: ids": lambda: _layers(
+        torch.zeros(1, 1).long().expand(HUGE, 1), Z(3, 4), Z(3, 4), projections=(Z(9, 4).expand(9, 4),)
+    ),
+    "quantized_rnn: w_hh": lambda: _quantized(STEPS, PACKED[:0]),
+    "quantized_rnn: w_hh, lengths": lambda: _quantized(STEPS, PACKED[:0], ONES),
+    "quantized_rnn: b_hh, lengths": lambda: _quantized(STEPS, PACKED, ONES, Z(4)),
+    "quantized_linear: b": lambda: OPS.quantized_linear_forward(ROWS, PACKED, None, Z(4), 4, 3),
+    "linear: w": lambda: OPS.linear_forward(ROWS, Z(3, 5), None),
+    "linear: b": lambda: OPS.linear_forward(ROWS, Z(3, 4), Z(4)),
+    "linear_argmax: b": lambda: OPS.linear_argmax(ROWS, Z(3, 4), Z(4)),
+    "linear_backward: grad_y": lambda: OPS.linear_backward(Z(1, 4).expand(HUGE, 4), ROWS, Z(3, 4), *[False] * 3),
+    "attention_pool: u": lambda: OPS.attention_pool_forward(STEPS, Z(5), None, None, None),
+    "attention_pool: mask": lambda: OPS.attention_pool_forward(STEPS, Z(4), None, None, torch.zeros(1, 1).bool()),
+    "prefix_pool: scores": lambda: OPS.prefix_pool_forward(STEPS, None, Z(1, 1), None, None, None, None),
+    "additive_attention: values": lambda: OPS.additive_attention_forward(
+        STEPS, STEPS, Z(4), Z(1, 1, 3), None, None, False
+    ),
+}
+
+
+@pytest.mark.parametrize("call", BEFORE_MEMORY.values(), ids=BEFORE_MEMORY)
+def test_checks_come_before_memory(call: Callable[[], object]) -> None:
+    """Views of one row as 2^31 rows, and an argument that does not fit."""
+    with memory_limit(4000), pytest.raises(RuntimeError, match="must") as found:
+        call()
+    assert "out of memory" not in str(found.value)
+
+
+def test_steps_that_no_kernel_runs() -> None:
+    """Rows without numbers: their row offsets would take 17 GB."""
+    x, w_ih, w_hh = E(HUGE, 1, 0), E(0, 0), E(0, 0)
+    with memory_limit(2000):
+        assert ops.rnn(x, None, w_ih, w_hh)[0].shape == x.shape
+        assert ops.multilayer_rnn("RNN_TANH", x, None, [(w_ih, w_hh)] * 2)[0].shape == x.shape
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(ops.rnn(x, None, w_ih, w_hh)[0].sum(), x)
+    assert gradient.shape == x.shape
 
 
 # ---- states

@@ -51,12 +51,12 @@ class CheckedPoolArguments {
                        const OptionalTensor& lengths, const OptionalTensor& mask)
       : op_(op),
         device_(device_of(e)),
-        e_(dense_rows(e)),
-        u_(input("u", u, {e.size(2)})),
+        u_(input("u", u, {checked(e).size(2)})),
         scores_(input("scores", scores, {e.size(0), e.size(1)})),
         lengths_(lengths, op, "lengths", {e.size(0)}, device_),
         mask_(mask, op, "mask", {e.size(0), e.size(1)}, device_) {
     if (lengths.has_value()) check_lengths(*lengths_.tensor(), op, "lengths", e.size(1));
+    e_ = dense_rows(e);  // after all other checks: it may be a large view of little memory
     in_.batch = e.size(0);
     in_.steps = e.size(1);
     in_.dim = e.size(2);
@@ -104,10 +104,14 @@ class CheckedPoolArguments {
  private:
   bool is_aligned_for_device(const Tensor& t) const { return device_.is_cpu() || is_aligned(t, 16); }
 
-  // e itself if it is contiguous as [B, T, D] or as [T, B, D], otherwise a copy.
-  Tensor dense_rows(const Tensor& e) const {
+  const Tensor& checked(const Tensor& e) const {
     STD_TORCH_CHECK(e.dim() == 3, op_, ": e must be [B, T, D], got ", shape_text(e));
     check_tensor(e, op_, "e", kScalarType<S>, {e.size(0), e.size(1), e.size(2)}, device_);
+    return e;
+  }
+
+  // e itself if it is contiguous as [B, T, D] or as [T, B, D], otherwise a copy.
+  Tensor dense_rows(const Tensor& e) const {
     const int64_t B = e.size(0), D = e.size(2);
     const bool time_major = e.stride(2) == 1 && e.stride(0) == D && e.stride(1) == B * D;
     if (time_major && is_aligned_for_device(e)) return e;
@@ -117,11 +121,11 @@ class CheckedPoolArguments {
   // In this order: each is initialized from those above it.
   const char* op_;
   const Device device_;
-  const Tensor e_;
   const Input<S> u_;
   const Input<S> scores_;
   const Input<int64_t> lengths_;
   const Input<bool> mask_;
+  Tensor e_;
   PoolInput<S> in_{};
 };
 
@@ -242,7 +246,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
                                      dl0.get(),
                                      dc0.get(),
                                      nullptr};
-    Backend::prefix_backward(p, args.device());
+    // Without positions only the gradients of a state may have elements; rows without positions take no memory.
+    if ((in.batch == 0 || in.steps == 0) && !need_dstate) {
+      for (Tensor t : {de, du.tensor(), dscores.tensor()}) torch::stable::zero_(t);
+    } else {
+      Backend::prefix_backward(p, args.device());
+    }
     return std::make_tuple(de, du.tensor(), dscores.tensor(), dl0.tensor(), dc0.tensor());
   });
 }

@@ -65,16 +65,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     const Workspace<S> workspace(std::max({linear.forward_workspace(query_sizes), attend.forward_workspace(in, threads),
                                            linear.forward_workspace(out_sizes)}));
     S* const scratch = workspace.get();
+    const S *w_query_rows = w_query_in.get(), *w_out_rows = w_out_in.get(), *b_out_row = b_out_in.get();
     run_team(threads, [&](const ThreadTeam& team) {
       rnn.run_in_turn(team);
-      linear.forward(
-          {query_sizes, data<S>(y), w_query_in.get(), nullptr, nullptr, false, mutable_data<S>(query), scratch}, team);
+      linear.forward({query_sizes, data<S>(y), w_query_rows, nullptr, nullptr, false, mutable_data<S>(query), scratch},
+                     team);
       team.sync();
       attend.forward({in, mutable_data<S>(context), nullptr, scratch}, team);
       team.sync();
-      linear.forward({out_sizes, data<S>(y), w_out_in.get(), b_out_in.get(), data<S>(context), true,
-                      mutable_data<S>(out), scratch},
-                     team);
+      linear.forward(
+          {out_sizes, data<S>(y), w_out_rows, b_out_row, data<S>(context), true, mutable_data<S>(out), scratch}, team);
     });
     rnn.finish();
     return std::make_tuple(out, h_n, c_n);

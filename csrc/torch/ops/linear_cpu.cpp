@@ -21,30 +21,25 @@ namespace {
 template <typename S>
 class CheckedLinearArguments {
  public:
-  CheckedLinearArguments(const char* op, const Tensor& x, const Tensor& w)
-      : op_(op), shape_(shape_of(x, w)), x_(rows_input("x", x, sizes_.input)), w_(input("w", w)) {}
+  CheckedLinearArguments(const char* op, const Tensor& x, const Tensor& w, const OptionalTensor& b = kNone,
+                         const OptionalTensor& grad_y = kNone)
+      : op_(op),
+        shape_(shape_of(x, w)),
+        w_(w, op, "w", {sizes_.output, sizes_.input}),
+        b_(b, op, "b", {sizes_.output}) {
+    check_rows("x", x, sizes_.input);
+    if (grad_y.has_value()) check_rows("grad_y", *grad_y, sizes_.output);
+    // After all other checks: they may be large views of little memory.
+    x_ = dense(x);
+    if (grad_y.has_value()) grad_y_ = dense(*grad_y);
+  }
 
   const LinearSizes& sizes() const { return sizes_; }
   const S* x() const { return data<S>(x_); }
-  const S* w() const { return data<S>(w_); }
+  const S* w() const { return w_.get(); }
+  const S* b() const { return b_.get(); }
+  const S* grad_y() const { return data<S>(*grad_y_); }
 
-  // t must be [*, width], * being that of x.
-  Tensor rows_input(const char* name, const Tensor& t, int64_t width) const {
-    STD_TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on cpu");
-    STD_TORCH_CHECK(t.scalar_type() == kScalarType<S>, op_, ": ", name, " must have the dtype of the others");
-    STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape_.size()), op_, ": ", name,
-                    " must have as many dimensions as x");
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      const int64_t size = i + 1 < t.dim() ? shape_[i] : width;
-      STD_TORCH_CHECK(t.size(i) == size, op_, ": ", name, " must have the sizes of x, but ", width,
-                      " as the last one, got ", shape_text(t));
-    }
-    return dense(t);
-  }
-  Tensor input(const char* name, const Tensor& t) const {
-    check_tensor(t, op_, name, kScalarType<S>, {sizes_.output, sizes_.input});
-    return dense(t);
-  }
   // [*] int64: an index for each row.
   Tensor empty_indices() const {
     return empty(shape_.data(), static_cast<int64_t>(shape_.size()) - 1, ScalarType::Long);
@@ -57,6 +52,19 @@ class CheckedLinearArguments {
   }
 
  private:
+  // t must be [*, width], * being that of x.
+  void check_rows(const char* name, const Tensor& t, int64_t width) const {
+    STD_TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on cpu");
+    STD_TORCH_CHECK(t.scalar_type() == kScalarType<S>, op_, ": ", name, " must have the dtype of the others");
+    STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape_.size()), op_, ": ", name,
+                    " must have as many dimensions as x");
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      const int64_t size = i + 1 < t.dim() ? shape_[i] : width;
+      STD_TORCH_CHECK(t.size(i) == size, op_, ": ", name, " must have the sizes of x, but ", width,
+                      " as the last one, got ", shape_text(t));
+    }
+  }
+
   std::vector<int64_t> shape_of(const Tensor& x, const Tensor& w) {
     STD_TORCH_CHECK(x.dim() >= 1, op_, ": x must be [*, I], got ", shape_text(x));
     STD_TORCH_CHECK(w.dim() == 2, op_, ": w must be [O, I], got ", shape_text(w));
@@ -74,22 +82,23 @@ class CheckedLinearArguments {
   const char* op_;
   LinearSizes sizes_{};
   const std::vector<int64_t> shape_;
-  const Tensor x_;
-  const Tensor w_;
+  const Input<S> w_;
+  const Input<S> b_;
+  Tensor x_;
+  OptionalTensor grad_y_;
 };
 
 Tensor linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
   constexpr const char* kOp = "linear_forward";
   return with_type<float, double>(x, kOp, "x", [&](auto type) {
     using S = decltype(type);
-    const CheckedLinearArguments<S> a(kOp, x, w);
+    const CheckedLinearArguments<S> a(kOp, x, w, b);
     const LinearSizes& s = a.sizes();
-    const Input<S> b_in(b, kOp, "b", {s.output});
     const Tensor y = a.empty_rows(s.output);
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
     const Workspace<S> workspace(kernel.forward_workspace(s));
-    const LinearForwardParams<S> p = {s, a.x(), a.w(), b_in.get(), nullptr, false, mutable_data<S>(y), workspace.get()};
+    const LinearForwardParams<S> p = {s, a.x(), a.w(), a.b(), nullptr, false, mutable_data<S>(y), workspace.get()};
     if (any_elements(y)) run_team(threads, [&](const ThreadTeam& team) { kernel.forward(p, team); });
     return y;
   });
@@ -102,14 +111,13 @@ Tensor linear_argmax(const Tensor& x, const Tensor& w, const OptionalTensor& b) 
     // The kernel computes indices in vectors of 32-bit integers.
     STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(0) <= std::numeric_limits<int32_t>::max(), kOp,
                     ": w must be [O, I], 0 < O < 2^31, got ", shape_text(w));
-    const CheckedLinearArguments<S> a(kOp, x, w);
+    const CheckedLinearArguments<S> a(kOp, x, w, b);
     const LinearSizes& s = a.sizes();
-    const Input<S> b_in(b, kOp, "b", {s.output});
     const Tensor indices = a.empty_indices();
     const LinearKernels<S>& kernel = kernels().linear<S>();
     const int threads = team_size(kernel.threads(s, max_threads()));
     const Workspace<S> workspace(kernel.argmax_workspace(s, threads));
-    const LinearArgmaxParams<S> p = {s, a.x(), a.w(), b_in.get(), mutable_data<int64_t>(indices), workspace.get()};
+    const LinearArgmaxParams<S> p = {s, a.x(), a.w(), a.b(), mutable_data<int64_t>(indices), workspace.get()};
     if (any_elements(indices)) run_team(threads, [&](const ThreadTeam& team) { kernel.argmax(p, team); });
     return indices;
   });
@@ -120,9 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   constexpr const char* kOp = "linear_backward";
   return with_type<float, double>(x, kOp, "x", [&](auto type) {
     using S = decltype(type);
-    const CheckedLinearArguments<S> a(kOp, x, w);
+    const CheckedLinearArguments<S> a(kOp, x, w, kNone, grad_y);
     const LinearSizes& s = a.sizes();
-    const Tensor grad_y_in = a.rows_input("grad_y", grad_y, s.output);
     const Output<S> none(false, {});
     const Tensor dx = need_dx ? a.empty_rows(s.input) : none.tensor();
     const Output<S> dw(need_dw, {s.output, s.input});
@@ -131,8 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
     const int threads = team_size(kernel.threads(s, max_threads()));
     const Workspace<S> workspace(kernel.backward_workspace(s, threads));
     const LinearBackwardParams<S> p = {
-        s,        data<S>(grad_y_in), a.x(),          a.w(), need_dx ? mutable_data<S>(dx) : nullptr,
-        dw.get(), db.get(),           workspace.get()};
+        s, a.grad_y(), a.x(), a.w(), need_dx ? mutable_data<S>(dx) : nullptr, dw.get(), db.get(), workspace.get()};
     if (any_elements(dx, dw.tensor(), db.tensor())) {
       run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
     }

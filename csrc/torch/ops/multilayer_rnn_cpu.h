@@ -60,14 +60,22 @@ class MultilayerRnn {
     const Tensor& first_w_hh = a.weights[1];
     STD_TORCH_CHECK(first_w_hh.dim() == 2, op_, ": w_hh must be [G H, H], got ", shape_text(first_w_hh));
     hidden_ = first_w_hh.size(1);
-    read_x(a);
+    check_x(a);
     h0_.emplace(a.h0, op_, "h0", std::initializer_list<int64_t>{recurrences_, batch_, hidden_});
     c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{recurrences_, batch_, hidden_});
+    if (!a.input_projections.empty()) check_input_projections(a);
+    for (int r = 0; r < recurrences_; ++r) check_weights(a, r);
+    // After all other checks: x may be a large view of little memory.
+    x_ = dense(a.x);
+    if (!a.input_projections.empty()) check_ids(a.input_projections[0].size(0));
     y_ = packed_ ? empty({rows_, directions_ * hidden_}, kScalarType<S>)
                  : empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
     h_n_ = empty({recurrences_, batch_, hidden_}, kScalarType<S>);
     c_n_ = empty({mode_ == Mode::kLstm ? recurrences_ : 0, batch_, hidden_}, kScalarType<S>);
     for (int r = 0; r < recurrences_; ++r) add_recurrence(a, r);
+    // A result without elements needs no kernel, and may have any number of steps; an attention_step has one.
+    if (!packed_ && (any_elements(y_) || steps_ == 1)) offsets_ = padded_row_offsets(steps_, batch_);
+    for (RecurrenceForwardParams<S>& p : params_) p.sizes.row_offsets = offsets_.data();
   }
 
   std::tuple<Tensor, Tensor, Tensor> run() {
@@ -133,7 +141,7 @@ class MultilayerRnn {
 
   // ---- arguments
 
-  void read_x(const MultilayerRnnArguments& a) {
+  void check_x(const MultilayerRnnArguments& a) {
     const bool ids_given = !a.input_projections.empty();
     packed_ = a.batch_sizes.has_value();
     const int64_t dim = (packed_ ? 1 : 2) + (ids_given ? 0 : 1);
@@ -151,21 +159,20 @@ class MultilayerRnn {
     STD_TORCH_CHECK(a.x.is_cpu(), op_, ": x must be on cpu");
     STD_TORCH_CHECK(a.x.scalar_type() == (ids_given ? ScalarType::Long : kScalarType<S>), op_,
                     ids_given ? ": x must be int64 with input_projections" : ": x must have the dtype of the others");
-    x_ = dense(a.x);
-    // Steps without rows take no memory, whatever their number; no kernel runs them.
-    if (!packed_) offsets_ = padded_row_offsets(batch_ > 0 ? a.x.size(0) : 0, batch_);
     steps_ = packed_ ? static_cast<int64_t>(offsets_.size()) - 1 : a.x.size(0);
-    rows_ = offsets_.back();
-    if (ids_given) read_input_projections(a);
+    rows_ = packed_ ? offsets_.back() : steps_ * batch_;
   }
 
-  void read_input_projections(const MultilayerRnnArguments& a) {
+  void check_input_projections(const MultilayerRnnArguments& a) {
     const Tensor& first = a.input_projections[0];
     const int64_t gates = gates_of(mode_) * hidden_, vocabulary = first.dim() == 2 ? first.size(0) : 0;
     STD_TORCH_CHECK(static_cast<int>(a.input_projections.size()) == directions_, op_,
                     ": input_projections must be one tensor for each direction");
     for (const Tensor& t : a.input_projections)
       input_projections_.emplace_back(t, op_, "input_projections", std::initializer_list<int64_t>{vocabulary, gates});
+  }
+
+  void check_ids(int64_t vocabulary) const {
     const int64_t* ids = data<int64_t>(x_);
     for (int64_t n = 0; n < rows_; ++n) {
       STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < vocabulary, op_, ": ids must be from 0 to ", vocabulary - 1, ", got ",
@@ -173,29 +180,42 @@ class MultilayerRnn {
     }
   }
 
+  // Whether the input projections replace the input weights of recurrence r.
+  bool reads_ids(int r) const { return r < directions_ && !input_projections_.empty(); }
+  int64_t input_size(const MultilayerRnnArguments& a, int r) const {
+    if (reads_ids(r)) return 0;
+    return r < directions_ ? a.x.size(a.x.dim() - 1) : directions_ * hidden_;
+  }
+
+  void check_weights(const MultilayerRnnArguments& a, int r) {
+    const int64_t gates = gates_of(mode_) * hidden_;
+    const auto check = [&](int i, const char* name, bool read, std::initializer_list<int64_t> sizes) {
+      weights_.emplace_back(read ? OptionalTensor(a.weights[r * weights_each_ + i]) : kNone, op_, name, sizes);
+    };
+    check(0, "w_ih", !reads_ids(r), {gates, input_size(a, r)});
+    check(1, "w_hh", true, {gates, hidden_});
+    if (weights_each_ == 2) return;
+    check(2, "b_ih", !reads_ids(r), {gates});
+    check(3, "b_hh", true, {gates});
+  }
+
   void add_recurrence(const MultilayerRnnArguments& a, int r) {
     const int layer = r / directions_;
-    const bool ids_given = layer == 0 && !input_projections_.empty();
-    const int64_t input = ids_given ? 0 : (layer == 0 ? a.x.size(a.x.dim() - 1) : directions_ * hidden_);
-    const int64_t gates = gates_of(mode_) * hidden_;
-    const auto weight = [&](int i, const char* name, std::initializer_list<int64_t> sizes) {
-      weights_.emplace_back(a.weights[r * weights_each_ + i], op_, name, sizes);
-      return weights_.back().get();
-    };
+    const Input<S>* weights = &weights_[r * weights_each_];
     RecurrenceForwardParams<S> p = {};
-    p.sizes = {mode_, steps_, batch_, input, hidden_, hidden_, offsets_.data(), r % directions_ == 1};
-    if (!ids_given) p.w_ih = weight(0, "w_ih", {gates, input});
-    p.w_hh = weight(1, "w_hh", {gates, hidden_});
+    p.sizes = {mode_, steps_, batch_, input_size(a, r), hidden_, hidden_, nullptr, r % directions_ == 1};
+    p.w_ih = weights[0].get();
+    p.w_hh = weights[1].get();
     if (weights_each_ == 4) {
-      if (!ids_given) p.b_ih = weight(2, "b_ih", {gates});
-      p.b_hh = weight(3, "b_hh", {gates});
+      p.b_ih = weights[2].get();
+      p.b_hh = weights[3].get();
     }
     const int64_t state_offset = r * batch_ * hidden_;
     if (h0_->get() != nullptr) p.h0 = h0_->get() + state_offset;
     if (c0_->get() != nullptr) p.c0 = c0_->get() + state_offset;
     p.h_n = mutable_data<S>(h_n_) + state_offset;
     if (mode_ == Mode::kLstm) p.c_n = mutable_data<S>(c_n_) + state_offset;
-    if (ids_given) {
+    if (reads_ids(r)) {
       p.input_projections = input_projections_[r].get(), p.input_ids = data<int64_t>(x_);
     } else {
       p.x = layer == 0 ? data<S>(x_) : layer_output(layer - 1);
@@ -331,7 +351,7 @@ class MultilayerRnn {
   Tensor x_, y_, h_n_, c_n_;
   std::optional<Input<S>> h0_, c0_;
   std::deque<Input<S>> input_projections_;
-  std::deque<Input<S>> weights_;
+  std::vector<Input<S>> weights_;                     // weights_each_ for each recurrence, in the order of `weights`
   std::vector<std::optional<Tensor>> layer_outputs_;  // of all layers but the last
   std::optional<Tensor> direction_outputs_[2];        // of one layer at a time
   std::vector<RecurrenceForwardParams<S>> params_;    // of each recurrence

@@ -105,18 +105,6 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
     return layer_state ? empty({1, batch, width}, ScalarType::Float) : empty({batch, width}, ScalarType::Float);
   };
   const Input<float> h0_in = state(h0, "h0", output), c0_in = state(c0, "c0", hidden);
-  const Tensor h_n = new_state(true, output), c_n = new_state(lstm, hidden);
-
-  if (lengths.has_value()) {
-    const PackedLengths<float> packing(kOp, *lengths, steps, batch);
-    const OptionalTensor packed_c0 = lstm ? OptionalTensor(packing.pack_state(c0_in.tensor(), hidden)) : kNone;
-    const auto [y, h, c] = quantized_rnn_forward(mode_name, packing.pack(x), packing.pack_state(h0_in.tensor(), output),
-                                                 packed_c0, w_ih, s_ih, w_hh, s_hh, b_ih, b_hh, w_hr, s_hr,
-                                                 packing.batch_sizes(), kNone, input, hidden, output, reverse);
-    packing.pad_state(h, h0_in.tensor(), h_n);
-    if (lstm) packing.pad_state(c, c0_in.tensor(), c_n);
-    return {packing.pad(y), h_n, c_n};
-  }
 
   return with_weight_type(w_ih, kOp, [&](auto type) -> Results {
     using W = decltype(type);
@@ -125,6 +113,17 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
     const Packed<W> hh(w_hh, s_hh, kOp, "w_hh", gates, hidden, output, kStateDepth<W>);
     const Packed<W> hr(w_hr, s_hr, kOp, "w_hr", 1, output, hidden, kStateDepth<W>);
     const Input<float> b_ih_in(b_ih, kOp, "b_ih", {gates * hidden}), b_hh_in(b_hh, kOp, "b_hh", {gates * hidden});
+    const Tensor h_n = new_state(true, output), c_n = new_state(lstm, hidden);
+    if (lengths.has_value()) {
+      const PackedLengths<float> packing(kOp, *lengths, steps, batch);
+      const OptionalTensor packed_c0 = lstm ? OptionalTensor(packing.pack_state(c0_in.tensor(), hidden)) : kNone;
+      const auto [y, h, c] = quantized_rnn_forward(
+          mode_name, packing.pack(x), packing.pack_state(h0_in.tensor(), output), packed_c0, w_ih, s_ih, w_hh, s_hh,
+          b_ih, b_hh, w_hr, s_hr, packing.batch_sizes(), kNone, input, hidden, output, reverse);
+      packing.pad_state(h, h0_in.tensor(), h_n);
+      if (lstm) packing.pad_state(c, c0_in.tensor(), c_n);
+      return {packing.pad(y), h_n, c_n};
+    }
     const Tensor x_in = dense(x);
     const Tensor y = is_packed ? empty({offsets.back(), output}, ScalarType::Float)
                                : empty({steps, batch, output}, ScalarType::Float);

@@ -100,12 +100,25 @@ struct RnnBackwardResults {
 
 // ---- checks
 
-// First row of each step of a packed sequence of `rows` rows, and the end: T + 1 numbers.
+// T + 1 numbers for the steps of a sequence.
+inline std::vector<int64_t> empty_row_offsets(int64_t steps) {
+  std::vector<int64_t> offsets;
+  try {
+    offsets.resize(steps + 1);
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "llm_ext: out of memory: cannot allocate the row offsets of ", steps, " steps");
+  }
+  return offsets;
+}
+
+// First row of each step of a packed sequence of `rows` rows, and the end.
 inline std::vector<int64_t> packed_row_offsets(const char* op, int64_t rows, const Tensor& batch_sizes) {
   STD_TORCH_CHECK(batch_sizes.dim() == 1, op, ": batch_sizes must be [T], got ", shape_text(batch_sizes));
   const int64_t steps = batch_sizes.size(0);
   const Input<int64_t> sizes(batch_sizes, op, "batch_sizes", {steps});
-  std::vector<int64_t> offsets(steps + 1, 0);
+  STD_TORCH_CHECK(steps <= rows, op, ": batch_sizes must be positive and sum to the rows of x, ", rows, ", got ", steps,
+                  " steps");  // an expanded batch_sizes may be a large view of little memory
+  std::vector<int64_t> offsets = empty_row_offsets(steps);
   for (int64_t t = 0; t < steps; ++t) {
     const int64_t size = sizes.get()[t];
     STD_TORCH_CHECK(size >= 1 && (t == 0 || size <= sizes.get()[t - 1]), op,
@@ -118,14 +131,10 @@ inline std::vector<int64_t> packed_row_offsets(const char* op, int64_t rows, con
   return offsets;
 }
 
-// First row of each step of a padded batch, and the end. It takes memory: the sizes must be those of a checked tensor.
+// First row of each step of a padded batch, and the end, for the kernels of the CPU. They take memory: the sizes must
+// be those of checked tensors, and a call that runs no kernel needs none.
 inline std::vector<int64_t> padded_row_offsets(int64_t steps, int64_t batch) {
-  std::vector<int64_t> offsets;
-  try {
-    offsets.resize(steps + 1);
-  } catch (const std::exception&) {
-    STD_TORCH_CHECK(false, "llm_ext: out of memory: cannot allocate the row offsets of ", steps, " steps");
-  }
+  std::vector<int64_t> offsets = empty_row_offsets(steps);
   for (int64_t t = 0; t <= steps; ++t) offsets[t] = t * batch;
   return offsets;
 }
@@ -136,7 +145,8 @@ inline void check_states(const char* op, const OptionalTensor& h0, const Optiona
                   shape_text(*c0));
 }
 
-// Checked sizes and inputs of a forward or backward op. Owns dense copies for the duration of the call.
+// Checked sizes and inputs of a forward or backward op. Owns dense copies for the duration of the call. A padded batch
+// has no row offsets.
 template <typename S>
 class CheckedRnnArguments {
  public:
@@ -153,27 +163,26 @@ class CheckedRnnArguments {
         w_hh_(input("w_hh", *a.w_hh, {gates(), sizes_.output})),
         w_hr_(input("w_hr", *a.w_hr, {sizes_.output, sizes_.hidden})),
         lengths_(*a.lengths, op_, "lengths", {sizes_.batch}, device_),
-        x_(dense_rows("x", *a.x, sizes_.input)),  // after all other checks: it may be a large view of little memory
+        x_(rows_input("x", *a.x, sizes_.input)),
         layer_state_(!a.h0->has_value() || (*a.h0)->dim() == 3) {
     STD_TORCH_CHECK(!packed_ || !a.lengths->has_value(), op_, ": lengths and batch_sizes exclude each other");
     if (sizes_.batch == 0) sizes_.steps = 0;  // steps without rows take no memory, whatever their number
-    if (!packed_) offsets_ = padded_row_offsets(sizes_.steps, sizes_.batch);
-    sizes_.row_offsets = offsets_.data();
+    if (packed_) sizes_.row_offsets = offsets_.data();
   }
 
   const Device& device() const { return device_; }
   const RecurrenceSizes& sizes() const { return sizes_; }
   int64_t steps() const { return steps_; }
   const std::vector<int64_t>& offsets() const { return offsets_; }
-  int64_t rows() const { return offsets_.back(); }
+  int64_t rows() const { return packed_ ? offsets_.back() : sizes_.steps * sizes_.batch; }
   int64_t gates() const { return gates_of(sizes_.mode) * sizes_.hidden; }
   bool packed() const { return packed_; }
 
-  const Tensor& x_tensor() const { return x_; }
+  const Tensor& x_tensor() const { return *x_.tensor(); }
   const Tensor& w_ih_tensor() const { return *w_ih_.tensor(); }
   const OptionalTensor& h0_tensor() const { return h0_.tensor(); }
   const OptionalTensor& c0_tensor() const { return c0_.tensor(); }
-  const S* x() const { return data<S>(x_); }
+  const S* x() const { return x_.get(); }
   const S* h0() const { return h0_.get(); }
   const S* c0() const { return c0_.get(); }
   const S* w_ih() const { return w_ih_.get(); }
@@ -182,13 +191,9 @@ class CheckedRnnArguments {
   const int64_t* lengths() const { return lengths_.get(); }
 
   // x and y are [T, B, *] or, packed, [N, *].
-  Tensor dense_rows(const char* name, const Tensor& t, int64_t width) const {
-    if (packed_) {
-      check_tensor(t, op_, name, kScalarType<S>, {rows(), width}, device_);
-    } else {
-      check_tensor(t, op_, name, kScalarType<S>, {steps_, sizes_.batch, width}, device_);
-    }
-    return device_.is_cpu() ? dense(t) : aligned(t);
+  Input<S> rows_input(const char* name, const OptionalTensor& t, int64_t width) const {
+    if (packed_) return input(name, t, {rows(), width});
+    return input(name, t, {steps_, sizes_.batch, width});
   }
   Tensor empty_rows(int64_t width) const {
     if (packed_) return empty({rows(), width}, kScalarType<S>, device_);
@@ -237,7 +242,7 @@ class CheckedRnnArguments {
     const OptionalTensor &h0 = *a.h0, &w_hr = *a.w_hr;
     STD_TORCH_CHECK(w_ih.dim() == 2 && w_ih.size(0) % gates_of(a.mode) == 0, op_, ": w_ih must be [G H, I], got ",
                     shape_text(w_ih));
-    RecurrenceSizes s;
+    RecurrenceSizes s = {};
     s.mode = a.mode;
     if (packed_) {
       s.steps = static_cast<int64_t>(offsets_.size()) - 1;
@@ -273,7 +278,7 @@ class CheckedRnnArguments {
   const Input<S> w_hh_;
   const Input<S> w_hr_;
   const Input<int64_t> lengths_;
-  const Tensor x_;
+  const Input<S> x_;
   const bool layer_state_;
 };
 

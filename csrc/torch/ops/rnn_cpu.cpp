@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "torch/alloc/workspace.h"
@@ -14,10 +15,11 @@
 namespace llm_ext {
 namespace {
 
-// Sets `packed` and `workspace` of the params. The sequence must have at least one step.
+// Sets row offsets, `packed` and `workspace` of the params. The sequence must have at least one step.
 template <typename S>
 void run_forward(RecurrenceForwardParams<S>& p) {
   const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
+  const std::vector<int64_t> offsets = set_row_offsets(p.sizes);
   const int threads = team_size(kernel.threads(p.sizes, max_threads()));
   const Workspace<Compute<S>> workspace(kernel.forward_workspace(p.sizes, threads));
   p.workspace = workspace.get();
@@ -73,22 +75,25 @@ struct RnnCpu {
   template <typename S>
   static RnnBackwardResults backward_lengths(const RnnBackwardArguments& a, const CheckedRnnArguments<S>& args) {
     const RecurrenceSizes& s = args.sizes();
+    const Input<S> y_in = args.rows_input("y", *a.y, s.output);
+    const Input<S> grad_y_in = args.rows_input("grad_y", *a.grad_y, s.output);
+    const Input<S> grad_h_n_in = args.state_input("grad_h_n", *a.grad_h_n, s.output);
+    const Input<S> grad_c_n_in = args.state_input("grad_c_n", *a.grad_c_n, s.hidden);
+    const Input<S> all_saved = saved_input(a, args);
     const PackedLengths<S> packing(a.op, **a.lengths, args.steps(), s.batch);
-    const auto pack_state = [&](const char* name, const OptionalTensor& state, int64_t width) {
-      const Input<S> input = args.state_input(name, state, width);
-      return state.has_value() ? OptionalTensor(packing.pack_state(input.tensor(), width)) : kNone;
+    const auto pack_state = [&](const Input<S>& state, int64_t width) {
+      return state.tensor().has_value() ? OptionalTensor(packing.pack_state(state.tensor(), width)) : kNone;
     };
     const Tensor x = packing.pack(args.x_tensor());
-    const Tensor y = packing.pack(args.dense_rows("y", *a.y, s.output));
+    const Tensor y = packing.pack(*y_in.tensor());
     const OptionalTensor batch_sizes = packing.batch_sizes();
     const OptionalTensor h0 = packing.pack_state(args.h0_tensor(), s.output);
     const OptionalTensor c0 =
         s.mode == Mode::kLstm ? OptionalTensor(packing.pack_state(args.c0_tensor(), s.hidden)) : kNone;
-    const OptionalTensor grad_h_n = pack_state("grad_h_n", *a.grad_h_n, s.output);
-    const OptionalTensor grad_c_n = pack_state("grad_c_n", *a.grad_c_n, s.hidden);
+    const OptionalTensor grad_h_n = pack_state(grad_h_n_in, s.output);
+    const OptionalTensor grad_c_n = pack_state(grad_c_n_in, s.hidden);
     OptionalTensor grad_y;
-    if (a.grad_y->has_value()) grad_y = packing.pack(args.dense_rows("grad_y", **a.grad_y, s.output));
-    const Input<S> all_saved = saved_input(a, args);
+    if (a.grad_y->has_value()) grad_y = packing.pack(*grad_y_in.tensor());
     RnnBackwardArguments packed = a;
     OptionalTensor saved = all_saved.tensor();
     if (saved.has_value()) {
@@ -120,10 +125,10 @@ struct RnnCpu {
     return with_type<float, double, BFloat16, Float16>(*a.x, a.op, "x", [&](auto type) {
       using S = decltype(type);
       const CheckedRnnArguments<S> args(a);
-      if (a.lengths->has_value()) return forward_lengths(a, args);
       const RecurrenceSizes& s = args.sizes();
       const Input<S> b_ih = args.input("b_ih", *a.b_ih, {args.gates()});
       const Input<S> b_hh = args.input("b_hh", *a.b_hh, {args.gates()});
+      if (a.lengths->has_value()) return forward_lengths(a, args);
       const Tensor y = args.empty_rows(s.output);
       const Output<S> h_n = args.state_output(true, s.output);
       std::optional<Output<S>> c_n;
@@ -161,9 +166,8 @@ struct RnnCpu {
       const CheckedRnnArguments<S> args(a);
       if (a.lengths->has_value()) return backward_lengths(a, args);
       const RecurrenceSizes& s = args.sizes();
-      const Tensor y = args.dense_rows("y", *a.y, s.output);
-      OptionalTensor grad_y;
-      if (a.grad_y->has_value()) grad_y = args.dense_rows("grad_y", **a.grad_y, s.output);
+      const Input<S> y = args.rows_input("y", *a.y, s.output);
+      const Input<S> grad_y = args.rows_input("grad_y", *a.grad_y, s.output);
       const Input<S> grad_h_n = args.state_input("grad_h_n", *a.grad_h_n, s.output);
       const Input<S> grad_c_n = args.state_input("grad_c_n", *a.grad_c_n, s.hidden);
       const Input<S> saved = saved_input(a, args);
@@ -178,12 +182,9 @@ struct RnnCpu {
       const Output<S> db_ih(a.need_db_ih, {args.gates()});
       const Output<S> db_hh(a.need_db_hh, {args.gates()});
 
-      const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
-      const int threads = team_size(kernel.threads(s, max_threads()));
-      const Workspace<Compute<S>> workspace(kernel.backward_workspace(s, threads));
       RecurrenceBackwardParams<S> p = {};
       p.sizes = s;
-      p.grad_y = grad_y ? data<S>(*grad_y) : nullptr;
+      p.grad_y = grad_y.get();
       p.grad_h_n = grad_h_n.get();
       p.grad_c_n = grad_c_n.get();
       p.x = args.x();
@@ -192,7 +193,7 @@ struct RnnCpu {
       p.w_ih = args.w_ih();
       p.w_hh = args.w_hh();
       p.w_hr = args.w_hr();
-      p.y = data<S>(y);
+      p.y = y.get();
       p.saved = saved.get();
       p.dx = a.need_dx ? mutable_data<S>(dx) : nullptr;
       p.dh0 = dh0.get();
@@ -202,13 +203,17 @@ struct RnnCpu {
       p.dw_hr = dw_hr.get();
       p.db_ih = db_ih.get();
       p.db_hh = db_hh.get();
-      p.workspace = workspace.get();
       if (s.steps == 0) {
         copy_state(s.batch * s.output, p.grad_h_n, p.dh0);
         copy_state(s.batch * s.hidden, p.grad_c_n, p.dc0);
       }
       if (any_elements(dx, dh0.tensor(), dc0.tensor(), dw_ih.tensor(), dw_hh.tensor(), dw_hr.tensor(), db_ih.tensor(),
                        db_hh.tensor())) {
+        const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
+        const std::vector<int64_t> offsets = set_row_offsets(p.sizes);
+        const int threads = team_size(kernel.threads(p.sizes, max_threads()));
+        const Workspace<Compute<S>> workspace(kernel.backward_workspace(p.sizes, threads));
+        p.workspace = workspace.get();
         run_team(threads, [&](const ThreadTeam& team) { kernel.backward(p, team); });
       }
       return RnnBackwardResults{dx,

@@ -57,18 +57,21 @@ class Layer {
 
   RnnForwardResults forward(const std::vector<DirectionForward>& given, bool needs_autograd) const {
     const RecurrenceSizes& s = sizes();
+    std::vector<Input<S>> biases;  // b_ih and b_hh of each direction
+    for (int d = 0; d < directions(); ++d) {
+      biases.push_back(r_[d].input("b_ih", given[d].b_ih, {r_[d].gates()}));
+      biases.push_back(r_[d].input("b_hh", given[d].b_hh, {r_[d].gates()}));
+    }
     RnnForwardResults out = {common().empty_rows(directions() * s.output), new_states(s.output), {}, {}};
     if (s.mode == Mode::kLstm) out.c_n = new_states(s.hidden);
     if (saved_blocks(s.mode, false) > 0)
       out.saved = new_matrix(needs_autograd ? directions() * rows() : 0, saved_width());
 
     cuda::RecurrenceForward<S> call = {shape(), {}, nullptr};
-    std::deque<Input<S>> biases;
     std::vector<Tensor> gates_x;
     for (int d = 0; d < directions(); ++d) {
       const CheckedRnnArguments<S>& r = r_[d];
-      const Input<S>& b_ih = biases.emplace_back(r.input("b_ih", given[d].b_ih, {r.gates()}));
-      const Input<S>& b_hh = biases.emplace_back(r.input("b_hh", given[d].b_hh, {r.gates()}));
+      const Input<S>&b_ih = biases[2 * d], &b_hh = biases[2 * d + 1];
       if (nothing_to_do()) continue;
       const Tensor& z = gates_x.emplace_back(new_matrix(rows(), r.gates()));
       const Tensor w_ih = transposed(matrix(r.w_ih_tensor(), r.gates(), s.input));
@@ -102,11 +105,15 @@ class Layer {
   std::vector<RnnBackwardResults> backward(const std::vector<DirectionBackward>& given, const OptionalTensor& grad_y,
                                            const Tensor& y, const OptionalTensor& saved) const {
     const RecurrenceSizes& s = sizes();
-    const Tensor y_in = common().dense_rows("y", y, directions() * s.output);
-    OptionalTensor grad_y_in;
-    if (grad_y.has_value()) grad_y_in = common().dense_rows("grad_y", *grad_y, directions() * s.output);
+    const Input<S> y_in = common().rows_input("y", y, directions() * s.output);
+    const Input<S> grad_y_in = common().rows_input("grad_y", grad_y, directions() * s.output);
     if (saved.has_value() && saved_width() > 0) common().check_saved(*saved);
     const Input<S> saved_in = common().input("saved", saved, {directions() * rows(), saved_width()});
+    std::vector<Input<S>> states;  // grad_h_n and grad_c_n of each direction
+    for (int d = 0; d < directions(); ++d) {
+      states.push_back(r_[d].state_input("grad_h_n", given[d].grad_h_n, s.output));
+      states.push_back(r_[d].state_input("grad_c_n", given[d].grad_c_n, s.hidden));
+    }
     const bool need_dh0 = given[0].common.need_dh0 && common().h0() != nullptr;
     const bool need_dc0 = given[0].common.need_dc0 && common().c0() != nullptr;
     const Tensor dx = given[0].common.need_dx ? common().empty_rows(s.input) : nothing();
@@ -114,14 +121,12 @@ class Layer {
     const Tensor dc0 = need_dc0 ? new_states(s.hidden) : nothing();
 
     cuda::RecurrenceBackward<S> call = {shape(), {}, nullptr};
-    std::deque<Input<S>> states;
     std::vector<Tensor> dz, dh;
     std::vector<RnnBackwardResults> out;
     for (int d = 0; d < directions(); ++d) {
       const CheckedRnnArguments<S>& r = r_[d];
       const RnnBackwardArguments& need = given[d].common;
-      const Input<S>& grad_h_n = states.emplace_back(r.state_input("grad_h_n", given[d].grad_h_n, s.output));
-      const Input<S>& grad_c_n = states.emplace_back(r.state_input("grad_c_n", given[d].grad_c_n, s.hidden));
+      const Input<S>&grad_h_n = states[2 * d], &grad_c_n = states[2 * d + 1];
       const auto output_for = [&](bool wanted, std::initializer_list<int64_t> shape) {
         return r.output(wanted, shape).tensor();
       };
@@ -140,7 +145,7 @@ class Layer {
       if (s.projected()) dh.push_back(new_matrix(rows(), s.output));
       cuda::BackwardDirection<S>& to = call.direction[d];
       to.reverse = r.sizes().reverse;
-      to.grad_y = grad_y_in ? data<S>(*grad_y_in) + d * s.output : nullptr;
+      to.grad_y = grad_y.has_value() ? grad_y_in.get() + d * s.output : nullptr;
       to.grad_y_stride = directions() * s.output;
       to.grad_h_n = grad_h_n.get();
       to.grad_c_n = grad_c_n.get();
@@ -148,7 +153,7 @@ class Layer {
       to.w_hr = r.w_hr();
       to.h0 = r.h0();
       to.c0 = r.c0();
-      to.y = data<S>(y_in) + d * s.output;
+      to.y = y_in.get() + d * s.output;
       to.y_stride = directions() * s.output;
       to.saved = saved_width() > 0 ? saved_in.get() + d * rows() * saved_width() : nullptr;
       to.dz = mutable_data<S>(dz[d]);
@@ -159,7 +164,7 @@ class Layer {
     if (nothing_to_do()) return out;
     launch(cuda::Pass::kBackward, call, cuda::recurrence_backward<S>);
 
-    const Tensor all_y = matrix(y_in, rows(), directions() * s.output);
+    const Tensor all_y = matrix(*y_in.tensor(), rows(), directions() * s.output);
     OptionalTensor x_in;
     for (int d = 0; d < directions(); ++d) {
       const RnnBackwardArguments& need = given[d].common;
