@@ -183,7 +183,8 @@ class Checkpoint:
             if (layers := self.config["model"].get("n_layers", 1)) > len(found):
                 raise ValueError(f"there are {len(found)} of them for {layers} layers")
             with torch.device("meta"):  # initial weights would take longer than to load the saved ones
-                model = MODELS[self.task](**self.config["model"])
+                # An argument as well, so that the file cannot name another device.
+                model = MODELS[self.task](**self.config["model"], device="meta")
             expected = {name: list(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
             # Tied weights are saved once.
             needed = {name for name, _ in model.named_parameters()}

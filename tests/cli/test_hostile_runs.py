@@ -125,9 +125,13 @@ def test_a_file_that_lies(
 ) -> None:
     path = run / file if file != "config.json" else Run(run).checkpoint("best").path / file
     edit_json(path, change)
-    said = refused(capsys, "generate", run)
-    assert message in said
-    assert str(run) in said
+    commands: list[tuple[object, ...]] = [("generate", run)]
+    if file == "run.json":
+        commands.append(("train", "--resume", "--steps", 4, "--out", run))
+    for command in commands:
+        said = refused(capsys, *command)
+        assert message in said
+        assert str(run) in said
 
 
 FILES = ("run.json", "vocabulary.json", "step-2/config.json", f"step-2/{WEIGHTS}", f"step-2/{STATE}")
@@ -234,15 +238,21 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_loading_costs_no_initialization(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Initial weights are orthogonal, which takes seconds for a model of 2,048 units."""
+def test_loading_costs_no_initialization(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Initial weights are orthogonal, which takes seconds for a model of 2,048 units; the file may name a device."""
 
     def on_meta(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         assert tensor.is_meta
         return tensor
 
     monkeypatch.setattr(torch.nn.init, "orthogonal_", on_meta)
-    assert not any(parameter.is_meta for parameter in Run(run).checkpoint("best").model().parameters())
+    checkpoint = Run(run).checkpoint("best")
+    assert not any(parameter.is_meta for parameter in checkpoint.model().parameters())
+    for device in ("cpu", "cuda:0", None):
+        edit_json(checkpoint.path / "config.json", model(device=device))
+        assert "'device'" in refused(capsys, "generate", run)
 
 
 def test_old_files_without_checksums_and_with_joined_merges_load(run: Path) -> None:

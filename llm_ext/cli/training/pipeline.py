@@ -134,6 +134,7 @@ def resume(
     run, alone = Run(out), watcher is not None
     with Failures(alone) as failures:
         checkpoint = run.checkpoint("last")
+        run.checkpoint("best")  # reports an error before the training, whose saves keep its name
         saved = checkpoint.config["training"]
         try:
             config = CONFIGS[checkpoint.task].from_saved(saved["config"])
@@ -229,8 +230,8 @@ def _fit(trainer: Trainer) -> Outcome:
     if first and trainer.watcher is None:
         try:
             plot_loss(read_log(out / LOG), out / PLOT, trainer.config.unit)
-        except OSError as error:
-            warn(f"{out / PLOT}: the loss cannot be drawn: {error.strerror}")  # the model is saved
+        except (ArithmeticError, OSError, ValueError) as error:  # of a damaged log, or of a disk; the model is saved
+            warn(f"{out / PLOT}: the loss cannot be drawn: {getattr(error, 'strerror', None) or error}")
     # torchrun ends all processes when one ends with the code of a signal.
     trainer.fabric.barrier()
     return Outcome(trainer.progress, signal, first, trainer.config.unit)
