@@ -1,4 +1,4 @@
-"""Calls of every op over huge sizes that take no memory: of tensors without elements, and of expanded ones.
+"""Calls of the ops over huge sizes that take no memory: of tensors without elements, and of expanded ones.
 
 `python -m support.huge_sizes SECONDS [CALL]...` makes them all: each ends soon, or is refused for its memory. One that
 takes longer than SECONDS ends the process, and its name is the last one printed.
@@ -100,13 +100,38 @@ def recurrence(T: int, B: int, I: int, H: int, *, mode: str, kind: str) -> None:
     run(lambda x, *weights: function(x, state, *weights), x, tensor(rows, I), tensor(rows, H))
 
 
+def prefix_pool_backward(B: int, T: int, D: int) -> None:
+    e, u, share = tensor(B, T, D).detach(), tensor(D).detach(), tensor(B, T).detach()
+    torch.ops.llm_ext.prefix_pool_backward(None, None, None, e, u, None, e, share, True, True, False, False)
+
+
+def linearized(B: int, H: int, *, op: str) -> None:
+    """A step of B rows."""
+    w_hh, rows = tensor(H, H).detach(), tensor(B, H).detach()
+    given = {
+        "recurrence_tangent": (None,) * 5,
+        "recurrence_adjoint": (None,) * 4,
+        "recurrence_curvature": (rows, None, None, rows, None),
+    }
+    arguments = ("RNN_TANH", w_hh, None, None, rows, rows, None, *given[op], torch.tensor([B]), False)
+    getattr(torch.ops.llm_ext, op)(*arguments)
+
+
 def calls() -> dict[str, Callable[..., None]]:
     """Functions of sizes."""
-    functions: list[Callable[..., None]] = [linear, linear_of_rows, linear_argmax, quantized_linear]
+    functions: list[Callable[..., None]] = [
+        linear,
+        linear_of_rows,
+        linear_argmax,
+        quantized_linear,
+        prefix_pool_backward,
+    ]
     found = {function.__name__: function for function in functions}
     for kind in ("u", "scores", "lengths", "mask"):
         found[f"attention_pool {kind}"] = partial(pool, function=ops.attention_pool, kind=kind)
         found[f"prefix_pool {kind}"] = partial(pool, function=ops.prefix_pool, kind=kind)
+    for op in ("recurrence_tangent", "recurrence_adjoint", "recurrence_curvature"):
+        found[op] = partial(linearized, op=op)
     for kind in ("plain", "lengths", "weights"):
         found[f"additive_attention {kind}"] = partial(additive, kind=kind)
     for kind in ("plain", "lengths", "packed", "layers", "quantized"):

@@ -24,8 +24,10 @@ DtypeInfo dtype_info(ScalarType dtype) {
       return {aoti_torch_dtype_uint8(), 1};
     case ScalarType::Long:
       return {aoti_torch_dtype_int64(), 8};
-    default:
+    case ScalarType::Float:
       return {aoti_torch_dtype_float32(), 4};
+    default:
+      STD_TORCH_CHECK(false, "llm_ext: no result has this dtype");
   }
 }
 

@@ -11,7 +11,8 @@ namespace llm_ext {
 // Two such grids, of two streams, could each hold a part of a GPU and wait for the rest forever: a cooperative launch
 // fails if its blocks do not fit on the empty device, but CUDA does not say that two of them never start together. So
 // each waits for the one before it, by events, without the host. In a CUDA graph those of one graph are in turn; a
-// graph is not in turn with other graphs, nor with calls outside of it.
+// graph is not in turn with other graphs, nor with calls outside of it. While more than 8 graphs are captured at the
+// same time, the order within the oldest may be lost.
 class GridTurns {
  public:
   // Calls launch(), which queues a grid on the stream and returns an error, in its turn. The device must be current.

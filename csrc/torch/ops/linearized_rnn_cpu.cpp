@@ -119,8 +119,10 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_tangent(const std::string& mode, c
                                     c_first.get(), a.get(),    h.get(),    c.get(),    nullptr};
     const Workspace<S> workspace(kernel.tangent_workspace(p.at.sizes));
     p.workspace = workspace.get();
-    run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
-             [&](const ThreadTeam& team) { kernel.tangent(p, team); });
+    if (any_elements(a.tensor(), h.tensor(), c.tensor())) {
+      run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
+               [&](const ThreadTeam& team) { kernel.tangent(p, team); });
+    }
     return std::tuple(a.tensor(), h.tensor(), c.tensor());
   });
 }
@@ -148,8 +150,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_adjoint(
                                     h.get(),       c.get(),    dh0.get(),  dc0.get(),  nullptr};
     const Workspace<S> workspace(kernel.adjoint_workspace(p.at.sizes));
     p.workspace = workspace.get();
-    run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
-             [&](const ThreadTeam& team) { kernel.adjoint(p, team); });
+    if (any_elements(a.tensor(), h.tensor(), c.tensor(), dh0.tensor(), dc0.tensor())) {
+      run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
+               [&](const ThreadTeam& team) { kernel.adjoint(p, team); });
+    }
     return std::tuple(a.tensor(), h.tensor(), c.tensor(), dh0.tensor(), dc0.tensor());
   });
 }
@@ -180,8 +184,10 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_curvature(const std::string& mode,
     const LinearizedRecurrenceKernels<S>& kernel = kernels().linearized_recurrence<S>();
     const RecurrenceCurvatureParams<S> p = {args.params(), a_in.get(),    state_in.get(), state_first.get(), h_in.get(),
                                             c_in.get(),    d_saved.get(), d_y.get(),      d_state0.get()};
-    run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
-             [&](const ThreadTeam& team) { kernel.curvature(p, team); });
+    if (any_elements(d_saved.tensor(), d_y.tensor(), d_state0.tensor())) {
+      run_team(team_size(kernel.threads(p.at.sizes, max_threads())),
+               [&](const ThreadTeam& team) { kernel.curvature(p, team); });
+    }
     return std::tuple(d_saved.tensor(), d_y.tensor(), d_state0.tensor());
   });
 }
