@@ -197,3 +197,26 @@ def test_empty(B: int, T: int, D: int) -> None:
     for pool in (reference.attention_pool, reference.prefix_pool):
         _, gradients = outputs_and_gradients(pool, {"e": e, "u": u})
         assert not gradients["u"].any()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e8])
+@every_pool
+def test_large_scores_in_float32(pool: Any, size: float) -> None:
+    """Scores of any size with differences of a few roundings give the results and gradients of float64."""
+    B, T, D = 3, 17, 5
+    rounding = float(torch.tensor(size).nextafter(torch.tensor(math.inf))) - size
+    step = max(rounding, 2.0**-4)
+    e, weight = torch.randn(B, T, D), torch.randn(B, D)
+    scores = size + step * torch.randint(-2, 3, (B, T))
+    found = []
+    for dtype in (torch.float32, F64):
+        leaves = [t.to(dtype).requires_grad_() for t in (e, scores)]
+        c, after = pool(leaves[0], scores=leaves[1])
+        if pool is reference.prefix_pool:
+            lse, c = after[0][:, 1].log() + after[0][:, 0].detach() - size, c.sum(1)
+        else:
+            lse = after - size
+        gradients = torch.autograd.grad((c * weight.to(dtype)).sum() + lse.sum(), leaves)
+        found.append([c, *gradients])
+    for low, high in zip(*found, strict=True):
+        torch.testing.assert_close(low, high.float(), rtol=1e-4, atol=1e-5)
