@@ -15,7 +15,10 @@ if not _LIBRARY.exists():
     raise ImportError(
         f"llm_ext is not built: {_LIBRARY} does not exist; run make build, or pip install --no-build-isolation ."
     )
-torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
+try:
+    torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
+except OSError as error:  # Python reports a compiled module that cannot be loaded in this way
+    raise ImportError(str(error.__cause__ or error)) from error
 _ops = torch.ops.llm_ext
 
 

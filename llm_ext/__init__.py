@@ -8,6 +8,7 @@ replaces the layers of a model of torch.nn by those of llm_ext, :func:`quantize_
 
 from __future__ import annotations
 
+import re as _re
 from importlib import metadata as _metadata
 from typing import TypedDict as _TypedDict
 from typing import cast as _cast
@@ -17,7 +18,8 @@ import torch as _torch  # its libraries must be loaded before the compiled modul
 try:
     from llm_ext import _C
 except ImportError as error:
-    if "cuda" not in str(error):
+    # A library or a symbol of CUDA, and not a folder with such a name.
+    if not _re.search(r"lib\w*cuda\w*\.so|undefined symbol: \w*cuda", str(error)):
         raise
     raise ImportError(
         f"this llm_ext was built with CUDA, and torch {_torch.__version__} has another CUDA or none ({error}); "

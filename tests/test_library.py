@@ -67,15 +67,35 @@ def test_package_that_is_not_built(tmp_path: Path) -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_cuda_that_torch_lacks_is_named() -> None:
-    code = """
-import sys
+NO_CUDA = "libcudart.so.99: cannot open shared object file"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("reason", "named"),
+    [
+        (NO_CUDA, True),
+        ("/opt/lib/libllm_ext.so: undefined symbol: aoti_torch_get_current_cuda_stream", True),
+        ("/lib/libc.so.6: version `GLIBC_2.28' not found (required by /opt/cuda-13/libllm_ext.so)", False),
+    ],
+)
+def test_cuda_that_torch_lacks_is_named(compiled: bool, reason: str, named: bool) -> None:
+    """Also without a compiled module, and no other error is taken for it."""
+    code = f"""
+import sys, torch
+REASON, FALLBACK = {reason!r}, {str(PACKAGE / "_C.py")!r}
+def load_library(path):
+    raise OSError(f"Could not load this library: {{path}}") from OSError(REASON)
 class Loader:
     def find_spec(name, path, target=None):
+        if name == "llm_ext._C" and {compiled}:
+            raise ImportError(REASON)
         if name == "llm_ext._C":
-            raise ImportError("libcudart.so.99: cannot open shared object file")
+            import importlib.util
+            return importlib.util.spec_from_file_location(name, FALLBACK)
 for name in [name for name in sys.modules if name.startswith("llm_ext")]:
     del sys.modules[name]
+torch.ops.load_library = load_library
 sys.meta_path.insert(0, Loader)
 try:
     import llm_ext
@@ -83,7 +103,8 @@ except ImportError as error:
     print(error)
 """
     said = check_fork(code)
-    assert f"torch {torch.__version__} has another CUDA or none (libcudart.so.99: cannot open" in said
+    assert reason in said
+    assert (f"torch {torch.__version__} has another CUDA or none" in said) == named
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
