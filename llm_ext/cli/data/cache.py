@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from llm_ext.cli.data.files import atomic_write, make_directory, read_json, write_json
+from llm_ext.cli.data.files import atomic_write, check_file, make_directory, read_json, write_json
 from llm_ext.cli.errors import CommandError
 
 __all__ = ["CacheFile", "is_whole", "write_cache"]
@@ -44,10 +44,11 @@ def write_cache(*paths: Path) -> Iterator[list[CacheFile]]:
 
 
 def is_whole(*paths: Path) -> bool:
-    """Return whether `paths` are what `write_cache` wrote."""
+    """Return whether `paths` are what `write_cache` wrote, and none of them is empty."""
     try:
         expected = read_json(_summary(paths[0]), FORMAT).get("files")
-        return expected == {path.name: _sum(path) for path in paths}
+        found = {path.name: _sum(path) for path in paths}
+        return expected == found and all(size > 0 for size, _ in found.values())
     except (CommandError, OSError):
         return False
 
@@ -58,6 +59,7 @@ def _summary(path: Path) -> Path:
 
 def _sum(path: Path) -> list[int]:
     """Return the number of bytes of a file and their checksum."""
+    check_file(path, "encoded text")
     size, checksum = 0, 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

@@ -111,15 +111,16 @@ def read_json(path: Path, kind: str, version: int = 1) -> dict[str, Any]:
     check_file(path, f"a {kind}", LARGEST_JSON)
     try:
         value = json.loads(path.read_bytes())
+        # Files of version 0.2 and before have no checksum. It may be too deep for a value that could just be read.
+        checksum = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+        whole = checksum is None or checksum == _checksum(value)
     except (ValueError, RecursionError) as error:
         raise CommandError(f"{path}: damaged: expected JSON, got something else ({error})") from None
     if not isinstance(value, dict) or value.get("format") != kind:
         raise CommandError(f"{path}: expected a {kind}, got a file of another program")
     if value.get("version") != version:
         raise CommandError(f"{path}: expected version {version} of a {kind}, got {value.get('version')!r}")
-    # Files of version 0.2 and before have no checksum.
-    checksum = value.pop(CHECKSUM, None)
-    if checksum is not None and checksum != _checksum(value):
+    if not whole:
         raise CommandError(f"{path}: damaged: its checksum differs from that of its contents")
     return value
 

@@ -95,7 +95,7 @@ class Study:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep the other processes of this search waiting."""
-        with open(self.path / ".lock", "wb") as file:
+        with open(self.path / ".lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -213,7 +213,7 @@ class Study:
         """Lock a trial for this process; return False if another one has it."""
         folder = self.folder(number)
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "wb")  # noqa: SIM115 - open as long as this process works on the trial
+        file = open(folder / ".lock", "ab")  # noqa: SIM115 - open as long as this process works on the trial
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

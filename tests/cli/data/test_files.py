@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from llm_ext.cli import CommandError
+from llm_ext.cli.data.cache import is_whole, write_cache
 from llm_ext.cli.data.files import atomic_write, check_files, copy_pipes, decode_line, read_json, write_json
 
 
@@ -71,3 +73,30 @@ def test_a_line_has_no_byte_order_mark_and_no_line_ending() -> None:
     assert decode_line("\ufeffGo.\r\n".encode(), "") == "Go."
     with pytest.raises(CommandError, match=r"here: expected UTF-8, got b'\\xe9' at byte 3 of the line"):
         decode_line(b"caf\xe9\n", "here")
+
+
+def test_json_of_any_depth(tmp_path: Path) -> None:
+    """Around the limit of recursion, what can be read may be too deep for its checksum."""
+    path, refused = tmp_path / "file.json", 0
+    for depth in range(900, 1100):
+        nested = "[" * depth + "]" * depth
+        path.write_text(f'{{"format": "test", "version": 1, "checksum": "", "value": {nested}}}')
+        with pytest.raises(CommandError, match="damaged") as error:
+            read_json(path, "test")
+        refused += "expected JSON" in str(error.value)
+    assert sys.version_info >= (3, 12) or 0 < refused < 200
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "nothing", "empty"])
+def test_a_cache_that_is_none(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "ids"
+    with write_cache(path) as (file,):
+        file.write(b"" if kind == "empty" else b"ids")
+    assert is_whole(path) == (kind != "empty")
+    if kind != "empty":
+        path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    assert not is_whole(path)

@@ -291,6 +291,15 @@ def test_a_file_begins_the_search_and_an_option_fixes_a_setting(text: Path, tmp_
     assert Study(tmp_path / "out").definition().settings["embedding"] == 9
 
 
+def test_a_lock_that_is_a_link_changes_no_file(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("contents")
+    (tmp_path / ".lock").symlink_to(target)
+    with Study(tmp_path).locked():
+        pass
+    assert target.read_text() == "contents"
+
+
 def test_optuna_is_named_if_it_is_missing(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("llm_ext.cli.tuning")]:
         monkeypatch.delitem(sys.modules, name)
