@@ -4,10 +4,10 @@
 # make test-isa LEVEL=avx2   run the op tests with the kernels of one ISA: baseline, avx2, avx512 or avx512_bf16
 # make wheel            build the wheel in dist/, for every Python and every torch from 2.11 on; with CUDA=1 that with the
 #                       CUDA kernels, in dist/cuda/, which takes a torch with CUDA and its nvcc
+# make wheel-test       install the wheel beside several versions of torch and test it there
+# make faults           kill trainings, cut their power, fill their disks, flip bytes; FAULTS="--kills 200" for more
 # make fuzz             random calls of every op, hostile ones too, for FUZZ_MINUTES (default: 1)
 # make sanitize         csrc under the sanitizers of the compiler; SANITIZE=--short for the quick ones
-# make wheel-test       install that wheel beside several versions of torch and test it there
-# make faults           kill trainings, cut their power, fill their disks, flip bytes; FAULTS="--kills 200" for more
 # make docs             build the documentation in site/; a dead link or a missing docstring is an error
 # make lint             ruff, mypy --strict, clang-format, typos
 # make format           apply ruff and clang-format
@@ -21,8 +21,8 @@
 # make bench            install the libraries that the benchmarks compare with, and run all benchmarks
 # make clean            remove .venv, the build and the site
 #
-# All targets but gpu and cuda-compile use .venv, which the first call creates. TORCH=2.14.1 selects another torch,
-# PYTHON=python3.12 another interpreter.
+# All targets but gpu, cuda-compile and clean use .venv, which the first call creates. TORCH=2.14.1 selects another
+# torch, PYTHON=python3.12 another interpreter.
 
 PYTHON ?= python3
 TORCH ?= 2.13.0

@@ -23,11 +23,11 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 
 try:
     import pybind11
     import torch
+    from setuptools.command.bdist_wheel import bdist_wheel  # of setuptools 70.1
 except ImportError as error:
     # An isolated build has pybind11 but not torch, because it would download one that the user may not have chosen.
     needs = "torch 'setuptools>=77' wheel ninja 'pybind11>=2.13'"
@@ -101,15 +101,21 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def is_set(name: str) -> bool | None:
+    """Return whether an environment variable is 1 and not 0; None if it is not set."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"llm_ext: {name} must be 0 or 1, got {value}")
+    return None if value == "" else value == "1"
+
+
 def with_cuda() -> bool:
     """Return whether to build the CUDA half."""
-    wanted = os.environ.get("LLM_EXT_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"llm_ext: LLM_EXT_CUDA must be 0 or 1, got {wanted}")
-    if wanted == "0":
+    wanted = is_set("LLM_EXT_CUDA")
+    if wanted is False:
         return False
     why = why_no_cuda()
-    if why is not None and wanted == "1":
+    if why is not None and wanted:
         sys.exit(f"llm_ext: LLM_EXT_CUDA=1, but the CUDA half cannot be built: {why}")
     if why is not None and (torch.version.cuda is not None or run_nvcc("--version")):
         # With one of the two installed, the user may expect CUDA.
@@ -135,13 +141,15 @@ FLAGS = [
     # compiler turn selects into masks. No -march and no -ffast-math: csrc/cpu/isa/dispatch.cpp chooses at run time.
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Exponents that are computed of any bits, and then not used, may wrap.
+    "-fwrapv",
     "-Wall",
     "-Wextra",
     # Python's own flags have -g, which would cost a third of the time and nine tenths of the size.
     "-g0",
     *os.environ.get("LLM_EXT_CXXFLAGS", "").split(),
 ]
-MANYLINUX = os.environ.get("LLM_EXT_MANYLINUX") == "1"
+MANYLINUX = is_set("LLM_EXT_MANYLINUX")
 COMMON_SOURCES = ["csrc/manylinux_2_28.cpp"] if MANYLINUX else []
 LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc' / 'manylinux_2_28.map'}"] if MANYLINUX else []
 LIBRARY = "llm_ext.lib.libllm_ext"

@@ -120,10 +120,14 @@ def test_default_architectures_are_those_of_nvcc(tmp_path: Path, run_setup: Call
         assert found == [f"arch=compute_{ptx},code=[{code}]" for ptx, code in zip((80, 90), expected, strict=True)]
 
 
-def test_isolated_build_says_what_to_do(monkeypatch: pytest.MonkeyPatch, run_setup: Callable[..., Run]) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
+@pytest.mark.parametrize("absent", ["torch", "setuptools.command.bdist_wheel"])
+def test_isolated_build_says_what_to_do(
+    absent: str, monkeypatch: pytest.MonkeyPatch, run_setup: Callable[..., Run]
+) -> None:
+    """Without torch, or with an old setuptools."""
+    monkeypatch.setitem(sys.modules, absent, None)
     (sentence,) = run_setup().error.splitlines()
-    assert re.match("llm_ext: the build does not find torch; .* pip install --no-build-isolation", sentence)
+    assert re.match(f"llm_ext: the build does not find {absent}; .* pip install --no-build-isolation", sentence)
 
 
 def test_modules_of_other_pythons(tmp_path: Path, run_setup: Callable[..., Run]) -> None:
@@ -143,5 +147,6 @@ def test_modules_of_other_pythons(tmp_path: Path, run_setup: Callable[..., Run])
     assert set(run.namespace["FILES"].values()) == modules
 
 
-def test_invalid_setting(run_setup: Callable[..., Run]) -> None:
-    assert "LLM_EXT_CUDA must be 0 or 1, got yes" in run_setup(LLM_EXT_CUDA="yes").error
+@pytest.mark.parametrize("name", ["LLM_EXT_CUDA", "LLM_EXT_MANYLINUX"])
+def test_invalid_setting(name: str, run_setup: Callable[..., Run]) -> None:
+    assert f"{name} must be 0 or 1, got yes" in run_setup(**{name: "yes"}).error

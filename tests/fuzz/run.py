@@ -59,8 +59,7 @@ class Worker:
 
         self.torch.manual_seed(seed)
         call = random_call(Choices(seed))
-        if seed % 256 == 0:
-            self.torch.set_num_threads(1 + seed // 256 % 3)
+        self.torch.set_num_threads(1 + seed // 256 % 3)
         self.fill(FILLINGS[0])
         first, refused = outcome(call)
         self.fill(FILLINGS[1])
@@ -103,9 +102,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()) * 1000, help="the first; default: the time")
     parser.add_argument("--replay", type=int, metavar="SEED", help="make one call again")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--guarded", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))
-    if options.replay is not None:
+    if options.replay is not None and options.guarded:
         worker = Worker()
         report(options.replay, str(worker.fault(options.replay)))
         return 0
@@ -116,19 +116,25 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        guarded = os.environ | {"LD_PRELOAD": str(build_guard(folder))}
+        if options.replay is not None:
+            command = [sys.executable, __file__, "--replay", str(options.replay), "--guarded"]
+            return subprocess.run(command, env=guarded, check=False).returncode
         path = folder / "record"
         path.write_bytes(RECORD.pack(options.seed, 0, 0, 0, 0, 0).ljust(mmap.PAGESIZE, b"\0"))
         end = time.time() + 60 * options.minutes
-        guard = str(build_guard(folder))
         died = 0
         while time.time() < end:
+            before = path.read_bytes()
             command = [sys.executable, __file__, "--worker", str(path), str(end)]
-            done = subprocess.run(command, env=os.environ | {"LD_PRELOAD": guard}, check=False)
+            done = subprocess.run(command, env=guarded, check=False)
             if done.returncode == 0:
                 break
             seed, *others = RECORD.unpack(path.read_bytes()[: RECORD.size])
             report(seed, "hangs" if done.returncode == -signal.SIGALRM else f"ends the process: {done.returncode}")
             died += 1
+            if path.read_bytes() == before and done.returncode > 0:
+                break  # it cannot start
             path.write_bytes(RECORD.pack(seed + 1, *others).ljust(mmap.PAGESIZE, b"\0"))
         seed, calls, blocks, refused, compared, findings = RECORD.unpack(path.read_bytes()[: RECORD.size])
     print(

@@ -117,10 +117,10 @@ def test(wheel: Path, python: Path, *options: str) -> bool:
         command: list[str | Path] = [python, "-m", "pytest", "-p", "no:cacheprovider"]
         command += [f"tests/{name}" for name in TESTS] + [*options]
         done = subprocess.run(command, check=False, env=environment, cwd=work, capture_output=True, text=True)
-        counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])
-        print(f"| {torch} | {version} | `{module}` | {', '.join(counts)} | {installed:.1f} s |", flush=True)
         if done.returncode != 0:
             print(done.stdout, done.stderr, file=sys.stderr)
+        counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", "".join(done.stdout.splitlines()[-1:]))
+        print(f"| {torch} | {version} | `{module}` | {', '.join(counts)} | {installed:.1f} s |", flush=True)
         return done.returncode == 0
 
 
@@ -128,7 +128,9 @@ def main(*arguments: str) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     wheel, *pythons = (Path(argument).absolute() for argument in arguments[:split])
     faults = list(faults_of_file(wheel))
-    print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB")
+    modules = re.findall(r"llm_ext/_C\.(cpython-\w+)", "\n".join(zipfile.ZipFile(wheel).namelist()))
+    size = wheel.stat().st_size / 2**20
+    print(f"{wheel.name}: {size:.2f} MiB, modules for {', '.join(sorted(modules)) or 'no Python'}")
     print("\n".join(faults), file=sys.stderr)
     if pythons:
         print("| torch | Python | module | tests | installed in |\n|---|---|---|---|---|")
