@@ -7,14 +7,14 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from llm_ext.nn.quantization import NotQuantized
 from llm_ext.nn.scripting import as_type, refuse_script
+from llm_ext.nn.torch_ao import WarnsTorchAo
 from llm_ext.ops import argument_checks
 
 Device = torch.device | str | int | None
 
 
-class RecurrentBase(NotQuantized, nn.Module):
+class RecurrentBase(WarnsTorchAo, nn.Module):
     """Parameters of one or more cells, in the names, shapes and order of torch.nn.
 
     It comes before a class of torch.nn in the bases of a layer or cell. All of the state in an instance is that of the

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from llm_ext import ops
 from llm_ext.nn.arguments import check_input
-from llm_ext.nn.quantization import NotQuantized
 from llm_ext.nn.scripting import as_type
+from llm_ext.nn.torch_ao import WarnsTorchAo
 
 __all__ = ["Linear"]
 
 
-class Linear(NotQuantized, nn.Linear):
+class Linear(WarnsTorchAo, nn.Linear):
     """Apply an affine map ``y = x Wᵀ + b``; drop-in for :class:`torch.nn.Linear`, which it subclasses.
 
     On a CPU, in float32 and float64, the product runs on the native GEMM; elsewhere it is torch's.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["NotQuantized"]
+__all__ = ["WarnsTorchAo"]
 
 
-class NotQuantized:
+class WarnsTorchAo:
     """Mixin of layers: a warning when torch.ao.quantization sets the attribute that it gives every module."""
+
+    # What torch.ao.quantization does with the layer.
+    _torch_ao: ClassVar[str] = (
+        "leaves layers of llm_ext in floating point; quantize the copy that llm_ext.to_torch(model) returns"
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
-            warnings.warn(
-                f"{type(self).__name__}: torch.ao.quantization leaves layers of llm_ext in floating point; "
-                "quantize the copy that llm_ext.to_torch(model) returns",
-                stacklevel=2,
-            )
+            warnings.warn(f"{type(self).__name__}: torch.ao.quantization {self._torch_ao}", stacklevel=2)
         super().__setattr__(name, value)
