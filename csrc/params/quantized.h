@@ -14,8 +14,9 @@ namespace llm_ext {
 // because packed weights are stored in files.
 constexpr int64_t kQuantizedPanel = 16;
 constexpr int64_t kInputDepth = 2;
+constexpr int64_t kByteDepth = 4;  // of int8 weights that meet states
 template <typename W>
-constexpr int64_t kStateDepth = sizeof(W) == 1 ? 4 : 2;
+constexpr int64_t kStateDepth = sizeof(W) == 1 ? kByteDepth : 2;
 
 // A state meets int8 weights as bytes, to which this is added: they are from 1 to 127.
 constexpr int kByteOffset = 64;
@@ -24,12 +25,12 @@ constexpr int kByteOffset = 64;
 constexpr int64_t kMaxInt8Columns = (int64_t(1) << 31) / (127 * 127);
 
 // A matrix of G blocks (gates) of R rows, [G R, K], as W, which is int8_t or BFloat16. `packed` is
-// [R / panel][G][K / depth][panel][depth], R and K rounded up and padded with zeros. At a depth of 4 the first
-// [panel][depth] of each [K / depth] holds an int32 for each row, -kByteOffset times the sum of the row.
+// [R / panel][G][K / depth][panel][depth], R and K rounded up and padded with zeros. At kByteDepth one more
+// [panel][depth] precedes those of K: an int32 for each row, -kByteOffset times the sum of the row.
 template <typename W>
 struct QuantizedMatrix {
   const W* packed;
-  const float* scale;  // [G R] factor of each row of int8_t; null for BFloat16
+  const float* scale;  // [G R] scale of each row of int8_t; null for BFloat16
 };
 
 template <typename W>

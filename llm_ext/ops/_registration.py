@@ -17,7 +17,7 @@ torch_ops = torch.ops.llm_ext
 # An op raises one of these when it refuses its arguments, or when an argument is not a tensor.
 FAILURES = (RuntimeError, TypeError, AttributeError)
 
-_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("llm_ext", "IMPL")  # type: ignore[no-untyped-call]
 
 
@@ -111,7 +111,7 @@ def register_autocast(op: Any, float32_arguments: tuple[int, ...] = ()) -> None:
             def cast_one(arg: Any, target: torch.dtype) -> Any:
                 if isinstance(arg, list):
                     return [cast_one(a, target) for a in arg]
-                return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in _AUTOCAST_DTYPES else arg
+                return arg.to(target) if isinstance(arg, Tensor) and arg.dtype in AUTOCAST_DTYPES else arg
 
             with torch.autocast(device, enabled=False):
                 return op(
@@ -131,7 +131,7 @@ def autocast_arguments(*tensors: Tensor | None) -> Any:
     if not torch.is_autocast_enabled(device):
         return tensors
     lower = torch.get_autocast_dtype(device)
-    return tuple(t.to(lower) if t is not None and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)
+    return tuple(t.to(lower) if t is not None and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 
 
 def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:
@@ -139,11 +139,11 @@ def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:
 
     Layers under autocast pass each other rounded results; ops that are called through the dispatcher cast them there.
     """
-    if not isinstance(like, Tensor) or like.dtype not in _AUTOCAST_DTYPES:
+    if not isinstance(like, Tensor) or like.dtype not in AUTOCAST_DTYPES:
         return tensors
     if not torch.is_autocast_enabled(like.device.type):
         return tensors
-    return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_DTYPES else t for t in tensors)
+    return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 
 
 def is_on_cuda(x: Any) -> bool:

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llm_ext.ops._registration import FAILURES, explain, refuse_derivative, register_fake, torch_ops
+from llm_ext.ops import argument_checks
+from llm_ext.ops._registration import (
+    AUTOCAST_DTYPES,
+    FAILURES,
+    explain,
+    refuse_derivative,
+    register_fake,
+    torch_ops,
+)
 from llm_ext.ops._transforms import exports_to_onnx
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.reference.quantization import MAX_INT8_COLUMNS, quantize_weight
@@ -33,8 +41,10 @@ _rnn_forward = torch_ops.quantized_rnn_forward.default
 _linear_forward = torch_ops.quantized_linear_forward.default
 
 DTYPES = ("int8", "bfloat16")
-# Rows of a panel of packed weights, and what is added to the integers of a state: csrc/params/quantized.h.
+# Rows of a panel of packed weights, numbers of a row that are adjacent there, of int8 weights that meet states and of
+# others, and what is added to the integers of a state: csrc/params/quantized.h.
 _PANEL = 16
+_BYTE_DEPTH, _DEPTH = 4, 2
 _OFFSET = 64
 _DERIVATIVE = "train with llm_ext.fake_quantize_, and quantize after training"
 
@@ -46,7 +56,7 @@ class PackedWeight(NamedTuple):
         values: ``[R / 16, G, K / d, 16, d]``, R and K rounded up: int8, with d = 4 for the products with states, or
             bfloat16 as int16; otherwise d = 2. With d = 4 there is one more of K / d, the first: an int32 for each
             row, -64 times the sum of its numbers, because a state has integers from 1 to 127 for -63 to 63.
-        scale: Factor of each row of int8 values, float32 ``[G R]``; None for bfloat16.
+        scale: Scale of each row of int8 values, float32 ``[G R]``; None for bfloat16.
         columns: K.
     """
 
@@ -101,10 +111,10 @@ def pack(w: Tensor, dtype: str, gates: int = 1, *, state: bool = False) -> Packe
     if dtype == "int8" and K > MAX_INT8_COLUMNS:
         raise ValueError(f"pack: w has {K} columns, and an int8 weight may have at most {MAX_INT8_COLUMNS}")
     values, scale = round_weight(w, dtype)
-    depth = 4 if state and dtype == "int8" else 2
+    depth = _BYTE_DEPTH if state and dtype == "int8" else _DEPTH
     blocks = torch.nn.functional.pad(values.view(gates, rows, K), (0, -K % depth, 0, -rows % _PANEL))
     panels = blocks.view(gates, -(-rows // _PANEL), _PANEL, -(-K // depth), depth).permute(1, 0, 3, 2, 4)
-    if depth == 4:
+    if depth == _BYTE_DEPTH:
         first = (panels.sum((2, 4), dtype=torch.int32) * -_OFFSET).unsqueeze(-1).view(torch.int8)
         panels = torch.cat([first.unsqueeze(2), panels], 2)
     return PackedWeight(panels.contiguous(), scale, K)
@@ -112,7 +122,7 @@ def pack(w: Tensor, dtype: str, gates: int = 1, *, state: bool = False) -> Packe
 
 def unpack(packed: PackedWeight, rows: int) -> Tensor:
     """Return the float32 matrix ``[G R, K]`` that a packed weight of G blocks of R = `rows` rows stands for."""
-    values = packed.values[:, :, 1:] if packed.values.shape[-1] == 4 else packed.values
+    values = packed.values[:, :, 1:] if packed.values.shape[-1] == _BYTE_DEPTH else packed.values
     panels, gates = values.permute(1, 0, 3, 2, 4), values.shape[1]
     values = panels.flatten(3).flatten(1, 2)[:, :rows, : packed.columns].reshape(gates * rows, packed.columns)
     return widen(values, packed.scale)
@@ -127,9 +137,16 @@ def _check_input(op: str, x: Any) -> None:
         raise ArgumentError(f"{op}: quantized weights need x on the cpu, got {x.device}")
 
 
-def _as_float32(x: Tensor) -> Tensor:
-    """Return x in float32 where autocast is on, under which layers pass each other rounded results."""
-    return x.float() if torch.is_autocast_enabled("cpu") and isinstance(x, Tensor) else x
+def _call_arguments(*tensors: Tensor | None) -> Any:
+    """Return inputs and states as the ops take them; None stays None.
+
+    Under autocast, in which layers pass each other rounded results, they become float32.
+    """
+    if exports_to_onnx():
+        raise NotImplementedError("llm_ext: ONNX has no operator for packed weights; call llm_ext.dequantize_ first")
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 
 
 def one_direction(
@@ -146,28 +163,29 @@ def one_direction(
     tensors, hidden, output = weights.rows[row], weights.hidden, weights.output
     h0 = None if state is None else state[0]
     c0 = None if state is None or mode != "LSTM" else state[1]
-    if torch.is_autocast_enabled("cpu"):
-        x, h0, c0 = _as_float32(x), None if h0 is None else h0.float(), None if c0 is None else c0.float()
-    if exports_to_onnx():
-        raise NotImplementedError("llm_ext: ONNX has no recurrence with quantized weights; dequantize the model first")
+    x, h0, c0 = _call_arguments(x, h0, c0)
     try:
         y, h_n, c_n = _rnn_forward(
             mode, x, h0, c0, *tensors[:-1], batch_sizes, lengths, tensors[-1], hidden, output, reverse
         )
     except (*FAILURES, ValueError) as failure:
-        explain(failure, _check_recurrence, mode, x, failure)
+        explain(failure, _check_recurrence, mode, x, lengths, failure)
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
 
 
-def _check_recurrence(mode: str, x: Tensor, failure: Exception) -> None:
-    _check(mode.split("_")[0].lower(), x, failure)
+def _check_recurrence(mode: str, x: Tensor, lengths: Tensor | None, failure: Exception) -> None:
+    op = mode.split("_")[0].lower()
+    _check_input(op, x)
+    if lengths is not None and x.dim() == 3:
+        argument_checks.batch_lengths(op, x, lengths)
+    _check(op, x, failure)
 
 
 def _check(op: str, x: Tensor, failure: Exception) -> None:
-    """Raise what is wrong with x, or else what the op says of its arguments."""
+    """Raise what is wrong with x, or else what the op says of its arguments, if it has refused them."""
     _check_input(op, x)
-    if isinstance(failure, RuntimeError):
-        words = str(failure).partition("\n")[0].rpartition("_forward: ")[2]
+    _, refused, words = str(failure).partition("\n")[0].rpartition("_forward: ")
+    if refused and isinstance(failure, RuntimeError):
         raise ArgumentError(f"{op}: {words}")
 
 
@@ -209,7 +227,7 @@ refuse_derivative("quantized_rnn_forward", _DERIVATIVE)
 
 def quantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_features: int) -> Tensor:
     """Apply an affine map with a packed weight ``[O, I]``: x ``[*, I]`` to ``[*, O]``."""
-    x = _as_float32(x)
+    (x,) = _call_arguments(x)
     try:
         return cast(Tensor, _linear_forward(x, *weight[:2], bias, weight.columns, out_features))
     except FAILURES as failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -177,3 +178,13 @@ def test_what_onnx_lacks_is_refused(options: dict[str, Any], given: dict[str, An
 def test_packed_rows_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="ONNX takes no PackedSequence; pass the padded batch and lengths"):
         export(Packed().eval(), (torch.randn(6, 2, SIZES[0]),), [{}], dynamo=False)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("layer", [llm_ext.GRU(*SIZES), llm_ext.GRUCell(*SIZES), llm_ext.Linear(*SIZES)], ids=str)
+def test_packed_weights_are_refused(layer: nn.Module, dynamo: bool) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).eval()
+    llm_ext.quantize_(model)
+    x = torch.randn(2, SIZES[0]) if isinstance(layer, llm_ext.GRUCell) else torch.randn(6, 2, SIZES[0])
+    with pytest.raises(Exception, match=r"ONNX has no operator for packed weights; call llm_ext\.dequantize_ first"):
+        export(model, (x,), [{}], dynamo=dynamo)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.comparison import assert_all_close, assert_close, assert_same_bits, flatten
 from support.devices import num_threads, supported_isas
 from support.inputs import noncontiguous
+from support.memory import memory_limit
 from support.pairwise import parametrize_pairwise
 from support.process import check_fork
 from support.quantized import (
@@ -32,14 +33,16 @@ from llm_ext import reference
 from llm_ext.ops import quantization, recurrence
 from llm_ext.reference.quantization import QuantizedWeight, quantize_weight, quantized_linear
 
-SIZES = [  # T, B, I, H: one row, tiles, panels of 16 and their rests, odd depths, both ways to divide a step, empty
+SIZES = [  # T, B, I, H: one row, tiles, panels of 16 and their rests, odd depths, empty
     (40, 1, 5, 33),
     (3, 2, 17, 16),
     (1, 1, 8, 48),
     (7, 13, 31, 15),
     (5, 7, 1, 2),
-    (3, 40, 64, 130),
+    (4, 3, 0, 17),
+    (3, 40, 64, 130),  # large enough for two threads, by rows
     (2, 300, 9, 20),
+    (30, 2, 40, 96),  # by columns, also a projection
     (0, 2, 3, 4),
     (5, 0, 3, 4),
 ]
@@ -77,16 +80,19 @@ def test_forward(
 @every_weights
 @every_architecture
 @pytest.mark.parametrize("reverse", [False, True])
-def test_packed_rows_and_lengths(recurrence_: Recurrence, weights: str, reverse: bool) -> None:
+@pytest.mark.parametrize("H", [35, 130])  # with 130, two threads divide the columns
+def test_packed_rows_and_lengths(recurrence_: Recurrence, weights: str, reverse: bool, H: int) -> None:
     lengths = torch.tensor([4, 9, 0, 9, 1])
-    inputs = detached(recurrence_inputs(recurrence_, (9, 5, 6), 5, 35, torch.float32))
+    inputs = detached(recurrence_inputs(recurrence_, (9, 5, 6), 5, H, torch.float32))
     inputs["x"][4:, 0] = float("nan")
-    actual = run_op(recurrence_, inputs, weights, lengths=lengths, reverse=reverse)
+    with num_threads(2):
+        actual = run_op(recurrence_, inputs, weights, lengths=lengths, reverse=reverse)
     expected = run_reference(recurrence_, inputs, weights, lengths=lengths, reverse=reverse)
     assert_all_close(RECURRENCE[weights], actual, expected)
     batch_sizes = torch.tensor([5, 3, 3, 1])
     packed = inputs | {"x": torch.randn(12, 6)}
-    actual = run_op(recurrence_, packed, weights, batch_sizes=batch_sizes, reverse=reverse)
+    with num_threads(2):
+        actual = run_op(recurrence_, packed, weights, batch_sizes=batch_sizes, reverse=reverse)
     expected = run_reference(recurrence_, packed, weights, batch_sizes=batch_sizes, reverse=reverse)
     assert_all_close(RECURRENCE[weights], actual, expected)
 
@@ -105,6 +111,10 @@ for build in (llm_ext.RNN, llm_ext.GRU, llm_ext.LSTM):
     with torch.no_grad():
         y, _ = layer(torch.randn(30, 9, 37), lengths=torch.arange(22, 31))
     bits.update(y.numpy().tobytes())
+for N, I, O in ((70, 128, 100), (3, 600, 700)):
+    layer = llm_ext.Linear(I, O)
+    llm_ext.quantize_(layer)
+    bits.update(layer(torch.randn(N, I)).numpy().tobytes())
 print(bits.hexdigest())
 """
 
@@ -127,30 +137,58 @@ def test_int8_rows_do_not_depend_on_each_other(recurrence_: Recurrence) -> None:
         assert_same_bits(run_op(recurrence_, own, "int8")[0], y[:, b : b + 1])
 
 
+@every_weights
 @pytest.mark.parametrize("recurrence_", [RNN, GRU, LSTM, PROJECTED], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_numbers_stay_in_their_row(recurrence_: Recurrence, bad: float) -> None:
+def test_bad_numbers_stay_in_their_row(recurrence_: Recurrence, weights: str, bad: float) -> None:
     inputs = detached(recurrence_inputs(recurrence_, (5, 3, 6), 3, 20, torch.float32))
-    clean = run_op(recurrence_, inputs, "int8")
+    clean = run_op(recurrence_, inputs, weights)
     inputs["x"][2, 1, 3] = bad
-    y = run_op(recurrence_, inputs, "int8")[0]
-    assert y[2:, 1].isnan().all()
+    y = run_op(recurrence_, inputs, weights)[0]
+    if weights == "int8" or bad != bad:  # bfloat16 keeps an infinity, of which a gate makes a number
+        assert y[2:, 1].isnan().all()
     assert_same_bits(y[:2], clean[0][:2])
     assert_same_bits(y[:, 0::2], clean[0][:, 0::2])
-    inputs["w_hh"][0, 0] = bad
-    inputs["x"][2, 1, 3] = 0.0
-    y = run_op(recurrence_, inputs, "int8")[0]
-    assert y[:, :, : 1 if not recurrence_.projected else None].isnan().all()
+    if bad != bad or weights == "int8":
+        inputs["w_hh"][0, 0] = bad
+        inputs["x"][2, 1, 3] = 0.0
+        y = run_op(recurrence_, inputs, weights)[0]
+        assert y[:, :, : 1 if not recurrence_.projected else None].isnan().all()
 
 
+@every_weights
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_of_a_linear_layer(weights: str, bad: float) -> None:
+    x, w, b = torch.randn(7, 19), torch.randn(33, 19), torch.randn(33)
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return quantization.quantized_linear(x, quantization.pack(w, weights), b, 33)
+
+    clean = run(x, w)
+    x[2, 3] = bad
+    y = run(x, w)
+    others = [0, 1, 3, 4, 5, 6]
+    assert not y[2].isfinite().any()
+    assert_same_bits(y[others], clean[others])
+    w[5, 0] = bad
+    y = run(x, w)
+    assert not y[:, 5].isfinite().any()
+    assert y[others][:, others[:-2]].isfinite().all()
+
+
+@every_weights
 @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-31])
-def test_rows_of_zeros_and_tiny_numbers(value: float) -> None:
+def test_rows_of_zeros_and_tiny_numbers(weights: str, value: float) -> None:
     inputs = detached(recurrence_inputs(GRU, (3, 2, 4), 2, 17, torch.float32))
     inputs["x"][:] = value
     inputs["h0"][:] = value
     inputs["w_ih"][3:7] = value
-    actual = run_op(GRU, inputs, "int8")
-    assert_all_close("recurrence_int8", actual, run_reference(GRU, inputs, "int8"))
+    actual = run_op(GRU, inputs, weights)
+    assert_all_close(RECURRENCE[weights], actual, run_reference(GRU, inputs, weights))
+    x, w = torch.full((2, 4), value), torch.randn(3, 4)
+    w[1] = value
+    y = quantization.quantized_linear(x, quantization.pack(w, weights), None, 3)
+    assert_close(LINEAR[weights], y, torch.zeros(2, 3))
 
 
 @every_architecture
@@ -181,19 +219,31 @@ def test_sums_that_may_not_fit_are_refused() -> None:
 @settings(max_examples=25)
 @given(data=st.data())
 def test_pack_and_linear(weights: str, data: st.DataObject) -> None:
-    gates, rows, K, N = (data.draw(st.integers(1, most)) for most in (4, 40, 70, 9))
-    w, b = torch.randn(gates * rows, K), torch.randn(rows)
+    gates, rows, K, N = (data.draw(st.integers(least, most)) for least, most in ((1, 4), (1, 40), (0, 70), (1, 9)))
+    w = torch.randn(gates * rows, K)
     rounded = quantization.widen(*quantization.round_weight(w, weights))
     for state in (False, True):
         assert_same_bits(quantization.unpack(quantization.pack(w, weights, gates, state=state), rows), rounded)
-    own = w[:rows]
-    x = torch.randn(3, N, K)
-    actual = quantization.quantized_linear(x, quantization.pack(own, weights), b, rows)
+    check_linear(torch.randn(3, N, K), w[:rows], weights)
+
+
+@every_weights
+@pytest.mark.parametrize(("N", "K", "O"), [(70, 128, 100), (3, 600, 700), (0, 3, 4), (3, 0, 4), (3, 4, 0)])
+def test_linear(weights: str, N: int, K: int, O: int) -> None:  # noqa: E741
+    """Two threads by rows and by panels, and sizes of 0."""
+    with num_threads(2):
+        check_linear(torch.randn(N, K), torch.randn(O, K), weights)
+
+
+def check_linear(x: Tensor, w: Tensor, weights: str) -> None:
+    """Compare the op with its reference."""
+    b = torch.randn(len(w))
+    actual = quantization.quantized_linear(x, quantization.pack(w, weights), b, len(w))
     if weights == "int8":
-        values, scale = quantize_weight(own)
+        values, scale = quantize_weight(w)
         expected = quantized_linear(x.double(), QuantizedWeight(values, scale.double()), b.double())
     else:
-        expected = reference.linear(x.double(), own.to(torch.bfloat16).double(), b.double())
+        expected = reference.linear(x.double(), w.to(torch.bfloat16).double(), b.double())
     assert_close(LINEAR[weights], actual, expected)
 
 
@@ -231,7 +281,10 @@ def test_int8_has_at_most_half_the_error_of_torch(op: str, H: int) -> None:
         (1, torch.randn(4, 3, 5).double(), "x must be float32"),
         (2, torch.randn(2, 18), "h0 must be [3, 18], got [2, 18]"),
         (4, torch.zeros(3), "packed weights must be int8 or int16"),
-        (5, torch.ones(7), "scale must be [54], got [7]"),
+        (5, torch.ones(7), "s_ih must be [54], got [7]"),
+        (7, torch.ones(54).half(), "s_hh must be float32 with quantized weights"),
+        (8, torch.ones(54).double(), "b_ih must be float32 with quantized weights"),
+        (2, torch.ones(3, 18).double(), "h0 must be float32 with quantized weights"),
         (5, None, "w_ih must have a scale exactly if it is int8"),
         (6, torch.zeros(2, 3, 9, 16, 1, dtype=torch.int8), "w_hh must be the packed weight [54, 18]"),
         (16, 17, "w_hr must be given exactly if the output of an LSTM is projected"),
@@ -255,3 +308,23 @@ def test_the_words_of_a_wrong_input() -> None:
         call(torch.randn(4, 3, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match=re.escape("gru: x must have I = 5 features, got [4, 3, 6]")):
         call(torch.randn(4, 3, 6))
+    with pytest.raises(TypeError, match=re.escape("gru: lengths must be int64, got int32")):
+        recurrence.run(
+            "GRU", torch.randn(4, 3, 5), None, packed, (False,), 0.0, None, torch.tensor([4, 2, 1], dtype=torch.int32)
+        )
+    with pytest.raises(ValueError, match=re.escape("linear: x must have I = 5 features, got [4, 6]")):
+        quantization.quantized_linear(torch.randn(4, 6), quantization.pack(torch.randn(7, 5), "int8"), None, 7)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"must be float32 .*, got torch\.float64"):
+        call(torch.randn(4, 3, 5, dtype=torch.float64))
+
+
+def test_out_of_memory() -> None:
+    packed = pack_inputs(GRU, detached(recurrence_inputs(GRU, (4, 3, 1), 3, 64, torch.float32)), "int8")
+    w = quantization.pack(torch.randn(4096, 1), "int8")
+    x = torch.zeros(1 << 14, 16, 1)
+    llm_ext.empty_cpu_cache()
+    with memory_limit(16):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory: cannot allocate 67108864 bytes"):
+            recurrence.run("GRU", x, None, packed, (False,), 0.0, None, None)
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory: cannot allocate 67108864 bytes"):
+            quantization.quantized_linear(x[:256], w, None, 4096)

@@ -27,17 +27,25 @@ constexpr ScalarType kPackedType = sizeof(W) == 1 ? ScalarType::Char : ScalarTyp
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// An optional tensor of float32, whatever the type of the weights. A cast of the module casts scales and biases.
+Input<float> float32_input(const OptionalTensor& t, const char* op, const char* name,
+                           std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(!t.has_value() || t->scalar_type() == ScalarType::Float, op, ": ", name,
+                  " must be float32 with quantized weights");
+  return {t, op, name, sizes};
+}
+
 // Checks a packed matrix of `blocks` blocks of `rows` rows of `columns` numbers, packed at `depth`. Owns dense copies.
 template <typename W>
 class Packed {
  public:
-  Packed(const OptionalTensor& w, const OptionalTensor& scale, const char* op, const char* name, int64_t blocks,
-         int64_t rows, int64_t columns, int64_t depth)
-      : scale_(scale, op, "scale", {blocks * rows}) {
+  Packed(const OptionalTensor& w, const char* name, const OptionalTensor& scale, const char* scale_name, const char* op,
+         int64_t blocks, int64_t rows, int64_t columns, int64_t depth)
+      : scale_(float32_input(scale, op, scale_name, {blocks * rows})) {
     if (!w.has_value()) return;
     STD_TORCH_CHECK(sizeof(W) != 1 || columns <= kMaxInt8Columns, op, ": ", name, " has ", columns,
                     " columns, and an int8 weight may have at most ", kMaxInt8Columns);
-    const int64_t units = divide_up(columns, depth) + (depth == 4 ? 1 : 0);
+    const int64_t units = divide_up(columns, depth) + (depth == kByteDepth ? 1 : 0);
     STD_TORCH_CHECK(w->is_cpu() && w->scalar_type() == kPackedType<W> &&
                         has_sizes(*w, {divide_up(rows, kQuantizedPanel), blocks, units, kQuantizedPanel, depth}),
                     op, ": ", name, " must be the packed weight [", blocks * rows, ", ", columns, "], got ",
@@ -97,8 +105,8 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
   STD_TORCH_CHECK(x.size(x.dim() - 1) == input, kOp, ": x must have I = ", input, " features, got ", shape_text(x));
   const bool layer_state = !h0.has_value() || h0->dim() == 3;
   const auto state = [&](const OptionalTensor& t, const char* name, int64_t width) {
-    if (layer_state) return Input<float>(t, kOp, name, {1, batch, width});
-    return Input<float>(t, kOp, name, {batch, width});
+    if (layer_state) return float32_input(t, kOp, name, {1, batch, width});
+    return float32_input(t, kOp, name, {batch, width});
   };
   const auto new_state = [&](bool wanted, int64_t width) {
     if (!wanted) return empty({0}, ScalarType::Float);
@@ -109,10 +117,11 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
   return with_weight_type(w_ih, kOp, [&](auto type) -> Results {
     using W = decltype(type);
     const int64_t gates = gates_of(mode);
-    const Packed<W> ih(w_ih, s_ih, kOp, "w_ih", gates, hidden, input, kInputDepth);
-    const Packed<W> hh(w_hh, s_hh, kOp, "w_hh", gates, hidden, output, kStateDepth<W>);
-    const Packed<W> hr(w_hr, s_hr, kOp, "w_hr", 1, output, hidden, kStateDepth<W>);
-    const Input<float> b_ih_in(b_ih, kOp, "b_ih", {gates * hidden}), b_hh_in(b_hh, kOp, "b_hh", {gates * hidden});
+    const Packed<W> ih(w_ih, "w_ih", s_ih, "s_ih", kOp, gates, hidden, input, kInputDepth);
+    const Packed<W> hh(w_hh, "w_hh", s_hh, "s_hh", kOp, gates, hidden, output, kStateDepth<W>);
+    const Packed<W> hr(w_hr, "w_hr", s_hr, "s_hr", kOp, 1, output, hidden, kStateDepth<W>);
+    const Input<float> b_ih_in = float32_input(b_ih, kOp, "b_ih", {gates * hidden});
+    const Input<float> b_hh_in = float32_input(b_hh, kOp, "b_hh", {gates * hidden});
     const Tensor h_n = new_state(true, output), c_n = new_state(lstm, hidden);
     if (lengths.has_value()) {
       const PackedLengths<float> packing(kOp, *lengths, steps, batch);
@@ -159,26 +168,32 @@ Tensor quantized_linear_forward(const Tensor& x, const Tensor& w, const Optional
                                 int64_t input, int64_t output) {
   constexpr const char* kOp = "quantized_linear_forward";
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, kOp, ": x must be float32 on cpu");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == input && input > 0 && output >= 0 && output <= kMaxVolume, kOp,
-                  ": x must have I = ", input, " features, got ", shape_text(x));
+  STD_TORCH_CHECK(input >= 0 && output >= 0 && output <= kMaxVolume, kOp, ": input and output must be from 0 to ",
+                  kMaxVolume);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == input, kOp, ": x must have I = ", input, " features, got ",
+                  shape_text(x));
   check_volume(x, kOp, "x");
   std::vector<int64_t> shape;
-  for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
-  shape.back() = output;
-  const int64_t rows = x.numel() / input;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    shape.push_back(x.size(i));
+    rows *= x.size(i);
+  }
+  shape.push_back(output);
   return with_weight_type(w, kOp, [&](auto type) {
     using W = decltype(type);
-    const Packed<W> packed(w, scale, kOp, "w", 1, output, input, kInputDepth);
-    const Input<float> b_in(b, kOp, "b", {output});
+    const Packed<W> packed(w, "w", scale, "scale", kOp, 1, output, input, kInputDepth);
+    const Input<float> b_in = float32_input(b, kOp, "b", {output});
     const Tensor x_in = dense(x);
     const Tensor y = empty(shape.data(), static_cast<int64_t>(shape.size()), ScalarType::Float);
+    if (!any_elements(y)) return y;
     const LinearSizes sizes = {rows, input, output};
     const QuantizedKernels<W>& kernel = kernels().quantized<W>();
     const int threads = team_size(kernel.linear_threads(sizes, max_threads()));
     const Workspace<float> workspace(kernel.linear_workspace(sizes, threads));
     const QuantizedLinearParams<W> p = {sizes,      data<float>(x_in),      packed.get(),
                                         b_in.get(), mutable_data<float>(y), workspace.get()};
-    if (any_elements(y)) run_team(threads, [&](const ThreadTeam& team) { kernel.linear(p, team); });
+    run_team(threads, [&](const ThreadTeam& team) { kernel.linear(p, team); });
     return y;
   });
 }
