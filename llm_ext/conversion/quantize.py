@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -10,13 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from llm_ext.conversion.classes import CONVERTED, assign_converted, reason_against
+from llm_ext.conversion import strict
+from llm_ext.conversion.classes import CONVERTED, assign_converted, assign_original, reason_against
 from llm_ext.nn import GRU, LSTM, RNN, AffineEmbedding, GRUCell, Linear, LSTMCell, RNNCell
 from llm_ext.nn.quantized import (
     DTYPES,
     MAX_INT8_COLUMNS,
     FakeQuantize,
     QuantizedAffineEmbedding,
+    QuantizedBase,
     QuantizedGRU,
     QuantizedGRUCell,
     QuantizedLinear,
@@ -44,6 +47,8 @@ _QUANTIZED: dict[type[nn.Module], Any] = {
     AffineEmbedding: QuantizedAffineEmbedding,
 }
 _RECURRENT = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+# The classes of layers that `patched` and `convert(strict_types=True)` make.
+_STRICT = (strict.RNN, strict.GRU, strict.LSTM)
 
 
 class Quantized(NamedTuple):
@@ -52,8 +57,9 @@ class Quantized(NamedTuple):
     Attributes:
         fqn: Name of the module in the model, such as ``"encoder.rnn"``; ``""`` is the model itself.
         type: Class that the module had.
-        error: Root mean square of the error of the weights, relative to that of the weights; the largest of the
-            module's matrices. ``None`` if the module is left.
+        error: Root mean square over the rows of a matrix of the relative error of its weights; the largest of the
+            module's matrices. Weights of more than ten times the median of their row do not count: they show in the
+            error of the others. NaN if a row has no scale. ``None`` if the module is left.
         reason: Why the module is left, or ``None`` if it is quantized.
     """
 
@@ -73,14 +79,15 @@ def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | Non
 
     Args:
         model: Any module, which may be a layer itself.
-        weights: ``"int8"``: a scale for each row of a matrix, and products in integers, with inputs in 16 bits and
-            states in 7. A network gives the same bits on every ISA and any number of threads. ``"bfloat16"``: weights
-            are widened when they are read, and products are float32; or pairs of bfloat16, where the machine has them.
+        weights: ``"int8"``: a scale for each row of a matrix, and products in integers, with inputs in up to 16 bits
+            and states in 7. A network gives the same bits on every ISA and any number of threads. ``"bfloat16"``:
+            weights are widened when they are read, and products are float32; or pairs of bfloat16, where the machine
+            has them.
         filter: Called with a module and its name in the model; False leaves the module as it is.
 
     Returns:
         An entry for each recurrent module, linear layer and embedding, in the order of ``model.named_modules()``.
-        Modules that are quantized already are not listed.
+        Modules that are quantized already are not listed. If none is quantized, there is a warning.
 
     Raises:
         TypeError: The model is no module.
@@ -102,16 +109,17 @@ def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | Non
         error = None
         if reason is None:
             _restore(module)
-            error = max([rounding_error(p.detach(), weights) for p in module.parameters(recurse=False) if p.dim() > 1])
+            error = _largest_error(module, weights)
             _QUANTIZED[type(module)].quantize(module, weights)
         entries.append(Quantized(fqn, kind, error, reason))
-    if all(entry.reason is not None for entry in entries):
-        warnings.warn(f"quantize_: no layer of {type(model).__name__} is quantized", stacklevel=2)
+    _warn_of_none("quantize_", model, entries)
     return entries
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """Make the quantized layers of a model ordinary ones of llm_ext, in place; weights keep their rounded values.
+
+    Parameters have gradients if they had them before :func:`quantize_`.
 
     Args:
         model: Any module, which may be a layer itself.
@@ -129,7 +137,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         GRU(8, 16)
     """
     _check("dequantize_", model, "int8")
-    quantized: list[Any] = [each for each in model.modules() if isinstance(each, tuple(_QUANTIZED.values()))]
+    quantized: list[Any] = [each for each in model.modules() if isinstance(each, QuantizedBase)]
     for module in quantized:
         module.dequantize()
     return model
@@ -170,18 +178,31 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
         kind = type(module)
         if reason is None:
             _restore(module)
-            matrices = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1}
-            error = max([rounding_error(p.detach(), weights) for p in matrices.values()])
-            for name in matrices:
+            error = _largest_error(module, weights)
+            for name in [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1]:
                 parametrize.register_parametrization(module, name, FakeQuantize(weights))
         entries.append(Quantized(fqn, kind, error, reason))
+    _warn_of_none("fake_quantize_", model, entries)
     return entries
 
 
+def _warn_of_none(caller: str, model: nn.Module, entries: list[Quantized]) -> None:
+    if all(entry.reason is not None for entry in entries):
+        warnings.warn(f"{caller}: no layer of {type(model).__name__} has been changed", stacklevel=3)
+
+
+def _largest_error(module: nn.Module, weights: Dtype) -> float:
+    """Return the largest error of the matrices of a module, NaN if one of them is NaN."""
+    errors = [rounding_error(p.detach(), weights) for p in module.parameters(recurse=False) if p.dim() > 1]
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
 def _restore(module: nn.Module) -> None:
-    """Remove fake quantization from a module, and make it one of llm_ext."""
+    """Remove fake quantization from a module, and make it one of llm_ext that is not also a layer of torch.nn."""
     for name in list(getattr(module, "parametrizations", ())):
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    if type(module) in _STRICT:
+        assign_original(module)
     if type(module) in _RECURRENT:
         assign_converted(module, False)
 
@@ -190,7 +211,7 @@ def _considered(model: nn.Module, weights: Dtype, filter: Filter | None) -> Iter
     """Yield the modules that hold weights of a known kind, and why they are left, or None."""
     kinds = (nn.RNNBase, nn.RNNCellBase, nn.Linear, nn.Embedding, AffineEmbedding)
     for fqn, module in model.named_modules():
-        if isinstance(module, kinds) and not isinstance(module, tuple(_QUANTIZED.values())):
+        if isinstance(module, kinds) and not isinstance(module, QuantizedBase):
             excluded = filter is not None and not filter(module, fqn)
             yield fqn, module, "the filter excludes it" if excluded else _reason_to_leave(module, weights)
 
@@ -198,7 +219,7 @@ def _considered(model: nn.Module, weights: Dtype, filter: Filter | None) -> Iter
 def _reason_to_leave(module: nn.Module, weights: Dtype) -> str | None:
     """Return why a module is not quantized, or None if it can be."""
     cls = parametrize.type_before_parametrizations(module)
-    if cls not in (*_QUANTIZED, *_RECURRENT):
+    if cls not in (*_QUANTIZED, *_RECURRENT, *_STRICT):
         if cls in CONVERTED or cls is nn.Embedding:
             return "it is a layer of torch.nn that is not recurrent"
         return f"{cls.__name__} is a subclass"
@@ -207,12 +228,27 @@ def _reason_to_leave(module: nn.Module, weights: Dtype) -> str | None:
     lists = getattr(module, "parametrizations", {})
     if any(not isinstance(each, FakeQuantize) for name in lists for each in lists[name]):
         return "it has parametrizations; remove them first"
+    if {*module._parameters, *lists} != _parameter_names(module):
+        return (
+            "its parameters are not those of its class: "
+            "remove hooks that compute its weights first, as by torch.nn.utils.prune.remove"
+        )
     for name, parameter in module.named_parameters():
+        name = name.removeprefix("parametrizations.").removesuffix(".original")
         if parameter.dtype != torch.float32 or not parameter.is_cpu:
-            return f"{name.rpartition('.')[2]} is {parameter.dtype} on {parameter.device}, not float32 on the cpu"
+            return f"{name} is {parameter.dtype} on {parameter.device}, not float32 on the cpu"
         if weights == "int8" and parameter.dim() > 1 and parameter.shape[1] > MAX_INT8_COLUMNS:
-            return f"{name.rpartition('.')[2]} has {parameter.shape[1]} columns, more than {MAX_INT8_COLUMNS}"
-    return None
+            return f"{name} has {parameter.shape[1]} columns, more than {MAX_INT8_COLUMNS}"
+    return "it has no units" if getattr(module, "hidden_size", 1) == 0 else None
+
+
+def _parameter_names(module: nn.Module) -> set[str]:
+    """Return the names of the parameters that a module of a known kind has, unless a hook replaces some."""
+    if isinstance(module, nn.RNNBase):
+        return set(module._flat_weights_names)
+    if isinstance(module, nn.RNNCellBase):
+        return {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+    return {"weight", "bias"}
 
 
 def _check(caller: str, model: object, weights: str) -> None:

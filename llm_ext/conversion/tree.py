@@ -18,6 +18,7 @@ from llm_ext.conversion.classes import (
     is_converted,
     reason_against,
 )
+from llm_ext.nn.quantized import QuantizedBase
 
 __all__ = ["Convertible", "convert", "convertible", "revert", "to_torch"]
 
@@ -128,7 +129,8 @@ def revert(model: Model) -> Model:
 
     Raises:
         TypeError: The model is no module.
-        ValueError: A layer has the nonlinearity ``"sigmoid"``, which torch.nn does not have; then nothing is changed.
+        ValueError: A layer has the nonlinearity ``"sigmoid"``, which torch.nn does not have, or is quantized; then
+            nothing is changed.
 
     Example:
         >>> type(llm_ext.revert(llm_ext.LSTM(3, 5)))
@@ -155,7 +157,7 @@ def to_torch(module: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: The argument is no module.
-        ValueError: A layer has the nonlinearity ``"sigmoid"``, which torch.nn does not have.
+        ValueError: A layer has the nonlinearity ``"sigmoid"``, which torch.nn does not have, or is quantized.
 
     Example:
         >>> layer = llm_ext.LSTM(3, 5)
@@ -203,6 +205,8 @@ def _revertible(caller: str, model: nn.Module) -> Iterator[nn.Module]:
         if not is_converted(module):
             if any(base.__module__.startswith("llm_ext.") for base in type(module).__mro__):
                 inside |= set(module.modules())
+        elif isinstance(module, QuantizedBase):
+            raise ValueError(f"{caller}: {name} is a {kind}; call llm_ext.dequantize_ first")
         elif getattr(module, "mode", None) == "RNN_SIGMOID":
             raise ValueError(f"{caller}: {name} has nonlinearity='sigmoid', which torch.nn.{kind} does not have")
         elif not has_original(module):

@@ -17,7 +17,7 @@ from llm_ext.nn.embedding import AffineEmbedding
 from llm_ext.nn.linear import Linear
 from llm_ext.nn.recurrent import GRU, LSTM, RNN
 from llm_ext.nn.scripting import refuse_script
-from llm_ext.ops.argument_checks import gates_of
+from llm_ext.ops.argument_checks import ArgumentError, gates_of
 from llm_ext.ops.quantization import (
     DTYPES,
     MAX_INT8_COLUMNS,
@@ -35,6 +35,7 @@ __all__ = [
     "MAX_INT8_COLUMNS",
     "FakeQuantize",
     "QuantizedAffineEmbedding",
+    "QuantizedBase",
     "QuantizedGRU",
     "QuantizedGRUCell",
     "QuantizedLSTM",
@@ -45,8 +46,12 @@ __all__ = [
     "rounding_error",
 ]
 
+# Weights of a row above so many times its median do not count in the error of its rounding: 6.7 standard deviations of
+# a normal distribution.
+_OUTLIER = 10
 
-class _Quantized(nn.Module):
+
+class QuantizedBase(nn.Module):
     """A module whose matrices are packed into the buffers NAME_packed and NAME_scale, and biases are buffers.
 
     It comes before the class that it replaces in the bases. `quantize` and `dequantize` assign the class of an
@@ -55,7 +60,9 @@ class _Quantized(nn.Module):
 
     _weights_dtype: str
     _parameter_names: tuple[str, ...]
-    _original: type[nn.Module]
+    _trained: frozenset[str]  # names of the parameters that had gradients
+    _replaces: type[nn.Module]
+    _torch_ao = "leaves layers that llm_ext.quantize_ has quantized as they are"
 
     @classmethod
     def quantize(cls, module: Any, dtype: str) -> None:
@@ -68,6 +75,7 @@ class _Quantized(nn.Module):
         weights = dict(module._parameters)
         module.__class__ = cls
         module._weights_dtype, module._parameter_names = dtype, tuple(weights)
+        module._trained = frozenset(name for name, w in weights.items() if w is not None and w.requires_grad)
         for name, tensor in weights.items():
             del module._parameters[name]
             if tensor is None or tensor.dim() == 1:
@@ -80,6 +88,7 @@ class _Quantized(nn.Module):
 
     def dequantize(self) -> None:
         """Make this module one of the class that it replaces, whose parameters are the rounded weights."""
+        trained = self._trained
         weights: dict[str, Tensor | None] = {}
         for name in self._parameter_names:
             if name in self._buffers:
@@ -87,12 +96,12 @@ class _Quantized(nn.Module):
             else:
                 weights[name] = self._matrix(name)
                 del self._buffers[f"{name}_packed"], self._buffers[f"{name}_scale"]
-        for attribute in ("_weights_dtype", "_parameter_names", "_buffer_names"):
+        for attribute in ("_weights_dtype", "_parameter_names", "_trained", "_buffer_names"):
             self.__dict__.pop(attribute, None)
-        self.__class__ = self._original  # type: ignore[assignment]
+        self.__class__ = self._replaces  # type: ignore[assignment]
         for name, tensor in weights.items():
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
-        _Quantized._renew(self)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, name in trained))
+        QuantizedBase._renew(self)
 
     def _renew(self) -> None:
         """Renew what the class of torch.nn holds besides parameters and buffers."""
@@ -121,7 +130,7 @@ class _Quantized(nn.Module):
         refuse_script(self)
 
 
-class _QuantizedLayers(_Quantized):
+class _QuantizedLayers(QuantizedBase):
     """Recurrent layers; `forward` is that of the layer which this one replaces."""
 
     mode: str
@@ -146,14 +155,12 @@ class _QuantizedLayers(_Quantized):
 
     def _renew(self) -> None:
         super()._renew()
-        I, P = self.input_size, self.proj_size or self.hidden_size  # noqa: E741
         self._buffer_names = []
-        for i, names in enumerate(self._all_weights):
+        for names in self._all_weights:
             suffix = names[0].removeprefix("weight_ih")
             matrices = [f"weight_{name}{suffix}_{part}" for name in ("ih", "hh", "hr") for part in ("packed", "scale")]
             biases = [f"bias_{name}{suffix}" for name in ("ih", "hh")]
-            columns = I if i <= self.bidirectional else P * (1 + self.bidirectional)
-            self._buffer_names.append(([*matrices[:4], *biases, *matrices[4:]], columns))
+            self._buffer_names.append(([*matrices[:4], *biases, *matrices[4:]], self._shape(names[0])[1]))
 
     def _weights(self) -> Any:
         # Looked up in every call, as in other layers, and written for speed: a call may be one step.
@@ -183,7 +190,7 @@ class QuantizedRNN(_QuantizedLayers, RNN):
         ('QuantizedRNN', torch.Size([5, 3, 20]))
     """
 
-    _original = RNN
+    _replaces = RNN
 
 
 class QuantizedGRU(_QuantizedLayers, GRU):
@@ -196,7 +203,7 @@ class QuantizedGRU(_QuantizedLayers, GRU):
         ('QuantizedGRU', torch.Size([5, 3, 20]))
     """
 
-    _original = GRU
+    _replaces = GRU
 
 
 class QuantizedLSTM(_QuantizedLayers, LSTM):
@@ -209,10 +216,10 @@ class QuantizedLSTM(_QuantizedLayers, LSTM):
         ('QuantizedLSTM', torch.Size([5, 3, 20]))
     """
 
-    _original = LSTM
+    _replaces = LSTM
 
 
-class _QuantizedCell(_Quantized):
+class _QuantizedCell(QuantizedBase):
     """A recurrent cell; `forward` is that of the cell which this one replaces."""
 
     mode: str
@@ -242,7 +249,7 @@ class QuantizedRNNCell(_QuantizedCell, RNNCell):
         ('QuantizedRNNCell', torch.Size([3, 20]))
     """
 
-    _original = RNNCell
+    _replaces = RNNCell
 
 
 class QuantizedGRUCell(_QuantizedCell, GRUCell):
@@ -255,7 +262,7 @@ class QuantizedGRUCell(_QuantizedCell, GRUCell):
         ('QuantizedGRUCell', torch.Size([3, 20]))
     """
 
-    _original = GRUCell
+    _replaces = GRUCell
 
 
 class QuantizedLSTMCell(_QuantizedCell, LSTMCell):
@@ -268,10 +275,10 @@ class QuantizedLSTMCell(_QuantizedCell, LSTMCell):
         ('QuantizedLSTMCell', torch.Size([3, 20]))
     """
 
-    _original = LSTMCell
+    _replaces = LSTMCell
 
 
-class QuantizedLinear(_Quantized, Linear):
+class QuantizedLinear(QuantizedBase, Linear):
     """A :class:`llm_ext.Linear` with a weight of 8 or 16 bits.
 
     Attributes:
@@ -284,7 +291,7 @@ class QuantizedLinear(_Quantized, Linear):
         ('QuantizedLinear', torch.Size([128, 30]))
     """
 
-    _original = Linear
+    _replaces = Linear
 
     def _shape(self, name: str) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -303,14 +310,14 @@ class QuantizedLinear(_Quantized, Linear):
         """
         try:
             return quantized_linear(input, self._packed("weight"), self._buffers["bias"], self.out_features)
-        except (RuntimeError, TypeError):
+        except (ArgumentError, TypeError):
             if isinstance(input, Tensor) and input.dtype == torch.float32:
                 leading = (None,) * (input.dim() - 1)
                 check_input("Linear", "input", input, "*, I", (*leading, self.in_features), self.weight)
             raise
 
 
-class QuantizedAffineEmbedding(_Quantized, AffineEmbedding):
+class QuantizedAffineEmbedding(QuantizedBase, AffineEmbedding):
     """A :class:`llm_ext.nn.AffineEmbedding` with embeddings of 8 or 16 bits.
 
     Example:
@@ -320,7 +327,7 @@ class QuantizedAffineEmbedding(_Quantized, AffineEmbedding):
         torch.Size([20, 8, 64])
     """
 
-    _original = AffineEmbedding
+    _replaces = AffineEmbedding
 
     def _pack(self, name: str, w: Tensor) -> PackedWeight:
         # Rows are looked up, and not multiplied: they stay as they are.
@@ -356,8 +363,18 @@ class FakeQuantize(nn.Module):
 
 
 def rounding_error(w: Tensor, weights: str) -> float:
-    """Return the root mean square of the error of rounded weights, relative to that of the weights."""
-    scale = w.square().mean().sqrt()
-    if w.numel() == 0 or scale == 0:
+    """Return the root mean square of the error of rounded weights, relative to that of the weights.
+
+    It is that of each row, averaged over the rows, and leaves out weights above `_OUTLIER` times the median of their
+    row: otherwise a weight that is large enough to take the bits of all others would hide it.
+    """
+    if w.numel() == 0:
         return 0.0
-    return float((widen(*round_weight(w, weights)) - w).square().mean().sqrt() / scale)
+    size = w.abs()
+    median = torch.where(size == 0, torch.nan, size).nanmedian(1, keepdim=True).values  # NaN in a row of zeros
+    median = torch.where(median.isnan(), 1, median)
+    counted = ~(size > _OUTLIER * median)  # with NaN
+    error, weight = (
+        torch.where(counted, each / median, 0).square().sum(1) for each in (widen(*round_weight(w, weights)) - w, w)
+    )
+    return float(torch.where(error == 0, 0, error / weight).mean().sqrt())
