@@ -32,10 +32,15 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             kwargs: Further arguments of the configuration, such as `eos_token_id`.
 
         Raises:
-            ValueError: transformers has no such model.
+            ValueError: transformers has no such model, or the model is quantized as a whole.
         """
         config = cls.config_class.of(model, **kwargs)
-        config.dtype = next(model.parameters()).dtype
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ValueError(
+                f"{cls.__name__}: transformers takes no model without parameters; call llm_ext.dequantize_ first"
+            )
+        config.dtype = parameter.dtype
         with torch.device("meta"):
             wrapped = cls(config)
         wrapped.model = model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_ext.models.recurrent_layers import CELLS, RecurrentLayer
 from llm_ext.ops import argument_checks
@@ -42,17 +42,19 @@ def check_ids(model: str, name: str, ids: Tensor, letters: str) -> None:
     check_id_dtype(model, name, ids)
 
 
-def check_sequence(model: str, name: str, x: Tensor, feature_dim: int | None, weight: Tensor) -> None:
-    """Raise unless `x` is ``[B, S]`` of ids, or ``[B, S, F]`` with F = `feature_dim` of the dtype of `weight`."""
+def check_sequence(model: str, name: str, x: Tensor, feature_dim: int | None, layer: nn.Linear) -> None:
+    """Raise unless `x` is ``[B, S]`` of ids, or ``[B, S, F]`` of a floating dtype with F = `feature_dim`.
+
+    The weight of `layer` has the dtype that the message names.
+    """
     if feature_dim is None:
         check_ids(model, name, x, "B, S")
         return
     if x.dim() != 3 or x.shape[2] != feature_dim:
         raise ValueError(f"{model}: {name} must be [B, S, F] = [*, *, {feature_dim}], got {list(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(
-            f"{model}: {name} must be features of dtype {weight.dtype}, got {x.dtype}".replace("torch.", "")
-        )
+        expected = layer.weight.dtype  # looked up here: a quantized layer computes its weight
+        raise TypeError(f"{model}: {name} must be features of dtype {expected}, got {x.dtype}".replace("torch.", ""))
 
 
 def check_id_dtype(model: str, name: str, ids: Tensor) -> None:
@@ -94,8 +96,7 @@ def check_state(model: str, layer: RecurrentLayer, hidden: Any, cell: Any, N: in
     if cell is not None and layer.mode != "LSTM":
         raise TypeError(f"{model}: state.cell must be None, got {type(cell).__name__}")
     state = (hidden, cell) if layer.mode == "LSTM" else (hidden,)
-    H, weight = layer.hidden_size, layer.weight_hh_l0
-    assert isinstance(weight, Tensor)
+    H, weight = layer.hidden_size, layer.all_weights[0][1]
     leading, letters, names = (layer.num_layers, N), ("L", "N"), ("state.hidden", "state.cell")
     like = ("the weights", weight)
     argument_checks.layer_states(model, layer.mode, state, leading, letters, (H, H), names, (weight.dtype,), like)

@@ -209,7 +209,7 @@ class SequenceClassifier(nn.Module):
     def _encode(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the output of the encoder ``[B, S, D H]`` and the last state of its last layer ``[B, D H]``."""
         name = "SequenceClassifier"
-        check_sequence(name, "x", x, self.feature_dim, self.head.weight)
+        check_sequence(name, "x", x, self.feature_dim, self.head)
         check_lengths(name, "lengths", lengths, x, "S")
         x = fill_padding(x, lengths)
         if self.embedding is not None:

@@ -242,7 +242,7 @@ class LLM(nn.Module):
         if self.projection is None:
             raise RuntimeError("LLM: condition needs a model with feature_dim")
         sequence = features.unsqueeze(1) if features.dim() == 2 else features
-        check_sequence("LLM", "features", sequence, self.projection.in_features, self.projection.weight)
+        check_sequence("LLM", "features", sequence, self.projection.in_features, self.projection)
         check_lengths("LLM", "lengths", lengths, sequence, "S")
         projected = self.projection(fill_padding(sequence, lengths))
         return self._read(projected.transpose(0, 1), None, self.pool, lengths)[1]

@@ -370,7 +370,7 @@ class Seq2Seq(nn.Module):
         return cast(Tensor, self.dropout(like.new_ones(rows, size or like.shape[-1])))
 
     def _check_source(self, source: Tensor) -> None:
-        check_sequence("Seq2Seq", "source", source, self.source_feature_dim, self.bridge.weight)
+        check_sequence("Seq2Seq", "source", source, self.source_feature_dim, self.bridge)
 
     # ---- encoder
 

@@ -263,6 +263,14 @@ def test_what_is_refused() -> None:
 # ---- translators
 
 
+def test_a_model_without_parameters_is_refused() -> None:
+    model = llm_ext.LLM(V, 5, 17, V, 1, 0.0, attention="none").eval()
+    llm_ext.quantize_(model)
+    with pytest.raises(ValueError, match=r"takes no model without parameters; call llm_ext\.dequantize_ first"):
+        hf.LLMForCausalLM.wrap(model)
+    hf.LLMForCausalLM.wrap(llm_ext.dequantize_(model))
+
+
 @every_translator
 def test_targets_are_those_of_seq2seq(options: dict[str, Any]) -> None:
     """Padded sources on either side, greedy and by beams, with and without a cache."""

@@ -15,6 +15,7 @@ from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.device import device_of
 from llm_ext.cli.errors import CommandError
 from llm_ext.models import InputProjections, Seq2Seq
+from llm_ext.ops.argument_checks import gates_of
 
 __all__ = ["SearchOptions", "Translator", "bleu", "rouge"]
 
@@ -212,11 +213,10 @@ class Translator:
 
     def _worth_projecting(self, tokens: int) -> bool:
         """Return whether this many tokens outweigh the input projections, one per vocabulary entry."""
-        model = self.model
-        w_hh = model.encoder.all_weights[0][1]
-        vocabularies = (self.source.size, self.target.size)
-        values = (2 * vocabularies[0] + vocabularies[1]) * len(w_hh)
-        return tokens > max(vocabularies) and values * w_hh.element_size() <= MAX_PROJECTION_BYTES
+        encoder, vocabularies = self.model.encoder, (self.source.size, self.target.size)
+        values = (2 * vocabularies[0] + vocabularies[1]) * gates_of(encoder.mode) * encoder.hidden_size
+        element_size = next((p.element_size() for p in encoder.parameters()), 4)  # a quantized encoder has none
+        return tokens > max(vocabularies) and values * element_size <= MAX_PROJECTION_BYTES
 
     def _batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         source, lengths = pad_lines(sources, self.source.end)
