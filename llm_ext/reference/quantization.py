@@ -1,4 +1,4 @@
-"""Weights of 8 bits and factors of 16 bits in plain PyTorch: what `llm_ext.ops` computes with int8 weights.
+"""Weights of 8 bits, inputs of up to 16 and states of 7 bits in plain PyTorch: `llm_ext.ops` with int8 weights.
 
 A row of weights is ``w = scale * q`` with integers q from -127 to 127. A row a of K numbers is rounded to ``a = scale *
 q`` with integers |q| <= Q. For an input, Q is the largest number up to 32767 with ``127 * Q * K < 2**31``: it exceeds
@@ -38,7 +38,7 @@ class QuantizedWeight(NamedTuple):
 
     Attributes:
         values: q, int8 ``[O, K]``, from -127 to 127.
-        scale: Factor of each row, ``[O]``.
+        scale: Scale of each row, ``[O]``.
     """
 
     values: Tensor
