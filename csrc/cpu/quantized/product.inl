@@ -1,8 +1,9 @@
-// Products with packed weights of 8 or 16 bits: float rows become left factors, which meet one panel at a time.
+// Products with packed weights of 8 or 16 bits: float rows become left factors, which meet one or several panels.
 //
-// int8 weights: a row of factors is rounded to integers with one scale, so that int32 sums are exact in any order. The
-// factor of a sum is applied to the float that it is rounded to. Inputs become int16, states bytes. BFloat16 weights
-// are widened to float, or meet rows that are rounded to pairs of BFloat16 where the ISA multiplies these.
+// int8 weights: a row of factors is rounded to integers with one scale, so that int32 sums are exact in any order. A
+// sum is rounded to float and multiplied by the scales of the row and of the weight. Inputs become int16, states bytes.
+// BFloat16 weights are widened to float, or meet rows that are rounded to pairs of BFloat16 where the ISA multiplies
+// these.
 #pragma once
 
 #include "cpu/gemm/blocking.inl"
@@ -30,7 +31,7 @@ constexpr int kPanelsAtOnce = kGates > 1 ? kGates : 4;
 constexpr int kSharedSums = LLM_EXT_VECTOR_BYTES == 64 ? 24 : (LLM_EXT_VECTOR_BYTES == 32 ? 8 : 0);
 // With one row, up to this k: a single long panel streams faster from the L2 cache. Zen 5: docs/lab/quantization.md.
 constexpr int64_t kSharedDepth = 64;
-// Rows of a tile: their sums fill the register file beside the weights. Fewer are not faster: docs/lab/quantization.md.
+// Rows of a tile: their sums fill the register file beside the weights.
 constexpr int kMostRows = LLM_EXT_VECTOR_BYTES == 64 ? 8 : (LLM_EXT_VECTOR_BYTES == 32 ? 6 : 2);
 template <typename A, int kGates>
 constexpr int kTileRows = LLM_EXT_VECTOR_BYTES == 64 ? kSharedSums / kPanelsAtOnce<kGates> : A::kRows;
@@ -44,8 +45,8 @@ struct LeftRows {
 };
 
 // Rows of K floats as integers of magnitude `most` at most. A row whose largest magnitude is below 1e-30 counts as
-// zero, and one with NaN or infinity becomes NaN. round(row, factor, out) writes whole units, clear(out) those of
-// zeros.
+// zero, and one with NaN or infinity becomes NaN. round(row, inverse_scale, out) writes whole units, clear(out) those
+// of zeros.
 template <typename L, typename Round, typename Clear>
 static inline LeftRows<L> round_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int64_t width,
                                      float most, float* space, Round round, Clear clear) {
@@ -99,7 +100,7 @@ struct WordProduct {
   static LeftRows<Left> prepare(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* space) {
     return round_rows<Left>(
         x, x_stride, rows, k, stride(k), static_cast<float>(limit(k)), space,
-        [=](const float* row, float factor, Left* out) { round_to_int16(row, k, factor, out); },
+        [=](const float* row, float inverse_scale, Left* out) { round_to_int16(row, k, inverse_scale, out); },
         [=](Left* out) { zero(out, stride(k)); });
   }
   static int64_t space(int64_t rows, int64_t k) { return rounded_space<Left>(rows, stride(k)); }
@@ -131,7 +132,9 @@ struct ByteProduct {
   static LeftRows<Left> prepare(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* space) {
     return round_rows<Left>(
         x, x_stride, rows, k, stride(k), kByteOffset - 1, space,
-        [=](const float* row, float factor, Left* out) { round_to_bytes(row, k, factor, kByteOffset, out); },
+        [=](const float* row, float inverse_scale, Left* out) {
+          round_to_bytes(row, k, inverse_scale, kByteOffset, out);
+        },
         [=](Left* out) { __builtin_memset(out, kByteOffset, stride(k)); });
   }
   static int64_t space(int64_t rows, int64_t k) { return rounded_space<Left>(rows, stride(k)); }

@@ -4,6 +4,7 @@
 #include "cpu/isa/isa.h"
 #include "cpu/simd/load_store.inl"
 #include "cpu/simd/vec.inl"
+#include "cpu/simd/vec_math.inl"
 
 namespace llm_ext {
 namespace LLM_EXT_ISA_NAMESPACE {
@@ -96,15 +97,13 @@ static inline float largest_magnitude(const float* x, int64_t n) {
   return result;
 }
 
-// Adding it to a number below 2^22 in magnitude leaves the nearest even integer in the low bits.
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-
-// Rounds x * factor, which must fit into int16.
-static inline void round_to_int16(const float* x, int64_t n, float factor, int16_t* out) {
+// Rounds x * inverse_scale, which must fit into int16.
+static inline void round_to_int16(const float* x, int64_t n, float inverse_scale, int16_t* out) {
   typedef int16_t Half __attribute__((vector_size(LLM_EXT_VECTOR_BYTES / 2)));
   for_each_vector<float>(n, [&](int64_t i, int lanes) {
-    const Vec<float> shifted = load_partial(x + i, lanes) * factor + kRound;
-    const Half rounded = __builtin_convertvector((IntVec<float>)shifted - (IntVec<float>)broadcast(kRound), Half);
+    const Vec<float> shifted = load_partial(x + i, lanes) * inverse_scale + ExpConstants<float>::kRound;
+    const Half rounded =
+        __builtin_convertvector((IntVec<float>)shifted - (IntVec<float>)broadcast(ExpConstants<float>::kRound), Half);
     __builtin_memcpy(out + i, &rounded, lanes * sizeof(int16_t));
   });
 }
@@ -127,11 +126,11 @@ static inline LowBytes low_bytes(IntVec<float> v) {
 #endif
 }
 
-// Rounds x * factor and adds `offset`; the results must be bytes.
-static inline void round_to_bytes(const float* x, int64_t n, float factor, int offset, uint8_t* out) {
-  const float shift = kRound + static_cast<float>(offset);
+// Rounds x * inverse_scale and adds `offset`; the results must be bytes.
+static inline void round_to_bytes(const float* x, int64_t n, float inverse_scale, int offset, uint8_t* out) {
+  const float shift = ExpConstants<float>::kRound + static_cast<float>(offset);
   for_each_vector<float>(n, [&](int64_t i, int lanes) {
-    const LowBytes bytes = low_bytes((IntVec<float>)(load_partial(x + i, lanes) * factor + shift));
+    const LowBytes bytes = low_bytes((IntVec<float>)(load_partial(x + i, lanes) * inverse_scale + shift));
     __builtin_memcpy(out + i, &bytes, lanes);
   });
 }
