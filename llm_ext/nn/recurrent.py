@@ -206,12 +206,14 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         if reset is not None or reset_to is not None:
             reset, to = self._resets(input, reset, reset_to)
         R = len(self._all_weights)
+        # One direction of one layer takes and returns [B, H], which is [R, H]; with every state it takes [R, B, H].
+        flat = R == 1 and not return_all_states
         if not batched:
             if lengths is not None:
                 raise ArgumentError(f"{type(self).__name__}: lengths belong to a batch, got input {list(input.shape)}")
             x = input.unsqueeze(1)
             state = self._zeros(input, R) if state is None else state
-            if R > 1:  # one direction of one layer takes and returns [B, H], which is [R, H]
+            if not flat:
                 state = tuple([tensor.unsqueeze(1) for tensor in state])
         elif self.batch_first:
             x = input.transpose(0, 1)
@@ -225,7 +227,7 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             raise
         if not batched:
             y = y.squeeze(1)
-            if R > 1:  # not a view, which could not be detached in place
+            if not flat:  # not a view, which could not be detached in place
                 last = tuple([tensor.squeeze(1).clone() for tensor in last])
             every = [tuple([tensor.squeeze(2) for tensor in states]) for states in every]
         elif self.batch_first:
@@ -269,8 +271,9 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             state = self._zeros(data, R, batch)
         else:
             given = state = self._state(hx)
-            if sorted_indices is not None:
+            if sorted_indices is not None or state[0].dim() != 3 or state[-1].dim() != 3:  # an op also takes [B, H]
                 self._check_state(state, (R, batch), ("L", "B"))
+            if sorted_indices is not None:
                 state = tuple([tensor.index_select(1, sorted_indices) for tensor in state])
         to: tuple[Tensor, ...] | None = None
         if reset is not None or reset_to is not None:

@@ -28,7 +28,7 @@ from support.layers import (
 )
 from support.pairwise import parametrize_pairwise
 from support.tolerances import DTYPES, HALF_DTYPES
-from torch import Tensor
+from torch import Tensor, func
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
 
 import llm_ext
@@ -495,6 +495,16 @@ def test_bad_call(x: Any, hx: Tensor | None, batch_first: bool, message: str, na
     assert_refused((layer, torch_layer), x, state, message.format(name=name, op=op_of(name), hx=label))
 
 
+@pytest.mark.parametrize("enforce_sorted", FLAGS)
+@every_layer
+def test_packed_rows_take_no_state_without_a_layer(enforce_sorted: bool, name: str) -> None:
+    """The op of one direction would take it."""
+    packed = pack_padded_sequence(Z(4, 2, 3), TWO_ROWS, enforce_sorted=enforce_sorted)
+    state = (Z(2, 5), Z(2, 5)) if name == "LSTM" else Z(2, 5)
+    with pytest.raises(ValueError, match=r"hx(\[0\])? must be \[L, B, H\] = \[1, 2, 5\], got \[2, 5\]"):
+        getattr(llm_ext, name)(3, 5)(packed, state)
+
+
 @pytest.mark.parametrize(
     ("h", "c", "message"),
     [
@@ -645,3 +655,30 @@ def test_all_states(name: str, bidirectional: bool, num_layers: int, rows: str, 
         expected = tuple(tensor.squeeze(2) for tensor in expected)
     assert isinstance(every, tuple) == (name == "LSTM")
     assert_same_bits(every, expected)
+
+
+@every_layer
+@pytest.mark.parametrize("form", ["resets", "mapped resets", "no steps", "forward mode twice"])
+def test_all_states_of_one_layer_without_a_batch(name: str, form: str) -> None:
+    """They are those of a batch of one row."""
+    layer = getattr(llm_ext, name)(3, 5, dtype=torch.float64)
+    x, hx = torch.randn(0 if form == "no steps" else 4, 3, dtype=torch.float64), random_state(layer, 1)
+    state = tuple(h[:, None] for h in hx) if name == "LSTM" else hx[:, None]
+    resets = torch.tensor([[False, True, False, True], [False, False, True, True]])[:, : len(x)]
+
+    def run(x: Tensor, reset: Tensor | None, batched: bool) -> list[Tensor]:
+        if not batched:
+            return flatten(layer(x, hx, reset=reset, return_all_states=True))
+        reset = None if reset is None else reset[:, None]
+        y, *others = flatten(layer(x[:, None], state, reset=reset, return_all_states=True))
+        last, every = others[: len(others) // 2], others[len(others) // 2 :]
+        return [y.squeeze(1), *(tensor.squeeze(1) for tensor in last), *(tensor.squeeze(2) for tensor in every)]
+
+    def results(batched: bool) -> Any:
+        if form == "mapped resets":
+            return func.vmap(lambda reset: run(x, reset, batched))(resets)
+        if form == "forward mode twice":
+            return func.jacfwd(func.jacfwd(lambda x: run(x, None, batched)))(x)
+        return run(x, resets[0], batched)
+
+    assert_all_close(op_of(name), results(False), results(True))
