@@ -94,6 +94,18 @@ def test_a_state_alone_has_gradients_and_a_layer_may_be_called_twice() -> None:
     check(llm_ext.GRU(I, H, batch_first=True), lambda module, i: total(module(x[i], module(x[i])[1])[1], 1))
 
 
+def test_default_device() -> None:
+    """A layer works on its own device, whatever the default device is."""
+    x = torch.randn(S, T, I, dtype=torch.float64)
+
+    def call(module: nn.Module, i: slice) -> Tensor:
+        with torch.device("meta"):
+            y, _ = module(x[i], lengths=LENGTHS[i])
+        return total(y)
+
+    check(llm_ext.GRU(I, H, batch_first=True), call)
+
+
 @pytest.mark.parametrize("cls", [llm_ext.RNNCell, llm_ext.GRUCell, llm_ext.LSTMCell])
 def test_cells_in_a_loop(cls: Any) -> None:
     torch.manual_seed(0)

@@ -470,7 +470,7 @@ class Seq2Seq(nn.Module):
         if self.copy:
             assert embedded is not None
             first = int(packing.batch_sizes[0])
-            rows = torch.arange(first, len(x)) - packing.batch_sizes[packing.steps[first:] - 1]
+            rows = torch.arange(first, len(x), device="cpu") - packing.batch_sizes[packing.steps[first:] - 1]
             before = torch.cat((embedded.new_zeros(first, embedded.shape[1]), embedded.index_select(0, rows)))
             key = torch.cat((read, embedded, before), -1)
         keys = self.attention.project_keys(key.unsqueeze(0)).squeeze(0)

@@ -207,7 +207,7 @@ _apply: Any = super(torch.autograd.Function, _Step).apply
 
 @functools.lru_cache(64)
 def _sizes(B: int) -> Tensor:
-    return torch.tensor([B])
+    return torch.tensor([B], device="cpu")
 
 
 def _needs(weights: Weights) -> tuple[bool, ...]:

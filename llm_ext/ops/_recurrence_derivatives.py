@@ -65,7 +65,7 @@ class Rows:
     def batch_sizes_tensor(self) -> Tensor:
         """Return the number of rows of each step as a tensor."""
         with without_transforms():
-            return torch.full((self.T,), self.B) if self.batch_sizes is None else self.batch_sizes
+            return torch.full((self.T,), self.B, device="cpu") if self.batch_sizes is None else self.batch_sizes
 
     def previous(self, first: Tensor, rows: Tensor) -> Tensor:
         """Return for each row the row of the step that runs before it; `first` [B, *] before the first step."""
@@ -81,8 +81,8 @@ class Rows:
         with without_transforms():
             sizes = self.batch_sizes
             starts = sizes.cumsum(0) - sizes
-            step = torch.arange(self.T).repeat_interleave(sizes, output_size=N)
-            column = torch.arange(N) - starts[step]
+            step = torch.arange(self.T, device="cpu").repeat_interleave(sizes, output_size=N)
+            column = torch.arange(N, device="cpu") - starts[step]
             if self.reverse:
                 following = torch.cat((sizes[1:], sizes.new_zeros(1)))[step]
                 return torch.where(column < following, starts[step] + sizes[step] + column + self.B, column)
@@ -110,7 +110,7 @@ class Rows:
         """Return the index of the last row of each batch row of a packed sequence that is not reversed."""
         assert self.batch_sizes is not None
         with without_transforms():
-            sizes, column = self.batch_sizes, torch.arange(self.B)
+            sizes, column = self.batch_sizes, torch.arange(self.B, device="cpu")
             steps = (sizes.unsqueeze(1) > column).sum(0)
             return (sizes.cumsum(0) - sizes)[steps - 1] + column
 

@@ -48,7 +48,7 @@ class Packing(NamedTuple):
 def pack_lengths(lengths: Tensor, T: int) -> Packing:
     """Return the packing of a batch of T steps with these lengths, [B] int64 on the CPU."""
     order = lengths.argsort(descending=True, stable=True)
-    steps = torch.arange(T).unsqueeze(1)
+    steps = torch.arange(T, device=lengths.device).unsqueeze(1)
     used = steps < lengths.index_select(0, order)  # [T, B]
     batch_sizes = used.sum(1)
     R, longest = int(lengths.count_nonzero()), int(batch_sizes.count_nonzero())
@@ -90,7 +90,7 @@ def pack_pieces(reset: Tensor, lengths: Tensor | None, batch_sizes: Tensor | Non
     if not reset.any():
         return None
     if batch_sizes is not None:
-        used = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]
+        used = torch.arange(int(batch_sizes[0]), device="cpu") < batch_sizes[:, None]
         reset = torch.zeros_like(used).masked_scatter(used, reset)
     elif lengths is not None:
         used = within_lengths(lengths, len(reset)).T
@@ -109,10 +109,11 @@ def pack_pieces(reset: Tensor, lengths: Tensor | None, batch_sizes: Tensor | Non
     order = sizes.argsort(descending=True, stable=True)
     rank = order.argsort()
     piece_batch_sizes = P - sizes.bincount().cumsum(0)[:-1]  # pieces that are longer than t steps
-    t = torch.arange(N) - starts.index_select(0, piece)
+    every_step = torch.arange(N, device="cpu")
+    t = every_step - starts.index_select(0, piece)
     begin = piece_batch_sizes.cumsum(0) - piece_batch_sizes
     packed_row = begin.index_select(0, t) + rank.index_select(0, piece)
-    source = torch.empty_like(packed_row).index_copy_(0, packed_row, torch.arange(N))
+    source = torch.empty_like(packed_row).index_copy_(0, packed_row, every_step)
 
     row_of = batch_rows.index_select(0, starts)
     first = (row_of + B * is_reset.index_select(0, starts)).index_select(0, order)

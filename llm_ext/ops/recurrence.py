@@ -787,8 +787,8 @@ def run_samples(call: _Call) -> tuple[Tensor, State]:
     def run_rows(call: _Call) -> tuple[Tensor, State]:
         sizes, positions = call.batch_sizes, None
         if sizes is not None:
-            steps = torch.arange(len(sizes)).repeat_interleave(sizes)
-            columns = torch.arange(len(steps)) - (sizes.cumsum(0) - sizes)[steps]
+            steps = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+            columns = torch.arange(len(steps), device="cpu") - (sizes.cumsum(0) - sizes)[steps]
             positions = (columns if order is None else order[columns]) * len(sizes) + steps
             positions = positions.to(call.x.device)
         one_direction = partial(derivatives.one_direction, samples=True, positions=positions)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.comparison import assert_close
+from support.comparison import assert_close, assert_same_bits
 from support.pairwise import parametrize_pairwise
 from support.seq2seq import (
     CELLS,
@@ -415,3 +415,17 @@ def test_compiles_without_graph_breaks(input_feeding: bool) -> None:
     source, target = sources(), torch.randint(VOCAB, (4, 5))
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     assert_close("model", compiled(source, target), m(source, target))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_default_device(copy: bool) -> None:
+    """A call works on the device of the model, whatever the default device is."""
+    m, target = search_model(copy=copy), torch.randint(VOCAB, (4, 5))
+    source = sources(vocab=VOCAB)
+
+    def run() -> Any:
+        return m(source, target, LENGTHS), [found.ids for row in m.search(source, END, LENGTHS) for found in row]
+
+    with torch.device("meta"):
+        found = run()
+    assert_same_bits(found, run())

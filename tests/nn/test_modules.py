@@ -282,3 +282,37 @@ def test_compiled(name: str, autocast: bool, device: str) -> None:
         weights = list(layer.parameters())
         ours, theirs = (torch.autograd.grad(tensors[0].sum(), weights) for tensors in (actual, expected))
         assert_all_close(f"{op_of(name)}_backward", ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["lengths", "reset", "packed reset", "double backward", "vmap", "loop of a cell"])
+def test_default_device(kind: str) -> None:
+    """A call works on its own device, whatever the default device is."""
+    layer, cell = llm_ext.GRU(3, 5), llm_ext.GRUCell(3, 5)
+    x, lengths, reset = torch.randn(6, 4, 3), torch.tensor([4, 6, 1, 5]), torch.rand(6, 4) < 0.4
+    # Rows that no other test has, for which a tensor is cached.
+    batches = torch.randn(3, 61, 3)
+    packed, of_rows = (pack_padded_sequence(each, lengths, enforce_sorted=False) for each in (x, reset))
+
+    def run() -> Any:
+        if kind == "lengths":
+            return layer(x, lengths=lengths)
+        if kind == "reset":
+            return layer(x, reset=reset, lengths=lengths)
+        if kind == "packed reset":
+            return layer(packed, reset=of_rows.data)[1]
+        if kind == "vmap":
+            return torch.func.vmap(lambda data: layer(packed._replace(data=data))[1])(torch.stack((packed.data,) * 2))
+        h = batches.new_zeros(61, 5)
+        for step in batches:
+            h = cell(step, h)
+        weights = list((cell if kind == "loop of a cell" else layer).parameters())
+        result = h if kind == "loop of a cell" else layer(packed)[0].data
+        double = kind == "double backward"
+        gradients = torch.autograd.grad(result.square().sum(), weights, create_graph=double)
+        if not double:
+            return gradients
+        return torch.autograd.grad(sum((g.square().sum() for g in gradients), x.new_zeros(())), weights)
+
+    with torch.device("meta"):
+        found = run()
+    assert_same_bits(found, run())
