@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.comparison import assert_same_bits
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -104,6 +105,35 @@ def test_default_device() -> None:
         return total(y)
 
     check(llm_ext.GRU(I, H, batch_first=True), call)
+
+
+@pytest.mark.parametrize("rows", ["all", "lengths", "packed"])
+@pytest.mark.parametrize(("cls", "options"), LAYERS)
+def test_autocast(cls: Any, options: dict[str, Any], rows: str) -> None:
+    """Layers compute in the dtype of their weights, whose copies for each sample are then views."""
+    torch.manual_seed(0)
+    layer, projection = cls(I, H, batch_first=True, **options), llm_ext.Linear(I, I)
+    x = torch.randn(S, T, I)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        if rows == "packed":
+            packing = pack_padded_sequence(x, LENGTHS.clamp(min=1), batch_first=True, enforce_sorted=False)
+            return pad_packed_sequence(module(packing)[0], batch_first=True, total_length=T)[0]
+        return module(x, lengths=LENGTHS)[0] if rows == "lengths" else module(x)[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = projection(x).detach()
+    assert rounded.dtype == torch.bfloat16
+    watched = opacus.GradSampleModule(layer, batch_first=True, loss_reduction="sum")
+    found = []
+    for autocast in (True, False):
+        watched.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = call(watched, rounded if autocast else rounded.float())
+        assert y.dtype == torch.float32
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad_sample for parameter in layer.parameters())])
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("cls", [llm_ext.RNNCell, llm_ext.GRUCell, llm_ext.LSTMCell])
@@ -235,7 +265,7 @@ def test_calls_that_cannot_be_kept_apart_are_refused() -> None:
     layer = opacus.GradSampleModule(llm_ext.GRU(I, H))
     with pytest.raises(ValueError, match="GRU: gradients of each sample need a batch of 3 dimensions, got \\[5, 3\\]"):
         layer(torch.randn(T, I))
-    with pytest.raises(ValueError, match="reset must be None for gradients of each sample"):
+    with pytest.raises(ValueError, match="gru: reset must be None for gradients of each sample, got a Tensor"):
         layer(torch.randn(T, S, I), reset=torch.ones(T, S, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"Doubled\.forward must be that of llm_ext\.GRU"):
         opacus.GradSampleModule(Doubled(I, H))(torch.randn(T, S, I))

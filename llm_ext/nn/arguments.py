@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 from typing import SupportsIndex
 
-import torch
 from torch import Tensor
 
 from llm_ext.ops import argument_checks
+from llm_ext.ops._registration import is_autocast_on
 from llm_ext.ops.argument_checks import ArgumentError, DtypeError
 
 __all__ = ["as_flag", "as_size", "check_input"]
@@ -43,5 +43,5 @@ def check_input(
         argument_checks.fail_shape(owner, name, letters, sizes, tensor)
     if tensor.device != weight.device:
         raise ArgumentError(f"{owner}: {name} must be on {weight.device} like the weights, got {tensor.device}")
-    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+    if tensor.dtype != weight.dtype and not is_autocast_on(weight.device.type):
         raise DtypeError(f"{owner}: {name} must be {weight.dtype}, got {tensor.dtype}".replace("torch.", ""))

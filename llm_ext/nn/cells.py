@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llm_ext.nn._recurrent_base import Device, RecurrentBase
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
+from llm_ext.ops._registration import is_autocast_on
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.ops.recurrence import run_step
 
@@ -107,7 +108,7 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
         """Return the state with the rows replaced that `reset` selects."""
         self._check_arguments(input, state)
         leading = {"B": input.shape[0]} if input.dim() == 2 else {}
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = is_autocast_on(input.device.type)
         dtypes = argument_checks.DTYPES if autocast else (state[0].dtype,)
         letters, sizes = ", ".join(leading), tuple(leading.values())
         reset, to = self._checked_resets(reset, reset_to, letters, sizes, leading, input, dtypes)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm_ext.ops._registration import needed, refuse_derivative, register_fake, torch_ops
+from llm_ext.ops._registration import needed, refuse_derivative, register_fake, torch_ops, without_autocast
 from llm_ext.ops._transforms import (
     forward_mode_is_nested,
     forward_mode_once,
@@ -280,7 +280,7 @@ def _in_compute_dtype(
     """Run a solution of 16-bit tensors in float32."""
     dtype = theta.y.dtype
     compute = compute_dtype(dtype)
-    with torch.autocast(theta.y.device.type, enabled=False):
+    with without_autocast(theta.y.device.type):
         wide = Theta(*(None if tensor is None else tensor.to(compute) for tensor in theta))  # type: ignore[arg-type]
         return tuple(result.to(dtype) for result in solve(wide, [tensor.to(compute) for tensor in tensors]))
 
@@ -1000,10 +1000,10 @@ def one_direction(
     once = forward_mode_once(tensors)
 
     def results(y: Tensor, c: Tensor | None) -> list[Tensor]:
-        last = [rows.last(h0, y)]
+        last = [rows.last(h0, y).clone()]  # not a view: y or the given state would change with it
         if c is not None:
             assert c0 is not None
-            last.append(rows.last(c0, c))
+            last.append(rows.last(c0, c).clone())
         if state is None or state[0].dim() == 3:
             last = [tensor.unsqueeze(0) for tensor in last]
         every = [y] if c is None or not all_states else [y, c]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -125,13 +126,23 @@ def register_autocast(op: Any, float32_arguments: tuple[int, ...] = ()) -> None:
         _library.impl(name, cast_on(device), key)  # type: ignore[no-untyped-call]
 
 
+def is_autocast_on(device: str) -> bool:
+    """Return whether autocast is on for a type of device; the meta device, for one, has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> Any:
+    """Return a context in which autocast is off for a type of device."""
+    return torch.autocast(device, enabled=False) if is_autocast_on(device) else contextlib.nullcontext()
+
+
 def autocast_arguments(*tensors: Tensor | None) -> Any:
     """Return `tensors` as autocast passes them to an op; for paths that do not call the registered op."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
+    if not is_autocast_on(device):
         return tensors
     lower = torch.get_autocast_dtype(device)
-    return tuple(t.to(lower) if t is not None and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
+    return tuple(t.to(lower) if isinstance(t, Tensor) and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 
 
 def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:
@@ -141,7 +152,7 @@ def match_dtype(like: Tensor, *tensors: Tensor | None) -> Any:
     """
     if not isinstance(like, Tensor) or like.dtype not in AUTOCAST_DTYPES:
         return tensors
-    if not torch.is_autocast_enabled(like.device.type):
+    if not is_autocast_on(like.device.type):
         return tensors
     return tuple(t.to(like.dtype) if isinstance(t, Tensor) and t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 

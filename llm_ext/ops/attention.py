@@ -21,6 +21,7 @@ from llm_ext.ops._registration import (
     register_autograd,
     register_fake,
     torch_ops,
+    without_autocast,
 )
 from llm_ext.ops._transforms import differentiable_gradients, transforms_active
 from llm_ext.ops.recurrence import State, Weights
@@ -77,6 +78,7 @@ def additive_attention(
         (torch.Size([8, 5, 32]), torch.Size([8, 5, 20]))
     """
     if transforms_active():
+        query, keys, v, values = autocast_arguments(query, keys, v, values)
         argument_checks.additive_attention(query, keys, v, values, key_lengths, mask)
         context, weights = _plain_additive_attention(query, keys, v, values, key_lengths, mask)
         return context, weights if need_weights else None
@@ -140,7 +142,7 @@ def _plain_additive_attention(
     """Return context and weights from torch's own ops, which have rules for every transform."""
     query, keys, v, values = autocast_arguments(query, keys, v, values)
     compute = argument_checks.compute_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         inputs = (tensor.to(compute) for tensor in (query, keys, v, values))
         context, weights = reference.additive_attention(*inputs, key_lengths=key_lengths, mask=mask, need_weights=True)
     assert weights is not None

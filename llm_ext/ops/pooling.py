@@ -19,6 +19,7 @@ from llm_ext.ops._registration import (
     register_autograd,
     register_fake,
     torch_ops,
+    without_autocast,
 )
 from llm_ext.ops._transforms import differentiable_gradients, transforms_active
 from llm_ext.reference.pooling import mask_positions
@@ -76,6 +77,7 @@ def attention_pool(
         (torch.Size([8, 256]), torch.Size([8]))
     """
     if transforms_active():
+        e, u, scores = autocast_arguments(e, u, scores)
         argument_checks.pool("attention_pool", e, u, scores, lengths, mask)
         return _plain_attention_pool(e, u, scores, lengths, mask)
     try:
@@ -138,7 +140,7 @@ def _plain_attention_pool(
 ) -> tuple[Tensor, Tensor]:
     """Return the results of the op from torch's own ops, which have rules for every transform."""
     dtype, e, u, scores = _widened(e, u, scores)
-    with torch.autocast(e.device.type, enabled=False):
+    with without_autocast(e.device.type):
         c, lse = reference.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
     return c.to(dtype), lse
 
@@ -204,6 +206,7 @@ def prefix_pool(
     """
     l0, c0 = (None, None) if state is None else state
     if transforms_active():
+        e, u, scores = autocast_arguments(e, u, scores)
         argument_checks.pool("prefix_pool", e, u, scores, lengths, mask, state)
         c, l_n, c_n = _plain_prefix_pool(e, u, scores, lengths, mask, l0, c0)
         return c, (l_n, c_n)
@@ -301,7 +304,7 @@ def _plain_prefix_pool(
     B, T, D = e.shape
     if l0 is None or c0 is None:
         l0, c0 = torch.stack((e.new_full((B,), -math.inf), e.new_zeros(B)), 1), e.new_zeros(B, D)
-    with torch.autocast(e.device.type, enabled=False):
+    with without_autocast(e.device.type):
         e, s, unmasked = mask_positions(e, u, scores, lengths, mask)
         # The state is one more position, before the others, that counts z times; row t of the matrix has the positions
         # up to t.

@@ -32,6 +32,7 @@ from llm_ext.ops._registration import (
     register_autograd,
     register_fake,
     torch_ops,
+    without_autocast,
 )
 from llm_ext.ops._transforms import (
     differentiable_gradients,
@@ -523,13 +524,10 @@ def _run_resets(call: _Call) -> tuple[Tensor, State]:
 
     These rows are more numerous and shorter than those of the batch, so resets cost little and can even save time.
     """
-    x, *tensors = match_dtype(_recurrent_weight(call), call.x, *(call.state or ()), *(call.reset_to or ()))
-    given = len(call.state or ())
-    state = tuple(tensors[:given]) if call.state is not None else None
-    reset_to = tuple(tensors[given:]) if call.reset_to is not None else None
-    call = call._replace(x=x, state=state, reset_to=reset_to)
+    call = _matched(call)
     _check(call)
     x, state, reset, lengths, batch_sizes = call.x, call.state, call.reset, call.lengths, call.batch_sizes
+    reset_to = call.reset_to
     assert reset is not None
     if exports_to_onnx():
         _refuse_in_onnx(call)
@@ -564,6 +562,7 @@ def _run_resets(call: _Call) -> tuple[Tensor, State]:
 
 def _run_transformed(call: _Call) -> tuple[Tensor, State]:
     """Run a call under a transform of torch, or record it for ONNX."""
+    call = _matched(call)
     _check(call)
     lengths, onnx = call.lengths, exports_to_onnx()
     if onnx:
@@ -571,16 +570,14 @@ def _run_transformed(call: _Call) -> tuple[Tensor, State]:
     elif call.input_projections or (lengths is not None and is_mapped(lengths)) or forward_mode_is_nested():
         # Mapped lengths cannot be read, and precomputed input projections are an optimization of inference.
         return _run_reference(call)
-    x, *tensors = autocast_arguments(call.x, *(call.state or ()))
-    state = tuple(tensors) if call.state is not None else None
-    call = call._replace(x=x, state=state, weights=[autocast_arguments(*row) for row in call.weights])
+    call = _converted(call, autocast_arguments)
     if onnx:
-        return _onnx.run_layers(call.mode, x, state, call.weights, call.directions, call.dropout, lengths)
+        return _onnx.run_layers(call.mode, call.x, call.state, call.weights, call.directions, call.dropout, lengths)
     if lengths is not None:
         return _run_packed(call._replace(lengths=unwrapped(lengths)), _run_transformed)
     if len(call.weights) == 1 and not call.all_states:
         weights = unpack_weights(call.weights[0])
-        return derivatives.one_direction(call.mode, x, state, weights, call.batch_sizes, call.directions[0])
+        return derivatives.one_direction(call.mode, call.x, call.state, weights, call.batch_sizes, call.directions[0])
     return _layer_by_layer(call, derivatives.one_direction)
 
 
@@ -601,8 +598,47 @@ def _refuse_in_onnx(call: _Call) -> None:
     raise NotImplementedError(f"llm_ext: a recurrence of ONNX takes no {what}; {instead}")
 
 
+def _converted(call: _Call, convert: Callable[..., Any]) -> _Call:
+    """Return a call with its numbers converted; `convert` takes tensors and returns as many."""
+    call = _with_inputs(call, convert)
+    projections = None if call.input_projections is None else list(convert(*call.input_projections))
+    return call._replace(weights=[convert(*row) for row in call.weights], input_projections=projections)
+
+
+def _matched(call: _Call) -> _Call:
+    """Return a call whose inputs have the dtype of the weights, where autocast would cast them."""
+    return _with_inputs(call, partial(match_dtype, _recurrent_weight(call)))
+
+
+def _with_inputs(call: _Call, convert: Callable[..., Any]) -> _Call:
+    """Return a call with x and the states converted."""
+    x, *tensors = convert(call.x, *(call.state or ()), *(call.reset_to or ()))
+    given = len(call.state or ())
+    state = None if call.state is None else tuple(tensors[:given])
+    return call._replace(x=x, state=state, reset_to=None if call.reset_to is None else tuple(tensors[given:]))
+
+
+def _widened(*tensors: Any) -> list[Any]:
+    """Return tensors with their numbers in the dtype that they are computed in."""
+    return [
+        tensor.to(argument_checks.compute_dtype(tensor.dtype))
+        if tensor is not None and tensor.is_floating_point()
+        else tensor
+        for tensor in tensors
+    ]
+
+
 def _run_reference(call: _Call) -> tuple[Tensor, State]:
-    """Run a call in torch's own ops, a loop over steps."""
+    """Run a call in torch's own ops, a loop over steps, with the dtypes of the ops."""
+    call = _converted(_matched(call), autocast_arguments)
+    dtype = _recurrent_weight(call).dtype
+    with without_autocast(call.x.device.type):
+        y, last = _reference(_converted(call, _widened))
+    return y.to(dtype), tuple([tensor.to(dtype) for tensor in last])
+
+
+def _reference(call: _Call) -> tuple[Tensor, State]:
+    """Return the results of the reference."""
     mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to, _ = call
     options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset}
     last: State
@@ -643,12 +679,10 @@ def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) 
 
     `run_rows` runs a call without lengths.
     """
-    state, lengths = call.state, call.lengths
-    assert lengths is not None
-    x, *tensors = match_dtype(_recurrent_weight(call), call.x, *(state or ()))
-    state = tuple(tensors) if state is not None else None
-    call = call._replace(x=x, state=state)
+    call = _matched(call)
     _check(call)
+    x, state, lengths = call.x, call.state, call.lengths
+    assert lengths is not None
     T, B = x.shape[:2]
     if T > 0 and bool((lengths == T).all()):
         return run_rows(call._replace(lengths=None))
@@ -665,7 +699,8 @@ def _run_packed(call: _Call, run_rows: Callable[[_Call], tuple[Tensor, State]]) 
 
 def _recurrent_weight(call: _Call) -> Tensor:
     """Return w_hh of the first layer and direction."""
-    w_hh = call.weights[0][1]
+    row = call.weights[0] if call.weights else ()
+    w_hh = row[1] if len(row) > 1 else None
     if w_hh is None:
         _check(call)  # raises an error that names it
     assert w_hh is not None
@@ -778,10 +813,11 @@ class SampleWeights(list[Sequence[Any]]):
 def run_samples(call: _Call) -> tuple[Tensor, State]:
     """Run a call with `SampleWeights`, layer by layer."""
     weights, lengths = call.weights, call.lengths
-    call = call._replace(weights=[[None if w is None else w[0].detach() for w in row] for row in weights])
+    call = _matched(call._replace(weights=[[None if w is None else w[0].detach() for w in row] for row in weights]))
     _check(call)
     if call.reset is not None:
-        raise ArgumentError("reset must be None for gradients of each sample, got a Tensor")
+        op = call.mode.split("_")[0].lower()
+        raise ArgumentError(f"{op}: reset must be None for gradients of each sample, got a Tensor")
     order = None if lengths is None else packing.pack_lengths(lengths.cpu(), len(call.x)).rows
 
     def run_rows(call: _Call) -> tuple[Tensor, State]:
@@ -794,7 +830,8 @@ def run_samples(call: _Call) -> tuple[Tensor, State]:
         one_direction = partial(derivatives.one_direction, samples=True, positions=positions)
         return _layer_by_layer(call._replace(weights=weights), one_direction)
 
-    return run_rows(call) if lengths is None else _run_packed(call, run_rows)
+    with without_autocast(call.x.device.type):  # its cast of the weights would store those of each sample
+        return run_rows(call) if lengths is None else _run_packed(call, run_rows)
 
 
 def _layer_by_layer(

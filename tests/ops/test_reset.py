@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.comparison import assert_all_close, assert_same_bits, check_gradients, compare, flatten
+from support.comparison import assert_all_close, assert_close, assert_same_bits, check_gradients, compare, flatten
 from support.devices import every_device
 from support.inputs import batch_sizes_of, leaf
 from support.multilayer import evaluated, multilayer_inputs, state_of, weights_of, with_input_projections
@@ -24,7 +24,7 @@ from support.recurrences import (
     recurrence_functions,
     recurrence_inputs,
 )
-from support.tolerances import ALL_DTYPES
+from support.tolerances import ALL_DTYPES, HALF_DTYPES
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
@@ -306,6 +306,61 @@ def test_autocast(dtype: torch.dtype) -> None:
         found = function(**inputs)
     assert all(tensor.dtype == torch.bfloat16 for tensor in found)
     assert_all_close("lstm", found, expected(**{name: tensor.double() for name, tensor in inputs.items()}))
+
+
+def by_path(path: str, function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], reset: Tensor) -> Any:
+    """The results of a function of inputs and resets on a path where resets are not read, or on the ordinary one."""
+
+    def call(reset: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return function(reset, **dict(zip(inputs, tensors, strict=True)))
+
+    if path == "mapped":
+        found = func.vmap(call, (0, *[None] * len(inputs)))(torch.stack((reset, reset)), *inputs.values())
+        return tuple(tensor[1] for tensor in found)
+    if path == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="eager")
+    return call(reset, *inputs.values())
+
+
+every_path = pytest.mark.parametrize("path", ["ordinary", "mapped", "compiled"])
+
+
+@every_path
+@pytest.mark.parametrize("recurrence", [GRU, LSTM], ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_16_bits_of_long_sequences(path: str, recurrence: Recurrence, dtype: torch.dtype) -> None:
+    """States are float32 from step to step on every path: slow gates add up what a rounded state would lose."""
+    inputs = recurrence_inputs(recurrence, (64, 2, 3), 2, 4, dtype)
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    # The gate that keeps the state is nearly 1: z of a GRU, f of an LSTM; both are the second block.
+    inputs["b_ih"][4:8] = 5
+    reset = torch.zeros(64, 2).bool()
+    reset[1] = True
+
+    def call(reset: Tensor, **inputs: Tensor) -> tuple[Tensor, ...]:
+        return recurrence_functions(recurrence, reset=reset)[0](**inputs)
+
+    found = by_path(path, call, inputs, reset)
+    assert all(tensor.dtype == dtype for tensor in found)
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    expected = recurrence_functions(recurrence, reset=reset)[1](**doubles)
+    for actual, exact in zip(found, expected, strict=True):
+        scale = float(exact.abs().max())
+        assert_close(recurrence.op, actual / scale, exact / scale)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_of_every_path(path: str, dtype: torch.dtype) -> None:
+    """A graph and a map have the dtypes of an ordinary call."""
+    inputs, reset = recurrence_inputs(LSTM, (T, B, 3), B, 17, torch.float32), torch.rand(T, B) < 0.3
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    inputs["x"] = inputs["x"].to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = by_path(path, lambda reset, **given: recurrence_functions(LSTM, reset=reset)[0](**given), inputs, reset)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found)
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    assert_all_close("lstm", found, recurrence_functions(LSTM, reset=reset)[1](**doubles))
 
 
 # ---- arguments

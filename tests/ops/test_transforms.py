@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.additive_attention import SELECTIONS, additive_functions, additive_inputs, key_selection
-from support.comparison import assert_all_close, flatten
+from support.comparison import assert_all_close, assert_same_bits, flatten
 from support.devices import num_threads
 from support.inputs import leaf
 from support.multilayer import multilayer_functions, multilayer_inputs
@@ -333,6 +333,44 @@ def test_16_bits(name: str, transform: str, autocast: bool, dtype: torch.dtype) 
         # Products of several rounded factors; a missing term is off by about 1.
         scale = max(1.0, b.abs().nan_to_num(posinf=1).max().item())
         torch.testing.assert_close(a.double(), b, rtol=0, atol=0.1 * scale)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "linear"])  # under a transform it is torch's
+def test_autocast_of_rounded_inputs(name: str) -> None:
+    """Under autocast, layers pass each other rounded results beside weights in float32."""
+    (function, _), inputs = CASES[name](torch.float32)
+    first = next(iter(inputs))
+    rounded = inputs[first].detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = func.vmap(lambda tensor: function(**inputs | {first: tensor}))(torch.stack((rounded,)))
+        expected = function(**inputs | {first: rounded})
+    for actual, other in zip(flatten(found), flatten(expected), strict=True):
+        assert actual.dtype == other.dtype
+        torch.testing.assert_close(actual[0], other)
+
+
+@pytest.mark.parametrize("layout", ["whole", "packed", "no steps"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("recurrence", [RNN, GRU, LSTM], ids=str)
+def test_results_share_no_memory(recurrence: Recurrence, reverse: bool, layout: str) -> None:
+    """A new state that is written to changes neither y nor the given state."""
+    T = 0 if layout == "no steps" else 3
+    inputs = recurrence_inputs(recurrence, (5, 2) if layout == "packed" else (T, 2, 2), 2, 3, torch.float32)
+    sizes = torch.tensor([2, 2, 1]) if layout == "packed" else None
+    function, _ = recurrence_functions(recurrence, reverse=reverse, batch_sizes=sizes)
+
+    def write(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        given = {name: tensor.clone() for name, tensor in inputs.items()} | {"x": x}
+        y, *last = function(**given)
+        before = [tensor.clone() for tensor in (y, given["h0"])]
+        for tensor in last:
+            tensor.zero_()
+        return before, [y, given["h0"]]
+
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            before, after = func.vmap(write)(torch.stack((inputs["x"], inputs["x"])))
+        assert_same_bits(before, after)
 
 
 # ---- errors
