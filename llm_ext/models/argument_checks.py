@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llm_ext.models.recurrent_layers import CELLS, RecurrentLayer
 from llm_ext.ops import argument_checks
-from llm_ext.ops._transforms import is_recorded
+from llm_ext.ops._registration import is_autocast_on
 
 __all__ = [
     "check_cell",
@@ -68,17 +68,9 @@ def check_lengths(model: str, name: str, lengths: Tensor | None, ids: Tensor, le
 
     Values on a GPU are not read.
     """
-    if lengths is None:
-        return
-    B, T = ids.shape[:2]
-    if lengths.shape != (B,):
-        raise ValueError(f"{model}: {name} must be [B] = [{B}], got {list(lengths.shape)}")
-    if lengths.dtype != torch.int64:
-        raise TypeError(f"{model}: {name} must be int64, got {lengths.dtype}".replace("torch.", ""))
-    if lengths.device != ids.device:
-        raise ValueError(f"{model}: {name} must be on {ids.device} like the ids, got {lengths.device}")
-    if lengths.is_cpu and not is_recorded(lengths) and bool(((lengths < 0) | (lengths > T)).any()):
-        raise ValueError(f"{model}: {name} must be from 0 to {letter} = {T}, got {lengths.tolist()}")
+    if lengths is not None:
+        B, T = ids.shape[:2]
+        argument_checks.lengths_of(model, name, lengths, B, letter, T, ("the ids", ids))
 
 
 def check_keep(model: str, keep: Tensor | None, ids: Tensor) -> None:
@@ -92,11 +84,17 @@ def check_keep(model: str, keep: Tensor | None, ids: Tensor) -> None:
 
 
 def check_state(model: str, layer: RecurrentLayer, hidden: Any, cell: Any, N: int) -> None:
-    """Raise unless the fields `hidden` and `cell` of a model's state are a state of `layer` for N rows."""
+    """Raise unless the fields `hidden` and `cell` of a model's state are a state of `layer` for N rows.
+
+    The dtype is that of the weights, or any under autocast.
+    """
+    if not isinstance(layer, nn.RNNBase):  # a user has replaced it
+        return
     if cell is not None and layer.mode != "LSTM":
         raise TypeError(f"{model}: state.cell must be None, got {type(cell).__name__}")
     state = (hidden, cell) if layer.mode == "LSTM" else (hidden,)
     H, weight = layer.hidden_size, layer.all_weights[0][1]
     leading, letters, names = (layer.num_layers, N), ("L", "N"), ("state.hidden", "state.cell")
+    dtypes = argument_checks.DTYPES if is_autocast_on(weight.device.type) else (weight.dtype,)
     like = ("the weights", weight)
-    argument_checks.layer_states(model, layer.mode, state, leading, letters, (H, H), names, (weight.dtype,), like)
+    argument_checks.layer_states(model, layer.mode, state, leading, letters, (H, H), names, dtypes, like)

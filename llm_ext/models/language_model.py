@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, NoReturn, cast
@@ -51,6 +50,12 @@ class LLMState(NamedTuple):
         """Return the state detached from its graph, for truncated backpropagation through time."""
         attention = None if self.attention is None else (self.attention[0].detach(), self.attention[1].detach())
         return LLMState(self.hidden.detach(), attention, None if self.cell is None else self.cell.detach())
+
+
+def _check_is_state(op: str, state: object) -> None:
+    """Raise unless a state is an LLMState or None."""
+    if state is not None and not isinstance(state, LLMState):
+        raise TypeError(f"{op}: state must be an LLMState, got {type(state).__name__}")
 
 
 class LLM(nn.Module):
@@ -141,7 +146,8 @@ class LLM(nn.Module):
         if attention not in ("hidden", "embedding", "none"):
             raise ValueError(f"LLM: attention must be one of hidden, embedding, none, got {attention!r}")
         pooled_dim = {"hidden": hidden_dim, "embedding": embedding_dim, "none": 0}[attention]
-        attn_dim = min(pooled_dim, 128) if attn_dim is None else operator.index(attn_dim)
+        least = 0 if attention == "none" else 1
+        attn_dim = min(pooled_dim, 128) if attn_dim is None else as_size("LLM", "attn_dim", attn_dim, least)
         feature_dim = None if feature_dim is None else as_size("LLM", "feature_dim", feature_dim)
         self._config: dict[str, int | float | str | None] = {
             "vocab_size": vocab_size,
@@ -207,8 +213,7 @@ class LLM(nn.Module):
             IndexError: A token id is outside 0 .. V - 1.
         """
         check_ids("LLM", "x", x, "B, T")
-        if state is not None and not isinstance(state, LLMState):
-            raise TypeError(f"LLM: state must be an LLMState, got {type(state).__name__}")
+        _check_is_state("LLM", state)
         try:
             apart = keeps_samples_apart(self)  # looking up ids in time order is faster
             embedded = self.embedding(x).transpose(0, 1) if apart else self.embedding(x.t())
@@ -328,8 +333,8 @@ class LLM(nn.Module):
             state: State before the prompt, of `forward` or `condition`; None at the start of a text.
 
         Raises:
-            ValueError: The prompt is empty, or a number is out of range.
-            TypeError: prompt_ids is not int64 or int32.
+            ValueError: The prompt is empty, a number is out of range, or a shape of the state does not fit.
+            TypeError: prompt_ids is not int64 or int32, or the state is that of another model.
             RuntimeError: The scores are NaN. Only the first and the last token are checked.
         """
         op = "LLM.stream"
@@ -339,6 +344,10 @@ class LLM(nn.Module):
         if max_new_tokens < 0:
             raise ValueError(f"{op}: max_new_tokens must be at least 0, got {max_new_tokens}")
         check_sampling(op, temperature, top_k, top_p)
+        _check_is_state(op, state)
+        if state is not None:
+            B = 1 if prompt_ids.dim() == 1 else prompt_ids.shape[0]
+            check_state(op, self.rnn, state.hidden, state.cell, B)
         # Inference tensors could not take part in training later, so the ids are copied outside of inference mode.
         stream = self._stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, generator, state)
         return (ids.clone() for ids in stream)

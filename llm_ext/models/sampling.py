@@ -43,6 +43,9 @@ def sample(
     Returns:
         Ids, ``[B]`` int64.
 
+    Raises:
+        ValueError: A number is out of range.
+
     Source: top-p sampling: Holtzman et al., arXiv 1904.09751.
 
     Example:
@@ -52,6 +55,7 @@ def sample(
         >>> llm_ext.models.sample(scores, temperature=0.8, top_k=2).shape
         torch.Size([2])
     """
+    check_sampling("sample", temperature, top_k, top_p)
     if temperature == 0:
         return scores.argmax(-1)
     if scores.dtype.itemsize == 2:

@@ -36,7 +36,7 @@ from llm_ext.models.recurrent_layers import (
 from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AffineEmbedding, Linear
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.nn.scripting import refuse_script
-from llm_ext.ops._transforms import is_recorded
+from llm_ext.ops.argument_checks import has_values
 from llm_ext.ops.linear import use_native_gemm
 from llm_ext.ops.packing import Packing, pack_lengths
 
@@ -405,7 +405,7 @@ class Seq2Seq(nn.Module):
         S = source.shape[1]
         packing = None
         # Looking at the lengths on a GPU would wait for it; there the kernels read them.
-        if lengths is not None and lengths.is_cpu and not is_recorded(lengths):
+        if lengths is not None and has_values(lengths):
             if bool((lengths == S).all()):
                 lengths = None
             elif bool((lengths > 0).all()) and not keeps_samples_apart(self):  # an empty row cannot be packed

@@ -12,7 +12,8 @@ from llm_ext import ops
 from llm_ext.nn.arguments import as_flag, as_size, check_input
 from llm_ext.nn.scripting import refuse_script
 from llm_ext.ops import argument_checks
-from llm_ext.ops.packing import within_lengths
+from llm_ext.ops._registration import match_dtype
+from llm_ext.ops.pooling import pool_weights, unmasked_positions
 
 __all__ = ["AdditiveAttention", "AttentionPool"]
 
@@ -30,18 +31,10 @@ def _fill_padding(rows: Tensor, lengths: Tensor | None, mask: Tensor | None) -> 
     if not torch.is_grad_enabled():
         return rows
     try:
-        unmasked = _unmasked(rows.shape[1], lengths, mask)
+        unmasked = unmasked_positions(rows.shape[1], lengths, mask)
         return rows if unmasked is None else rows.masked_fill(~unmasked[..., None], 0)
     except (RuntimeError, TypeError, IndexError, AttributeError):
         return rows  # the op says what is wrong with lengths and mask
-
-
-def _unmasked(T: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Return the positions that lengths and mask allow, bool ``[B, T]``; ``None`` means all."""
-    if lengths is None:
-        return mask
-    within = within_lengths(lengths, T)
-    return within if mask is None else within & mask
 
 
 def _results(
@@ -172,8 +165,12 @@ class AttentionPool(nn.Module):
                 check_input("AttentionPool", "e", e, "B, T, D", (None, None, self.embed_dim), self.weight)
                 raise
         elif u is None:
-            u = (self.v @ self.weight).to(e.dtype)  # W e is never formed
-        return self._pool(e, scored, u, scores, lengths, mask, need_weights, state)
+            (u,) = match_dtype(e, self.v @ self.weight)  # W e is never formed
+        try:
+            return self._pool(e, scored, u, scores, lengths, mask, need_weights, state)
+        except (RuntimeError, TypeError):
+            check_input("AttentionPool", "e", e, "B, T, D", (None, None, self.embed_dim), self.weight)
+            raise
 
     def _pool(
         self,
@@ -194,41 +191,8 @@ class AttentionPool(nn.Module):
             c, _ = ops.attention_pool(e, u, scores=scores, lengths=lengths, mask=mask)
         else:
             raise ValueError("AttentionPool: state must be None unless causal=True, got a state")
-        weights = self._weights(scored, u, scores, lengths, mask, state) if need_weights else None
+        weights = pool_weights(scored, u, scores, lengths, mask, state, self.causal) if need_weights else None
         return _results(c, new_state, weights)
-
-    def _weights(
-        self,
-        e: Tensor,
-        u: Tensor | None,
-        scores: Tensor | None,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        state: State | None,
-    ) -> Tensor:
-        """Return the softmax weights, which the ops do not store: [B, T], or [B, T, T] if causal."""
-        T = e.shape[1]
-        s = e @ u if u is not None else scores
-        assert s is not None
-        s = s.to(argument_checks.compute_dtype(e.dtype))  # the dtype of the state
-        unmasked = _unmasked(T, lengths, mask)
-        if unmasked is not None:
-            s = s.masked_fill(~unmasked, -math.inf)
-        if self.causal:
-            position = torch.arange(T, device=e.device)
-            s = s[:, None].masked_fill(position > position[:, None], -math.inf)
-            # The state takes part in the softmax as one more position, which is dropped afterwards. Beside scores
-            # relative to m, log z is not rounded away.
-            past = s.new_full((s.shape[0],), -math.inf)
-            if state is not None:
-                m, z = state[0].unbind(1)
-                none = (z == 0) | (m == -math.inf)
-                s = s - m.masked_fill(none, 0)[:, None, None]
-                past = z.masked_fill(none, 1).log().masked_fill(none, -math.inf)
-            s = torch.cat((past[:, None, None].expand(-1, T, 1), s), -1)
-        empty = (s == -math.inf).all(-1, keepdim=True)
-        alpha = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0)
-        return (alpha[..., 1:] if self.causal else alpha).to(e.dtype)
 
 
 class AdditiveAttention(nn.Module):

@@ -82,7 +82,7 @@ def _check(
         raise ArgumentError(f"{op}: {name} must be on {like[1].device} like {like[0]}, got {got.device}")
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Return whether Python can read the values of a tensor: it is on the CPU, not recorded and not mapped."""
     return tensor.is_cpu and not is_recorded(tensor) and not is_mapped(tensor)
 
@@ -93,16 +93,16 @@ def _numbers(tensor: Tensor) -> list[int]:
     return cast(list[int], (values[:1] if values.stride() == (0,) else values).tolist())
 
 
-def _check_lengths(op: str, name: str, lengths: Tensor, letter: str, T: int) -> None:
-    """Raise unless all lengths are from 0 to T; `letter` names T."""
-    if _has_values(lengths) and any(not 0 <= length <= T for length in _numbers(lengths)):
+def lengths_of(op: str, name: str, lengths: Tensor, B: int, letter: str, T: int, like: tuple[str, Tensor]) -> None:
+    """Raise unless there is one length from 0 to T for each of B rows; `letter` names T."""
+    _check(op, name, lengths, "B", (B,), (torch.int64,), like)
+    if has_values(lengths) and any(not 0 <= length <= T for length in _numbers(lengths)):
         raise ArgumentError(f"{op}: {name} must be from 0 to {letter} = {T}, got {_numbers(lengths)}")
 
 
 def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
     """Raise unless `lengths` has one length from 0 to T for each batch row of x [T, B, *]."""
-    _check(op, "lengths", lengths, "B", (x.shape[1],), (torch.int64,), ("x", x))
-    _check_lengths(op, "lengths", lengths, "T", x.shape[0])
+    lengths_of(op, "lengths", lengths, x.shape[1], "T", x.shape[0], ("x", x))
 
 
 # ---- recurrent networks
@@ -121,7 +121,7 @@ def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
         raise ArgumentError(f"{op}: batch_sizes must be on cpu, got {batch_sizes.device}")
     if is_mapped(batch_sizes):
         raise ArgumentError(f"{op}: batch_sizes must be the same for all samples, got one that vmap maps")
-    if not _has_values(batch_sizes):
+    if not has_values(batch_sizes):
         return None
     sizes = _numbers(batch_sizes)
     if min(sizes, default=1) < 1 or sizes != sorted(sizes, reverse=True):
@@ -294,7 +294,7 @@ def multilayer_rnn(
         batch = _sequence(op, x, batch_sizes, lengths, features, first.dtype, ("weights[0][0]", first))
     if state is not None:
         layer_states(op, mode, state, (rows, batch), ("L", "B"), (P, H), ("h0", "c0"), same, like)
-    elif batch is None and batch_sizes is not None and _has_values(batch_sizes):
+    elif batch is None and batch_sizes is not None and has_values(batch_sizes):
         raise ArgumentError(f"{op}: h0 must be given with batch_sizes of no steps, got None")
     if reset is not None or reset_to is not None:
         if directions == 2:
@@ -374,7 +374,7 @@ def _input_projections(
     V = len(projections[0])
     for d, each in enumerate(projections):
         _check(op, f"input_projections[{d}]", each, f"V, {gates} H", (V, width), (projections[0].dtype,), ("x", ids))
-    if _has_values(ids) and ids.numel() > 0:
+    if has_values(ids) and ids.numel() > 0:
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= V:
             raise IndexError(f"{op}: ids must be from 0 to V - 1 = {V - 1}, got {least} to {most}")
@@ -415,8 +415,7 @@ def attention_step(
     _check(op, "values", values, "B, Tk, D", (B, Tk, None), same, like)
     D = values.shape[2]
     if key_lengths is not None:
-        _check(op, "key_lengths", key_lengths, "B", (B,), (torch.int64,), like)
-        _check_lengths(op, "key_lengths", key_lengths, "Tk", Tk)
+        lengths_of(op, "key_lengths", key_lengths, B, "Tk", Tk, like)
     _check(op, "w_out", w_out, "D, H", (D, H), same, like)
     if b_out is not None:
         _check(op, "b_out", b_out, "D", (D,), same, like)
@@ -467,8 +466,7 @@ def pool(
     if scores is not None:
         _check(op, "scores", scores, "B, T", (B, T), same, like)
     if lengths is not None:
-        _check(op, "lengths", lengths, "B", (B,), (torch.int64,), like)
-        _check_lengths(op, "lengths", lengths, "T", T)
+        lengths_of(op, "lengths", lengths, B, "T", T, like)
     if mask is not None:
         _check(op, "mask", mask, "B, T", (B, T), (torch.bool,), like)
     if state is not None:
@@ -496,8 +494,7 @@ def additive_attention(
     _check(op, "v", v, "A", (A,), same, like)
     _check(op, "values", values, "B, Tk, Dv", (B, Tk, None), same, like)
     if key_lengths is not None:
-        _check(op, "key_lengths", key_lengths, "B", (B,), (torch.int64,), like)
-        _check_lengths(op, "key_lengths", key_lengths, "Tk", Tk)
+        lengths_of(op, "key_lengths", key_lengths, B, "Tk", Tk, like)
     if mask is not None:
         _check_is_tensor(op, "mask", mask)
         letters, sizes = ("B, Tq, Tk", (B, Tq, Tk)) if mask.dim() == 3 else ("B, Tk", (B, Tk))

@@ -22,6 +22,7 @@ from llm_ext.ops._registration import (
     without_autocast,
 )
 from llm_ext.ops._transforms import differentiable_gradients, transforms_active
+from llm_ext.reference.lengths import within_lengths
 from llm_ext.reference.pooling import mask_positions
 
 __all__ = ["attention_pool", "prefix_pool"]
@@ -160,6 +161,55 @@ register_fake("attention_pool_backward", _attention_pool_backward_fake)
 register_autograd("attention_pool_forward", _attention_pool_autograd, _attention_pool_setup_context)
 register_autocast(_attention_pool_forward)
 refuse_derivative("attention_pool_backward")
+
+
+# ---- the weights, which the ops do not store
+
+
+def unmasked_positions(T: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return the positions that lengths and mask allow, bool ``[B, T]``; ``None`` means all."""
+    if lengths is None:
+        return mask
+    within = within_lengths(lengths, T)
+    return within if mask is None else within & mask
+
+
+def pool_weights(
+    e: Tensor,
+    u: Tensor | None,
+    scores: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    causal: bool,
+) -> Tensor:
+    """Return the softmax weights of `attention_pool`, ``[B, T]``, or if causal of `prefix_pool`, ``[B, T, T]``.
+
+    The values of e at masked positions must be finite.
+    """
+    dtype, e, u, scores = _widened(e, u, scores)
+    T = e.shape[1]
+    with without_autocast(e.device.type):
+        s = e @ u if u is not None else scores
+        assert s is not None
+        unmasked = unmasked_positions(T, lengths, mask)
+        if unmasked is not None:
+            s = s.masked_fill(~unmasked, -math.inf)
+        if causal:
+            position = torch.arange(T, device=e.device)
+            s = s[:, None].masked_fill(position > position[:, None], -math.inf)
+            # The state takes part in the softmax as one more position, which is dropped afterwards. Beside scores
+            # relative to m, log z is not rounded away.
+            past = s.new_full((s.shape[0],), -math.inf)
+            if state is not None:
+                m, z = state[0].unbind(1)
+                none = (z == 0) | (m == -math.inf)
+                s = s - m.masked_fill(none, 0)[:, None, None]
+                past = z.masked_fill(none, 1).log().masked_fill(none, -math.inf)
+            s = torch.cat((past[:, None, None].expand(-1, T, 1), s), -1)
+        empty = (s == -math.inf).all(-1, keepdim=True)
+        alpha = torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+    return (alpha[..., 1:] if causal else alpha).to(dtype)
 
 
 # ---- prefix_pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,6 +120,22 @@ def test_configuration_and_arguments() -> None:
         m(x, LENGTHS + 1)
     with pytest.raises(RuntimeError, match="pooling='last' has no attention weights"):
         model("features", pooling="last").attend(x)
+
+
+def test_mapped_lengths() -> None:
+    """The lengths of every model may be mapped, as those of per-sample gradients are."""
+    x, text = inputs("features"), torch.randint(V, (4, 5))
+    classifier = model("features").eval()
+    language_model = llm_ext.LLM(V, 4, 8, V, 1, 0.0, feature_dim=x.shape[-1], dtype=torch.float64).eval()
+    translator = llm_ext.Seq2Seq(None, V, 4, 8, 1, source_feature_dim=x.shape[-1], dtype=torch.float64).eval()
+    calls: list[Callable[[Tensor, Tensor, Tensor], Any]] = [
+        lambda x, lengths, _: classifier(x, lengths),
+        lambda x, lengths, _: language_model.condition(x, lengths).hidden.transpose(0, 1),
+        lambda x, lengths, text: translator(x, text, lengths),
+    ]
+    for call in calls:
+        rows = torch.func.vmap(lambda *row: call(*(each.unsqueeze(0) for each in row)).squeeze(0))  # noqa: B023
+        assert_close("model", rows(x, LENGTHS, text), call(x, LENGTHS, text))
 
 
 def embedded_twin(options: dict[str, Any]) -> tuple[llm_ext.Seq2Seq, llm_ext.Seq2Seq]:

@@ -265,7 +265,8 @@ BAD_CONSTRUCTORS: list[tuple[dict[str, Any], str]] = [
     ({"cell": "elman"}, "LLM: cell must be one of rnn, gru, lstm, got 'elman'"),
     ({"nonlinearity": "gelu"}, "nonlinearity must be one of"),
     ({"score": "dot"}, "score must be one of linear, tanh, got 'dot'"),
-    ({"attn_dim": -1}, "attn_dim must be at least 1, got -1"),
+    ({"attn_dim": -1}, "LLM: attn_dim must be at least 1, got -1"),
+    ({"attn_dim": -3, "attention": "none"}, "LLM: attn_dim must be at least 0, got -3"),
 ]
 
 

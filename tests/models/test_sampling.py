@@ -269,6 +269,33 @@ BAD_GENERATION: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+BAD_GENERATION += [
+    ({"state": (torch.zeros(2, 1, 17),)}, TypeError, "state must be an LLMState, got tuple"),
+    (
+        {"state": llm_ext.LLMState(torch.zeros(2, 3, 17).double(), None)},
+        ValueError,
+        r"state\.hidden must be \[L, N, H\] = \[2, 1, 17\], got \[2, 3, 17\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}])
+def test_bad_sampling(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^sample: {next(iter(options))} must be "):
+        llm_ext.models.sample(torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_generation_from_a_state(autocast: bool) -> None:
+    """Under autocast the state is in 16 bits, the weights are not."""
+    m = llm_ext.LLM(5, 4, 17, 5, 2, 0.0).eval()
+    ids = torch.randint(5, (3, 6))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, state = m(ids[:, :4])
+        found = m.generate(ids[:, 4:], 5, temperature=0, state=state)
+        assert torch.equal(found[:, 2:], m.generate(ids, 5, temperature=0)[:, 6:])
+
+
 @pytest.mark.parametrize(("options", "error", "message"), BAD_GENERATION)
 def test_bad_generation(options: dict[str, Any], error: type[Exception], message: str) -> None:
     defaults: dict[str, Any] = {"prompt_ids": torch.zeros(3, dtype=torch.int64), "max_new_tokens": 2}
