@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from llm_ext.models.initialization import init_recurrent_
 from llm_ext.nn import GRU, LSTM, RNN, AdditiveAttention, AffineEmbedding, AttentionPool, Linear
+from llm_ext.nn.arguments import as_size
 
 __all__ = ["RecurrentPreTrainedModel"]
 
@@ -69,7 +70,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> AffineEmbedding:
-        """Change the size of the vocabulary, of the embedding and of the head. Other parameters stay the same objects.
+        """Change the size of the vocabulary, of the embedding and of the head. Everything else stays as it is.
 
         Args:
             new_num_tokens: New number of token ids; those at the end are added or removed. None: as before.
@@ -80,31 +81,46 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             The embedding.
 
         Raises:
-            ValueError: Sources and targets have vocabularies of their own.
+            ValueError: Sources and targets have vocabularies of their own, or the number is below 1.
         """
         rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        rows = as_size(type(self).__name__, "new_num_tokens", rows)
+        embedding: AffineEmbedding = self.get_input_embeddings()
         if rows != self.config.vocab_size:
             self._set_vocab_size(rows)
-            old, new = self.model, self.config.build().to(self.device, self.dtype)
-            for name, parameter in old.named_parameters(remove_duplicate=False):
-                path, _, leaf = name.rpartition(".")
-                layer = new.get_submodule(path)
-                resized = getattr(layer, leaf)
-                if resized.shape == parameter.shape:
-                    setattr(layer, leaf, parameter)
-                    continue
-                kept = min(len(parameter), rows)
-                with torch.no_grad():
-                    if mean_resizing:
-                        resized.copy_(parameter.mean(0).expand_as(resized))
-                    resized[:kept] = parameter[:kept]
-                resized.requires_grad_(parameter.requires_grad)
-            self.model = new.train(old.training)
-        embedding: AffineEmbedding = self.get_input_embeddings()
+            head: Linear = self.get_output_embeddings()
+            tied = head.weight is embedding.weight
+            factory: dict[str, Any] = {"device": head.weight.device, "dtype": head.weight.dtype}
+            new_head = Linear(head.in_features, rows, **factory)
+            nn.init.zeros_(new_head.bias)
+            if tied:
+                nn.init.normal_(new_head.weight, std=head.in_features**-0.5)
+            for name in ("weight", "bias"):
+                _resize(head, name, new_head, mean_resizing)
+            if tied:
+                embedding.weight = head.weight
+            else:
+                _resize(embedding, "weight", AffineEmbedding(rows, embedding.embedding_dim, **factory), mean_resizing)
+            embedding.num_embeddings = head.out_features = rows
         return embedding
 
     def _set_vocab_size(self, size: int) -> None:
-        """Change the size of the vocabulary in the configuration."""
-        self.config.vocab_size = size
+        """Change the size of the vocabulary in the configuration and the model, but for its layers."""
+        self.config.vocab_size = self.model.vocab_size = size
+        self.model._config |= {"vocab_size": size, "output_dim": size}
+
+
+@torch.no_grad()
+def _resize(layer: nn.Module, name: str, new: nn.Module, mean: bool) -> None:
+    """Replace a parameter of a layer by that of a new layer with more or fewer rows; rows of both keep their values.
+
+    Further rows are those of the new layer, or the mean of the old ones.
+    """
+    old, resized = layer.get_parameter(name), new.get_parameter(name)
+    kept = min(len(old), len(resized))
+    if mean:
+        resized.copy_(old.mean(0).expand_as(resized))
+    resized[:kept] = old[:kept]
+    setattr(layer, name, resized.requires_grad_(old.requires_grad))

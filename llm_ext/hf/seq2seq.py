@@ -95,7 +95,9 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
     def _set_vocab_size(self, size: int) -> None:
         if not self.config.share_embedding:
             raise ValueError("resize_token_embeddings: sources and targets must share one embedding (share_embedding)")
-        self.config.source_vocab_size = self.config.target_vocab_size = size
+        for sizes in (self.config, self.model):
+            sizes.source_vocab_size = sizes.target_vocab_size = size
+        self.model._config |= {"source_vocab_size": size, "target_vocab_size": size}
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """Return a module that reads sources; its parameters are those of the model."""

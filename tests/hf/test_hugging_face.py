@@ -236,6 +236,35 @@ def test_the_vocabulary_is_resized() -> None:
         translator()[1].resize_token_embeddings(20)
 
 
+@pytest.mark.parametrize("mean", [False, True])
+def test_resizing_leaves_everything_else(mean: bool) -> None:
+    """Hooks, modes and frozen parameters stay, and a size that is refused changes nothing."""
+    shared, tied = {"share_embedding": True}, {"share_embedding": True, "tie_head": True}
+    for theirs in (language_model()[1], translator(**shared)[1], translator(**tied)[1]):
+        calls: list[torch.nn.Module] = []
+        modules = dict(theirs.named_modules())
+        theirs.get_output_embeddings().register_forward_hook(lambda module, *_: calls.append(module))  # noqa: B023
+        theirs.get_input_embeddings().weight.requires_grad_(False)
+        theirs.train()
+        theirs.get_input_embeddings().eval()
+        state, config = theirs.state_dict(), theirs.config.to_dict()
+        with pytest.raises(ValueError, match="new_num_tokens must be at least 1, got 0"):
+            theirs.resize_token_embeddings(0)
+        assert theirs.config.to_dict() == config
+        theirs.resize_token_embeddings(20, mean_resizing=mean)
+        assert dict(theirs.named_modules()) == modules
+        assert not theirs.get_input_embeddings().training
+        assert not theirs.get_input_embeddings().weight.requires_grad
+        assert theirs.config.build().state_dict().keys() == theirs.model.state_dict().keys()
+        for name, tensor in theirs.config.build().state_dict().items():
+            assert tensor.shape == theirs.model.state_dict()[name].shape
+        assert theirs.model.config() == theirs.config.build().config()
+        assert_same_bits([theirs.state_dict()[name][: len(t)] for name, t in state.items()], list(state.values()))
+        ids = torch.randint(20, (2, 6))
+        theirs(ids, labels=ids)
+        assert calls == [theirs.get_output_embeddings()]
+
+
 def test_what_is_refused() -> None:
     _, theirs = language_model()
     ids = torch.randint(V, (2, 6))
