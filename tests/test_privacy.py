@@ -118,8 +118,10 @@ def test_autocast(cls: Any, options: dict[str, Any], rows: str) -> None:
     def call(module: nn.Module, x: Tensor) -> Tensor:
         if rows == "packed":
             packing = pack_padded_sequence(x, LENGTHS.clamp(min=1), batch_first=True, enforce_sorted=False)
-            return pad_packed_sequence(module(packing)[0], batch_first=True, total_length=T)[0]
-        return module(x, lengths=LENGTHS)[0] if rows == "lengths" else module(x)[0]
+            y, _ = pad_packed_sequence(module(packing)[0], batch_first=True, total_length=T)
+        else:
+            y = module(x, lengths=LENGTHS if rows == "lengths" else None)[0]
+        return y
 
     with torch.autocast("cpu", torch.bfloat16):
         rounded = projection(x).detach()
@@ -131,7 +133,7 @@ def test_autocast(cls: Any, options: dict[str, Any], rows: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = call(watched, rounded if autocast else rounded.float())
         assert y.dtype == torch.float32
-        y.square().sum().backward()
+        torch.autograd.backward(y.square().sum())
         found.append([y, *(parameter.grad_sample for parameter in layer.parameters())])
     assert_same_bits(*found)
 

@@ -100,7 +100,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             for name in ("weight", "bias"):
                 _resize(head, name, new_head, mean_resizing)
             if tied:
-                embedding.weight = head.weight
+                embedding.weight = head.get_parameter("weight")
             else:
                 _resize(embedding, "weight", AffineEmbedding(rows, embedding.embedding_dim, **factory), mean_resizing)
             embedding.num_embeddings = head.out_features = rows
