@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.ops._transforms import is_traced
-from llm_ext.ops.argument_checks import unpack_weights
+from llm_ext.reference.recurrence import unpack_weights
 
 __all__ = ["run_layers"]
 

@@ -93,8 +93,11 @@ def is_traced() -> bool:
 
 
 def is_recorded(tensor: Tensor) -> bool:
-    """Return whether a graph is being recorded, which must be right for other values of `tensor`, too."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or type(tensor) is not Tensor
+    """Return whether a graph is being recorded, which must be right for other values of `tensor`, too.
+
+    Tensors of the meta device count as recorded: they have no values.
+    """
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or type(tensor) is not Tensor or tensor.is_meta
 
 
 def without_transforms() -> Any:

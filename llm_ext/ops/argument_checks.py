@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from llm_ext.ops._transforms import is_mapped, is_recorded, unwrapped
+from llm_ext.reference.recurrence import unpack_weights
 
 # torch.jit.trace warns that it does not record what the checks compare, and that the order of gates is a constant.
 _TracerWarning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
@@ -28,7 +29,6 @@ NATIVE_GEMM_DTYPES = (torch.float32, torch.float64)
 
 # Sizes of a tensor; None matches any size.
 Sizes = tuple[int | None, ...]
-T = TypeVar("T")
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -356,13 +356,6 @@ def layer_states(
     hidden = ("H" if features[0] == features[1] else "P", "H")
     for name, tensor, letter, width in zip(names, state, hidden, features, strict=False):
         _check(op, name, tensor, ", ".join((*letters, letter)), (*leading, width), dtypes, like)
-
-
-def unpack_weights(row: Sequence[T]) -> tuple[T, T, T | None, T | None, T | None]:
-    """Return (w_ih, w_hh, b_ih, b_hh, w_hr) of one direction; None for those it does not have."""
-    w_ih, w_hh, *rest = row
-    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-    return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
 
 
 def _input_projections(

@@ -45,8 +45,9 @@ from llm_ext.ops._transforms import (
     wanted_gradients,
     without_transforms,
 )
-from llm_ext.ops.argument_checks import ArgumentError, gates_of, unpack_weights
+from llm_ext.ops.argument_checks import ArgumentError, gates_of
 from llm_ext.ops.quantization import QuantizedWeights
+from llm_ext.reference.recurrence import unpack_weights
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
@@ -438,16 +439,11 @@ def run(
             name = "return_all_states" if all_states else "reset"
             raise NotImplementedError(f"llm_ext: quantized layers take no {name}; dequantize the model")
         return _run_quantized(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
-    if type(weights) is SampleWeights:
-        call = _Call(
-            mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
-        )
-        return run_samples(call._replace(all_states=all_states))
-    if reset is not None or reset_to is not None:
-        call = _Call(
-            mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections, reset, reset_to
-        )
-        return _run_resets(call._replace(all_states=all_states))
+    samples = type(weights) is SampleWeights
+    if samples or reset is not None or reset_to is not None:
+        others = input_projections, reset, reset_to, all_states
+        call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, *others)
+        return run_samples(call) if samples else _run_resets(call)
     transformed = transforms_active()
     packs = not transformed and lengths is not None and (all_states or not is_on_cuda(x)) and not is_recorded(lengths)
     if len(weights) == 1 and not (transformed or packs or input_projections or all_states):
@@ -457,9 +453,9 @@ def run(
             if after is not None:
                 return after
         return _one_direction(mode, x, state, weights[0], batch_sizes, lengths, directions[0])
-    call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections)
-    if all_states:
-        call = call._replace(all_states=True)
+    call = _Call(
+        *(mode, x, state, weights, directions, dropout, batch_sizes, lengths, input_projections), all_states=all_states
+    )
     if transformed:
         return _run_transformed(call)
     if packs:

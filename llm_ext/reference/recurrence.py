@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
 State = tuple[Tensor, ...]
 Matrix = Tensor | QuantizedWeight
+W = TypeVar("W")
 
 
 def rnn(
@@ -207,7 +208,8 @@ def multilayer_rnn(
         outputs = []
         for direction in range(directions):
             row = len(last)
-            w_ih, w_hh, b_ih, b_hh, w_hr = _named(weights[row])
+            row_weights: Sequence[Any] = weights[row]
+            w_ih, w_hh, b_ih, b_hh, w_hr = unpack_weights(row_weights)
             if layer == 0 and input_projections is not None:
                 wx = input_projections[direction][x]
             else:
@@ -222,12 +224,11 @@ def multilayer_rnn(
     return (x, after, states) if return_all_states else (x, after)
 
 
-def _named(weights: Sequence[Any]) -> tuple[Matrix, Matrix, Tensor | None, Tensor | None, Matrix | None]:
-    """Return w_ih, w_hh, b_ih, b_hh and w_hr of one layer and direction; there are 2 to 5 of them."""
-    w_ih, w_hh, *others = weights
-    b_ih, b_hh = others[:2] if len(others) >= 2 else (None, None)
-    w_hr = others[-1] if len(others) % 2 else None
-    return w_ih, w_hh, b_ih, b_hh, w_hr
+def unpack_weights(row: Sequence[W]) -> tuple[W, W, W | None, W | None, W | None]:
+    """Return (w_ih, w_hh, b_ih, b_hh, w_hr) of one direction; None for those it does not have."""
+    w_ih, w_hh, *rest = row
+    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+    return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
 
 
 def _linear(x: Tensor, w: Matrix, b: Tensor | None = None) -> Tensor:

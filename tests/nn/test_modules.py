@@ -316,3 +316,17 @@ def test_default_device(kind: str) -> None:
     with torch.device("meta"):
         found = run()
     assert_same_bits(found, run())
+
+
+@pytest.mark.parametrize("kind", ["lengths", "reset", "all states"])
+def test_meta_device(kind: str) -> None:
+    """Shapes, without values of lengths and resets."""
+    layer = llm_ext.LSTM(3, 5, 2, device="meta")
+    x, lengths = torch.zeros(6, 4, 3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    reset = torch.zeros(6, 4, dtype=torch.bool, device="meta") if kind == "reset" else None
+    found = flatten(layer(x, lengths=lengths, reset=reset, return_all_states=kind == "all states"))
+    every = [(2, 6, 4, 5)] * 2 if kind == "all states" else []
+    assert [tuple(tensor.shape) for tensor in found] == [(6, 4, 5), (2, 4, 5), (2, 4, 5), *every]
+    assert all(tensor.is_meta for tensor in found)
+    with pytest.raises(TypeError, match="AttentionPool: e must be float32, got float64"):
+        llm_ext.AttentionPool(3, 5, device="meta")(x.double())
