@@ -25,7 +25,7 @@ from support.multilayer import evaluated, multilayer_functions, multilayer_input
 from support.op_cases import opcheck_cases
 from support.pooling import op_name, pool_functions, pool_inputs
 from support.recurrences import RECURRENCES, is_smooth, recurrence_functions, recurrence_inputs
-from support.tolerances import ALL_DTYPES, DTYPES
+from support.tolerances import ALL_DTYPES, DTYPES, HALF_DTYPES
 
 T = TypeVar("T")
 
@@ -175,6 +175,10 @@ def recurrence(choices: Choices) -> Call:
         options["batch_sizes"] = _batch_sizes(choices, steps, B)
         shape, state = (int(options["batch_sizes"].sum()), I), True
     inputs = recurrence_inputs(cell, shape, B, H, dtype, state=state, bias=choices.flag())
+    if dtype in HALF_DTYPES and min(inputs["w_hh"].shape) > 0:
+        # A single large weight would let the rounding of states grow from step to step.
+        with torch.no_grad():
+            inputs["w_hh"] /= torch.linalg.matrix_norm(inputs["w_hh"].float(), 2).clamp(min=1)
     function, reference = recurrence_functions(cell, **options)
     return Call(f"ops.{cell}", function, [], inputs, reference, cell.op, gradients=is_smooth(cell, dtype))
 
@@ -402,7 +406,7 @@ def fault(call: Call, first: object, second: object, refused: bool, compares: bo
         try:
             functions = [call.function, call.reference]
             # The largest of many rounding errors of 16 bits; those of more bits are far from the tolerances.
-            factor = 2.0 if any(t.element_size() == 2 for t in tensors_in(call.named)) else 1.0
+            factor = 3.0 if any(t.element_size() == 2 for t in tensors_in(call.named)) else 1.0
             compare(call.op, functions, call.named, gradients=call.gradients, factor=factor)
         except AssertionError as difference:
             return str(difference)
