@@ -1,7 +1,7 @@
 // Reads each partial sum once, from the L2 cache.
 //
 // A block owns 32 columns of a row. Each of its warps adds every eighth partial sum; the warps' sums are added in
-// order.
+// order. The lanes of every warp share the log-sum-exps: one by one, 256 of them would take longer than the sums.
 #include "cuda/device.cuh"
 #include "cuda/log_sum.cuh"
 #include "cuda/reduce_partial_sums.h"
@@ -31,8 +31,16 @@ void reduce_partial_sums_kernel(LLM_EXT_PARAMS ReduceParams<S> params) {
   const LogSum<T>* l = p.l == nullptr ? nullptr : p.l + row * p.count;
   const auto weight_of = [](const LogSum<T>& x, T max) { return x.sum * share_of(x.max - max); };
   T max = -kInfinity<T>, total = T(0);
-  for (int64_t i = 0; l != nullptr && i < p.count; ++i) max = l[i].max > max || l[i].max != l[i].max ? l[i].max : max;
-  for (int64_t i = 0; max != -kInfinity<T> && i < p.count; ++i) total += weight_of(l[i], max);
+  if (l != nullptr) {
+    const auto rise_to = [&](T x) { max = x > max || x != x ? x : max; };
+    for (int64_t i = lane_index(); i < p.count; i += kWarpThreads) rise_to(l[i].max);
+#pragma unroll
+    for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) rise_to(shuffle_xor(max, mask));
+    for (int64_t i = lane_index(); max != -kInfinity<T> && i < p.count; i += kWarpThreads)
+      total += weight_of(l[i], max);
+#pragma unroll
+    for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+  }
   T sum = T(0);
   if (column < p.dim && (l == nullptr || max != -kInfinity<T>)) {
     const T* x = p.x + row * p.count * p.dim + column;

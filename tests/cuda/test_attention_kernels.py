@@ -54,7 +54,7 @@ class Pool:
     D: int = 24
     scored: bool = False  # scores are given, not u
     size: float = 0.0  # of the given scores
-    rows: str = "both"  # "full", "lengths", "mask"
+    rows: str = "both"  # "full", "lengths", "mask", "gap"
     state: bool = True
     bare: bool = False  # no gradients but that of c; prefix form: no gradients but that of the last state
     time_major: bool = False
@@ -108,6 +108,10 @@ def pool_inputs(case: Pool) -> dict[str, Tensor]:
         attended &= torch.arange(T) < lengths[:, None]
     if case.rows in ("mask", "both"):
         tensors["mask"] = torch.rand(B, T, generator=generator) < 0.6
+        attended &= tensors["mask"]
+    elif case.rows == "gap":
+        # Chunks 31 and 32 of 8 positions.
+        tensors["mask"] = (torch.arange(T) // 8 != 31) & (torch.arange(T) // 8 != 32).expand(B, T)
         attended &= tensors["mask"]
     tensors["e"][~attended] = NAN
     if case.scored:
@@ -205,6 +209,8 @@ def pool_cases() -> list[Pool]:
                 replace(some, plan=(1, 32, 24), scored=i % 2 == 1),
                 replace(some, plan=(1, 128, 32), B=2, T=9, state=False),
             ]
+            # More chunks than lanes.
+            cases.append(replace(some, plan=(1, 4, 8), B=2, T=300, rows=("gap", "full", "gap", "lengths")[i]))
             # One number at a time.
             cases += [
                 replace(some, D=17, plan=(0, 256, 8)),
