@@ -385,7 +385,7 @@ def test_plans_fit(program: Path) -> None:
     """Every plan covers all positions and columns, and the device has room for it."""
     pools = [
         (B, T, D, size, *device)
-        for B in (0, 1, 7, 64, 1000)
+        for B in (0, 1, 7, 64, 512, 1000)
         for T in (0, 1, 100, 4096, 100_000)
         for D in (0, 1, 8, 40, 512, 768, 1024, 4096, 9000)
         for size in (2, 4, 8)
@@ -404,6 +404,10 @@ def test_plans_fit(program: Path) -> None:
         assert group_threads in (1, 2, 4, 8, 16, 32, 64, 128, 256), what
         assert packs == 0 or (D * size % 16 == 0 and packs * group_threads * 16 >= D * size), what
         assert chunks >= 1, what
+        # Chunks run at the same time, with registers for two blocks of one pack a thread; two chunks gain nothing.
+        resident = (2 if packs == 1 else 1) * multiprocessors * (256 // group_threads)
+        assert chunks == 1 or B * chunks <= resident, what
+        assert chunks == 1 or resident // max(B, 1) > 2, what
         if round_groups == 0:
             assert chunk * chunks >= T, what
             continue

@@ -18,10 +18,10 @@ namespace llm_ext {
 namespace cuda {
 
 constexpr int kPoolWarps = kPoolThreads / kWarpThreads;
-// Blocks per multiprocessor and positions per tile. 64 or 128 bytes per thread, 32 KB per multiprocessor, are in flight
-// for each array that is read; more would not fit in registers.
+// Blocks per multiprocessor and positions per tile. Of each array that is read, 64 or 128 bytes per thread, 32 KB per
+// multiprocessor, are in flight forward, and half of that backward; more would not fit in registers.
 template <int N>
-constexpr int kBlocks = N == 1 ? 2 : 1;
+constexpr int kBlocks = blocks_per_sm(N);
 template <int N>
 constexpr int kForwardRows = N > 1 ? 8 / N : 4;
 template <int N>

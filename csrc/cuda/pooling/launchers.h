@@ -15,6 +15,8 @@ namespace llm_ext {
 namespace cuda {
 
 constexpr int kPoolThreads = 256;  // per block
+// Blocks that a multiprocessor has registers for, by PoolPlan::packs; kernels of rounds that wait for others have one.
+constexpr int blocks_per_sm(int packs) { return packs == 1 ? 2 : 1; }
 
 // The partition of a call. A thread group owns a chunk of time of one batch row; its threads own columns.
 struct PoolPlan {

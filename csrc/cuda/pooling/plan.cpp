@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kPackBytes = 16;
 constexpr int64_t kMaxPacks = 4;
-constexpr int64_t kBlocksPerSm = 2;     // as the kernels are compiled
 constexpr int64_t kShortestChunk = 64;  // positions; the summary is 1/16 of the chunk, in 16 bits 1/8
 constexpr int64_t kChunkMultiple = 8;   // positions; chunks are whole tiles
 
@@ -67,10 +66,10 @@ PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t eleme
     plan.packs = 0;
     plan.group_threads = kPoolThreads;
   }
-  const int64_t groups = kBlocksPerSm * sm_count * (kPoolThreads / plan.group_threads);
-  // Half of the device with whole rows is as fast as the whole device with chunks.
-  const int64_t wanted =
-      2 * batch >= groups ? 1 : std::min(groups / std::max<int64_t>(batch, 1), ceil_div(steps, kShortestChunk));
+  const int64_t groups = int64_t{blocks_per_sm(plan.packs)} * sm_count * (kPoolThreads / plan.group_threads);
+  const int64_t room = groups / std::max<int64_t>(batch, 1);  // chunks of a row that run at the same time
+  // Whole rows on half of the device are as fast as two chunks a row on all of it.
+  const int64_t wanted = room <= 2 ? 1 : std::min(room, ceil_div(steps, kShortestChunk));
   plan.chunk = ceil_div(ceil_div(steps, std::max<int64_t>(wanted, 1)), kChunkMultiple) * kChunkMultiple;
   plan.chunks = std::max<int64_t>(plan.chunk > 0 ? ceil_div(steps, plan.chunk) : 1, 1);
   return plan;
@@ -90,7 +89,7 @@ PoolPlan make_prefix_gradient_plan(int64_t batch, int64_t steps, int64_t dim, in
     return with_resident_rounds(plan, batch, steps, dim, element_bytes, facts, gradient_rounds_layout,
                                 kGradientChunkMultiple);
   }
-  const int64_t room = plan.packs == 1 ? (facts.shared_bytes - kReservedShared) / kBlocksPerSm : facts.shared_bytes;
+  const int64_t room = (facts.shared_bytes + kReservedShared) / blocks_per_sm(plan.packs) - kReservedShared;
   return with_rounds(plan, 1, dim, element_bytes, gradient_rounds_layout, kGradientChunkMultiple, room);
 }
 

@@ -1,4 +1,4 @@
-// Attention pooling, forward and backward. docs/mathematics derives the formulas.
+// Attention pooling, forward and backward. docs/math/attention.md derives the formulas.
 #include <type_traits>
 
 #include "cuda/device.cuh"

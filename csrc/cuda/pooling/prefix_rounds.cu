@@ -5,8 +5,7 @@
 //
 // round i      the chunk has arrived; compute scores and the summary, store the summary in the workspace, raise a flag
 // round i + 1  scan: each thread group owns some columns and replaces the summaries of all groups, in the order of
-// time,
-//              by the states before each chunk; raise another flag
+//              time, by the states before each chunk; raise another flag
 // round i + 2  write the states of the chunk from the state before it
 //
 // So flags have one round to arrive.
