@@ -362,7 +362,7 @@ def additive_cases() -> list[Additive]:
         # One query, few and many; A of one chunk and more, of whole packs and not; masks of each kind; several slabs.
         cases += [
             replace(some, rows=("both", "lengths", "mask", "full")[i]),
-            replace(some, Tq=1, Tk=66, A=64, rows=("mask", "full", "both", "lengths")[i]),
+            replace(some, Tq=1, Tk=66, A=(64, 130, 66, 200)[i], rows=("mask", "full", "both", "lengths")[i]),
             replace(some, B=1, Tq=33, Tk=17, A=20, Dv=70, rows="by_query", slab=32),
             replace(some, B=1, Tq=50, Tk=30, A=66, Dv=5, rows=("by_query", "full", "both", "lengths")[i]),
             replace(some, B=2, Tq=52, Tk=27, A=4, Dv=5, rows="both", slab=32),
