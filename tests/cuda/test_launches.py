@@ -79,6 +79,10 @@ def test_events_of_captures_are_used_again(grid_turns: Path) -> None:
     said = grids(grid_turns, *((1, capture, 0) for capture in range(1, 21)))
     assert not [line for line in said if "awaits" in line]
     assert len({line for line in said if "records" in line}) < 20
+    # A capture that goes on keeps its order, however many others come and go.
+    captures = [1, 2, 3, 4, 5, 6, 7, 8, 1, 9]
+    said = grids(grid_turns, *((1, capture, 0) for capture in captures), (2, 1, 0))
+    assert said[-3:] == ["2 awaits event 1", "2 runs a grid", "2 records event 1"]
 
 
 def test_instructions_of_a_warp_are_volatile() -> None:

@@ -38,25 +38,34 @@ class GridTurns {
   struct Last {
     void* event = nullptr;
     uint64_t capture = 0;
+    uint64_t used = 0;  // turn of the last grid
     bool recorded = false;
   };
 
   Last& last_of(uint64_t capture) {
     if (capture == 0) return outside_;
+    Last* found = captured_;
     for (Last& last : captured_) {
-      if (last.capture == capture) return last;
+      if (last.capture == capture) {
+        found = &last;
+        break;
+      }
+      if (last.used < found->used) found = &last;
     }
-    Last& last = captured_[next_++ % kCaptures];
-    last.capture = capture;
-    last.recorded = false;
-    return last;
+    if (found->capture != capture) {
+      found->capture = capture;
+      found->recorded = false;
+    }
+    found->used = ++turn_;
+    return *found;
   }
 
-  static constexpr unsigned int kCaptures = 8;  // that threads may record at a time
+  // A capture keeps its order until as many others have queued a grid since its last one.
+  static constexpr int kCaptures = 8;
   std::mutex mutex_;
   Last outside_;
   Last captured_[kCaptures];
-  unsigned int next_ = 0;
+  uint64_t turn_ = 0;
 };
 
 }  // namespace llm_ext
