@@ -214,7 +214,8 @@ def test_plans_fit_their_device(plans_program: Path, sm: int, sm_count: int, sha
             assert workspace > 0, what
 
 
-# The route with the least time where the exchange decides, on an H200: mode, backward, B, H, directions, route.
+# The route with the least time where the exchange or the steps decide, on an H200: mode, backward, B, H, directions,
+# route.
 ROUTE_OF = [
     # 30 KB arrive in each block of a cluster per step, and fewer clusters than needed run at once.
     ("LSTM", 1, 64, 512, 2, "grid"),
@@ -223,6 +224,8 @@ ROUTE_OF = [
     ("GRU", 0, 64, 128, 1, "block"),
     ("GRU", 1, 64, 128, 1, "block"),
     ("GRU", 0, 32, 512, 1, "cluster"),
+    # 16 warps of a block take turns with their steps, those of a cluster do not.
+    ("RNN_TANH", 0, 16, 256, 1, "cluster"),
 ]
 
 

@@ -1,7 +1,7 @@
 // Estimates every partition that fits and takes the fastest.
 //
-// The estimate counts clocks per step, from operation counts and published rates and latencies of sm_80 and sm_90. The
-// constants are not tuned: they only have to rank the routes.
+// The estimate counts clocks per step, from operation counts and published rates and latencies of sm_80 and sm_90. They
+// only have to rank the routes; kStepLatency alone was measured.
 #include "cuda/rnn/plan.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ constexpr double kSharedBytesPerClock = 128;  // of one multiprocessor
 constexpr double kL2BytesPerClock = 32;       // to one multiprocessor, while all others read
 constexpr double kDsmemBytesPerClock = 12;    // that a multiprocessor receives from the others of its cluster
 constexpr double kL2Latency = 270;            // of a load that the L2 cache answers
-constexpr double kStepLatency = 250;          // dependent operations of one step
+constexpr double kStepLatency = 2400;         // of the step of a tile; H200, 2026-11-29, docs/lab/cuda-h200.md
 constexpr double kSchedulers = 4;             // of a multiprocessor, one warp instruction per clock each
 constexpr double kSumClocks = 60;             // a barrier and a round trip through shared memory
 constexpr double kBlockClocks = 60;           // a barrier of the block
@@ -63,7 +63,8 @@ double step_clocks(const Problem& p, const Plan& plan, const TileLayout& layout)
       static_cast<double>(layout.k_tiles) * kTileRows * kTileColumns * bytes_of(p.type);  // a tile's
   double tile = std::max(warps * tiles * multiply.shared, tiles * multiply.alone);
   tile = std::max(tile, warps * (states + weights) / kSharedBytesPerClock);
-  tile += std::max(kStepLatency, plan.unit_groups * step_instructions(p.mode) / kSchedulers);
+  // The latency is that of one warp a scheduler; the instructions of others come on top.
+  tile += kStepLatency + std::max(0.0, plan.unit_groups / kSchedulers - 1) * step_instructions(p.mode);
   // A wait for other blocks invalidates the L1 cache: in a grid one for each tile, in a cluster one for each step.
   if (plan.route == Route::kGrid && reads_bias(p)) tile += kL2Latency;
   if (plan.k_splits > 1) tile += kSumClocks + plan.k_splits * tiles_of(p) * 4.0;
