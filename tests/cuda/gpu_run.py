@@ -1,11 +1,13 @@
 """`make gpu`: build, test and measure on a machine with a GPU that may be taken away at any moment.
 
-The most important comes first, and everything is in a file as soon as it is known: `log.txt` has all output,
-`record.json` each step with its status and time, `headline.json`, `cpu-threads.json` and `bench.json` the measurements.
-Every step is a process of its own with a time limit, because a GPU that hangs does not answer signals.
+The most important comes first, and everything is in a file as soon as it is known: `log.txt` has all output, `steps/`
+that of steps which run at the same time, `record.json` each step with its status and time, `headline.json`,
+`cpu-threads.json` and `bench.json` the measurements. Every step is a process of its own with a time limit, because a
+GPU that hangs does not answer signals.
 
-The order: build for this GPU alone; a small call of every route, cell and dtype, then calls on two streams; the
-headline cases; the CPU at several numbers of threads; the tests; the other cases; compute-sanitizer.
+The order: build for this GPU alone; calls that must raise an exception, again in a debugger if they crash; a small call
+of every route, cell and dtype, then calls on two streams; the headline cases; the CPU at several numbers of threads;
+the tests; those that expect exceptions; the other cases; compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -14,18 +16,24 @@ import argparse
 import functools
 import json
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE = 5.0  # seconds between the signals that end a process
+DIED = "died of"  # begins the status of a step that a signal ended, unless it was this program's
+NO_TESTS = 5  # pytest's exit status if it found nothing to run
 
 # ---- the steps
 
@@ -39,9 +47,11 @@ class Step:
     limit: float  # seconds
     environment: dict[str, str] = field(default_factory=dict)
     together: str = ""
+    debug: bool = False  # whether to run it once more in a debugger if a signal ends it
 
 
-PROCESSES = {"smoke": 8, "tests": 6}
+PROCESSES = {"throws": 8, "smoke": 8, "tests": 6}
+AT_A_CRASH = ("run", "bt 60", "info sharedlibrary", "info registers", "x/8i $pc")  # commands of the debugger
 # H for each route and cell, such that a GPU with 132 multiprocessors takes the route for every dtype, forward and
 # backward. tests/cuda/test_gpu_run.py asks the plan.
 CELLS = ("RNN", "GRU", "LSTM")
@@ -51,7 +61,7 @@ DTYPES = {"generic": ("float32", "float64", "bfloat16", "float16")}
 TILE_DTYPES = ("float32", "tf32", "bfloat16", "float16")
 ATTENTION = ("attention_pool", "prefix_pool", "additive_attention")
 STREAMS = ("cluster", "grid", "prefix_pool", "graph")
-# The cases of bench/cases/cuda.py with a target, inference and training.
+# The slowest cases of bench/cases/cuda.py, compared with their targets or with others, and the largest.
 HEADLINE = (
     "cuda/bfloat16-*/B32-T128-I256-H512-L2",
     "cuda/float32-*/B32-T128-I256-H512-L2",
@@ -59,8 +69,66 @@ HEADLINE = (
     "cuda/lstm-bfloat16-*/B16-T1024-I768-H768",
     "cuda/lstm-float16-*/B16-T1024-I768-H768",
     "cuda/lstm-bfloat16-*/B64-T256-I512-H512-L2-bidirectional",
+    "cuda/pooling-op-bfloat16-*/B8-T4096-D1024",
+    "cuda/prefix-op-bfloat16-*/B8-T4096-D1024",
+    "cuda/additive-bfloat16-*/B1280-Tq1-Tk66-A1024",
+    "cuda/additive-bfloat16-training/B128-Tq50-Tk50-A1024",
 )
 THREADS = (1, 2, 4, 8, 16)
+
+
+def raising(call: str, *before: str) -> str:
+    """Python code that fails unless the call raises an exception."""
+    lines = ["import torch", *before, "try:", f"    {call}", "except Exception as error:"]
+    lines += ["    print(type(error).__name__, error)", "else:", "    raise SystemExit('nothing was raised')"]
+    return "\n".join(lines) + "\n"
+
+
+# Several processes of the first run on a GPU died of segmentation faults in calls that raise an exception
+# (docs/lab/cuda-h200.md). Each of these adds something to one before it, so those that die say where to look.
+LIBRARY = raising(
+    "torch.ops.llm_ext.linear_forward(torch.ones(2, 3), torch.ones(2, 4), None)",
+    f"torch.ops.load_library({str(ROOT / 'llm_ext' / 'lib' / 'libllm_ext.so')!r})",
+)
+IN_A_THREAD = f"""import threading
+threading.stack_size(64 << 20)
+thread = threading.Thread(target=exec, args=({LIBRARY!r}, {{}}))
+thread.start()
+thread.join()
+"""
+_OURS = ("import llm_ext", "from llm_ext import ops", "new = dict(device='cuda')")
+RAISING = {
+    # The unwinder, the CPU, the machine.
+    "torch": raising("torch.mm(torch.ones(2, 3), torch.ones(2, 3))"),
+    # The driver is loaded.
+    "torch on cuda": raising("torch.mm(torch.ones(2, 3, **new), torch.ones(2, 3, **new))", *_OURS[2:]),
+    # This library, without Python, autograd or a GPU.
+    "library": LIBRARY,
+    # The size of the main stack.
+    "thread": IN_A_THREAD,
+    # The compiled module and what Python registers.
+    "package": raising("ops.rnn(torch.ones(2, 2, 3), None, torch.ones(4, 3), torch.ones(4, 5))", *_OURS[:2]),
+    # CUDA's dispatch key, and checks before the device is entered.
+    "checks": raising(
+        "ops.rnn(torch.ones(2, 2, 3, **new), None, torch.ones(4, 3, **new), torch.ones(4, 5, **new))", *_OURS
+    ),
+    # After it: the device guard, the loaded kernels.
+    "device": raising(
+        "ops.rnn(torch.ones(1, 1 << 31, 0, **new), None, torch.ones(4, 0, **new), torch.ones(4, 4, **new))", *_OURS
+    ),
+    # An exception of torch that passes its C interface first: the result would have 2^42 bytes.
+    "memory": raising(
+        "ops.rnn(torch.ones(1 << 20, 1 << 10, 0, **new), None, torch.ones(1024, 0, **new), "
+        "torch.ones(1024, 1024, **new))",
+        *_OURS,
+    ),
+}
+# The library in other environments: symbols bound at the start, no shadow stacks, one OpenMP thread.
+ENVIRONMENTS = {
+    "bound now": {"LD_BIND_NOW": "1"},
+    "no shadow stack": {"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
 
 
 def smoke_names() -> list[tuple[str, str, str]]:
@@ -71,6 +139,22 @@ def smoke_names() -> list[tuple[str, str, str]]:
     return recurrences + [(op, "", dtype) for op in ATTENTION for dtype in DTYPES["generic"]]
 
 
+def throwing_steps(python: str) -> list[Step]:
+    """Calls that raise exceptions, and what they depend on."""
+    code = [python, "-X", "faulthandler", "-c"]
+    test = [python, "-X", "faulthandler", "-m", "pytest", str(Path(__file__).resolve()), "-o"]
+    test.append(f"python_functions={library_raises.__name__}")
+    found = [Step("throws facts", [python, str(Path(__file__).resolve()), "--facts"], 15, together="throws")]
+    for name, text in RAISING.items():
+        found.append(Step(f"throws {name}", [*code, text], 15, together="throws", debug=True))
+    for name, environment in ENVIRONMENTS.items():
+        found.append(Step(f"throws library, {name}", [*code, LIBRARY], 15, environment, "throws", debug=True))
+    # Plug-ins of pytest load other libraries.
+    for name, environment in (("pytest", {}), ("bare pytest", {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})):
+        found.append(Step(f"throws library, {name}", test, 15, environment, "throws", debug=True))
+    return found
+
+
 def steps(python: str, out: Path, architecture: str) -> list[Step]:
     """All steps in their order."""
     this, test = [python, str(Path(__file__).resolve())], [python, "-X", "faulthandler", "-m", "pytest", "-rs"]
@@ -79,22 +163,28 @@ def steps(python: str, out: Path, architecture: str) -> list[Step]:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-build-isolation"]
     found = [Step("build", [*pip, "--no-deps", "--editable", str(ROOT)], 240, build)]
     found.append(Step("what was built", [python, "-c", "import llm_ext; print(llm_ext.build_info())"], 30))
+    found += throwing_steps(python)
     for names in smoke_names():
         words = [word for word in names if word]
         found.append(Step(f"smoke {' '.join(words)}", [*this, "--smoke", *words], 20, together="smoke"))
     # Alone, because they may hang.
     found += [Step(f"two streams {what}", [*this, "--streams", what], 20) for what in STREAMS]
-    found.append(Step("headline", [*bench, "--json", str(out / "headline.json"), *HEADLINE], 90))
+    found.append(Step("headline", [*bench, "--json", str(out / "headline.json"), *HEADLINE], 120))
     found.append(Step("cpu threads", [*this, "--cpu-threads", str(out / "cpu-threads.json")], 60))
     on_gpu = ["-k", "(cuda or gpu) and not sanitizer", "-o", "faulthandler_timeout=30"]
-    for folder in ("ops", "nn"):
-        for path in sorted((ROOT / "tests" / folder).glob("test_*.py")):
-            command = [*test, *on_gpu, str(path)]
-            found.append(Step(f"test {folder}/{path.name}", command, 60, together="tests"))
-    # One after the other: they measure memory, and take all of it.
+    op_tests = [path for folder in ("ops", "nn") for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
     gpu_tests = sorted((ROOT / "tests" / "cuda").glob("test_gpu*.py"))
     gpu_tests = [path for path in gpu_tests if path.name != "test_gpu_run.py"]
-    found += [Step(f"test cuda/{path.name}", [*test, *on_gpu, str(path)], 90) for path in gpu_tests]
+    # Tests that expect exceptions are apart and last: a crash would end the others of their file.
+    for kind, throwing in (("test", "none"), ("throwing test", "only")):
+        for path in (*op_tests, *gpu_tests):
+            if throwing == "only" and "pytest.raises" not in path.read_text():
+                continue
+            name = f"{kind} {path.parent.name}/{path.name}"
+            command = [*test, *on_gpu, "--throwing", throwing, str(path)]
+            # Those of cuda run one after the other: they measure memory, and take all of it.
+            alone = path in gpu_tests
+            found.append(Step(name, command, 90 if alone else 60, together="" if alone else "tests"))
     found.append(Step("bench", [*bench, "--json", str(out / "bench.json")], 150))
     found.append(Step("sanitizer", [*test, str(ROOT / "tests/cuda/test_gpu.py"), "-k", "sanitizer"], 120))
     return found
@@ -146,17 +236,22 @@ class Run:
                 if time.monotonic() >= self.end:
                     self.note(step, "left out", 0.0)
                 else:
-                    running.append(Process(step, min(time.monotonic() + step.limit, self.end), self.log))
+                    running.append(Process(step, min(time.monotonic() + step.limit, self.end), self.log, self.out))
                 continue
             for process in [*running]:
                 if (status := process.status()) is not None:
+                    step = process.step
                     running.remove(process)
                     process.copy_output()
-                    self.note(process.step, status, time.monotonic() - process.start)
+                    self.note(step, status, time.monotonic() - process.start)
+                    if step.debug and status.startswith(DIED) and (debugger := find_debugger()) is not None:
+                        commands = [word for command in AT_A_CRASH for word in ("-ex", command)]
+                        command = [debugger, "-batch", *commands, "--args", *step.command]
+                        waiting.insert(0, Step(f"{step.name}, in a debugger", command, 60, step.environment))
                     if process.step.name == "build" and status != "passed":
                         return 1
             time.sleep(0.02)
-        return int(any(step["status"] not in ("passed", "left out") for step in self.record["steps"]))
+        return int(any(step["status"] not in ("passed", "no tests", "left out") for step in self.record["steps"]))
 
     @staticmethod
     def may_start(step: Step, running: Sequence[Process]) -> bool:
@@ -168,11 +263,16 @@ class Run:
 class Process:
     """A step that runs. At its limit it is interrupted, as by Ctrl-C, so that it can say what it knows; then killed."""
 
-    def __init__(self, step: Step, limit: float, log: IO[str]) -> None:
+    def __init__(self, step: Step, limit: float, log: IO[str], out: Path) -> None:
         self.step, self.limit, self.log = step, limit, log
         self.signals = 0
-        # A step that runs alone writes to the log itself, so that its last line survives the end of this process.
-        self.output: IO[str] = log if step.together == "" else tempfile.TemporaryFile("w+")  # noqa: SIM115
+        # A step that runs alone writes to the log itself, others to a file of their own: the last lines survive the end
+        # of this process.
+        self.output: IO[str] = log
+        if step.together != "":
+            path = out / "steps" / f"{re.sub('[^a-zA-Z0-9.]+', '-', step.name)}.txt"
+            path.parent.mkdir(exist_ok=True)
+            self.output = path.open("w+")
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | step.environment
         self.start = time.monotonic()
         self.child = subprocess.Popen(
@@ -199,6 +299,10 @@ class Process:
             return None
         if self.signals:
             return "took too long"
+        if code < 0:
+            return f"{DIED} {signal.Signals(-code).name}"
+        if code == NO_TESTS and "pytest" in self.step.command:
+            return "no tests"
         return "passed" if code == 0 else f"failed with {code}"
 
     def copy_output(self) -> None:
@@ -318,6 +422,49 @@ def cpu_threads(path: Path) -> None:
                 print(run["cases"][-1], flush=True)
 
 
+def library_raises() -> None:
+    """The call of `throws library` as a test of pytest."""
+    exec(LIBRARY, {})
+
+
+def facts() -> None:
+    """Print what exceptions depend on: the machine, the process, its libraries, where their symbols are bound."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import llm_ext
+
+    pybind11 = next((d.version for d in metadata.distributions() if d.metadata["Name"] == "pybind11"), None)
+    print("torch", torch.__version__, "pybind11", pybind11, llm_ext.build_info())
+    print("CUDA", torch.cuda.is_available(), "stack", resource.getrlimit(resource.RLIMIT_STACK))
+    print({name: sysconfig.get_config_var(name) for name in ("LDSHARED", "LDCXXSHARED", "CFLAGS")})
+    print({name: value for name, value in os.environ.items() if re.search("TORCH|LD_|GLIBC|OMP", name)})
+    print("plug-ins of pytest:", sorted(entry.name for entry in metadata.entry_points(group="pytest11")))
+    for path, wanted in (
+        ("/proc/self/status", "hread_features|^Threads"),
+        ("/proc/meminfo", "Commit|MemAvailable"),
+        ("/proc/sys/vm/overcommit_memory", ""),
+        ("/proc/self/maps", "gomp|iomp|cudart|stdc|gcc_s|unwind"),
+    ):
+        lines = Path(path).read_text().splitlines()
+        found = [line.split()[-1] if "maps" in path else line for line in lines if re.search(wanted, line)]
+        print(path, *dict.fromkeys(found), sep="\n  ")
+    # Where this library's exceptions are bound, and all that do not go to libgcc_s and libstdc++.
+    symbols = re.compile(r"symbol .(_Unwind_|__cxa_(throw|begin)|__gxx_personality|__register_frame)")
+    expected = re.compile(r" to \S*/(libgcc_s\.so\.1|libstdc\+\+\.so\.6) ")
+    environment = os.environ | {"LD_DEBUG": "bindings"}
+    done = subprocess.run([sys.executable, "-c", LIBRARY], env=environment, capture_output=True, text=True, check=False)
+    bindings = {line.partition(":")[2].strip() for line in done.stderr.splitlines() if symbols.search(line)}
+    told = sorted(line for line in bindings if "libllm_ext" in line or not expected.search(line))
+    print(f"{len(bindings)} bindings, exit status {done.returncode}", *told, sep="\n  ")
+
+
+def find_debugger() -> str | None:
+    """The path of cuda-gdb, which debugs host code as well, or of gdb."""
+    places = (None, "/usr/local/cuda/bin")
+    return next(filter(None, (shutil.which("cuda-gdb", path=place) for place in places)), shutil.which("gdb"))
+
+
 def architecture_of_gpu(python: str) -> str:
     """The GPU as TORCH_CUDA_ARCH_LIST names it, with its own instructions from 9.0 on."""
     code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
@@ -334,10 +481,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
     add("--minutes", type=float, default=8.0, help="time for everything")
     add("--python", default=sys.executable, help="the interpreter with torch")
+    add("--facts", action="store_true", help=argparse.SUPPRESS)
     add("--smoke", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     add("--streams", metavar="NAME", help=argparse.SUPPRESS)
     add("--cpu-threads", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.facts:
+        facts()
+        return 0
     if options.smoke or options.streams or options.cpu_threads:
         sys.path.insert(0, str(ROOT))
         if options.smoke:
