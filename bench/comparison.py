@@ -213,6 +213,16 @@ def _times(seconds: timing.Seconds, calls: int, work: float) -> Entry:
     }
 
 
+def _device_times(device: Mapping[str, timing.Seconds], name: str, ours: str) -> Entry:
+    """The entries of a candidate that was timed on the device alone; none if it was not."""
+    if name not in device:
+        return {}
+    entry: Entry = {"device_s": timing.spread(device[name]).median}
+    if name != ours and ours in device:
+        entry["device_ratio"] = timing.ratio(device[name], device[ours]).median
+    return entry
+
+
 def run(case: Case, settings: Settings) -> Entry:
     """Measure a case and return its entry of the JSON file."""
     threads = case.threads or settings.threads
@@ -274,11 +284,13 @@ def run(case: Case, settings: Settings) -> Entry:
     if own_call is not None:
         own_seconds = turns.seconds[comparison.ours.name]
         ours |= _times(own_seconds, turns.calls[comparison.ours.name], work)
+        ours |= _device_times(turns.device, comparison.ours.name, comparison.ours.name)
         for entry in others:
             if entry["status"] == "measured":
                 seconds = turns.seconds[entry["name"]]
                 median, q1, q3 = timing.ratio(seconds, own_seconds)
                 entry |= _times(seconds, turns.calls[entry["name"]], work)
+                entry |= _device_times(turns.device, entry["name"], comparison.ours.name)
                 entry |= {"ratio": median, "ratio_q1": q1, "ratio_q3": q3}
                 entry["met"] = None if entry["target"] is None else median >= entry["target"]
     return entry_of_case | {"ours": ours, "others": others}

@@ -54,6 +54,7 @@ def header(run: dict[str, Any]) -> str:
         lines.append(f"Skipped, not installed (pip install 'llm_ext[bench]'): {', '.join(absent)}")
     if settings["device"] == "cuda":
         lines.append("Times: median [quartiles] over the turns, by events in the stream; each case has its own dtype.")
+        lines.append("On the device: the same calls in a CUDA graph, if they differ by more than 10 %.")
     else:
         threads, dtype = settings["threads"], settings["dtype"]
         lines.append(f"{threads} threads, {dtype}. Times: median [quartiles] over the turns.")
@@ -88,6 +89,15 @@ def verdict(entry: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def _on_device(entry: dict[str, Any]) -> str:
+    """Time and ratio on the device alone, if Python and launches have a part in those of the calls."""
+    seconds = entry.get("device_s")
+    if seconds is None or abs(seconds - entry["median_s"]) <= 0.1 * seconds:
+        return ""
+    ratio = f", {entry['device_ratio']:.3g}x" if "device_ratio" in entry else ""
+    return f"on the device {_duration(seconds).strip()}{ratio}"
+
+
 def table(case: dict[str, Any]) -> str:
     """Return the lines of one case."""
     threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
@@ -107,6 +117,8 @@ def table(case: dict[str, Any]) -> str:
         if "ratio" in entry:
             ratio = f"{entry['ratio']:.3g}x [{entry['ratio_q1']:.3g} – {entry['ratio_q3']:.3g}]"
             line = f"{line:<80} {ratio:<26} {verdict(entry)}"
+        if words := _on_device(entry):
+            line = f"{line.rstrip()}  {words}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -52,10 +52,14 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Turns:
-    """Measurements by candidate: seconds per call in each round, and the number of calls in a turn."""
+    """Measurements by candidate: seconds per call in each round, and the number of calls in a turn.
+
+    device: likewise, without the time of Python and of launches, for those that can be recorded.
+    """
 
     seconds: dict[str, Seconds]
     calls: dict[str, int]
+    device: dict[str, Seconds] = field(default_factory=dict)
 
 
 def spread(values: Seconds) -> Spread:
@@ -97,11 +101,15 @@ class Clock:
         """Wait until the previous turn has finished all its work."""
         _wait_until_idle()
 
+    def recorded(self, call: Call) -> Call | None:
+        """Return a call that repeats the work of this one on the device alone, or None."""
+        return None
+
 
 class CudaClock(Clock):
     """Measures time on a GPU by events in its stream, from before the first call to after the last.
 
-    If the GPU finishes a call before Python has queued the next one, the time is Python's.
+    If the GPU finishes a call before Python has queued the next one, the time is Python's. `recorded` tells them apart.
     """
 
     def block(self, call: Call, calls: int) -> float:
@@ -118,6 +126,20 @@ class CudaClock(Clock):
     def wait(self) -> None:
         """Wait until the previous turn has finished all its work."""
         torch.cuda.synchronize()
+
+    def recorded(self, call: Call) -> Call | None:
+        """Return the replay of a CUDA graph of the call; None if it cannot be captured, as one that waits."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+            graph.replay()
+            torch.cuda.synchronize()
+        except Exception:  # another library may raise anything
+            return None
+        finally:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own
+        return graph.replay
 
 
 def clock_for(device: str) -> Clock:
@@ -146,7 +168,8 @@ def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: s
     """
     clock = clock_for(device)
     names = list(calls)
-    turn = seconds / (rounds * len(names))
+    replays = {name: replay for name in names if (replay := clock.recorded(calls[name])) is not None}
+    turn = seconds / (rounds * (len(names) + len(replays)))
     once, count, interval = {}, {}, {}
     for name in names:
         clock.wait()
@@ -156,6 +179,7 @@ def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: s
     interval[names[0]] = 1
 
     measured: dict[str, list[float | None]] = {name: [None] * rounds for name in names}
+    on_device: dict[str, list[float | None]] = {name: [None] * rounds for name in replays}
     shuffle = random.Random(0).shuffle
     gc.collect()
     gc.disable()
@@ -169,6 +193,8 @@ def take_turns(calls: Mapping[str, Call], seconds: float, rounds: int, device: s
                     if once[name] < LONG_CALL:
                         clock.block(calls[name], math.ceil(count[name] / 4))
                     measured[name][i] = clock.block(calls[name], count[name])
+                    if name in replays:
+                        on_device[name][i] = clock.block(replays[name], count[name])
     finally:
         gc.enable()
-    return Turns({**measured}, count)
+    return Turns({**measured}, count, {**on_device})

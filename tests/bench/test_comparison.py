@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import comparison, timing
+from bench import comparison, report, timing
 from bench.comparison import OURS, Candidate, Case, Comparison, Mean, Settings
 
 
@@ -55,6 +55,25 @@ def test_only_correct_candidates_are_timed(
     assert [others[name]["met"] for name in ("slow", "quick", "another use")] == [True, False, None]
     assert others["quick"]["rounds"] == 2
     assert result["ours"]["calls_per_round"] == 7
+
+
+def test_time_on_the_device_has_a_ratio_of_its_own(
+    make_case: Callable[..., Case], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_turns(calls: dict[str, timing.Call], budget: float, rounds: int, device: str) -> timing.Turns:
+        on_device: dict[str, timing.Seconds] = {"ours": [0.5, 0.5], "slow": [1.9, 2.1]}
+        return timing.Turns({name: [2.0, 2.0] for name in calls}, dict.fromkeys(calls, 1), on_device)
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    result = comparison.run(make_case(), settings)
+    others = {entry["name"]: entry for entry in result["others"]}
+    assert result["ours"]["device_s"] == 0.5
+    assert (others["slow"]["device_s"], others["slow"]["device_ratio"], others["slow"]["ratio"]) == (2.0, 4.0, 1.0)
+    assert "device_s" not in others["quick"]
+    text = report.table(result).splitlines()
+    assert text[1].endswith("on the device 500 ms")
+    # It is not told where it is the time of the call.
+    assert not any("on the device" in line for line in text[2:])
 
 
 def test_nothing_is_timed_if_ours_is_wrong(make_case: Callable[..., Case], settings: Settings) -> None:
