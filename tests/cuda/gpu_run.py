@@ -144,7 +144,7 @@ def throwing_steps(python: str) -> list[Step]:
     code = [python, "-X", "faulthandler", "-c"]
     test = [python, "-X", "faulthandler", "-m", "pytest", str(Path(__file__).resolve()), "-o"]
     test.append(f"python_functions={library_raises.__name__}")
-    found = [Step("throws facts", [python, str(Path(__file__).resolve()), "--facts"], 15, together="throws")]
+    found = [Step("throws facts", [python, str(Path(__file__).resolve()), "--facts"], 30, together="throws")]
     for name, text in RAISING.items():
         found.append(Step(f"throws {name}", [*code, text], 15, together="throws", debug=True))
     for name, environment in ENVIRONMENTS.items():
