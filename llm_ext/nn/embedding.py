@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_ext.nn.arguments import as_size
 from llm_ext.nn.scripting import refuse_script
+from llm_ext.ops.argument_checks import ArgumentError
 
 __all__ = ["AffineEmbedding"]
 
@@ -75,7 +76,13 @@ class AffineEmbedding(nn.Module):
 
         Raises:
             IndexError: An id is not from 0 to V - 1. Other devices than the CPU report this as torch does.
+            ValueError: ids are on another device than the weights.
         """
+        # Of ids on the meta device torch returns uninitialized memory.
+        if ids.device != self.bias.device:
+            raise ArgumentError(
+                f"AffineEmbedding: ids must be on {self.bias.device} like the weights, got {ids.device}"
+            )
         try:
             return self._look_up(ids) + self.bias if table is None else F.embedding(ids, table)
         except IndexError:

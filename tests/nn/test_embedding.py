@@ -30,3 +30,11 @@ def test_unknown_ids_are_refused(bad: int) -> None:
     for folded in (None, layer.fold()):
         with pytest.raises(IndexError, match="ids must be from 0 to 6, got values from"):
             layer(torch.tensor([[3, bad]]), folded)
+
+
+def test_ids_on_another_device_are_refused() -> None:
+    """torch.nn.Embedding gives uninitialized memory for ids on the meta device."""
+    with pytest.raises(ValueError, match="AffineEmbedding: ids must be on cpu like the weights, got meta"):
+        AffineEmbedding(5, 3)(torch.zeros(4, dtype=torch.int64, device="meta"))
+    on_meta = AffineEmbedding(5, 3, device="meta")
+    assert on_meta(torch.zeros(4, dtype=torch.int64, device="meta")).shape == (4, 3)

@@ -5,6 +5,7 @@ All choices come from a `Choices`, so that a seed or hypothesis can make them.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -197,29 +198,51 @@ def multilayer(choices: Choices) -> Call:
     return Call(f"ops.multilayer_rnn {cell}", function, [], inputs, reference, cell.op)
 
 
-def _layers() -> list[tuple[torch.nn.Module, list[tuple[int, ...]]]]:
-    """Layers, with the shapes of their arguments."""
-    return [
-        (llm_ext.RNN(5, 9, num_layers=2, nonlinearity="relu"), [(4, 3, 5), (2, 3, 9)]),
-        (llm_ext.GRU(5, 9, bidirectional=True, batch_first=True), [(3, 4, 5), (2, 3, 9)]),
-        (llm_ext.GRU(5, 9), [(4, 5), (1, 9)]),
-        (llm_ext.LSTM(5, 9, proj_size=4), [(4, 3, 5)]),
-        (llm_ext.RNNCell(5, 9), [(3, 5), (3, 9)]),
-        (llm_ext.GRUCell(5, 9), [(5,), (9,)]),
-        (llm_ext.LSTMCell(5, 9), [(3, 5)]),
-        (llm_ext.Linear(5, 7), [(2, 3, 5)]),
-        (llm_ext.AttentionPool(5, 3), [(2, 4, 5)]),
-        (llm_ext.AttentionPool(5, 3, "tanh", causal=True), [(2, 4, 5)]),
-        (llm_ext.AdditiveAttention(5, 6, 4), [(2, 3, 5), (2, 4, 6)]),
+def _numbers(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(shape, requires_grad=True)
+
+
+def _integers(most: int, *shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(0, most + 1, shape)
+
+
+Modules = list[tuple[torch.nn.Module, list[Callable[[], Tensor]]]]
+
+
+def _modules() -> Modules:
+    """Layers and models, with what makes their arguments."""
+    modules: Modules = [
+        (llm_ext.RNN(5, 9, num_layers=2, nonlinearity="relu"), [_numbers(4, 3, 5), _numbers(2, 3, 9)]),
+        (llm_ext.GRU(5, 9, bidirectional=True, batch_first=True), [_numbers(3, 4, 5), _numbers(2, 3, 9)]),
+        (llm_ext.GRU(5, 9), [_numbers(4, 5), _numbers(1, 9)]),
+        (llm_ext.LSTM(5, 9, proj_size=4), [_numbers(4, 3, 5)]),
+        (llm_ext.RNNCell(5, 9), [_numbers(3, 5), _numbers(3, 9)]),
+        (llm_ext.GRUCell(5, 9), [_numbers(5), _numbers(9)]),
+        (llm_ext.LSTMCell(5, 9), [_numbers(3, 5)]),
+        (llm_ext.Linear(5, 7), [_numbers(2, 3, 5)]),
+        (llm_ext.AttentionPool(5, 3), [_numbers(2, 4, 5)]),
+        (llm_ext.AttentionPool(5, 3, "tanh", causal=True), [_numbers(2, 4, 5)]),
+        (llm_ext.AdditiveAttention(5, 6, 4), [_numbers(2, 3, 5), _numbers(2, 4, 6)]),
+        (llm_ext.LLM(11, 6, 9, 11, 2, 0.0, cell="lstm"), [_integers(10, 2, 4)]),
+        (llm_ext.Seq2Seq(11, 12, 6, 9), [_integers(10, 2, 4), _integers(11, 2, 3), _integers(4, 2)]),
+        (llm_ext.SequenceClassifier(3, 9, feature_dim=5), [_numbers(2, 4, 5), _integers(4, 2)]),
     ]
+    quantized: Modules = []
+    for weights in ("int8", "bfloat16"):
+        for module, arguments in copy.deepcopy(modules):
+            if any(entry.reason is None for entry in llm_ext.quantize_(module.requires_grad_(False), weights)):
+                quantized.append((module.eval(), arguments))
+    return [*modules, *quantized]
 
 
-_LAYERS = _layers()
+_MODULES = _modules()
 
 
-def layer(choices: Choices) -> Call:
-    module, shapes = choices.one_of(_LAYERS)
-    call = Call(type(module).__name__, module, [torch.randn(shape, requires_grad=True) for shape in shapes])
+def module(choices: Choices) -> Call:
+    instance, arguments = choices.one_of(_MODULES)
+    call = Call(type(instance).__name__, instance, [argument() for argument in arguments])
+    if not any(parameter.requires_grad for parameter in instance.parameters()):  # quantized layers have no gradients
+        call.function = torch.no_grad()(instance.forward)
     call.refusals = (*call.refusals, AttributeError)  # as torch.nn, which asks for input.dim() of anything
     return call
 
@@ -234,7 +257,7 @@ KINDS: tuple[Callable[[Choices], Call], ...] = (
     additive,
     recurrence,
     multilayer,
-    layer,
+    module,
 )
 
 # ---- changes
