@@ -16,8 +16,6 @@ from llm_ext.ops.recurrence import run_step
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
-_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
-
 # The state that a user sees: h, or (h, c) of an LSTM.
 Hidden = TypeVar("Hidden", Tensor, tuple[Tensor, Tensor])
 
@@ -177,7 +175,7 @@ class RNNCell(_Cell[Tensor], nn.RNNCell):
     @property
     def mode(self) -> str:  # type: ignore[override]  # it follows `nonlinearity`, as in torch.nn
         """The mode of the recurrence."""
-        return _MODES[self.nonlinearity]
+        return argument_checks.ELMAN_MODES[self.nonlinearity]
 
 
 class GRUCell(_Cell[Tensor], nn.GRUCell):

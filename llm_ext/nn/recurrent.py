@@ -382,7 +382,7 @@ class RNN(_Layers[Tensor]):
         dtype: torch.dtype | None = None,
     ) -> None:
         argument_checks.nonlinearity(type(self).__name__, nonlinearity)
-        mode = f"RNN_{nonlinearity.upper()}"
+        mode = argument_checks.ELMAN_MODES[nonlinearity]
         super().__init__(
             mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype
         )

@@ -24,6 +24,7 @@ from llm_ext.ops._transforms import (
     is_executed,
     transforms_active,
 )
+from llm_ext.ops.argument_checks import NONLINEARITIES
 
 __all__ = ["step"]
 
@@ -41,8 +42,8 @@ _FORWARD: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "GRU": (torch_ops.gru_forward.default, (None, None, False, False, True)),
     "LSTM": (torch_ops.lstm_forward.default, (None, None, None, False, False, True)),
 } | {
-    f"RNN_{name.upper()}": (torch_ops.rnn_forward.default, (None, None, name, False, False))
-    for name in ("tanh", "relu", "sigmoid")
+    mode: (torch_ops.rnn_forward.default, (None, None, nonlinearity, False, False))
+    for mode, nonlinearity in NONLINEARITIES.items()
 }
 _adjoint = torch_ops.recurrence_adjoint.default
 

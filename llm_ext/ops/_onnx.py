@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.ops._transforms import is_traced
+from llm_ext.ops.argument_checks import op_of
 from llm_ext.reference.recurrence import unpack_weights
 
 __all__ = ["run_layers"]
@@ -59,7 +60,7 @@ def _layer(
     lengths: Tensor | None,
 ) -> tuple[Tensor, State]:
     """Run the directions of one layer: x [T, B, I] to [T, B, D H], and the state after it, [D, B, H] each."""
-    op, D = mode.partition("_")[0], len(directions)
+    op, D = op_of(mode).upper(), len(directions)
     rows = [unpack_weights(row) for row in weights]
 
     def stack(i: int) -> Tensor:

@@ -28,7 +28,7 @@ from llm_ext.ops._transforms import (
     unwrapped,
     without_transforms,
 )
-from llm_ext.ops.argument_checks import NATIVE_GEMM_DTYPES, compute_dtype, gates_of
+from llm_ext.ops.argument_checks import NATIVE_GEMM_DTYPES, NONLINEARITIES, compute_dtype, gates_of
 
 # A vector of the linear system: pre-activations a [N, blocks H], states h [N, P], and cell states c [N, H] of an LSTM.
 System = tuple[Tensor, ...]
@@ -778,8 +778,8 @@ class Recurrence(torch.autograd.Function):
         if rows.batch_sizes is None:
             x = x.unflatten(0, (rows.T, rows.B))  # type: ignore[no-untyped-call]
         weights, end = (w_ih, w_hh, b_ih, b_hh), (rows.batch_sizes, None)
-        if mode.startswith("RNN"):
-            y, _ = torch_ops.rnn_forward(x, h0, *weights, *end, mode[4:].lower(), rows.reverse, False)
+        if mode in NONLINEARITIES:
+            y, _ = torch_ops.rnn_forward(x, h0, *weights, *end, NONLINEARITIES[mode], rows.reverse, False)
             return (y.flatten(0, -2),)
         if mode == "GRU":
             y, _, saved = torch_ops.gru_forward(x, h0, *weights, *end, rows.reverse, False, True)

@@ -20,9 +20,12 @@ from llm_ext.reference.recurrence import unpack_weights
 _TracerWarning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
 warnings.filterwarnings("ignore", category=_TracerWarning, module=r"llm_ext\.ops\.(argument_checks|_onnx)$")
 
-# Modes of a recurrence, as torch.nn.RNNBase.mode spells them; RNN_SIGMOID is an extension.
-MODES = ("RNN_TANH", "RNN_RELU", "RNN_SIGMOID", "GRU", "LSTM")
-NONLINEARITIES = ("tanh", "relu", "sigmoid")
+# Modes of a recurrence, as torch.nn.RNNBase.mode spells them; those of an Elman cell by nonlinearity. RNN_SIGMOID is an
+# extension.
+ELMAN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
+MODES = (*ELMAN_MODES.values(), "GRU", "LSTM")
+# The nonlinearity of each mode of an Elman cell.
+NONLINEARITIES = {mode: nonlinearity for nonlinearity, mode in ELMAN_MODES.items()}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The native GEMM covers these on a CPU; elsewhere torch has products that are at least as fast.
 NATIVE_GEMM_DTYPES = (torch.float32, torch.float64)
@@ -42,6 +45,11 @@ class DtypeError(ArgumentError, TypeError):
 def gates_of(mode: str) -> int:
     """Return the number of gates of a mode: the blocks of H rows in its weights."""
     return {"GRU": 3, "LSTM": 4}.get(mode, 1)
+
+
+def op_of(mode: str) -> str:
+    """Return the name of the op of a mode: rnn, gru or lstm."""
+    return mode.partition("_")[0].lower()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -110,8 +118,9 @@ def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
 
 def nonlinearity(op: str, name: str) -> None:
     """Raise unless `name` is a nonlinearity of an Elman RNN."""
-    if name not in NONLINEARITIES:
-        raise ValueError(f"{op}: nonlinearity must be one of {NONLINEARITIES}, got {name!r}")
+    names = tuple(ELMAN_MODES)
+    if name not in names:
+        raise ValueError(f"{op}: nonlinearity must be one of {names}, got {name!r}")
 
 
 def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:

@@ -21,7 +21,7 @@ from llm_ext.ops._registration import (
     torch_ops,
 )
 from llm_ext.ops._transforms import exports_to_onnx
-from llm_ext.ops.argument_checks import ArgumentError
+from llm_ext.ops.argument_checks import ArgumentError, op_of
 from llm_ext.reference.quantization import MAX_INT8_COLUMNS, quantize_weight
 
 __all__ = [
@@ -174,7 +174,7 @@ def one_direction(
 
 
 def _check_recurrence(mode: str, x: Tensor, lengths: Tensor | None, failure: Exception) -> None:
-    op = mode.split("_")[0].lower()
+    op = op_of(mode)
     _check_input(op, x)
     if lengths is not None and x.dim() == 3:
         argument_checks.batch_lengths(op, x, lengths)
@@ -209,7 +209,7 @@ def _rnn_forward_fake(
     output: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = mode.split("_")[0].lower()
+    op = op_of(mode)
     _check_input(op, x)
     if x.shape[-1] != input:
         raise ArgumentError(f"{op}: x must have I = {input} features, got {list(x.shape)}")

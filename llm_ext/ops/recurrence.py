@@ -45,7 +45,7 @@ from llm_ext.ops._transforms import (
     wanted_gradients,
     without_transforms,
 )
-from llm_ext.ops.argument_checks import ArgumentError, gates_of
+from llm_ext.ops.argument_checks import ELMAN_MODES, NONLINEARITIES, ArgumentError, gates_of, op_of
 from llm_ext.ops.quantization import QuantizedWeights
 from llm_ext.reference.recurrence import unpack_weights
 
@@ -62,9 +62,6 @@ _multilayer_rnn_forward = torch_ops.multilayer_rnn_forward.default
 State = tuple[Tensor, ...]
 # The weights of one direction of one layer: (w_ih, w_hh[, b_ih, b_hh][, w_hr]).
 Weights = Sequence[Tensor]
-
-_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
-_NONLINEARITIES = {mode: nonlinearity for nonlinearity, mode in _MODES.items()}
 
 
 # ---- public functions
@@ -126,7 +123,7 @@ def rnn(
     weights = (w_ih, w_hh, b_ih, b_hh, None)
     state = None if h0 is None else (h0,)
     to = None if reset_to is None else (reset_to,)
-    mode = _MODES[nonlinearity]
+    mode = ELMAN_MODES[nonlinearity]
     y, (h_n,) = run(mode, x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths, None, reset, to)
     return y, h_n.squeeze(0) if h0 is None else h_n
 
@@ -665,7 +662,7 @@ def _reference(call: _Call) -> tuple[Tensor, State]:
         if mode == "GRU":
             y, h_n = reference.gru(x, h0, w_ih, w_hh, b_ih, b_hh, **options)
         else:
-            y, h_n = reference.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity=_NONLINEARITIES[mode], **options)
+            y, h_n = reference.rnn(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity=NONLINEARITIES[mode], **options)
         last = (h_n,)
     return y, last if state is not None else tuple([tensor.unsqueeze(0) for tensor in last])
 
@@ -745,7 +742,7 @@ def _one_direction(
             save = needs_autograd(x, h0, w_ih, w_hh, b_ih, b_hh)
             y, h_n, _ = _gru_forward(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, reverse, allows_tf32(x), save)
         else:
-            nonlinearity = _NONLINEARITIES[mode]
+            nonlinearity = NONLINEARITIES[mode]
             y, h_n = _rnn_forward(
                 x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, lengths, nonlinearity, reverse, allows_tf32(x)
             )
@@ -812,8 +809,7 @@ def run_samples(call: _Call) -> tuple[Tensor, State]:
     call = _matched(call._replace(weights=[[None if w is None else w[0].detach() for w in row] for row in weights]))
     _check(call)
     if call.reset is not None:
-        op = call.mode.split("_")[0].lower()
-        raise ArgumentError(f"{op}: reset must be None for gradients of each sample, got a Tensor")
+        raise ArgumentError(f"{op_of(call.mode)}: reset must be None for gradients of each sample, got a Tensor")
     order = None if lengths is None else packing.pack_lengths(lengths.cpu(), len(call.x)).rows
 
     def run_rows(call: _Call) -> tuple[Tensor, State]:
@@ -904,7 +900,7 @@ def _check(call: _Call) -> None:
     """Raise if the arguments of a call do not fit together; a call of one direction names its function."""
     mode, x, state, weights, directions, _, batch_sizes, lengths, input_projections, reset, reset_to, _ = call
     if len(weights) == 1 and not input_projections:
-        op = mode.split("_")[0].lower()
+        op = op_of(mode)
         given = state if state is not None else (None,) * (2 if mode == "LSTM" else 1)
         own = unpack_weights(weights[0])
         argument_checks.recurrence(op, mode, x, given, own, batch_sizes, lengths, reset, reset_to, directions[0])
@@ -966,7 +962,7 @@ class _Cell(NamedTuple):
 
     def mode(self, options: tuple[Any, ...]) -> str:
         """Return the mode of a call; `options` are those of the op."""
-        return _MODES[options[0]] if self.name == "rnn" else self.name.upper()
+        return ELMAN_MODES[options[0]] if self.name == "rnn" else self.name.upper()
 
 
 def _register_cell(cell: _Cell) -> None:

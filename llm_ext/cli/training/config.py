@@ -13,7 +13,7 @@ from llm_ext.cli.data.features import FrontEnd
 from llm_ext.cli.data.samples import KINDS as SAMPLE_KINDS
 from llm_ext.cli.data.tokenizer import KINDS
 from llm_ext.models.recurrent_layers import CELLS
-from llm_ext.ops.argument_checks import NONLINEARITIES
+from llm_ext.ops.argument_checks import ELMAN_MODES
 
 __all__ = [
     "CONFIGS",
@@ -86,7 +86,7 @@ class Config:
     )
 
     cell: str = _setting("rnn", "recurrent layer; rnn is the Elman network", group="model", choices=CELLS)
-    nonlinearity: str = _setting("tanh", "nonlinearity of --cell rnn", group="model", choices=NONLINEARITIES)
+    nonlinearity: str = _setting("tanh", "nonlinearity of --cell rnn", group="model", choices=tuple(ELMAN_MODES))
     layers: int = _setting(1, "number of recurrent layers", group="model", least=1, most=1024)
     hidden: int = _setting(512, "hidden size", group="model", least=1, most=LARGEST_SIZE)
     embedding: int = _setting(128, "size of a token embedding", group="model", least=1, most=LARGEST_SIZE)
