@@ -37,6 +37,7 @@ from llm_ext.nn import (
     LSTMCell,
     RNNCell,
 )
+from llm_ext.nn._recurrent_base import hidden_of
 from llm_ext.nn.attention import _fill_padding
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.ops.recurrence import SampleWeights, run
@@ -215,8 +216,7 @@ def _cell(
     row = [weights[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     state = tuple(tensor.unsqueeze(0) for tensor in state)
     _, last = run(layer.mode, input.unsqueeze(0), state, SampleWeights([row]), (False,), 0.0, None, None)
-    last = tuple(tensor.squeeze(0) for tensor in last)
-    return last if len(last) > 1 else last[0]
+    return hidden_of(tuple(tensor.squeeze(0) for tensor in last))
 
 
 def _attention_pool(

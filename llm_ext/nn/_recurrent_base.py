@@ -14,6 +14,11 @@ from llm_ext.ops import argument_checks
 Device = torch.device | str | int | None
 
 
+def hidden_of(state: tuple[Tensor, ...]) -> Any:
+    """Return a state as a user sees it: h, or (h, c) of an LSTM. `RecurrentBase._state` is the inverse."""
+    return state if len(state) > 1 else state[0]
+
+
 class RecurrentBase(WarnsTorchAo, nn.Module):
     """Parameters of one or more cells, in the names, shapes and order of torch.nn.
 

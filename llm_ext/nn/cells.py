@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llm_ext.nn._recurrent_base import Device, RecurrentBase
+from llm_ext.nn._recurrent_base import Device, RecurrentBase, hidden_of
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
 from llm_ext.ops._registration import is_autocast_on
@@ -97,8 +97,7 @@ class _Cell(RecurrentBase, nn.RNNCellBase, Generic[Hidden]):
             raise
         if not batched:
             last = tuple([tensor.squeeze(0).clone() for tensor in last])
-        after: Any = last if len(last) > 1 else last[0]
-        return after  # type: ignore[no-any-return]
+        return hidden_of(last)  # type: ignore[no-any-return]
 
     def _after_reset(
         self, input: Tensor, state: tuple[Tensor, ...], reset: Tensor | None, reset_to: Hidden | None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from llm_ext.nn._recurrent_base import Device, RecurrentBase
+from llm_ext.nn._recurrent_base import Device, RecurrentBase, hidden_of
 from llm_ext.nn.arguments import as_flag, as_size
 from llm_ext.ops import argument_checks
 from llm_ext.ops.argument_checks import ArgumentError
@@ -217,11 +217,8 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
                 state = tuple([tensor.unsqueeze(1) for tensor in state])
         elif self.batch_first:
             x = input.transpose(0, 1)
-        dropout = self.dropout if self.training else 0.0
         try:
-            weights, directions = self._weights(), self._directions()
-            call = (self.mode, x, state, weights, directions, dropout, None, lengths, None, reset, to)
-            y, last, *every = run_all_states(*call) if return_all_states else run(*call)
+            y, last, *every = self._run_layers(x, state, None, lengths, reset, to, return_all_states)
         except (ArgumentError, TypeError):
             self._check_arguments(input, given)
             raise
@@ -233,11 +230,23 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
         elif self.batch_first:
             y = y.transpose(0, 1)
             every = [tuple([tensor.transpose(1, 2) for tensor in states]) for states in every]
-        h_n: Any = last if len(last) > 1 else last[0]
-        if not return_all_states:
-            return y, h_n
-        states: Any = every[0] if len(last) > 1 else every[0][0]
-        return y, h_n, states
+        h_n = hidden_of(last)
+        return (y, h_n, hidden_of(every[0])) if return_all_states else (y, h_n)
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        state: tuple[Tensor, ...] | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_to: tuple[Tensor, ...] | None,
+        all_states: bool,
+    ) -> tuple[Any, ...]:
+        """Return the output, the state after the last step and, with `all_states`, those after every step."""
+        dropout, weights, directions = self.dropout if self.training else 0.0, self._weights(), self._directions()
+        call = (self.mode, x, state, weights, directions, dropout, batch_sizes, lengths, None, reset, reset_to)
+        return run_all_states(*call) if all_states else run(*call)
 
     def _resets(
         self, input: Tensor, reset: Tensor | None, reset_to: Hidden | None
@@ -281,23 +290,16 @@ class _Layers(RecurrentBase, nn.RNNBase, Generic[Hidden]):
             reset, to = self._checked_resets(reset, reset_to, "N", (len(data),), sizes, data)
             if to is not None and sorted_indices is not None:
                 to = tuple([tensor.expand(-1, batch, -1).index_select(1, sorted_indices) for tensor in to])
-        dropout = self.dropout if self.training else 0.0
         try:
-            weights, directions = self._weights(), self._directions()
-            call = (self.mode, data, state, weights, directions, dropout, batch_sizes, None, None, reset, to)
-            y, last, *every = run_all_states(*call) if return_all_states else run(*call)
+            y, last, *every = self._run_layers(data, state, batch_sizes, None, reset, to, return_all_states)
         except (ArgumentError, TypeError):
             if given is not None:
                 self._check_state(given, (R, batch), ("L", "B"))
             raise
         if unsorted_indices is not None:
             last = tuple([tensor.index_select(1, unsorted_indices) for tensor in last])
-        h_n: Any = last if len(last) > 1 else last[0]
-        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        if not return_all_states:
-            return output, h_n
-        states: Any = every[0] if len(last) > 1 else every[0][0]
-        return output, h_n, states
+        output, h_n = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), hidden_of(last)
+        return (output, h_n, hidden_of(every[0])) if return_all_states else (output, h_n)
 
     def _checked_resets(self, *args: Any) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         if self.bidirectional:
