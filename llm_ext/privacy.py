@@ -38,7 +38,7 @@ from llm_ext.nn import (
     RNNCell,
 )
 from llm_ext.nn._recurrent_base import hidden_of
-from llm_ext.nn.attention import _fill_padding
+from llm_ext.nn.attention import zero_padding_for_autograd
 from llm_ext.ops.argument_checks import ArgumentError
 from llm_ext.ops.recurrence import SampleWeights, run
 
@@ -233,7 +233,7 @@ def _attention_pool(
         return layer.forward(e, lengths, mask, need_weights, state, u)
     if u is not None:
         raise ArgumentError("AttentionPool: u must be None for gradients of each sample, got a Tensor")
-    scored = _fill_padding(e, lengths, mask)
+    scored = zero_padding_for_autograd(e, lengths, mask)
     W, v, b = cast(Tensor, weights["weight"]), cast(Tensor, weights["v"]), weights["bias"]
     if b is None:
         scores = (scored @ (v.unsqueeze(1) @ W).mT).squeeze(-1)
@@ -266,8 +266,7 @@ def _additive_attention(
     layer._check_arguments(query, keys, projected_keys)
     q, v = query @ cast(Tensor, weights["q_proj_weight"]).mT, cast(Tensor, weights["v"])
     if projected_keys is None:
-        padding = mask.any(1) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
-        projected_keys = _project_keys(layer, weights, _fill_padding(cast(Tensor, keys), key_lengths, padding))
+        projected_keys = _project_keys(layer, weights, layer._with_zero_padding(cast(Tensor, keys), key_lengths, mask))
     values = cast(Tensor, keys if values is None else values)
     # A call for each row, because the op sums the gradient of v over its batch. The gradient of a split is one tensor,
     # that of a slice would be a tensor of the whole batch for each row.

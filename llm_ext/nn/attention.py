@@ -22,7 +22,7 @@ __all__ = ["AdditiveAttention", "AttentionPool"]
 State = tuple[Tensor, Tensor]
 
 
-def _fill_padding(rows: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+def zero_padding_for_autograd(rows: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return rows ``[B, T, *]`` with zeros at masked positions, if autograd records calls.
 
     A batch may hold anything there. Masked positions get gradients of 0, but 0 times the derivative of NaN or infinity
@@ -155,7 +155,7 @@ class AttentionPool(nn.Module):
         scores = None
         scored = e  # what torch computes scores of; the ops do not read padding
         if self.bias is not None or need_weights:
-            scored = _fill_padding(e, lengths, mask)
+            scored = zero_padding_for_autograd(e, lengths, mask)
         if self.bias is not None:
             if u is not None:
                 raise ValueError("AttentionPool: u must be None with a tanh score, got a Tensor")
@@ -316,14 +316,18 @@ class AdditiveAttention(nn.Module):
             k = projected_keys
             if k is None:
                 assert keys is not None
-                padding = mask.any(1) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
-                k = self.project_keys(_fill_padding(keys, key_lengths, padding))
+                k = self.project_keys(self._with_zero_padding(keys, key_lengths, mask))
             return ops.additive_attention(
                 q, k, self.v, values, key_lengths=key_lengths, mask=mask, need_weights=need_weights
             )
         except (RuntimeError, TypeError):
             self._check_arguments(query, keys, projected_keys)
             raise
+
+    def _with_zero_padding(self, keys: Tensor, key_lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return the keys with zeros where no query attends to them, if autograd records calls."""
+        attended = mask.any(1) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
+        return zero_padding_for_autograd(keys, key_lengths, attended)
 
     def _check_arguments(self, query: Tensor, keys: Tensor | None, projected_keys: Tensor | None) -> None:
         """Raise if a tensor that is projected does not fit, in the words of the layer's own arguments."""
