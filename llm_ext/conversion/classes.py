@@ -138,10 +138,17 @@ def reason_against(module: nn.Module) -> str | None:
         return "it is prepared for quantization"
     if "forward" in vars(module):
         return "its forward has been replaced"
-    base = _torch_base(cls)
+    base: Any = _torch_base(cls)
+    theirs = f"hides that of llm_ext.{CONVERTED[base].__name__}"
+    hidden = _own_names(base) & vars(module).keys()
+    if hidden:
+        return f"its attribute {min(hidden)} {theirs}"
     for each in cls.__mro__:
         if issubclass(base, each):
             continue
+        hidden = _own_names(base) & vars(each).keys()
+        if hidden:
+            return f"{min(hidden)} of {each.__name__} {theirs}"
         overridden = [name for name in _CALLED_BY_FORWARD if name in vars(each)]
         if overridden:
             return f"{each.__name__} overrides {overridden[0]}, which forward of torch.nn.{base.__name__} calls"
@@ -160,6 +167,13 @@ def reason_against(module: nn.Module) -> str | None:
         if device not in ("cpu", "meta") and (device != "cuda" or _C.build_info()["cuda"] is None):
             return f"llm_ext was built without kernels for {device}"
     return None
+
+
+@functools.cache
+def _own_names(base: Any) -> frozenset[str]:
+    """Return the attributes of the class of llm_ext that neither a class of torch.nn nor its instances have."""
+    own = set(dir(CONVERTED[base])).difference(dir(base), vars(base(1, 1)))
+    return frozenset(name for name in own if not name.startswith("__"))
 
 
 def _calls_super(function: Any) -> bool:

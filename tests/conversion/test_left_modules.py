@@ -43,6 +43,17 @@ def replaced_forward() -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
+class Stateful(nn.LSTM):
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self._state = None
+
+
+class OwnWeights(nn.GRU):
+    def _weights(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self.parameters() if tensor.dim() == 2]
+
+
 def prepared() -> nn.Module:
     layer = nn.LSTM(3, 5)
     layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
@@ -68,6 +79,8 @@ LEFT: list[tuple[Callable[[], nn.Module], str]] = [
     (replaced_forward, "its forward has been replaced"),
     (lambda: OwnForward(3, 5), "forward of OwnForward does not call super().forward"),
     (lambda: OwnPermutation(3, 5), "OwnPermutation overrides permute_hidden, which forward of torch.nn.GRU calls"),
+    (lambda: Stateful(3, 5), "its attribute _state hides that of llm_ext.LSTM"),
+    (lambda: OwnWeights(3, 5), "_weights of OwnWeights hides that of llm_ext.GRU"),
     (lambda: Closed(3, 5), "no class can derive from it and from llm_ext: it is closed"),
     (lambda: OwnRecurrence("GRU", 3, 5), "it derives from none of the layers and cells of torch.nn"),
 ]
