@@ -187,7 +187,7 @@ LLM_EXT_DEVICE float round_to_tf32(float x) {
   return __uint_as_float(bits);
 }
 
-// float: the relative error of exp is below 2e-7 + 1e-7 |x|, that of the quotient 2 ulp. double: 1 ulp.
+// float: the relative error of exp is below 2e-7 + 1e-7 |x| for finite x, that of the quotient 2 ulp. double: 1 ulp.
 LLM_EXT_DEVICE float exp_of(float x) { return __expf(x); }
 LLM_EXT_DEVICE double exp_of(double x) { return exp(x); }
 LLM_EXT_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }

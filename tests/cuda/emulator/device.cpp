@@ -78,7 +78,10 @@ float tf32_of(float x) {
   return float_of((bits_of(x) + 0x1000) & ~0x1fffu);
 }
 
-float exp_approximately(float x) { return std::exp(x) * (1 + (2e-7f + 1e-7f * std::fabs(x)) * error_of(x)); }
+float exp_approximately(float x) {
+  if (std::isinf(x)) return std::exp(x);
+  return std::exp(x) * (1 + (2e-7f + 1e-7f * std::fabs(x)) * error_of(x));
+}
 
 float quotient_approximately(float a, float b) {
   // __fdividef: beyond 2^126 the reciprocal is 0.
