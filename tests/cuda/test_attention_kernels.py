@@ -256,6 +256,8 @@ def test_pool(program: Path, case: Pool) -> None:
 
 # ---- additive attention
 
+ADDITIVE_GRADIENTS = ("dquery", "dkey", "dv", "dvalues")
+
 
 @dataclass(frozen=True)
 class Additive:
@@ -269,10 +271,11 @@ class Additive:
     size: float = 1.0  # scale of queries and keys
     cancel: bool = False  # queries and keys are nearly opposite
     bare: bool = False  # only the weights have a gradient
+    only: str = ""  # the only gradient that is wanted
     slab: int | None = None
 
     def __str__(self) -> str:
-        options = [name for name in ("cancel", "bare") if getattr(self, name)]
+        options = [name for name in ("cancel", "bare") if getattr(self, name)] + [self.only] * (self.only != "")
         options += [f"size{self.size:g}"] * (self.size != 1) + [f"slab{self.slab}"] * (self.slab is not None)
         sizes = f"B{self.B}-Tq{self.Tq}-Tk{self.Tk}-A{self.A}-Dv{self.Dv}"
         return "-".join(["additive", str(self.dtype).removeprefix("torch."), sizes, self.rows, *options])
@@ -347,10 +350,14 @@ def check_additive(program: Path, case: Additive) -> None:
             "slab": case.slab,
             "seed": sum(map(ord, str(case))),
             "seeds": SEEDS,
-        },
+        }
+        | {f"need_{name}": int(case.only in ("", name)) for name in ADDITIVE_GRADIENTS},
     )
     op = "additive_attention"
-    for name, expected in additive_expected(replace(case, slab=None)).items():
+    for name, expected in additive_expected(replace(case, slab=None, only="")).items():
+        if case.only and name in ADDITIVE_GRADIENTS and name != case.only:
+            assert name not in answer
+            continue
         found = tensor(answer[name], case.dtype, *expected.shape)
         assert_close(f"{op}_backward" if name.startswith("d") else op, found, expected, name)
 
@@ -371,8 +378,21 @@ def additive_cases() -> list[Additive]:
             replace(some, Tq=3, Tk=9, A=8, size=20.0, cancel=True),
             replace(some, Tq=3, Tk=9, A=8, size=300.0, cancel=True, rows="full"),
         ]
+        # One query: A and Dv of whole packs and not, of one step of a warp and several; one tile of keys and several.
+        one = replace(some, Tq=1, Dv=(520, 33, 256, 1)[i])
+        cases += [
+            replace(one, Tk=66, A=(130, 66, 200, 64)[i], rows="by_query"),
+            replace(one, B=1, Tk=(9, 300, 34, 300)[i], A=1100, rows="full"),
+            replace(one, B=3, Tk=300, A=(130, 8, 264, 66)[i], Dv=64, rows=("both", "by_query", "lengths", "mask")[i]),
+            replace(one, B=9, Tk=1, A=66, rows="lengths", bare=True),
+            replace(one, Tk=10, A=8, size=20.0, cancel=True, only=ADDITIVE_GRADIENTS[i]),
+            replace(one, Tk=9, A=8, size=300.0, cancel=True, rows="full", only=ADDITIVE_GRADIENTS[i - 1]),
+            replace(one, Tk=5, A=(40, 3, 0, 64)[i], Dv=(0, 5, 16, 8)[i], rows="full", only=ADDITIVE_GRADIENTS[i - 2]),
+        ]
     for sizes in ((0, 3, 4, 5, 2), (2, 0, 4, 5, 2), (2, 3, 0, 5, 2), (2, 3, 4, 0, 2), (2, 3, 4, 5, 0), (1, 1, 1, 1, 1)):
         cases.append(Additive(torch.float32, *sizes, rows="full"))
+    for sizes in ((0, 1, 4, 5, 2), (2, 1, 0, 5, 2), (2, 1, 4, 0, 2), (2, 1, 4, 5, 0)):
+        cases.append(Additive(torch.bfloat16, *sizes, rows="full"))
     return cases
 
 
@@ -434,6 +454,7 @@ LINES = [
     ("pooling/rounds.cuh", "await_flag", replace(ROUNDS, round_groups=3)),
     ("pooling/prefix_gradient_rounds.cu", "block_barrier", replace(ROUNDS, gradient_groups=1)),
     ("attention/scores.cuh", "block_barrier", Additive(torch.float32)),
+    ("attention/one_query.cuh", "block_barrier", Additive(torch.float32, Tq=1)),
 ]
 
 

@@ -109,23 +109,24 @@ def check_layouts(device: str = "cpu") -> None:
 
 def check_masked_keys(garbage: float, device: str = "cpu") -> None:
     """Keys that no query attends to may hold anything: neither results nor gradients depend on them."""
-    inputs = additive_inputs(3, 4, 9, 18, 7, torch.float32, device=device)
-    mask = torch.rand(3, 4, 9, device=device) < 0.5
-    lengths = torch.tensor([9, 5, 0], device=device)
-    masked = ~(mask & (torch.arange(9, device=device) < lengths[:, None, None])).any(1)
-    dirty = dict(inputs)
-    for name in ("keys", "values"):
-        dirty[name] = inputs[name].detach().masked_fill(masked[..., None], garbage).requires_grad_()
-    function = additive_functions(mask=mask, key_lengths=lengths, need_weights=True)[0]
-    clean_results, dirty_results = function(**inputs), function(**dirty)
-    assert_same_bits(clean_results, dirty_results)
-    clean_gradients, dirty_gradients = (
-        torch.autograd.grad([r.square().sum() for r in results], list(given.values()))
-        for results, given in ((clean_results, inputs), (dirty_results, dirty))
-    )
-    assert_same_bits(clean_gradients, dirty_gradients)
-    assert not dirty_gradients[1][masked].any()
-    assert not dirty_gradients[3][masked].any()
+    for Tq in (1, 4):
+        inputs = additive_inputs(3, Tq, 9, 18, 7, torch.float32, device=device)
+        mask = torch.rand(3, Tq, 9, device=device) < 0.5
+        lengths = torch.tensor([9, 5, 0], device=device)
+        masked = ~(mask & (torch.arange(9, device=device) < lengths[:, None, None])).any(1)
+        dirty = dict(inputs)
+        for name in ("keys", "values"):
+            dirty[name] = inputs[name].detach().masked_fill(masked[..., None], garbage).requires_grad_()
+        function = additive_functions(mask=mask, key_lengths=lengths, need_weights=True)[0]
+        clean_results, dirty_results = function(**inputs), function(**dirty)
+        assert_same_bits(clean_results, dirty_results)
+        clean_gradients, dirty_gradients = (
+            torch.autograd.grad([r.square().sum() for r in results], list(given.values()))
+            for results, given in ((clean_results, inputs), (dirty_results, dirty))
+        )
+        assert_same_bits(clean_gradients, dirty_gradients)
+        assert not dirty_gradients[1][masked].any()
+        assert not dirty_gradients[3][masked].any()
 
 
 def check_empty_rows(device: str = "cpu") -> None:
@@ -148,15 +149,16 @@ def check_empty_rows(device: str = "cpu") -> None:
 
 def check_nan_and_infinity(value: float, device: str = "cpu") -> None:
     """As in torch: NaN spreads, tanh of infinity is 1, and infinities that cancel are NaN."""
-    inputs = {name: t.detach() for name, t in additive_inputs(2, 3, 4, 18, 5, torch.float32, device=device).items()}
-    inputs["query"][0, 1, 17] = value
-    inputs["keys"][1, 2, 3] = -value
-    inputs["query"][1, 0, 3] = value
-    (actual,), (expected,) = (f(**inputs) for f in additive_functions())
-    torch.testing.assert_close(actual, expected, equal_nan=True)
-    assert actual[1, 0].isnan().all()
-    assert actual[0, 0].isfinite().all()
-    assert math.isnan(value) == bool(actual[0, 1].isnan().any())
+    for Tq in (1, 3):
+        inputs = {n: t.detach() for n, t in additive_inputs(2, Tq, 4, 18, 5, torch.float32, device=device).items()}
+        inputs["query"][0, -1, 17] = value
+        inputs["keys"][1, 2, 3] = -value
+        inputs["query"][1, 0, 3] = value
+        (actual,), (expected,) = (f(**inputs) for f in additive_functions())
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+        assert actual[1, 0].isnan().all()
+        assert actual[0, :-1].isfinite().all()
+        assert math.isnan(value) == bool(actual[0, -1].isnan().any())
 
 
 def check_scores_of_any_size(device: str = "cpu") -> None:

@@ -5,6 +5,7 @@
 // pass. Scores are stored for a slab of queries, which is small enough to take no more memory than queries and keys.
 #include "cuda/attention/gradients.cuh"
 #include "cuda/attention/launchers.h"
+#include "cuda/attention/one_query.cuh"
 #include "cuda/attention/pairs.cuh"
 #include "cuda/attention/products.cuh"
 #include "cuda/attention/scores.cuh"
@@ -36,7 +37,8 @@ class Attention {
 
   Attention(const AdditiveAttentionInput<S>& in, bool* seen, void* stream) : in_(in), stream_(stream) {
     keys_ = {in.key, in.keys, in.key_lengths, in.mask};
-    if (in.mask != nullptr && in.mask_query_stride != 0) {
+    // The mask of one query says which keys any query attends to.
+    if (in.mask != nullptr && in.mask_query_stride != 0 && in.queries != 1) {
       keys_.seen = seen;
       queue(additive_seen<S>, SeenParams<S>{in, seen}, tiles_of(in.batch * in.keys, kThreads * kSeenEach), 0);
     }
@@ -49,7 +51,7 @@ class Attention {
       case FewPairs::kQueries:
         return scores_by<FewPairs>(first, count, to);
       default:
-        return scores_by<OneQuery>(first, count, to);
+        return by_rows(one_query_dots<S, true>, of_keys(to));
     }
   }
 
@@ -68,14 +70,35 @@ class Attention {
   }
 
   void gradients(const GradientParams<S>& p) {
-    switch (additive_rows(p.own.count)) {
-      case ManyRows::kRows:
-        return gradients_by<ManyRows>(p);
-      case FewRows::kRows:
-        return gradients_by<FewRows>(p);
-      default:
-        return gradients_by<OneRow>(p);
-    }
+    if (additive_rows(p.own.count) == ManyRows::kRows) return gradients_by<ManyRows>(p);
+    gradients_by<FewRows>(p);
+  }
+
+  // One query: its keys or values, and kernels in which a warp has rows of these, or columns.
+  OneQueryParams<S> of_keys(T* numbers) const {
+    OneQueryParams<S> p = {};
+    p.rows = keys_;
+    p.batch = in_.batch;
+    p.width = in_.attn_dim;
+    p.x = in_.query;
+    p.v = in_.v;
+    p.numbers = numbers;
+    return p;
+  }
+  OneQueryParams<S> of_values(T* numbers, const S* grad_context) const {
+    OneQueryParams<S> p = of_keys(numbers);
+    p.rows.data = in_.values;
+    p.width = in_.value_dim;
+    p.x = grad_context;
+    return p;
+  }
+  void by_rows(void (*kernel)(OneQueryParams<S>), OneQueryParams<S> p) {
+    p.tiles = tiles_of(in_.keys, kRowsAtOnce);
+    queue(kernel, p, tiles_of(in_.batch * p.tiles, kWarps), 0);
+  }
+  void by_columns(void (*kernel)(OneQueryParams<S>), OneQueryParams<S> p, int sums) {
+    p.tiles = tiles_of(p.width, kWarpThreads * kPackSize<S>);
+    queue(kernel, p, in_.batch * p.tiles, sums * kPackSize<S> * kThreads * sizeof(T));
   }
 
   void add(const PartialSums<S>& sums) {
@@ -153,7 +176,13 @@ int additive_attention_forward(const AdditiveAttentionForwardParams<S>& p, int64
     softmax.scores = workspace.scores;
     softmax.weights = p.weights;
     attention.softmax(additive_softmax<S>, softmax);
-    attention.product(context_product(p, attention.keys(), workspace.scores, first, count));
+    if (additive_rows(in.queries) == 1) {
+      OneQueryParams<S> context = attention.of_values(workspace.scores, nullptr);
+      context.out = p.context;
+      attention.by_columns(one_query_context<S>, context, 1);
+    } else {
+      attention.product(context_product(p, attention.keys(), workspace.scores, first, count));
+    }
   }
   return attention.error();
 }
@@ -165,6 +194,7 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
   const AdditiveWorkspace<S> workspace(in, slab, true, p.workspace);
   Attention<S> attention(in, workspace.seen, stream);
   const Rows<S> queries = {in.query, in.queries, nullptr, nullptr};
+  const bool one_query = additive_rows(in.queries) == 1;
   int64_t first = 0;
   // At least once: without queries, the gradients of keys and values are 0.
   do {
@@ -172,7 +202,9 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
     const Matrix<S> grad_context = {p.grad_context == nullptr ? nullptr : p.grad_context + first * in.value_dim,
                                     in.queries * in.value_dim, in.value_dim, 1};
     attention.scores(first, count, workspace.scores);
-    if (p.grad_context != nullptr) {
+    if (p.grad_context != nullptr && one_query) {
+      attention.by_rows(one_query_dots<S, false>, attention.of_values(workspace.gradients, p.grad_context));
+    } else if (p.grad_context != nullptr) {
       ProductParams<S, S, T> product = {};
       product.x = grad_context;
       product.y = {in.values, in.keys * in.value_dim, 1, in.value_dim};
@@ -194,6 +226,19 @@ int additive_attention_backward(const AdditiveAttentionBackwardParams<S>& p, int
     softmax.grad_weights = p.grad_weights;
     attention.softmax(additive_softmax_backward<S>, softmax);
 
+    if (one_query) {
+      OneQueryParams<S> of_keys = attention.of_keys(workspace.scores);
+      of_keys.out = p.dquery;
+      of_keys.d_rows = p.dkey;
+      of_keys.dv = p.dv == nullptr ? nullptr : workspace.dv;
+      if (p.dquery != nullptr || p.dkey != nullptr || p.dv != nullptr) {
+        attention.by_columns(one_query_gradients<S>, of_keys, 2);
+      }
+      OneQueryParams<S> of_values = attention.of_values(workspace.gradients, p.grad_context);
+      of_values.d_rows = p.dvalues;
+      if (p.dvalues != nullptr) attention.by_rows(one_query_value_gradients<S>, of_values);
+      break;
+    }
     GradientParams<S> gradients = {};
     gradients.ds = workspace.scores;
     gradients.ds_batch = count * in.keys;

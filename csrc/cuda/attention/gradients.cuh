@@ -20,7 +20,6 @@ struct GradientTile {
 };
 using ManyRows = GradientTile<4, 8>;
 using FewRows = GradientTile<4, 2>;
-using OneRow = GradientTile<1, 1>;
 constexpr int kOthers = 32;  // rows of the others in shared memory
 
 template <typename S>

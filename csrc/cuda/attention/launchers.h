@@ -13,7 +13,7 @@
 namespace llm_ext {
 namespace cuda {
 
-// Rows of queries or keys per block: 1, 8 or 32, whichever wastes the least.
+// Rows of queries or keys per block: 8 or 32, whichever wastes less; 1 for one query, which has kernels of its own.
 constexpr int kMaxAdditiveRows = 32;
 int additive_rows(int64_t count);
 

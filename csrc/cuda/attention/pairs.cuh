@@ -141,7 +141,6 @@ struct PairTile {
 };
 using ManyPairs = PairTile<4, 8, 8>;
 using FewPairs = PairTile<4, 2, 8>;
-using OneQuery = PairTile<1, 1, 16>;
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 

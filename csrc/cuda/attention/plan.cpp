@@ -12,7 +12,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 int additive_rows(int64_t count) {
-  if (count <= 1) return 1;
+  if (count == 1) return 1;
   const int64_t by_few = ceil_div(count, 8) * 8, by_many = ceil_div(count, kMaxAdditiveRows) * kMaxAdditiveRows;
   // A large tile loads less per pair.
   return 5 * by_few <= 4 * by_many ? 8 : kMaxAdditiveRows;

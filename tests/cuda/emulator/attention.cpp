@@ -167,10 +167,13 @@ void additive_attention(const Records& request, Outputs& out) {
   backward.in = in;
   backward.grad_context = request.data<const S>("grad_context");
   backward.grad_weights = request.data<const S>("grad_weights");
-  backward.dquery = out.add<S>("dquery", in.batch * in.queries * in.attn_dim);
-  backward.dkey = out.add<S>("dkey", in.batch * in.keys * in.attn_dim);
-  backward.dv = out.add<S>("dv", in.attn_dim);
-  backward.dvalues = out.add<S>("dvalues", in.batch * in.keys * in.value_dim);
+  const auto add = [&](const char* name, int64_t count) {
+    return request.number(std::string("need_") + name, 1) != 0 ? out.add<S>(name, count) : nullptr;
+  };
+  backward.dquery = add("dquery", in.batch * in.queries * in.attn_dim);
+  backward.dkey = add("dkey", in.batch * in.keys * in.attn_dim);
+  backward.dv = add("dv", in.attn_dim);
+  backward.dvalues = add("dvalues", in.batch * in.keys * in.value_dim);
   const Workspace<T> workspace(AdditiveWorkspace<S>(in, slab, true, nullptr).elements);
   backward.workspace = workspace.data();
   expect(additive_attention_backward<S>(backward, slab, nullptr), "additive_attention_backward");
