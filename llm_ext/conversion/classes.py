@@ -171,9 +171,8 @@ def reason_against(module: nn.Module) -> str | None:
 
 @functools.cache
 def _own_names(base: Any) -> frozenset[str]:
-    """Return the attributes of the class of llm_ext that neither a class of torch.nn nor its instances have."""
-    own = set(dir(CONVERTED[base])).difference(dir(base), vars(base(1, 1)))
-    return frozenset(name for name in own if not name.startswith("__"))
+    """Return the attributes that a class of llm_ext has and that of torch.nn has not."""
+    return frozenset(name for name in {*dir(CONVERTED[base])}.difference(dir(base)) if not name.startswith("__"))
 
 
 def _calls_super(function: Any) -> bool:

@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 from llm_ext.conversion import strict
 from llm_ext.conversion.classes import CONVERTED, assign_converted, assign_original, reason_against
 from llm_ext.nn import GRU, LSTM, RNN, AffineEmbedding, GRUCell, Linear, LSTMCell, RNNCell
+from llm_ext.nn.fake_quantized import FAKE_QUANTIZED, FakeQuantize, FakeQuantizedStates
 from llm_ext.nn.quantized import (
     DTYPES,
     MAX_INT8_COLUMNS,
-    FakeQuantize,
     QuantizedAffineEmbedding,
     QuantizedBase,
     QuantizedGRU,
@@ -143,7 +143,9 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | None = None) -> list[Quantized]:
+def fake_quantize_(
+    model: nn.Module, weights: Dtype = "int8", *, filter: Filter | None = None, states: bool = False
+) -> list[Quantized]:
     """Let the layers of a model compute with rounded weights while it is trained, in place.
 
     The modules that :func:`quantize_` would change keep their parameters, which a parametrization rounds in every call;
@@ -155,13 +157,15 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
         model: As in :func:`quantize_`.
         weights: As in :func:`quantize_`.
         filter: As in :func:`quantize_`.
+        states: Also round the inputs and states of recurrent layers and cells, as int8 weights do. They then run in
+            plain torch, a loop over the steps, which takes many times as long.
 
     Returns:
         As :func:`quantize_`.
 
     Raises:
         TypeError: The model is no module.
-        ValueError: `weights` is unknown.
+        ValueError: `weights` is unknown, or states are to be rounded with weights other than int8.
 
     Example:
         >>> layer = llm_ext.GRU(8, 16)
@@ -172,6 +176,8 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
         QuantizedGRU(8, 16, weights=int8)
     """
     _check("fake_quantize_", model, weights)
+    if states and weights != "int8":
+        raise ValueError(f"fake_quantize_: states are rounded with int8 weights only, got {weights!r}")
     entries: list[Quantized] = []
     for fqn, module, reason in list(_considered(model, weights, filter)):
         error = None
@@ -179,6 +185,8 @@ def fake_quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter 
         if reason is None:
             _restore(module)
             error = _largest_error(module, weights)
+            if states and type(module) in FAKE_QUANTIZED:
+                module.__class__ = FAKE_QUANTIZED[type(module)]
             for name in [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1]:
                 parametrize.register_parametrization(module, name, FakeQuantize(weights))
         entries.append(Quantized(fqn, kind, error, reason))
@@ -199,8 +207,15 @@ def _largest_error(module: nn.Module, weights: Dtype) -> float:
 
 def _restore(module: nn.Module) -> None:
     """Remove fake quantization from a module, and make it one of llm_ext that is not also a layer of torch.nn."""
-    for name in list(getattr(module, "parametrizations", ())):
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    if parametrize.is_parametrized(module):
+        # remove_parametrizations deletes attributes of the class, which copies of the module have, too.
+        originals: Any = module._modules.pop("parametrizations")
+        module.__class__ = type(module).__bases__[0]
+        for name in originals:
+            setattr(module, name, originals[name].original)
+    if isinstance(module, FakeQuantizedStates):
+        original: Any = module._replaces
+        module.__class__ = original
     if type(module) in _STRICT:
         assign_original(module)
     if type(module) in _RECURRENT:
@@ -219,7 +234,7 @@ def _considered(model: nn.Module, weights: Dtype, filter: Filter | None) -> Iter
 def _reason_to_leave(module: nn.Module, weights: Dtype) -> str | None:
     """Return why a module is not quantized, or None if it can be."""
     cls = parametrize.type_before_parametrizations(module)
-    if cls not in (*_QUANTIZED, *_RECURRENT, *_STRICT):
+    if cls not in (*_QUANTIZED, *FAKE_QUANTIZED.values(), *_RECURRENT, *_STRICT):
         if cls in CONVERTED or cls is nn.Embedding:
             return "it is a layer of torch.nn that is not recurrent"
         return f"{cls.__name__} is a subclass"

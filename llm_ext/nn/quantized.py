@@ -33,7 +33,6 @@ from llm_ext.ops.quantization import (
 __all__ = [
     "DTYPES",
     "MAX_INT8_COLUMNS",
-    "FakeQuantize",
     "QuantizedAffineEmbedding",
     "QuantizedBase",
     "QuantizedGRU",
@@ -348,18 +347,6 @@ class QuantizedAffineEmbedding(QuantizedBase, AffineEmbedding):
         values, scale, _ = self._packed("weight")
         rows = F.embedding(ids, values)
         return widen(rows, None if scale is None else F.embedding(ids, scale.unsqueeze(1)).squeeze(-1))
-
-
-class FakeQuantize(nn.Module):
-    """Parametrization that rounds a weight, and passes its gradient on as if it did not."""
-
-    def __init__(self, weights: str) -> None:
-        super().__init__()
-        self.weights = weights
-
-    def forward(self, w: Tensor) -> Tensor:
-        rounded = widen(*round_weight(w.detach(), self.weights))
-        return rounded + (w - w.detach())  # the difference is 0, and has the gradient of w
 
 
 def rounding_error(w: Tensor, weights: str) -> float:

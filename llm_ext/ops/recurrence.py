@@ -23,6 +23,7 @@ from llm_ext.ops._registration import (
     autocast_arguments,
     explain,
     fake_gradients,
+    is_autocast_on,
     is_on_cuda,
     match_dtype,
     needed,
@@ -47,6 +48,7 @@ from llm_ext.ops._transforms import (
 )
 from llm_ext.ops.argument_checks import ELMAN_MODES, NONLINEARITIES, ArgumentError, gates_of, op_of
 from llm_ext.ops.quantization import QuantizedWeights
+from llm_ext.reference.quantization import FakeQuantizedWeight
 from llm_ext.reference.recurrence import unpack_weights
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
@@ -353,9 +355,9 @@ def run_step(mode: str, x: Tensor, state: State, weights: tuple[Any, ...]) -> St
     """Run one step of a cell: x [B, I] and the weights (w_ih, w_hh, b_ih, b_hh) to the state after it, [B, *] each.
 
     Autograd records a step as part of a loop, unless a transform of torch is active or a graph is being recorded.
-    Weights may be `QuantizedWeights`.
+    Weights may be `QuantizedWeights` or `FakeQuantizedWeights`.
     """
-    if isinstance(weights, QuantizedWeights):
+    if isinstance(weights, (QuantizedWeights, FakeQuantizedWeights)):
         return run(mode, x.unsqueeze(0), state, weights, (False,), 0.0, None, None)[1]
     if torch.is_grad_enabled() and not transforms_active() and not is_recorded(x):
         try:
@@ -428,14 +430,17 @@ def run(
     5. No derivative, dropout or projection: one op for all layers and directions.
     6. Otherwise layer by layer. On CUDA one op runs both directions of a layer.
 
-    Before all of these, `run_samples` takes calls with `SampleWeights`, and `_run_quantized` those with
-    `QuantizedWeights`.
+    Before all of these, `run_samples` takes calls with `SampleWeights`, `_run_quantized` those with `QuantizedWeights`,
+    and `_run_fake_quantized` those with `FakeQuantizedWeights`.
     """
     if isinstance(weights, QuantizedWeights):
         if reset is not None or reset_to is not None or all_states:
             name = "return_all_states" if all_states else "reset"
             raise NotImplementedError(f"llm_ext: quantized layers take no {name}; dequantize the model")
         return _run_quantized(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
+    if type(weights) is FakeQuantizedWeights:
+        others = input_projections, reset, reset_to, all_states
+        return _run_fake_quantized(_Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, *others))
     samples = type(weights) is SampleWeights
     if samples or reset is not None or reset_to is not None:
         others = input_projections, reset, reset_to, all_states
@@ -794,6 +799,20 @@ def _run_quantized(
             last.append(after)
         x = outputs[0] if count == 1 else torch.cat(outputs, -1)
     return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
+
+
+class FakeQuantizedWeights(list[Sequence[Any]]):
+    """Weights of a call of `run` whose inputs and states are rounded as with int8 weights, while gradients pass."""
+
+
+def _run_fake_quantized(call: _Call) -> tuple[Tensor, State]:
+    """Run the reference, a loop over steps, with inputs and states that are rounded."""
+    if is_autocast_on(call.x.device.type):
+        call = _with_inputs(call, lambda *tensors: [tensor.float() for tensor in tensors])
+    _check(call)
+    rows: Any = [[w if w is None or w.dim() == 1 else FakeQuantizedWeight(w) for w in row] for row in call.weights]
+    with without_autocast(call.x.device.type):
+        return _reference(call._replace(weights=rows))
 
 
 class SampleWeights(list[Sequence[Any]]):

@@ -15,13 +15,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     "INPUT_LIMIT",
     "MAX_INT8_COLUMNS",
     "STATE_LIMIT",
+    "FakeQuantizedWeight",
     "QuantizedWeight",
+    "fake_quantized_linear",
     "quantize_rows",
     "quantize_weight",
     "quantized_linear",
@@ -47,6 +50,16 @@ class QuantizedWeight(NamedTuple):
     def dequantize(self) -> Tensor:
         """Return the weights, ``[O, K]`` in the dtype of the scale."""
         return self.values.to(self.scale.dtype) * self.scale[:, None]
+
+
+class FakeQuantizedWeight(NamedTuple):
+    """A weight matrix whose inputs and states are rounded as those of a `QuantizedWeight`, for training.
+
+    Attributes:
+        values: The weights, ``[O, K]``; they are not rounded here.
+    """
+
+    values: Tensor
 
 
 def _divide(x: Tensor, largest: Tensor, limit: int, smallest: float) -> tuple[Tensor, Tensor]:
@@ -90,3 +103,15 @@ def quantized_linear(
     sums = values.double() @ weight.values.double().T
     y = sums.to(x.dtype) * scale * weight.scale.to(x.dtype)
     return y if bias is None else y + bias
+
+
+def fake_quantized_linear(
+    x: Tensor, weight: FakeQuantizedWeight, bias: Tensor | None = None, limit: int = INPUT_LIMIT
+) -> Tensor:
+    """Affine map ``y = x Wᵀ + b`` with rows of x that are rounded, and gradients that pass the rounding.
+
+    The arguments are those of `quantized_linear`. Source: the straight-through estimator, arXiv 1308.3432.
+    """
+    values, scale = quantize_rows(x.detach(), limit)
+    rounded = values * scale + (x - x.detach())  # the difference is 0, and has the gradient of x
+    return F.linear(rounded, weight.values, bias)

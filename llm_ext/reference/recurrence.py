@@ -4,7 +4,8 @@ The functions share these arguments and results:
 
 - `x`: Input ``[T, B, I]``, or the rows ``[N, I]`` of a packed sequence, step after step, if `batch_sizes` is given.
 - `w_ih`: W, ``[G H, I]``, the blocks of G gates one below the other. `w_hh`: U, ``[G H, H]``. `b_ih`, `b_hh`: b,
-  ``[G H]``, or None for zeros. A matrix may be a `QuantizedWeight`.
+  ``[G H]``, or None for zeros. A matrix may be a `QuantizedWeight` or a
+  `FakeQuantizedWeight`.
 - `batch_sizes`: Rows of each step, int64 ``[T]``, positive and not increasing; N is their sum.
 - `lengths`: Steps of each row, int64 ``[B]``, from 0 to T. Values of `x` beyond them are ignored, and y is 0 there.
 - `reverse`: Run from the last step of a row to its first; ``y[t]`` still belongs to ``x[t]``.
@@ -27,12 +28,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_ext.reference.lengths import within_lengths
-from llm_ext.reference.quantization import STATE_LIMIT, QuantizedWeight, quantized_linear
+from llm_ext.reference.quantization import (
+    INPUT_LIMIT,
+    STATE_LIMIT,
+    FakeQuantizedWeight,
+    QuantizedWeight,
+    fake_quantized_linear,
+    quantized_linear,
+)
 
 __all__ = ["gru", "lstm", "multilayer_rnn", "rnn"]
 
 State = tuple[Tensor, ...]
-Matrix = Tensor | QuantizedWeight
+Matrix = Tensor | QuantizedWeight | FakeQuantizedWeight
 W = TypeVar("W")
 
 
@@ -231,12 +239,14 @@ def unpack_weights(row: Sequence[W]) -> tuple[W, W, W | None, W | None, W | None
     return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
 
 
-def _linear(x: Tensor, w: Matrix, b: Tensor | None = None) -> Tensor:
-    return F.linear(x, w, b) if isinstance(w, Tensor) else quantized_linear(x, w, b)
+def _linear(x: Tensor, w: Matrix, b: Tensor | None = None, limit: int = INPUT_LIMIT) -> Tensor:
+    if isinstance(w, Tensor):
+        return F.linear(x, w, b)
+    return quantized_linear(x, w, b, limit) if isinstance(w, QuantizedWeight) else fake_quantized_linear(x, w, b, limit)
 
 
 def _linear_of_state(h: Tensor, w: Matrix, b: Tensor | None = None) -> Tensor:
-    return F.linear(h, w, b) if isinstance(w, Tensor) else quantized_linear(h, w, b, STATE_LIMIT)
+    return _linear(h, w, b, STATE_LIMIT)
 
 
 def _zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:

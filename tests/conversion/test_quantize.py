@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import llm_ext
 from llm_ext.nn import AffineEmbedding
+from llm_ext.nn.fake_quantized import FakeQuantizedStates
 from llm_ext.reference.quantization import quantize_weight
 
 OURS = {"RNN": llm_ext.RNN, "GRU": llm_ext.GRU, "LSTM": llm_ext.LSTM}
@@ -580,3 +581,56 @@ def test_models_are_trained_with_rounded_weights(kind: str, weights: Any) -> Non
         expected = run()
         assert all(entry.reason is None for entry in llm_ext.quantize_(model, weights))
         assert (run() - expected).abs().max() < 5e-2
+
+
+ROUNDED_STATES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
+    (partial(llm_ext.RNN, 5, 9, num_layers=2, nonlinearity="relu"), {}),
+    (partial(llm_ext.GRU, 5, 9, bidirectional=True, batch_first=True), {"lengths": torch.tensor([4, 0, 7, 1])}),
+    (partial(llm_ext.LSTM, 5, 9, 2, proj_size=4, bidirectional=True), {"lengths": torch.tensor([4, 0, 3, 1])}),
+    (partial(nn.LSTM, 5, 9, bias=False), {}),
+]
+
+
+@pytest.mark.parametrize(("build", "options"), ROUNDED_STATES)
+def test_states_are_rounded_in_training_as_after_it(build: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    model: Any = nn.Sequential(build())
+    quantized: Any = copy.deepcopy(model)
+    llm_ext.quantize_(quantized)
+    assert [entry.reason for entry in llm_ext.fake_quantize_(model, states=True)] == [None]
+    x = torch.randn(4, 7, 5, requires_grad=True) if model[0].batch_first else torch.randn(7, 4, 5, requires_grad=True)
+    y, last = model[0](x, **options)
+    expected = quantized[0](x.detach(), **options)
+    torch.testing.assert_close((y, last), expected, atol=1e-5, rtol=0)
+    # Gradients are near those of states that are not rounded.
+    plain: Any = copy.deepcopy(model)
+    llm_ext.fake_quantize_(plain)
+    assert not isinstance(plain[0], FakeQuantizedStates)
+    weights = torch.randn_like(y)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters], weights)
+    reference = torch.autograd.grad(plain[0](x, **options)[0], [x, *plain.parameters()], weights)
+    for actual, near in zip(gradients, reference, strict=True):
+        assert (actual - near).norm() < 0.05 * near.norm()
+    llm_ext.quantize_(model)
+    assert_same_bits(model[0](x.detach(), **options), expected)
+
+
+def test_states_of_cells_are_rounded_in_training() -> None:
+    for cell in (llm_ext.RNNCell(5, 9), llm_ext.GRUCell(5, 9), llm_ext.LSTMCell(5, 9)):
+        quantized: Any = copy.deepcopy(cell)
+        llm_ext.quantize_(quantized)
+        llm_ext.fake_quantize_(cell, states=True)
+        x, h = torch.randn(3, 5), torch.randn(3, 9)
+        hx = (h, torch.randn(3, 9)) if isinstance(cell, llm_ext.LSTMCell) else h
+        torch.testing.assert_close(cell(x, hx), quantized(x, hx), atol=1e-5, rtol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cell(x.bfloat16(), None)[0].dtype == torch.float32
+
+
+def test_states_are_rounded_with_int8_weights_only() -> None:
+    with pytest.raises(ValueError, match="fake_quantize_: states are rounded with int8 weights only, got 'bfloat16'"):
+        llm_ext.fake_quantize_(llm_ext.GRU(3, 4), "bfloat16", states=True)
+    layer = llm_ext.GRU(3, 4)
+    llm_ext.fake_quantize_(layer, states=True)
+    with pytest.raises(ValueError, match=r"x must be \[T, B, I\]|input must be"):
+        layer(torch.randn(2, 3, 5))
