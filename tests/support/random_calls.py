@@ -6,8 +6,10 @@ All choices come from a `Choices`, so that a seed or hypothesis can make them.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -230,7 +232,10 @@ def _modules() -> Modules:
     quantized: Modules = []
     for weights in ("int8", "bfloat16"):
         for module, arguments in copy.deepcopy(modules):
-            if any(entry.reason is None for entry in llm_ext.quantize_(module.requires_grad_(False), weights)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what has no layer to quantize
+                entries = llm_ext.quantize_(module.requires_grad_(False), weights)
+            if any(entry.reason is None for entry in entries):
                 quantized.append((module.eval(), arguments))
     return [*modules, *quantized]
 
@@ -397,7 +402,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _bits(t: Tensor) -> object:
     if t.is_meta or t.layout != torch.strided:
         return tuple(t.shape)
-    return tuple(t.shape), t.dtype, t.detach().resolve_conj().reshape(-1).view(torch.uint8).numpy().tobytes()
+    content = t.detach().resolve_conj().reshape(-1).view(torch.uint8).numpy()
+    short = len(content) <= 1 << 20  # of more, a digest: a copy would need as much memory again
+    return tuple(t.shape), t.dtype, content.tobytes() if short else hashlib.blake2b(content.data).digest()
 
 
 def outcome(call: Call) -> tuple[object, bool]:
