@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor, nn
@@ -171,8 +171,9 @@ def reason_against(module: nn.Module) -> str | None:
 
 @functools.cache
 def _own_names(base: Any) -> frozenset[str]:
-    """Return the attributes that a class of llm_ext has and that of torch.nn has not."""
-    return frozenset(name for name in {*dir(CONVERTED[base])}.difference(dir(base)) if not name.startswith("__"))
+    """Return the attributes that a class of llm_ext has and that of torch.nn has not, but those of Generic."""
+    own = {*dir(CONVERTED[base])}.difference(dir(base), dir(Generic))
+    return frozenset(name for name in own if not name.startswith("__"))
 
 
 def _calls_super(function: Any) -> bool:

@@ -78,7 +78,7 @@ class AffineEmbedding(nn.Module):
             IndexError: An id is not from 0 to V - 1. Other devices than the CPU report this as torch does.
             ValueError: ids are on another device than the weights.
         """
-        # Of ids on the meta device torch returns uninitialized memory.
+        # torch returns uninitialized memory for ids on the meta device.
         if ids.device != self.bias.device:
             raise ArgumentError(
                 f"AffineEmbedding: ids must be on {self.bias.device} like the weights, got {ids.device}"

@@ -45,8 +45,8 @@ __all__ = [
     "rounding_error",
 ]
 
-# Weights of a row above so many times its median do not count in the error of its rounding: 6.7 standard deviations of
-# a normal distribution.
+# The error of a row leaves out weights above this multiple of the median magnitude of the row: 6.7 standard deviations
+# of a normal distribution.
 _OUTLIER = 10
 
 

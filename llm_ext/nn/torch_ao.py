@@ -11,7 +11,7 @@ __all__ = ["WarnsTorchAo"]
 class WarnsTorchAo:
     """Mixin of layers: a warning when torch.ao.quantization sets the attribute that it gives every module."""
 
-    # What torch.ao.quantization does with the layer.
+    # How torch.ao.quantization treats the layer; the warning ends with it.
     _torch_ao: ClassVar[str] = (
         "leaves layers of llm_ext in floating point; quantize the copy that llm_ext.to_torch(model) returns"
     )

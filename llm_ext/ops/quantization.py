@@ -105,7 +105,7 @@ def pack(w: Tensor, dtype: str, gates: int = 1, *, state: bool = False) -> Packe
         state: Whether it is multiplied with states, which are bytes if it is int8.
 
     Raises:
-        ValueError: An int8 matrix has so many columns that a sum could exceed 32 bits.
+        ValueError: An int8 matrix has more than `MAX_INT8_COLUMNS` columns: a sum could exceed 32 bits.
     """
     rows, K = len(w) // gates, w.shape[1]
     if dtype == "int8" and K > MAX_INT8_COLUMNS:

@@ -438,14 +438,11 @@ def run(
             name = "return_all_states" if all_states else "reset"
             raise NotImplementedError(f"llm_ext: quantized layers take no {name}; dequantize the model")
         return _run_quantized(mode, x, state, weights, directions, dropout, batch_sizes, lengths)
-    if type(weights) is FakeQuantizedWeights:
-        others = input_projections, reset, reset_to, all_states
-        return _run_fake_quantized(_Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, *others))
-    samples = type(weights) is SampleWeights
-    if samples or reset is not None or reset_to is not None:
+    samples, rounds = type(weights) is SampleWeights, type(weights) is FakeQuantizedWeights
+    if samples or rounds or reset is not None or reset_to is not None:
         others = input_projections, reset, reset_to, all_states
         call = _Call(mode, x, state, weights, directions, dropout, batch_sizes, lengths, *others)
-        return run_samples(call) if samples else _run_resets(call)
+        return run_samples(call) if samples else _run_fake_quantized(call) if rounds else _run_resets(call)
     transformed = transforms_active()
     packs = not transformed and lengths is not None and (all_states or not is_on_cuda(x)) and not is_recorded(lengths)
     if len(weights) == 1 and not (transformed or packs or input_projections or all_states):

@@ -4,8 +4,7 @@ The functions share these arguments and results:
 
 - `x`: Input ``[T, B, I]``, or the rows ``[N, I]`` of a packed sequence, step after step, if `batch_sizes` is given.
 - `w_ih`: W, ``[G H, I]``, the blocks of G gates one below the other. `w_hh`: U, ``[G H, H]``. `b_ih`, `b_hh`: b,
-  ``[G H]``, or None for zeros. A matrix may be a `QuantizedWeight` or a
-  `FakeQuantizedWeight`.
+  ``[G H]``, or None for zeros. A matrix may be a `QuantizedWeight` or a `FakeQuantizedWeight`.
 - `batch_sizes`: Rows of each step, int64 ``[T]``, positive and not increasing; N is their sum.
 - `lengths`: Steps of each row, int64 ``[B]``, from 0 to T. Values of `x` beyond them are ignored, and y is 0 there.
 - `reverse`: Run from the last step of a row to its first; ``y[t]`` still belongs to ``x[t]``.

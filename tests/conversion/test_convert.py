@@ -8,7 +8,7 @@ import io
 import pickle
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -243,7 +243,14 @@ class ScaledCell(nn.LSTMCell):
         return super().forward(-input, hx)
 
 
-SUBCLASSES: list[Any] = [Named, Scaled, HandlingRNN, ScaledCell]
+Label = TypeVar("Label")
+
+
+class Labeled(nn.LSTM, Generic[Label]):
+    """Generic has private attributes that the classes of llm_ext have, too."""
+
+
+SUBCLASSES: list[Any] = [Named, Scaled, HandlingRNN, ScaledCell, Labeled]
 every_subclass = pytest.mark.parametrize("cls", SUBCLASSES)
 
 

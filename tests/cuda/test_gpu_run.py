@@ -117,7 +117,7 @@ def test_headline_cases_exist() -> None:
 
 
 def test_crashes_are_debugged(tmp_path: Path, fake: str) -> None:
-    """What a signal ends while it must raise an exception runs once more in the debugger, with its environment."""
+    """A call that must raise, and that a signal ends, runs once more in the debugger, with its environment."""
     found = [step for step in gpu_run.steps(fake, tmp_path, "9.0a") if step.name.startswith("throws")]
     assert {step.together for step in found} == {"throws"}
     assert sum(step.limit for step in found) / gpu_run.PROCESSES["throws"] < 30

@@ -210,7 +210,7 @@ def check_scores_of_any_size(prefix: bool, device: str = "cpu") -> None:
 
 
 def check_outweighing_state(dtype: torch.dtype, device: str = "cpu") -> None:
-    """Of an initial state that outweighs all positions, the rounding of c does not add up in the gradient of L."""
+    """The rounding of c does not add up in the gradient of L if the initial state outweighs all positions."""
     e = torch.randn(2, 1500, 512, device=device).to(dtype)
     scores = torch.randn(2, 1500, device=device).to(dtype)
     c0 = torch.randn(2, 512, dtype=torch.float32, device=device)

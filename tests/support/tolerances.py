@@ -64,7 +64,7 @@ TOLERANCE = {
     ("recurrence_bfloat16", torch.float32): 5e-5,
     # int8 layers against float32 layers of the same weights: states of 7 bits, each number off by 1/126 of the largest.
     ("recurrence_rounded_states", torch.float32): 3e-2,
-    # Of AVX512-BF16: inputs and states are rounded to 8 bits.
+    # AVX512-BF16 rounds inputs and states to 8 bits.
     ("recurrence_bfloat16_pairs", torch.float32): 8e-3,
     ("linear_pairs", torch.float32): 8e-3,
     # A dot product, and sums over rows.

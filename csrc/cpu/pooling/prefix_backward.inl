@@ -184,8 +184,8 @@ static void prefix_pool_backward(const PrefixPoolBackwardParams<S>& p, const Thr
     Carried<T> carried = {state, p.grad_l_n == nullptr ? T(0) : -p.grad_l_n[b]};
     p.grad_c_n == nullptr ? zero(state, in.dim) : convert(p.grad_c_n + b * in.dim, state, in.dim);
     if (p.grad_c_n != nullptr && in.steps == 0) carried.k += dot(state, c0, in.dim);
-    // Of the state `row` after the products of a chunk, leaves what the products of the later positions have left out:
-    // they start from a row of c, which may be rounded to 16 bits, and nothing has counted the last state.
+    // `row` is the state after the products of a chunk. Subtracts the state that the products of the later positions
+    // began with: a row of c, which may be rounded to 16 bits. After the last position there is none.
     const auto subtract_counted_state = [&](Range chunk) {
       if (chunk.begin == chunk.end) return zero(row, in.dim);
       if (chunk.end == in.steps) return;
