@@ -183,7 +183,11 @@ def recurrence(choices: Choices) -> Call:
         with torch.no_grad():
             inputs["w_hh"] /= torch.linalg.matrix_norm(inputs["w_hh"].float(), 2).clamp(min=1)
     function, reference = recurrence_functions(cell, **options)
-    return Call(f"ops.{cell}", function, [], inputs, reference, cell.op, gradients=is_smooth(cell, dtype))
+    # In 16 bits the gradient of a single recurrent weight has a sum of errors of the same sign: that of torch.nn.RNN is
+    # off by up to 5 times the tolerance.
+    single = dtype in HALF_DTYPES and inputs["w_hh"].shape[1] == 1
+    gradients = is_smooth(cell, dtype) and not single
+    return Call(f"ops.{cell}", function, [], inputs, reference, cell.op, gradients=gradients)
 
 
 def multilayer(choices: Choices) -> Call:
@@ -436,7 +440,7 @@ def fault(call: Call, first: object, second: object, refused: bool, compares: bo
         try:
             functions = [call.function, call.reference]
             # The largest of many rounding errors of 16 bits; those of more bits are far from the tolerances.
-            factor = 3.0 if any(t.element_size() == 2 for t in tensors_in(call.named)) else 1.0
+            factor = 2.0 if any(t.element_size() == 2 for t in tensors_in(call.named)) else 1.0
             compare(call.op, functions, call.named, gradients=call.gradients, factor=factor)
         except AssertionError as difference:
             return str(difference)
