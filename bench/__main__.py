@@ -123,7 +123,7 @@ def _measure(run: dict[str, Any], cases: Sequence[Case], settings: comparison.Se
     status = 0
     try:
         for case in cases:
-            result = comparison.run(case, settings)
+            result = recording.rounded(comparison.run(case, settings))
             run["cases"].append(result)
             if json is not None:  # after each case: the run may be ended from outside
                 recording.write_json(run, json)
@@ -205,7 +205,8 @@ def main(
     print(report.header(run))
     status = _measure(run, selected, settings, options.json)
     names = [case.name for case in cases]
-    run["means"] = [comparison.geometric_mean(mean, names, run["cases"], settings) for mean in means]
+    found = [comparison.geometric_mean(mean, names, run["cases"], settings) for mean in means]
+    run["means"] = recording.rounded(found)
     print(f"\n{report.summary(run['cases'], run['means'])}")
     if options.json is not None:
         recording.write_json(run, options.json)

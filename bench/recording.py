@@ -8,14 +8,14 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import llm_ext
 from bench import limits, peers
 
-__all__ = ["FORMAT", "machine", "read_json", "start", "versions", "write_json"]
+__all__ = ["FORMAT", "machine", "read_json", "rounded", "start", "versions", "write_json"]
 
 FORMAT = 2  # of the JSON file, see bench/results/README.md
 
@@ -63,7 +63,7 @@ def versions(device: str = "cpu") -> dict[str, Any]:
 
 def start(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a run without cases; measures the limits of the machine."""
-    return {
+    record = {
         "format": FORMAT,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(settings["device"]),
@@ -73,15 +73,16 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
         "cases": [],
         "means": [],
     }
+    return cast(dict[str, Any], rounded(record))
 
 
-def _rounded(value: Any) -> Any:
-    """Round floats to six significant digits."""
+def rounded(value: Any) -> Any:
+    """Round floats to six significant digits, as in files: `--from` then prints what the run has printed."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _dumps(value: Any) -> str:
@@ -110,7 +111,7 @@ def _joined(lines: Iterator[str]) -> Iterator[str]:
 
 def write_json(run: dict[str, Any], path: Path) -> None:
     """Write a record with numbers to six digits, one candidate a line."""
-    run = _rounded(run)
+    run = rounded(run)
     lines = ["{"]
     lines += [f' "{key}": {_dumps(value)},' for key, value in run.items() if key not in ("cases", "means")]
     lines.append(' "cases": [')
