@@ -56,6 +56,7 @@ class Pool:
     size: float = 0.0  # of the given scores
     rows: str = "both"  # "full", "lengths", "mask", "gap"
     state: bool = True
+    outweighs: bool = False  # the state outweighs all positions, whose c has the gradient 1/D
     bare: bool = False  # no gradients but that of c; prefix form: no gradients but that of the last state
     time_major: bool = False
     # A given plan: packs per thread, threads per thread group, positions per chunk.
@@ -66,7 +67,7 @@ class Pool:
     shared_bytes: int = 227 * 1024
 
     def __str__(self) -> str:
-        options = [name for name in ("scored", "state", "bare", "time_major") if getattr(self, name)]
+        options = [name for name in ("scored", "state", "outweighs", "bare", "time_major") if getattr(self, name)]
         options += [f"size{self.size:g}"] * (self.size != 0)
         options += ["plan" + "_".join(map(str, self.plan))] if self.plan else [f"sm{self.sm_count}"]
         options += [f"rounds{self.round_groups}"] * (self.round_groups > 0)
@@ -96,6 +97,10 @@ def pool_inputs(case: Pool) -> dict[str, Tensor]:
             l0 = torch.stack((m0.to(wide), 1 + normal(B, dtype=wide).abs()), 1)
             tensors |= {"l0": l0, "c0": normal(B, D, dtype=wide)}
         tensors |= {"grad_l_n": normal(B, dtype=wide), "grad_c_n": normal(B, D, dtype=wide)}
+        if case.outweighs:
+            tensors["l0"][:, 0] += 20
+            tensors["grad_c"].fill_(1 / D)
+            del tensors["grad_l_n"], tensors["grad_c_n"]
         if case.bare:
             del tensors["grad_c"], tensors["grad_l_n"]
     elif not case.bare:
@@ -233,16 +238,19 @@ def pool_cases() -> list[Pool]:
         large = replace(some, scored=True, size=1e4 if dtype == torch.float16 else 1e6)
         rounds.append(replace(large, plan=(1, 32, 4), round_groups=3 * pack(dtype)))
         cases += [replace(case, gradient_groups=0 if dtype in HALF_DTYPES else case.round_groups) for case in rounds]
-        if dtype not in HALF_DTYPES:
-            # Backward, a thread group per row: several chunks, one, and no gradient of c.
-            alone = replace(some, gradient_groups=1)
-            cases += [
-                replace(alone, plan=(1, 4, 4)),
-                replace(alone, plan=(1, 64, 8), scored=i % 2 == 1, rows="lengths", time_major=True),
-                replace(alone, plan=(2, 2, 6), rows="mask", state=False),
-                replace(alone, B=2, T=9, plan=(1, 128, 12), rows="full", bare=True),
-                replace(alone, plan=(1, 8, 8), scored=True, size=1e6),
-            ]
+        # Backward, a thread group per row: several chunks, one, none, no gradient of c.
+        alone = replace(some, gradient_groups=1)
+        cases += [
+            replace(alone, plan=(1, 4, 4)),
+            replace(alone, plan=(1, 64, 8), scored=i % 2 == 1, rows="lengths", time_major=True),
+            replace(alone, plan=(2, 2, 6), rows="mask", state=False),
+            replace(alone, B=2, T=9, plan=(1, 128, 12), rows="full", bare=True),
+            replace(alone, T=0, plan=(1, 4, 4)),
+            replace(large, plan=(1, 8, 8), gradient_groups=1),
+        ]
+        if dtype in HALF_DTYPES:  # The rounding of the states does not add up over chunks.
+            many = replace(alone, B=2, T=300, D=pack(dtype), plan=(1, 1, 2))
+            cases.append(replace(many, scored=True, rows="full", outweighs=True))
         cases += [replace(large, prefix=prefix, plan=(1, 4, 8)) for prefix in (False, True)]
     # Plans of make_prefix_plan() and make_prefix_gradient_plan().
     cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
@@ -436,10 +444,10 @@ def test_plans_fit(program: Path) -> None:
         if round_groups > 1:  # all thread groups are resident
             assert B * round_groups <= multiprocessors * (256 // group_threads), what
             assert round_groups * group_threads >= D, what
+            assert name == "pool" or size >= 4, what
         else:
             assert name == "gradient", what
             assert packs <= 2, what
-            assert size >= 4, what
             assert 2 * (shared + 1024) <= room + 1024 or packs > 1, what
     assert all(len(found) == 2 for found in kinds.values())
     for i, (Tq, Tk, A) in enumerate(slabs):

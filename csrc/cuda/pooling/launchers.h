@@ -36,8 +36,8 @@ struct PoolPlan {
 PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, int sm_count);
 // The prefix form: rounds if rows are few and long enough, otherwise make_pool_plan().
 PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, const DeviceFacts& facts);
-// Its backward pass: likewise, and rounds of one thread group per row if there are many rows, or short ones. Never
-// rounds in 16 bits: they take the state before a chunk from c.
+// Its backward pass: likewise, but not in 16 bits, and rounds of one thread group per row if there are many rows, or
+// short ones.
 PoolPlan make_prefix_gradient_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes,
                                    const DeviceFacts& facts);
 
@@ -84,7 +84,7 @@ template <typename S>
 int prefix_pool_forward(const PrefixPoolForwardParams<S>& params, const PoolPlan& plan, void* stream);
 template <typename S>
 int prefix_pool_backward(const PrefixPoolBackwardParams<S>& params, const PoolPlan& plan, void* stream);
-// Run plans with rounds; prefix_pool_forward() and prefix_pool_backward() call them, the latter for S = float, double.
+// Run plans with rounds; prefix_pool_forward() and prefix_pool_backward() call them.
 template <typename S>
 int prefix_pool_rounds(const PrefixPoolForwardParams<S>& params, const PoolPlan& plan, void* stream);
 template <typename S>

@@ -84,8 +84,9 @@ PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t ele
 PoolPlan make_prefix_gradient_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes,
                                    const DeviceFacts& facts) {
   const PoolPlan plan = make_pool_plan(batch, steps, dim, element_bytes, facts.sm_count);
-  if (plan.packs == 0 || plan.packs > kMaxGradientPacks || element_bytes < 4 || batch == 0) return plan;
+  if (plan.packs == 0 || plan.packs > kMaxGradientPacks || batch == 0) return plan;
   if (plan.chunks > 1) {
+    if (element_bytes < 4) return plan;
     return with_resident_rounds(plan, batch, steps, dim, element_bytes, facts, gradient_rounds_layout,
                                 kGradientChunkMultiple);
   }

@@ -1,14 +1,19 @@
 // The prefix form of attention pooling, backward, in one pass: e and its gradient are read once, the results written
-// once. The formulas are those of prefix_pool_backward.cu; the state before a chunk is the row of c before it. In 16
-// bits that row is rounded, and its error would add up in K.
+// once. The formulas are those of prefix_pool_backward.cu; the state before a chunk is the row of c before it.
 //
-// Few and long rows run in the rounds of prefix_rounds.cu, from the last position to the first:
+// In 16 bits that row is rounded, and its error would add up in K. So K gains G . (c - c') after a chunk, where c is its
+// last state and c' the row from which the later states began: the gradient of L, G . c - K, does not change.
+//
+// Few and long rows run in the rounds of prefix_rounds.cu, from the last position to the first, but not in 16 bits,
+// where G . (c - c') would be one more sum to exchange:
 //
 // round i      a chunk has arrived in shared memory; compute its states, dot products and what it passes on
 // round i + 1  scan: each thread group owns some columns and replaces what the chunks pass on by what they receive
 // round i + 2  write the gradients of the chunk from what it receives
 //
 // A thread group that has a batch row of its own passes the gradient on in registers, and writes in the same round.
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/pooling/columns.cuh"
 #include "cuda/pooling/launchers.h"
@@ -19,9 +24,10 @@ namespace llm_ext {
 namespace cuda {
 namespace {
 
-template <typename T>
+template <typename S>
 struct GradientRoundsParams {
-  PrefixPoolBackwardParams<T> call;
+  using T = Compute<S>;
+  PrefixPoolBackwardParams<S> call;
   PoolPlan plan;
   RoundsLayout layout;
   int rounds;
@@ -37,17 +43,19 @@ struct GradientRoundsParams {
   uint32_t* scanned;  // [B groups] flags: rounds whose columns are scanned
 };
 
-template <typename T, int N>
+template <typename S, int N>
 LLM_EXT_SHARING_KERNEL(kPoolThreads, kBlocks<N>)
-void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
+void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<S> p) {
+  using T = Compute<S>;
   constexpr int R = kBackwardRows<N>;
-  const PrefixPoolBackwardParams<T>& call = p.call;
-  const PoolInput<T>& in = call.in;
+  constexpr bool kRounded = !std::is_same_v<S, T>;
+  const PrefixPoolBackwardParams<S>& call = p.call;
+  const PoolInput<S>& in = call.in;
   const int chunk = static_cast<int>(p.plan.chunk);
   const RoundGroup group(p.plan, in.batch);
-  const bool alone = group.groups == 1;
+  const bool alone = kRounded || group.groups == 1;
   const int64_t all_groups = in.batch * group.groups, b = group.b, D = in.dim;
-  const Columns<T, N> columns(D, p.plan);
+  const Columns<S, N> columns(D, p.plan);
   GroupSum<T> sum = group_sum<T>(p.plan.group_threads);
 
   // The positions of a round: `count_of` of them before `end_of`. No thread group has more of them than the
@@ -64,7 +72,7 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
   const auto count_of = [&](int i) { return group.exists ? at_most(i, group.rank) : 0; };
   // A slot of the thread group has rows of e and grad_c and the row of c before them, and numbers of each position.
   unsigned char* own = shared_memory() + p.layout.sums + group.in_block * p.layout.group;
-  const auto row_at = [&](int i, int r) { return reinterpret_cast<T*>(own) + (i % p.slots * (2 * chunk + 1) + r) * D; };
+  const auto row_at = [&](int i, int r) { return reinterpret_cast<S*>(own) + (i % p.slots * (2 * chunk + 1) + r) * D; };
   const auto e_at = [&](int i, int r) { return row_at(i, r); };
   const auto g_at = [&](int i, int r) { return row_at(i, chunk + r); };
   const auto before_at = [&](int i) { return row_at(i, 2 * chunk); };
@@ -78,7 +86,7 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
     if (count == 0) return;
     const int64_t begin = end_of(i) - count, offset = offset_of(in, b, begin);
     const T* shares = call.share + b * in.steps + begin;
-    const auto copy = [&](T* to, const T* from) {
+    const auto copy = [&](S* to, const S* from) {
       columns.for_each([&](int, int64_t column) {
         if (column < D) copy_async(to + column, from + column);
       });
@@ -100,11 +108,18 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
     if (begin > 0) copy(before_at(i), call.c + offset - in.e_step_stride);
   };
 
-  // The state before position t >= 0, whose row of c is `row` if t > 0.
-  const auto begin_state = [&](Held<T, N>& state, int64_t t, const T* row) {
-    state.begin(columns, nullptr, t > 0 ? row : (call.c0 == nullptr ? nullptr : call.c0 + b * D));
+  const auto add = [&](Held<S, N>& state, T factor, const S* row) {
+    Tile<S, N, 1> tile;
+    tile.load(columns, [&](int) { return row; });
+    columns.for_each_number(
+        [&](int n, int64_t column, int j) { state.at(n, column, j) += factor * tile.at(0, n, column, j); });
   };
-  const auto with = [&](Held<T, N>& x, Held<T, N>& y) {
+  // The state before position t >= 0, whose row of c is `row` if t > 0.
+  const auto begin_state = [&](Held<S, N>& state, int64_t t, const S* row) {
+    state.begin(columns, nullptr, t > 0 || call.c0 == nullptr ? nullptr : call.c0 + b * D);
+    if (t > 0) add(state, T(1), row);
+  };
+  const auto with = [&](Held<S, N>& x, Held<S, N>& y) {
     T product[1] = {T(0)};
     columns.for_each_number(
         [&](int n, int64_t column, int j) { product[0] += x.at(n, column, j) * y.at(n, column, j); });
@@ -112,21 +127,23 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
     return product[0];
   };
 
-  // G and K after the last position; then, if the thread group is alone, after the chunk that is next.
-  Held<T, N> carried;
+  // G and K after the last position; then, if the thread group is alone, after the chunk that is next. In 16 bits K
+  // gains G . c of the last position with the first chunk.
+  Held<S, N> carried;
   carried.begin(columns, nullptr, group.exists && call.grad_c_n != nullptr ? call.grad_c_n + b * D : nullptr);
-  T k;
-  {
-    Held<T, N> last;
+  T k = group.exists && call.grad_l_n != nullptr ? -call.grad_l_n[b] : T(0);
+  if (!kRounded || p.rounds == 0) {
+    Held<S, N> last;
     begin_state(last, group.exists ? in.steps : 0, call.c + offset_of(in, b, in.steps - 1));
-    k = with(carried, last);
-    if (group.exists && call.grad_l_n != nullptr) k -= call.grad_l_n[b];
+    k += with(carried, last);
   }
 
   const auto summarise = [&](int i) {
     const int count = count_of(i);
-    Held<T, N> state, passed_on;
+    Held<S, N> state, passed_on;
     begin_state(state, count > 0 ? end_of(i) - count : 0, before_at(i));
+    // The row from which the states of the later positions began.
+    [[maybe_unused]] const S* counted = count > 0 && i > 0 ? call.c + offset_of(in, b, end_of(i) - 1) : nullptr;
     passed_on.begin(columns, nullptr, nullptr);
     T passed_k = T(0), through = T(1);
     const int most = at_most(i, 0);
@@ -138,7 +155,7 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
         through *= T(1) - share[r];
         passed[r] = through;
       }
-      Tile<T, N, R> e, g;
+      Tile<S, N, R> e, g;
       e.load(columns, [&](int r) { return share[r] != T(0) ? e_at(i, r0 + r) : nullptr; });
       g.load(columns, [&](int r) { return r0 + r < count && call.grad_c != nullptr ? g_at(i, r0 + r) : nullptr; });
       columns.for_each_number([&](int n, int64_t column, int j) {
@@ -159,6 +176,10 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
         passed_k += passed[r] * products[r];
         if (columns.writes(r) && r0 + r < count) products_at(i)[r0 + r] = products[r];
       }
+    }
+    if constexpr (kRounded) {
+      add(state, T(-1), counted);
+      k += with(carried, state);
     }
     if (alone) {
       block_barrier();
@@ -205,9 +226,9 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
     group.raise(p.scanned, i + 1);
   };
 
-  Tile<T, N, 1> u;
+  Tile<S, N, 1> u;
   u.load(columns, [&](int) { return in.u; });
-  Held<T, N> du;
+  Held<S, N> du;
   du.begin(columns, nullptr, nullptr);
   const auto write = [&](int i) {
     const int count = count_of(i);
@@ -225,7 +246,7 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
       T share[R], dots[R] = {}, ds[R];
 #pragma unroll
       for (int r = 0; r < R; ++r) share[r] = r <= last ? shares_at(i)[last - r] : T(0);
-      Tile<T, N, R> e, g;
+      Tile<S, N, R> e, g;
       e.load(columns, [&](int r) { return share[r] != T(0) ? e_at(i, last - r) : nullptr; });
       g.load(columns, [&](int r) { return r <= last && call.grad_c != nullptr ? g_at(i, last - r) : nullptr; });
       columns.for_each_number([&](int n, int64_t column, int j) {
@@ -246,23 +267,23 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
         k_at += products_at(i)[last - r];
         if (share[r] != T(0)) ds[r] = share[r] * (dots[r] - k_at);
         k_at *= T(1) - share[r];
-        if (call.dscores != nullptr && columns.writes(r)) call.dscores[b * in.steps + t - r] = narrow<T>(ds[r]);
+        if (call.dscores != nullptr && columns.writes(r)) call.dscores[b * in.steps + t - r] = narrow<S>(ds[r]);
       }
-      T* de = call.de == nullptr ? nullptr : call.de + offset_of(in, b, t);
+      S* de = call.de == nullptr ? nullptr : call.de + offset_of(in, b, t);
       columns.for_each([&](int n, int64_t column) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          Pack<T, columns.kWide> pack;
+          Pack<S, columns.kWide> pack;
 #pragma unroll
           for (int j = 0; j < columns.kWide; ++j) {
             T& state = carried.at(n, column, j);
             state += g.at(r, n, column, j);
-            pack.at[j] = narrow<T>(share[r] * state + ds[r] * u.at(0, n, column, j));
+            pack.at[j] = narrow<S>(share[r] * state + ds[r] * u.at(0, n, column, j));
             state *= T(1) - share[r];
             du.at(n, column, j) += ds[r] * e.at(r, n, column, j);
           }
           if (de != nullptr && column < D && r <= last) {
-            *reinterpret_cast<Pack<T, columns.kWide>*>(de - r * in.e_step_stride + column) = pack;
+            *reinterpret_cast<Pack<S, columns.kWide>*>(de - r * in.e_step_stride + column) = pack;
           }
         }
       });
@@ -288,7 +309,7 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
   if (group.exists && p.partial_du != nullptr) du.end(columns, p.partial_du + group.index * D);
   if (alone) {
     if (group.exists && call.dc0 != nullptr) carried.end(columns, call.dc0 + b * D);
-    Held<T, N> c0;
+    Held<S, N> c0;
     begin_state(c0, 0, nullptr);
     const T with_c0 = with(carried, c0);
     if (group.exists && call.dl0 != nullptr && columns.rank == 0) call.dl0[b] = with_c0 - k;
@@ -309,14 +330,15 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<T> p) {
 
 }  // namespace
 
-template <typename T>
-int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<T>& call, const PoolPlan& plan, void* stream) {
-  const PoolInput<T>& in = call.in;
+template <typename S>
+int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<S>& call, const PoolPlan& plan, void* stream) {
+  using T = Compute<S>;
+  const PoolInput<S>& in = call.in;
   const int64_t all_groups = in.batch * plan.round_groups, positions = plan.round_groups * plan.chunk;
-  GradientRoundsParams<T> p = {};
+  GradientRoundsParams<S> p = {};
   p.call = call;
   p.plan = plan;
-  p.layout = gradient_rounds_layout(plan, in.dim, sizeof(T), sizeof(T));
+  p.layout = gradient_rounds_layout(plan, in.dim, sizeof(S), sizeof(T));
   p.slots = gradient_slots(plan.round_groups);
   p.rounds = static_cast<int>((in.steps + positions - 1) / positions);
   p.partial_du = call.du == nullptr ? nullptr : call.workspace;
@@ -332,16 +354,20 @@ int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<T>& call, const P
     if (error != 0) return error;
   }
   const auto run = [&](auto packs) {
-    return launch_rounds(prefix_gradient_rounds<T, packs()>, p, plan, p.layout, in.batch, stream);
+    return launch_rounds(prefix_gradient_rounds<S, packs()>, p, plan, p.layout, in.batch, stream);
   };
   const int error = plan.packs == 1 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
   if (error != 0 || call.du == nullptr) return error;
-  return reduce_partial_sums(PartialSums<T>{1, all_groups, in.dim, p.partial_du, nullptr, call.du, nullptr, nullptr},
+  return reduce_partial_sums(PartialSums<S>{1, all_groups, in.dim, p.partial_du, nullptr, call.du, nullptr, nullptr},
                              stream);
 }
 
-template int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<float>&, const PoolPlan&, void*);
-template int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<double>&, const PoolPlan&, void*);
+#define FOR(S) template int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<S>&, const PoolPlan&, void*);
+FOR(float)
+FOR(double)
+FOR(BFloat16)
+FOR(Float16)
+#undef FOR
 
 }  // namespace cuda
 }  // namespace llm_ext

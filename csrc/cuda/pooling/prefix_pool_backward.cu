@@ -5,8 +5,6 @@
 // A chunk does not know the state C before it, but c_t = l_t + p_t C, where l is the state that starts from zero and p
 // the product of all keep up to t. So g_t . c_t = g_t . l_t + p_t g_t . C. A chunk passes on the sum of p_t g_t . c_t,
 // which is the sum of p_t g_t . l_t plus C times the sum of p_t^2 g_t.
-#include <type_traits>
-
 #include "cuda/device.cuh"
 #include "cuda/pooling/chunks.cuh"
 #include "cuda/pooling/columns.cuh"
@@ -308,9 +306,7 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 template <typename S>
 int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan& plan, void* stream) {
   using T = Compute<S>;
-  if constexpr (std::is_same_v<S, T>) {
-    if (plan.round_groups > 0) return prefix_pool_gradient_rounds(call, plan, stream);
-  }
+  if (plan.round_groups > 0) return prefix_pool_gradient_rounds(call, plan, stream);
   const PoolInput<S>& in = call.in;
   const int64_t all_chunks = in.batch * plan.chunks;
   PrefixGradientParams<S> p = {};
