@@ -8,11 +8,10 @@
 // write.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/attention/pairs.cuh"
 #include "cuda/attention/softmax.cuh"
 #include "cuda/device.cuh"
+#include "cuda/lane_pack.cuh"
 
 namespace llm_ext {
 namespace cuda {
@@ -33,52 +32,29 @@ struct OneQueryParams {
   Compute<S>* dv;        // [B, A] out: partial sums; null: not wanted
 };
 
-// The 16 bytes that a lane has of a row of A numbers, from `a` on; numbers beyond the end are 0. They stay words until
-// they are used: unpacked in a branch of the load, they would let no other load begin before they have arrived.
+// The pack of a row of A numbers from `a` on; numbers beyond the end are 0.
 template <typename S>
-struct LanePack {
-  using Word = std::conditional_t<sizeof(S) == 2, uint32_t, S>;
-  static constexpr int kSize = kPackSize<S>, kEach = sizeof(Word) / sizeof(S);
-  Pack<Word, kPackSize<Word>> words = {};
-
-  LLM_EXT_DEVICE S get(int n) const {
-    if constexpr (kEach == 2) {
-      return S{static_cast<uint16_t>(words.at[n / 2] >> 16 * (n % 2))};
-    } else {
-      return words.at[n];
-    }
-  }
-  // Once, from 0 on.
-  LLM_EXT_DEVICE void set(int n, S x) {
-    if constexpr (kEach == 2) {
-      words.at[n / 2] |= static_cast<uint32_t>(x.bits) << 16 * (n % 2);
-    } else {
-      words.at[n] = x;
-    }
-  }
-  LLM_EXT_DEVICE Compute<S> operator[](int n) const { return widen(get(n)); }
-
-  LLM_EXT_DEVICE void load(const S* row, int64_t a, int64_t A) {
-    if (A % kSize == 0 && a < A) {
-      words = *reinterpret_cast<const Pack<Word, kPackSize<Word>>*>(row + a);
-    } else {
+LLM_EXT_DEVICE void load_pack(LanePack<S>& pack, const S* row, int64_t a, int64_t A) {
+  if (A % kPackSize<S> == 0 && a < A) {
+    pack.load(row + a);
+  } else {
 #pragma unroll
-      for (int n = 0; n < kSize; ++n) {
-        if (a + n < A) set(n, row[a + n]);
-      }
+    for (int n = 0; n < kPackSize<S>; ++n) {
+      if (a + n < A) pack.set(n, row[a + n]);
     }
   }
-  LLM_EXT_DEVICE void store(S* row, int64_t a, int64_t A) const {
-    if (A % kSize == 0 && a < A) {
-      *reinterpret_cast<Pack<Word, kPackSize<Word>>*>(row + a) = words;
-    } else {
+}
+template <typename S>
+LLM_EXT_DEVICE void store_pack(const LanePack<S>& pack, S* row, int64_t a, int64_t A) {
+  if (A % kPackSize<S> == 0 && a < A) {
+    pack.store(row + a);
+  } else {
 #pragma unroll
-      for (int n = 0; n < kSize; ++n) {
-        if (a + n < A) row[a + n] = get(n);
-      }
+    for (int n = 0; n < kPackSize<S>; ++n) {
+      if (a + n < A) row[a + n] = pack.get(n);
     }
   }
-};
+}
 
 // kRowsAtOnce rows of b: `first`, `first` + `step`, ...
 template <typename S>
@@ -99,7 +75,7 @@ struct SomeRows {
   LLM_EXT_DEVICE void load(int64_t a, LanePack<S> (&packs)[kRowsAtOnce]) const {
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (valid[i]) packs[i].load(p.rows.data + index(i) * p.width, a, p.width);
+      if (valid[i]) load_pack(packs[i], p.rows.data + index(i) * p.width, a, p.width);
     }
   }
   LLM_EXT_DEVICE void load_numbers(Compute<S> (&numbers)[kRowsAtOnce]) const {
@@ -120,8 +96,8 @@ void one_query_dots(LLM_EXT_PARAMS OneQueryParams<S> p) {
   for (int64_t a = lane_index() * kPackSize<S>; a < p.width; a += kWarpThreads * kPackSize<S>) {
     LanePack<S> y[kRowsAtOnce], x, v;
     rows.load(a, y);
-    x.load(p.x + b * p.width, a, p.width);
-    if (kScores) v.load(p.v, a, p.width);
+    load_pack(x, p.x + b * p.width, a, p.width);
+    if (kScores) load_pack(v, p.v, a, p.width);
 #pragma unroll
     for (int n = 0; n < kPackSize<S>; ++n) {
       v_sum += v[n];
@@ -148,13 +124,13 @@ void one_query_value_gradients(LLM_EXT_PARAMS OneQueryParams<S> p) {
   rows.load_numbers(weights);
   for (int64_t a = lane_index() * kPackSize<S>; a < p.width; a += kWarpThreads * kPackSize<S>) {
     LanePack<S> x;
-    if (p.x != nullptr) x.load(p.x + b * p.width, a, p.width);
+    if (p.x != nullptr) load_pack(x, p.x + b * p.width, a, p.width);
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       LanePack<S> d;
 #pragma unroll
       for (int n = 0; n < kPackSize<S>; ++n) d.set(n, narrow<S>(weights[i] * x[n]));
-      if (rows.exists(i)) d.store(p.d_rows + rows.index(i) * p.width, a, p.width);
+      if (rows.exists(i)) store_pack(d, p.d_rows + rows.index(i) * p.width, a, p.width);
     }
   }
 }
@@ -198,7 +174,7 @@ void one_query_context(LLM_EXT_PARAMS OneQueryParams<S> p) {
   LanePack<S> context;
 #pragma unroll
   for (int n = 0; n < kPackSize<S>; ++n) context.set(n, narrow<S>(sums[n]));
-  context.store(p.out + b * p.width, a, p.width);
+  store_pack(context, p.out + b * p.width, a, p.width);
 }
 
 // Gradients of the query, the keys and v: with one query, each term of the query's is the gradient of a key. Threads
@@ -210,8 +186,8 @@ void one_query_gradients(LLM_EXT_PARAMS OneQueryParams<S> p) {
   constexpr int kEach = kPackSize<S>;
   const int64_t b = block_x() / p.tiles, a = (block_x() % p.tiles * kWarpThreads + lane_index()) * kEach;
   LanePack<S> x, v;
-  x.load(p.x + b * p.width, a, p.width);
-  v.load(p.v, a, p.width);
+  load_pack(x, p.x + b * p.width, a, p.width);
+  load_pack(v, p.v, a, p.width);
   T sums[2 * kEach] = {};  // ds r (1 - r), then ds r
   T d_all = T(0);
   for (int64_t k = warp_index(); k < p.rows.count; k += kRowsAtOnce * kWarps) {
@@ -232,7 +208,7 @@ void one_query_gradients(LLM_EXT_PARAMS OneQueryParams<S> p) {
         sums[kEach + n] += ds[i] * r;
         d.set(n, narrow<S>(4 * v[n] * product));
       }
-      if (p.d_rows != nullptr) d.store(p.d_rows + rows.index(i) * p.width, a, p.width);
+      if (p.d_rows != nullptr) store_pack(d, p.d_rows + rows.index(i) * p.width, a, p.width);
     }
   }
 #pragma unroll
@@ -245,7 +221,7 @@ void one_query_gradients(LLM_EXT_PARAMS OneQueryParams<S> p) {
     d.set(n, narrow<S>(4 * v[n] * sums[n]));
     if (p.dv != nullptr && a + n < p.width) p.dv[b * p.width + a + n] = sums[kEach + n];
   }
-  if (p.out != nullptr) d.store(p.out + b * p.width, a, p.width);
+  if (p.out != nullptr) store_pack(d, p.out + b * p.width, a, p.width);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/device.cuh"
+#include "cuda/lane_pack.cuh"
 #include "cuda/log_sum.cuh"
 #include "cuda/pooling/launchers.h"
 
@@ -38,7 +39,7 @@ static_assert(kSharedBytes<float> == rounds_layout({}, 0, 0, sizeof(float)).sums
 // The columns of a thread: N packs of 16 bytes, strided by the thread group; N = 0: any number of columns, one by one.
 template <typename S, int N>
 struct Columns {
-  static constexpr int kWide = N > 0 ? 16 / sizeof(S) : 1;
+  static constexpr int kWide = N > 0 ? LanePack<S>::kSize : 1;
   int64_t dim;
   int group_threads;
   int rank;  // of the thread in its group
@@ -72,8 +73,7 @@ struct Columns {
 // R rows of an input; absent rows are zero.
 template <typename S, int N, int R>
 struct Tile {
-  static constexpr int kWide = Columns<S, N>::kWide;
-  Pack<S, kWide> held[R][N > 0 ? N : 1];
+  LanePack<S> held[R][N > 0 ? N : 1];
   const S* in_memory[N > 0 ? 1 : R];
   unsigned presence;  // one bit per row
 
@@ -87,8 +87,8 @@ struct Tile {
       presence |= (row != nullptr ? 1u : 0u) << r;
       if constexpr (N > 0) {
         columns.for_each([&](int i, int64_t column) {
-          held[r][i] = row != nullptr && column < columns.dim ? *reinterpret_cast<const Pack<S, kWide>*>(row + column)
-                                                              : Pack<S, kWide>{};
+          held[r][i] = {};
+          if (row != nullptr && column < columns.dim) held[r][i].load(row + column);
         });
       } else {
         in_memory[r] = row;
@@ -98,7 +98,7 @@ struct Tile {
   LLM_EXT_DEVICE bool present(int r) const { return (presence >> r & 1) != 0; }
   LLM_EXT_DEVICE Compute<S> at(int r, int i, int64_t column, int j) const {
     if constexpr (N > 0) {
-      return widen(held[r][i].at[j]);
+      return held[r][i][j];
     } else {
       return present(r) ? widen(in_memory[r][column]) : Compute<S>(0);
     }
@@ -154,15 +154,24 @@ struct Held {
   }
 };
 
+// Computes the numbers value(j) of a pack, and writes them unless `to` is null.
+template <int N, typename S, typename F>
+LLM_EXT_DEVICE void write_pack(S* to, const F& value) {
+  if constexpr (N > 0) {
+    LanePack<S> pack;
+#pragma unroll
+    for (int j = 0; j < LanePack<S>::kSize; ++j) pack.set(j, narrow<S>(value(j)));
+    if (to != nullptr) pack.store(to);
+  } else {
+    const S number = narrow<S>(value(0));
+    if (to != nullptr) *to = number;
+  }
+}
 // Writes value(i, column, j) as a row of S.
 template <typename S, int N, typename F>
 LLM_EXT_DEVICE void write_row(const Columns<S, N>& columns, S* to, const F& value) {
-  constexpr int kWide = Columns<S, N>::kWide;
   columns.for_each([&](int i, int64_t column) {
-    Pack<S, kWide> pack;
-#pragma unroll
-    for (int j = 0; j < kWide; ++j) pack.at[j] = narrow<S>(value(i, column, j));
-    if (column < columns.dim) *reinterpret_cast<Pack<S, kWide>*>(to + column) = pack;
+    write_pack<N>(column < columns.dim ? to + column : nullptr, [&](int j) { return value(i, column, j); });
   });
 }
 
@@ -325,18 +334,13 @@ template <typename S, int N, int R>
 LLM_EXT_DEVICE void write_states(const Columns<S, N>& columns, Held<S, N>& c, const Tile<S, N, R>& e,
                                  const Compute<S> (&keep)[R], const Compute<S> (&share)[R], S* to, int64_t stride,
                                  int count) {
-  constexpr int kWide = Columns<S, N>::kWide;
   columns.for_each([&](int n, int64_t column) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      Pack<S, kWide> pack;
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
+      write_pack<N>(column < columns.dim && r < count ? to + r * stride + column : nullptr, [&](int j) {
         Compute<S>& state = c.at(n, column, j);
-        state = keep[r] * state + share[r] * e.at(r, n, column, j);
-        pack.at[j] = narrow<S>(state);
-      }
-      if (column < columns.dim && r < count) *reinterpret_cast<Pack<S, kWide>*>(to + r * stride + column) = pack;
+        return state = keep[r] * state + share[r] * e.at(r, n, column, j);
+      });
     }
   });
 }

@@ -1,8 +1,8 @@
 // The prefix form of attention pooling, backward, in one pass: e and its gradient are read once, the results written
 // once. The formulas are those of prefix_pool_backward.cu; the state before a chunk is the row of c before it.
 //
-// In 16 bits that row is rounded, and its error would add up in K. So K gains G . (c - c') after a chunk, where c is its
-// last state and c' the row from which the later states began: the gradient of L, G . c - K, does not change.
+// In 16 bits that row is rounded, and its error would add up in K. So K gains G . (c - c') after a chunk, where c is
+// its last state and c' the row from which the later states began: the gradient of L, G . c - K, does not change.
 //
 // Few and long rows run in the rounds of prefix_rounds.cu, from the last position to the first, but not in 16 bits,
 // where G . (c - c') would be one more sum to exchange:
@@ -273,18 +273,14 @@ void prefix_gradient_rounds(LLM_EXT_PARAMS GradientRoundsParams<S> p) {
       columns.for_each([&](int n, int64_t column) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          Pack<S, columns.kWide> pack;
-#pragma unroll
-          for (int j = 0; j < columns.kWide; ++j) {
+          const bool writes = de != nullptr && column < D && r <= last;
+          write_pack<N>(writes ? de - r * in.e_step_stride + column : nullptr, [&](int j) {
             T& state = carried.at(n, column, j);
-            state += g.at(r, n, column, j);
-            pack.at[j] = narrow<S>(share[r] * state + ds[r] * u.at(0, n, column, j));
-            state *= T(1) - share[r];
+            const T gradient = state + g.at(r, n, column, j);
+            state = (T(1) - share[r]) * gradient;
             du.at(n, column, j) += ds[r] * e.at(r, n, column, j);
-          }
-          if (de != nullptr && column < D && r <= last) {
-            *reinterpret_cast<Pack<S, columns.kWide>*>(de - r * in.e_step_stride + column) = pack;
-          }
+            return share[r] * gradient + ds[r] * u.at(0, n, column, j);
+          });
         }
       });
     }

@@ -275,18 +275,14 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           const int64_t t = end - 1 - r;
-          Pack<S, columns.kWide> pack;
-#pragma unroll
-          for (int j = 0; j < columns.kWide; ++j) {
+          const bool writes = call.de != nullptr && column < in.dim && t >= chunk.begin;
+          write_pack<N>(writes ? call.de + offset_of(in, chunk.b, t) + column : nullptr, [&](int j) {
             T& state = carried.at(n, column, j);
-            state += g.at(r, n, column, j);
-            pack.at[j] = narrow<S>(share[r] * state + ds[r] * u_at(n, column, j));
-            state *= T(1) - share[r];
+            const T gradient = state + g.at(r, n, column, j);
+            state = (T(1) - share[r]) * gradient;
             if (wants_du) du.at(n, column, j) += ds[r] * e.at(r, n, column, j);
-          }
-          if (call.de != nullptr && column < in.dim && t >= chunk.begin) {
-            *reinterpret_cast<Pack<S, columns.kWide>*>(call.de + offset_of(in, chunk.b, t) + column) = pack;
-          }
+            return share[r] * gradient + ds[r] * u_at(n, column, j);
+          });
         }
       });
     }
