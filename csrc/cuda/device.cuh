@@ -136,6 +136,11 @@ template <typename T>
 LLM_EXT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// The value of lane `lane`, likewise. Lanes may name different lanes, from 0 to 31.
+template <typename T>
+LLM_EXT_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 
 // Flags between blocks of a grid (release and acquire). Writes of the thread that raises a flag, and writes that are
 // visible to it (after a barrier, say), are visible to the thread that awaited the flag, and to its block after a

@@ -60,7 +60,7 @@ SIZES = 9, 8, 16  # T, B, I
 DTYPES = {"generic": ("float32", "float64", "bfloat16", "float16")}
 TILE_DTYPES = ("float32", "tf32", "bfloat16", "float16")
 ATTENTION = ("attention_pool", "prefix_pool", "additive_attention")
-STREAMS = ("cluster", "grid", "prefix_pool", "graph")
+STREAMS = ("cluster", "grid", "graph")
 # The slowest cases of bench/cases/cuda.py, compared with their targets or with others, and the largest.
 HEADLINE = (
     "cuda/bfloat16-*/B32-T128-I256-H512-L2",
@@ -355,13 +355,9 @@ def streams(what: str) -> None:
 
     import llm_ext
 
-    if what == "prefix_pool":
-        layer: Any = llm_ext.AttentionPool(1024, 8, causal=True, device="cuda", dtype=torch.bfloat16)
-        x = torch.randn(2, 4300, 1024, device="cuda", dtype=torch.bfloat16)
-    else:
-        H = ROUTES["cluster" if what == "cluster" else "grid"][2]
-        layer = llm_ext.LSTM(16, H, device="cuda", dtype=torch.bfloat16)
-        x = torch.randn(64, 8, 16, device="cuda", dtype=torch.bfloat16)
+    H = ROUTES["cluster" if what == "cluster" else "grid"][2]
+    layer = llm_ext.LSTM(16, H, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(64, 8, 16, device="cuda", dtype=torch.bfloat16)
     two: list[Any] = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def both(calls: int) -> list[list[Any]]:

@@ -61,8 +61,7 @@ class Pool:
     time_major: bool = False
     # A given plan: packs per thread, threads per thread group, positions per chunk.
     plan: tuple[int, int, int] | None = None
-    round_groups: int = 0  # prefix form forward, in rounds: thread groups per row
-    gradient_groups: int = 0  # backward, likewise
+    slot: int = 0  # prefix form backward, in one pass: positions in shared memory at once
     sm_count: int = 132
     shared_bytes: int = 227 * 1024
 
@@ -70,8 +69,7 @@ class Pool:
         options = [name for name in ("scored", "state", "outweighs", "bare", "time_major") if getattr(self, name)]
         options += [f"size{self.size:g}"] * (self.size != 0)
         options += ["plan" + "_".join(map(str, self.plan))] if self.plan else [f"sm{self.sm_count}"]
-        options += [f"rounds{self.round_groups}"] * (self.round_groups > 0)
-        options += [f"backward{self.gradient_groups}"] * (self.gradient_groups > 0)
+        options += [f"slot{self.slot}"] * (self.slot > 0)
         sizes = f"B{self.B}-T{self.T}-D{self.D}"
         op = "prefix" if self.prefix else "pool"
         return "-".join([op, str(self.dtype).removeprefix("torch."), sizes, self.rows, *options])
@@ -169,8 +167,7 @@ def check_pool(program: Path, case: Pool) -> None:
             "steps": case.T,
             "dim": case.D,
             "time_major": int(case.time_major),
-            "round_groups": case.round_groups,
-            "gradient_groups": case.gradient_groups,
+            "slot": case.slot,
             "sm_count": case.sm_count,
             "shared_bytes": case.shared_bytes,
             "seed": sum(map(ord, str(case))),
@@ -180,7 +177,7 @@ def check_pool(program: Path, case: Pool) -> None:
     op = "prefix_pool" if case.prefix else "attention_pool"
     wide = ("lse", "l_n", "c_n", "dl0", "dc0")
     for name, expected in pool_expected(
-        replace(case, plan=None, round_groups=0, gradient_groups=0, sm_count=0, shared_bytes=0, time_major=False)
+        replace(case, plan=None, slot=0, sm_count=0, shared_bytes=0, time_major=False)
     ).items():
         dtype, shape = computed(case.dtype) if name in wide else case.dtype, expected.shape
         if name == "l_n":
@@ -214,8 +211,9 @@ def pool_cases() -> list[Pool]:
                 replace(some, plan=(1, 32, 24), scored=i % 2 == 1),
                 replace(some, plan=(1, 128, 32), B=2, T=9, state=False),
             ]
-            # More chunks than lanes.
+            # More chunks than lanes, in a row and for each warp.
             cases.append(replace(some, plan=(1, 4, 8), B=2, T=300, rows=("gap", "full", "gap", "lengths")[i]))
+            cases.append(replace(some, plan=(1, 4, 4), B=1, T=1300, rows=("full", "gap", "mask", "full")[i]))
             # One number at a time.
             cases += [
                 replace(some, D=17, plan=(0, 256, 8)),
@@ -225,35 +223,27 @@ def pool_cases() -> list[Pool]:
         for i, (B, T, D) in enumerate([(1, 1, 1), (2, 0, 3), (2, 3, 0), (1, 70, 40), (40, 5, 16), (2, 130, 8)]):
             for dtype in (torch.float32, list(DTYPES)[i % 4]):
                 cases.append(Pool(prefix, dtype, B=B, T=T, D=D, sm_count=2, rows="full" if i % 2 else "both"))
-    # Rounds: several thread groups per block and one; rounds without positions; the last state from the first round.
     for i, dtype in enumerate(DTYPES):
-        some = Pool(True, dtype, D=3 * pack(dtype), T=30)
-        rounds = [
-            replace(some, plan=(1, 4, 3), round_groups=3 * pack(dtype) // 4 + 1),
-            replace(some, plan=(1, 64, 2), round_groups=3, scored=i % 2 == 0, rows="lengths", state=False),
-            replace(some, plan=(2, 8, 4), round_groups=5, rows="mask", time_major=True),
-            replace(some, B=2, plan=(1, 32, 5), round_groups=11, rows="full"),
-            replace(some, B=2, plan=(1, 128, 4), round_groups=3),
-        ]
-        large = replace(some, scored=True, size=1e4 if dtype == torch.float16 else 1e6)
-        rounds.append(replace(large, plan=(1, 32, 4), round_groups=3 * pack(dtype)))
-        cases += [replace(case, gradient_groups=0 if dtype in HALF_DTYPES else case.round_groups) for case in rounds]
-        # Backward, a thread group per row: several chunks, one, none, no gradient of c.
-        alone = replace(some, gradient_groups=1)
-        cases += [
-            replace(alone, plan=(1, 4, 4)),
-            replace(alone, plan=(1, 64, 8), scored=i % 2 == 1, rows="lengths", time_major=True),
-            replace(alone, plan=(2, 2, 6), rows="mask", state=False),
-            replace(alone, B=2, T=9, plan=(1, 128, 12), rows="full", bare=True),
-            replace(alone, T=0, plan=(1, 4, 4)),
-            replace(large, plan=(1, 8, 8), gradient_groups=1),
-        ]
-        if dtype in HALF_DTYPES:  # The rounding of the states does not add up over chunks.
-            many = replace(alone, B=2, T=300, D=pack(dtype), plan=(1, 1, 2))
-            cases.append(replace(many, scored=True, rows="full", outweighs=True))
+        large = Pool(True, dtype, D=3 * pack(dtype), T=30, scored=True, size=1e4 if dtype == torch.float16 else 1e6)
         cases += [replace(large, prefix=prefix, plan=(1, 4, 8)) for prefix in (False, True)]
-    # Plans of make_prefix_plan() and make_prefix_gradient_plan().
-    cases.append(Pool(True, torch.float32, B=1, T=330, D=256, sm_count=3, shared_bytes=60_000))
+        # Backward in one pass: several segments, one, none, no gradient of c.
+        rows = replace(large, scored=False, size=0)
+        cases += [
+            replace(rows, plan=(1, 4, 8), slot=4),
+            replace(rows, plan=(1, 64, 8), slot=8, scored=i % 2 == 1, rows="lengths", time_major=True),
+            replace(rows, plan=(2, 2, 8), slot=6, rows="mask", state=False),
+            replace(rows, B=2, T=9, plan=(1, 128, 8), slot=12, rows="full", bare=True),
+            replace(rows, T=0, plan=(1, 4, 8), slot=4),
+            replace(large, plan=(1, 8, 8), slot=8),
+        ]
+        if dtype in HALF_DTYPES:  # The rounding of the states does not add up over segments.
+            many = replace(rows, B=2, T=300, D=pack(dtype), plan=(1, 1, 8), slot=2)
+            cases.append(replace(many, scored=True, rows="full", outweighs=True))
+    # Plans of make_pool_plan() and make_prefix_gradient_plan(): several chunks of a warp each, and a row in one pass.
+    cases += [
+        Pool(True, torch.float32, B=1, T=330, D=256, sm_count=1),
+        Pool(True, torch.bfloat16, B=9, T=40, D=256, sm_count=1, shared_bytes=60_000),
+    ]
     return list(dict.fromkeys(cases))
 
 
@@ -421,14 +411,12 @@ def test_plans_fit(program: Path) -> None:
     ]
     slabs = [(Tq, Tk, A) for Tq in (0, 1, 31, 50, 3000) for Tk in (0, 1, 50, 5000) for A in (0, 1, 64, 1024)]
     answer = run(program, {"pools": torch.tensor(pools), "slabs": torch.tensor(slabs)})
-    kinds = {name: set[bool]() for name in ("pool", "gradient")}
+    kinds = {name: set[int]() for name in ("pool", "pool_gradient", "gradient")}
     for (i, problem), name in itertools.product(enumerate(pools), kinds):
         B, T, D, size, multiprocessors, room = problem
-        packs, group_threads, chunk, chunks, round_groups, shared = tensor(
-            answer[f"{name}{i}"], torch.int64, 6
-        ).tolist()
-        what = f"{name} {problem} by {(packs, group_threads, chunk, chunks, round_groups, shared)}"
-        kinds[name].add(round_groups > 1)
+        packs, group_threads, chunk, chunks, slot, shared = tensor(answer[f"{name}{i}"], torch.int64, 6).tolist()
+        what = f"{name} {problem} by {(packs, group_threads, chunk, chunks, slot, shared)}"
+        kinds[name].add((1 + (slot > 0)) * packs)
         assert group_threads in (1, 2, 4, 8, 16, 32, 64, 128, 256), what
         assert packs == 0 or (D * size % 16 == 0 and packs * group_threads * 16 >= D * size), what
         assert chunks >= 1, what
@@ -436,20 +424,20 @@ def test_plans_fit(program: Path) -> None:
         resident = (2 if packs == 1 else 1) * multiprocessors * (256 // group_threads)
         assert chunks == 1 or B * chunks <= resident, what
         assert chunks == 1 or resident // max(B, 1) > 2, what
-        if round_groups == 0:
-            assert chunk * chunks >= T, what
-            continue
-        assert packs > 0, what
-        assert shared <= room, what
-        if round_groups > 1:  # all thread groups are resident
-            assert B * round_groups <= multiprocessors * (256 // group_threads), what
-            assert round_groups * group_threads >= D, what
-            assert name == "pool" or size >= 4, what
-        else:
+        assert chunk * chunks >= T, what
+        # More packs than the row requires are for thread groups of a warp or more, in enough blocks.
+        required = 256 * (packs // 2) * 16 < D * size
+        assert packs <= (4 if name == "pool" else 2) or required, what
+        if packs > 1 and not required:
+            assert group_threads >= 32, what
+            assert 8 * (B * chunks * group_threads // 256) >= 7 * multiprocessors, what
+        if slot > 0:
             assert name == "gradient", what
-            assert packs <= 2, what
+            assert chunks == 1, what
+            assert packs in (1, 2), what
+            assert shared <= room, what
             assert 2 * (shared + 1024) <= room + 1024 or packs > 1, what
-    assert all(len(found) == 2 for found in kinds.values())
+    assert kinds == {"pool": {0, 1, 2, 4}, "pool_gradient": {0, 1, 2, 4}, "gradient": {0, 1, 2, 4}}
     for i, (Tq, Tk, A) in enumerate(slabs):
         slab = int.from_bytes(answer[f"slab{i}"], "little")
         assert slab == Tq or slab % 32 == 0, slabs[i]
@@ -457,10 +445,10 @@ def test_plans_fit(program: Path) -> None:
 
 
 # A call that is removed from a real kernel, and a case that must find the fault.
-ROUNDS = Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2))
+PREFIX = Pool(True, torch.float32, D=12, T=30, plan=(1, 64, 2))
 LINES = [
-    ("pooling/rounds.cuh", "await_flag", replace(ROUNDS, round_groups=3)),
-    ("pooling/prefix_gradient_rounds.cu", "block_barrier", replace(ROUNDS, gradient_groups=1)),
+    ("pooling/scan_chunks.cuh", "block_barrier", PREFIX),
+    ("pooling/prefix_pool_backward_rows.cu", "block_barrier", replace(PREFIX, slot=2)),
     ("attention/scores.cuh", "block_barrier", Additive(torch.float32)),
     ("attention/one_query.cuh", "block_barrier", Additive(torch.float32, Tq=1)),
 ]

@@ -53,8 +53,8 @@ def test_every_pool_plan(B: int, T: int, D: int, dtype: torch.dtype, prefix: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prefix_pool_in_rounds(dtype: torch.dtype) -> None:
-    """Few and long rows, which run in rounds, in float32 backward as well; twice, with the same bits."""
+def test_long_rows(dtype: torch.dtype) -> None:
+    """Few and long rows, which have many chunks each; twice, with the same bits."""
     inputs = pool_inputs(4, 4300, 1024, dtype, folded=True, state=True, device="cuda")
     lengths, mask = torch.tensor([4300, 17, 0, 4000], device="cuda"), torch.rand(4, 4300, device="cuda") < 0.9
     functions = pool_functions(True, lengths=lengths, mask=mask)

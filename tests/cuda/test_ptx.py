@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import ptx
 from support.cuda_rnn import Case, check, program_sources
-from support.emulator import DTYPES, EMULATOR, ROOT, KernelError, Request, build_ptx, run
+from support.emulator import EMULATOR, ROOT, KernelError, Request, build_ptx, run
 
 KERNELS = ROOT / "csrc" / "cuda"
 GRU = replace(Case("cluster", "GRU", torch.bfloat16), H=34, directions=2, rows="lengths", plan=(2, 2, 2, 2))
@@ -179,22 +179,33 @@ FAULTS = [
         WRONG,
     ),
     Fault(
-        "rounds_flag_relaxed",
-        "pooling/prefix_rounds.cu",
-        "prefix_rounds.*BFloat16.*Li1E",
-        r"st\.release\.gpu",
-        "st.relaxed.gpu",
-        "rounds",
+        "scan_no_barrier",
+        "pooling/prefix_pool.cu",
+        "prefix_scan.*BFloat16",
+        r"bar\.sync\s+0;",
+        "",
+        "prefix",
         "race: ",
+        1,  # before the effects of the other warps are read
     ),
     Fault(
-        "gradient_flag_relaxed",
-        "pooling/prefix_gradient_rounds.cu",
-        "prefix_gradient_roundsIfLi1E",
-        r"ld\.acquire\.gpu",
-        "ld.relaxed.gpu",
-        "gradient",
-        "race: ",
+        "scan_lane",
+        "pooling/prefix_pool_backward.cu",
+        "prefix_gradient_scan.*BFloat16",
+        r"(shfl\.sync\.idx\.b32\s+\S+, %r\d+, )%r\d+,",
+        r"\g<1>0,",
+        "prefix",
+        WRONG,
+        None,
+    ),
+    Fault(
+        "rows_no_wait_for_copy",
+        "pooling/prefix_pool_backward_rows.cu",
+        "prefix_row_gradients.*BFloat16.*Li1E",
+        r"cp\.async\.wait_all;",
+        "",
+        "rows",
+        "use-after-poison|had landed",
     ),
     Fault(
         "pool_lanes",
@@ -222,10 +233,9 @@ FAULTS = [
 def attention_request(op: str) -> Request:
     """A small call of an op."""
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if op == "gradient" else torch.bfloat16
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).bfloat16()
 
     if op == "additive":
         B, Tq, Tk, A, D = 2, 5, 7, 40, 9
@@ -236,11 +246,9 @@ def attention_request(op: str) -> Request:
     prefix = op != "pool"
     B, T, D = (2, 96, 64) if prefix else (3, 21, 64)
     tensors = {"e": normal(B, T, D), "u": normal(D), "grad_c": normal(B, T, D) if prefix else normal(B, D)}
-    # Rounds in several blocks: within one, barriers order what the flags do.
-    plan = {"packs": 1, "group_threads": 128 if prefix else 8, "chunk": 8}
-    plan |= {"round_groups": 4 * (op == "rounds"), "gradient_groups": 4 * (op == "gradient")}
+    plan = {"packs": 1, "group_threads": 8, "chunk": 8, "slot": 8 * (op == "rows")}
     sizes = {"batch": B, "steps": T, "dim": D}
-    return sizes | tensors | plan | {"op": int(prefix), "type": DTYPES[dtype], "seed": 1}
+    return sizes | tensors | plan | {"op": int(prefix), "type": 2, "seed": 1}
 
 
 def change_of(fault: Fault) -> Callable[[str, str], str]:
@@ -263,7 +271,7 @@ def change_of(fault: Fault) -> Callable[[str, str], str]:
 def test_planted_fault_is_found(fault: Fault) -> None:
     of_rnn = isinstance(fault.case, Case)
     sources = program_sources() if of_rnn else attention_sources()
-    wanted = "3Gru" if of_rnn else "IfLi1E" if fault.case == "gradient" else "BFloat16"
+    wanted = "3Gru" if of_rnn else "BFloat16"
     build = partial(build_ptx, only=(Path(fault.file).name,), wanted=wanted)
     name = "rnn" if of_rnn else "attention"
     changed = build(f"{name}-{fault.name}", sources, "compute_90", change=change_of(fault))

@@ -297,10 +297,10 @@ class Translation:
         return self.put(a[0], f"mapa({self.value(a[1], 'u32')}, {self.value(a[2], 'u32')})")
 
     def _shfl(self, name: list[str], a: list[str], site: str) -> str:
-        if name[1:] != ["sync", "bfly", "b32"]:
+        if name[1:] not in (["sync", "bfly", "b32"], ["sync", "idx", "b32"]):
             raise UnknownPtxError(f"{'.'.join(name)} {a}")
         values = ", ".join(self.value(operand, "u32") for operand in a[1:])
-        return self.put(a[0].partition("|")[0], f"shfl_sync_bfly({values}, {site})")
+        return self.put(a[0].partition("|")[0], f"shfl_sync_{name[2]}({values}, {site})")
 
     def _mma(self, name: list[str], a: list[str], site: str) -> str:
         to, first, second, sums = map(list_in, a)

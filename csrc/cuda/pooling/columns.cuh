@@ -34,7 +34,7 @@ constexpr int kSafeRise = 60;
 
 template <typename T>
 constexpr size_t kSharedBytes = 2 * kPoolWarps * kMaxSums * sizeof(T);
-static_assert(kSharedBytes<float> == rounds_layout({}, 0, 0, sizeof(float)).sums, "rounds_layout() must agree");
+static_assert(kSharedBytes<float> == slots_layout({}, 0, 0, sizeof(float)).sums, "slots_layout() must agree");
 
 // The columns of a thread: N packs of 16 bytes, strided by the thread group; N = 0: any number of columns, one by one.
 template <typename S, int N>

@@ -15,7 +15,7 @@ namespace llm_ext {
 namespace cuda {
 
 constexpr int kPoolThreads = 256;  // per block
-// Blocks that a multiprocessor has registers for, by PoolPlan::packs; kernels of rounds that wait for others have one.
+// Blocks that a multiprocessor has registers for, by PoolPlan::packs.
 constexpr int blocks_per_sm(int packs) { return packs == 1 ? 2 : 1; }
 
 // The partition of a call. A thread group owns a chunk of time of one batch row; its threads own columns.
@@ -25,46 +25,37 @@ struct PoolPlan {
   int group_threads = 0;  // threads per thread group, a power of two
   int64_t chunk = 0;      // positions per chunk
   int64_t chunks = 1;     // per batch row
-  int round_groups = 0;   // thread groups per batch row, which take a chunk each per round, all resident if they are
-                          // several; 0: no rounds
+  int64_t slot = 0;  // prefix form, backward, in one pass: positions that are in shared memory at once; 0: two passes
 
   // Whether a thread group processes a whole row with its sums in registers: then nothing is left to reduce.
   bool whole() const { return chunks == 1 && packs > 0; }
 };
 
 // As many thread groups as the device has room for, with chunks that are long compared to their summary.
-PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, int sm_count);
-// The prefix form: rounds if rows are few and long enough, otherwise make_pool_plan().
-PoolPlan make_prefix_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, const DeviceFacts& facts);
-// Its backward pass: likewise, but not in 16 bits, and rounds of one thread group per row if there are many rows, or
-// short ones.
+PoolPlan make_pool_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes, const DeviceFacts& facts);
+// Backward, whose threads hold more of each column.
+PoolPlan make_pool_gradient_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes,
+                                 const DeviceFacts& facts);
+// The prefix form, backward: in one pass if a chunk is a row.
 PoolPlan make_prefix_gradient_plan(int64_t batch, int64_t steps, int64_t dim, int64_t element_bytes,
                                    const DeviceFacts& facts);
 
-// Shared memory of a block that runs rounds, in bytes.
-constexpr int kRoundSlots = 3;  // chunks of a thread group in shared memory
-// Backward, a thread group that has a row of its own waits for no other.
-constexpr int gradient_slots(int round_groups) { return round_groups > 1 ? kRoundSlots : 2; }
-struct RoundsLayout {
+// Shared memory of a block that goes backward in one pass, in bytes: rows of e and of the gradient, and of c before
+// them; shares and dot products.
+constexpr int kSlots = 2;  // of a thread group
+struct SlotsLayout {
   int sums;   // per block, for sums over threads; the thread groups follow
-  int rows;   // per thread group: the rows of its chunks
+  int rows;   // per thread group
   int group;  // per thread group: rows and numbers of its positions
 };
-constexpr RoundsLayout layout_of_rounds(int rows, int numbers, int64_t dim, int element_bytes, int computed_bytes) {
-  const int bytes = rows * static_cast<int>(dim) * element_bytes;
-  return {2 * 8 * 8 * computed_bytes, bytes, (bytes + numbers * computed_bytes + 15) / 16 * 16};
+constexpr SlotsLayout slots_layout(const PoolPlan& plan, int64_t dim, int element_bytes, int computed_bytes) {
+  const int numbers = 2 * static_cast<int>(plan.slot);
+  const int bytes = kSlots * (numbers + 1) * static_cast<int>(dim) * element_bytes;
+  return {2 * 8 * 8 * computed_bytes, bytes, (bytes + kSlots * numbers * computed_bytes + 15) / 16 * 16};
 }
-// Forward: rows of e and scores.
-constexpr RoundsLayout rounds_layout(const PoolPlan& plan, int64_t dim, int element_bytes, int computed_bytes) {
-  const int positions = kRoundSlots * static_cast<int>(plan.chunk);
-  return layout_of_rounds(positions, positions, dim, element_bytes, computed_bytes);
-}
-// Backward: rows of e and of the gradient, and of c before them; shares and dot products.
-constexpr RoundsLayout gradient_rounds_layout(const PoolPlan& plan, int64_t dim, int element_bytes,
-                                              int computed_bytes) {
-  const int slots = gradient_slots(plan.round_groups), numbers = 2 * static_cast<int>(plan.chunk);
-  return layout_of_rounds(slots * (numbers + 1), slots * numbers, dim, element_bytes, computed_bytes);
-}
+
+// Blocks that share the columns of a row, a column a lane, in scans over its chunks.
+constexpr int64_t column_blocks_of(int64_t dim) { return dim > 0 ? (dim + 31) / 32 : 1; }
 
 // Elements of pooled rows in a workspace. A LogSum, whose two numbers may be accessed at once, follows: hence even.
 inline int64_t pooled_rows_size(int64_t rows, int64_t dim) { return (rows * dim + 1) / 2 * 2; }
@@ -84,11 +75,9 @@ template <typename S>
 int prefix_pool_forward(const PrefixPoolForwardParams<S>& params, const PoolPlan& plan, void* stream);
 template <typename S>
 int prefix_pool_backward(const PrefixPoolBackwardParams<S>& params, const PoolPlan& plan, void* stream);
-// Run plans with rounds; prefix_pool_forward() and prefix_pool_backward() call them.
+// Runs plans with slots; prefix_pool_backward() calls it.
 template <typename S>
-int prefix_pool_rounds(const PrefixPoolForwardParams<S>& params, const PoolPlan& plan, void* stream);
-template <typename S>
-int prefix_pool_gradient_rounds(const PrefixPoolBackwardParams<S>& params, const PoolPlan& plan, void* stream);
+int prefix_pool_backward_rows(const PrefixPoolBackwardParams<S>& params, const PoolPlan& plan, void* stream);
 
 }  // namespace cuda
 }  // namespace llm_ext

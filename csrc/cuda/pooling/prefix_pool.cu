@@ -2,12 +2,13 @@
 //
 // If a chunk is a whole row, one kernel writes the states. Otherwise e is read twice: pool_chunks() leaves the summary
 // of each chunk, a scan over the chunks turns summaries into the state before each chunk, and the last kernel writes
-// the states. Few and long rows run in rounds instead (prefix_rounds.cu), which read e once.
+// the states.
 #include "cuda/device.cuh"
 #include "cuda/pooling/chunk_summaries.h"
 #include "cuda/pooling/chunks.cuh"
 #include "cuda/pooling/columns.cuh"
 #include "cuda/pooling/launchers.h"
+#include "cuda/pooling/scan_chunks.cuh"
 
 namespace llm_ext {
 namespace cuda {
@@ -76,7 +77,7 @@ void prefix_states(LLM_EXT_PARAMS PrefixParams<S> p) {
 // Replaces the summary of each chunk by the state before it, in place, and writes the state after the last chunk.
 template <typename S>
 struct ScanParams {
-  int64_t column_blocks, chunks, dim;  // column_blocks: blocks that share a row
+  int64_t column_blocks, chunks, dim;  // column_blocks: blocks of a row
   const LogSum<Compute<S>>* l;         // [B, chunks]
   LogSum<Compute<S>>* l_before;        // [B, chunks] out
   Compute<S>* c;                       // [B, chunks, D] in and out
@@ -86,36 +87,69 @@ struct ScanParams {
   Compute<S>* c_n;                     // [B, D] out
 };
 
-// A thread owns a column of a batch row. It loads kAhead chunks before it needs them.
+template <typename T>
+LLM_EXT_DEVICE LogSum<T> sum_of(LogSum<T> l, const LogSum<T>& added) {
+  T keep, share;
+  add_scores(l, added, keep, share);
+  return l;
+}
+template <typename T>
+LLM_EXT_DEVICE LogSum<T> from_lane(const LogSum<T>& l, int lane) {
+  return {shuffle(l.max, lane), shuffle(l.sum, lane)};
+}
+
 template <typename S>
 LLM_EXT_SHARING_KERNEL(kPoolThreads, 2)
 void prefix_scan(LLM_EXT_PARAMS ScanParams<S> p) {
   using T = Compute<S>;
-  constexpr int kAhead = 64 / sizeof(T);  // of three numbers in registers
-  const int64_t b = block_x() / p.column_blocks, column = block_x() % p.column_blocks * kPoolThreads + thread_index();
-  if (column >= p.dim && column > 0) return;
+  const int64_t b = block_x() / p.column_blocks, column_block = block_x() % p.column_blocks;
+  const int64_t column = column_block * kWarpThreads + lane_index(), row = b * p.chunks;
   const bool owns = column < p.dim;
-  LogSum<T> l = p.l0 == nullptr ? no_scores<T>() : given_log_sum(p.l0[b]);
-  T c = p.c0 == nullptr || !owns ? T(0) : p.c0[b * p.dim + column];
-  for (int64_t first = b * p.chunks; first < (b + 1) * p.chunks; first += kAhead) {
-    LogSum<T> of_l[kAhead];
-    T of_c[kAhead];
+  const ChunkRange range(p.chunks);
+
+  // The log-sum-exps before this warp's range and after all.
+  LogSum<T> own = no_scores<T>();
+  for (int64_t i = range.begin + lane_index(); i < range.end; i += kWarpThreads) own = sum_of(own, p.l[row + i]);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const bool there = first + i < (b + 1) * p.chunks;
-      of_l[i] = there ? p.l[first + i] : no_scores<T>();
-      of_c[i] = there && owns ? p.c[(first + i) * p.dim + column] : T(0);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= (b + 1) * p.chunks) continue;
-      if (column == 0) p.l_before[first + i] = l;
-      if (owns) p.c[(first + i) * p.dim + column] = c;
-      T keep, share;
-      add_scores(l, of_l[i], keep, share);
-      c = keep * c + share * of_c[i];
-    }
+  for (int mask = 1; mask < kWarpThreads; mask *= 2) {
+    own = sum_of(own, {shuffle_xor(own.max, mask), shuffle_xor(own.sum, mask)});
   }
+  LogSum<T>* of_ranges = reinterpret_cast<LogSum<T>*>(shared_memory());
+  if (lane_index() == 0) of_ranges[warp_index()] = own;
+  block_barrier();
+  LogSum<T> before_range = no_scores<T>(), l = p.l0 == nullptr ? no_scores<T>() : given_log_sum(p.l0[b]);
+  for (int w = 0; w < kPoolWarps; ++w) {
+    if (w == warp_index()) before_range = l;
+    l = sum_of(l, of_ranges[w]);
+  }
+
+  LogSum<T> running = before_range;
+  const auto factors_of = [&](int64_t first) {
+    if (first == range.begin) running = before_range;
+    const int64_t i = first + lane_index();
+    const LogSum<T> chunk = i < range.end ? p.l[row + i] : no_scores<T>();
+    LogSum<T> until = chunk;  // of the chunks of the lanes up to this one
+#pragma unroll
+    for (int lanes = 1; lanes < kWarpThreads; lanes *= 2) {
+      const LogSum<T> earlier = from_lane(until, (lane_index() - lanes) & (kWarpThreads - 1));
+      if (lane_index() >= lanes) until = sum_of(earlier, until);
+    }
+    const LogSum<T> earlier = from_lane(until, (lane_index() - 1) & (kWarpThreads - 1));
+    LogSum<T> before = lane_index() == 0 ? running : sum_of(running, earlier);
+    if (column_block == 0 && i < range.end) p.l_before[row + i] = before;
+    running = sum_of(running, from_lane(until, kWarpThreads - 1));
+    Factors<T> factors;
+    add_scores(before, chunk, factors.keep, factors.share);
+    return factors;
+  };
+  T* summaries = p.c + row * p.dim + column;
+  const T c = scan_chunks(
+      p.chunks, p.c0 == nullptr || !owns ? T(0) : p.c0[b * p.dim + column], factors_of,
+      [&](int64_t i) { return owns ? summaries[i * p.dim] : T(0); },
+      [&](int64_t i, T before, T) {
+        if (owns) summaries[i * p.dim] = before;
+      });
+  if (warp_index() > 0) return;
   if (column == 0) p.l_n[b] = l;
   if (owns) p.c_n[b * p.dim + column] = c;
 }
@@ -126,7 +160,6 @@ template <typename S>
 int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& plan, void* stream) {
   using T = Compute<S>;
   const PoolInput<S>& in = call.in;
-  if (plan.round_groups > 0) return prefix_pool_rounds(call, plan, stream);
   PrefixParams<S> p = {call, plan, nullptr, call.l0, const_cast<T*>(call.c0)};
   if (!plan.whole()) {
     const int64_t all_chunks = in.batch * plan.chunks;
@@ -136,8 +169,8 @@ int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& 
     T* scores = reinterpret_cast<T*>(l_before + all_chunks);
     int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, c, l, nullptr, scores}, stream);
     if (error != 0) return error;
-    const int64_t column_blocks = in.dim > 0 ? (in.dim + kPoolThreads - 1) / kPoolThreads : 1;
-    error = launch_blocks<T>(
+    const int64_t column_blocks = column_blocks_of(in.dim);
+    error = launch_scan<T>(
         prefix_scan<S>,
         ScanParams<S>{column_blocks, plan.chunks, in.dim, l, l_before, c, call.l0, call.c0, call.l_n, call.c_n},
         in.batch * column_blocks, stream);

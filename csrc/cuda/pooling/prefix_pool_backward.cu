@@ -1,6 +1,6 @@
 // The prefix form of attention pooling, backward, from the last position to the first: G_t = g_t + keep_{t+1} G_{t+1},
-// and K_t likewise from the dot products g_t . c_t. prefix_gradient_rounds.cu does so in one pass where it can; here e
-// and the gradient are read twice.
+// and K_t likewise from the dot products g_t . c_t. Where there are many rows, prefix_pool_backward_rows.cu does so in
+// one pass; here e and the gradient are read twice.
 //
 // A chunk does not know the state C before it, but c_t = l_t + p_t C, where l is the state that starts from zero and p
 // the product of all keep up to t. So g_t . c_t = g_t . l_t + p_t g_t . C. A chunk passes on the sum of p_t g_t . c_t,
@@ -9,6 +9,7 @@
 #include "cuda/pooling/chunks.cuh"
 #include "cuda/pooling/columns.cuh"
 #include "cuda/pooling/launchers.h"
+#include "cuda/pooling/scan_chunks.cuh"
 #include "cuda/reduce_partial_sums.h"
 
 namespace llm_ext {
@@ -27,6 +28,10 @@ struct PrefixGradientParams {
   Compute<S>* k;           // [chunks] the sum of p_t g_t . l_t, then of p_t g_t . c_t
   Compute<S>* k_after;     // [chunks] K after the chunk
   Compute<S>* through;     // [chunks] p at the end of the chunk
+  int64_t column_blocks;   // blocks of a row in the scan, for the sums over D:
+  Compute<S>* dots;        // [chunks, column_blocks] C times the sum of p_t^2 g_t
+  Compute<S>* with_c_n;    // [B, column_blocks] grad_c_n . c_n
+  Compute<S>* with_c0;     // [B, column_blocks] dc0 . c0
   Compute<S>* partial_du;  // [chunks, D] out, shares memory with `crossed`; null: not wanted
 };
 
@@ -107,74 +112,96 @@ void prefix_gradient_summaries(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
   }
 }
 
-// A block owns a batch row.
+template <typename T>
+LLM_EXT_DEVICE T sum_of_lanes(T x) {
+#pragma unroll
+  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// The state before each chunk and the gradient after it, and this block's part of what K needs of them.
 template <typename S>
 LLM_EXT_SHARING_KERNEL(kPoolThreads, 2)
 void prefix_gradient_scan(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
   using T = Compute<S>;
-  constexpr int kAhead = 16;
   const PrefixPoolBackwardParams<S>& call = p.call;
-  const PoolInput<S>& in = call.in;
-  const int64_t b = block_x(), D = in.dim, chunks = p.plan.chunks;
-  GroupSum<T> sum = group_sum<T>(kPoolThreads);
-  const int64_t first = b * chunks;
-  // The states before each chunk and after the last one.
-  T along[1] = {T(0)};
-  for (int64_t column = thread_index(); column < D; column += kPoolThreads) {
-    T c = call.c0 == nullptr ? T(0) : call.c0[b * D + column];
-    for (int64_t from = 0; from < chunks; from += kAhead) {
-      T l[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) l[i] = from + i < chunks ? p.states[(first + from + i) * D + column] : T(0);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (from + i >= chunks) continue;
-        p.states[(first + from + i) * D + column] = c;
-        c = l[i] + p.through[first + from + i] * c;
-      }
-    }
-    if (call.grad_c_n != nullptr) along[0] += call.grad_c_n[b * D + column] * c;
+  const int64_t D = call.in.dim, chunks = p.plan.chunks;
+  const int64_t b = block_x() / p.column_blocks, column_block = block_x() % p.column_blocks;
+  const int64_t column = column_block * kWarpThreads + lane_index(), row = b * chunks;
+  const bool owns = column < D;
+  const auto of_row = [&](const T* rows) { return rows == nullptr || !owns ? T(0) : rows[b * D + column]; };
+  const auto in_chunk = [&](T* rows, int64_t i) -> T& { return rows[(row + i) * D + column]; };
+
+  struct StateAndCrossed {
+    T state, crossed;
+    LLM_EXT_DEVICE explicit operator T() const { return state; }
+  };
+  const ChunkRange range(chunks);
+  const T c0 = of_row(call.c0), g_n = of_row(call.grad_c_n);
+  const T c_n = scan_chunks(
+      chunks, c0,
+      [&](int64_t first) {
+        const int64_t i = first + lane_index();
+        return i < range.end ? Factors<T>{p.through[row + i], T(1)} : Factors<T>{};
+      },
+      [&](int64_t i) {
+        return owns ? StateAndCrossed{in_chunk(p.states, i), in_chunk(p.crossed, i)} : StateAndCrossed{};
+      },
+      [&](int64_t i, T c, const StateAndCrossed& read) {
+        if (owns) in_chunk(p.states, i) = c;
+        const T dot = sum_of_lanes(c * read.crossed);
+        if (lane_index() == 0) p.dots[(row + i) * p.column_blocks + column_block] = dot;
+      });
+  // From the last chunk to the first.
+  const T g = scan_chunks(
+      chunks, g_n,
+      [&](int64_t first) {
+        const int64_t i = first + lane_index();
+        return i < range.end ? Factors<T>{p.through[row + chunks - 1 - i], T(1)} : Factors<T>{};
+      },
+      [&](int64_t i) { return owns ? in_chunk(p.g, chunks - 1 - i) : T(0); },
+      [&](int64_t i, T after, T) {
+        if (owns) in_chunk(p.g, chunks - 1 - i) = after;
+      });
+  if (warp_index() > 0) return;
+  if (owns && call.dc0 != nullptr) call.dc0[b * D + column] = g;
+  const T with_c_n = sum_of_lanes(g_n * c_n), with_c0 = sum_of_lanes(g * c0);
+  if (lane_index() > 0) return;
+  p.with_c_n[block_x()] = with_c_n;
+  p.with_c0[block_x()] = with_c0;
+}
+
+// K after each chunk. A block owns a batch row.
+template <typename S>
+LLM_EXT_SHARING_KERNEL(kPoolThreads, 2)
+void prefix_gradient_k(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
+  using T = Compute<S>;
+  const PrefixPoolBackwardParams<S>& call = p.call;
+  const int64_t b = block_x(), chunks = p.plan.chunks, row = b * chunks;
+  const auto sum_of_blocks = [&](const T* parts) {
+    T sum = T(0);
+    for (int64_t i = lane_index(); i < p.column_blocks; i += kWarpThreads) sum += parts[i];
+    return sum_of_lanes(sum);
+  };
+  for (int64_t i = row + warp_index(); i < row + chunks; i += kPoolWarps) {
+    const T sum = sum_of_blocks(p.dots + i * p.column_blocks);
+    if (lane_index() == 0) p.k[i] += sum;
   }
-  sum(along);
+  const T k_n = sum_of_blocks(p.with_c_n + b * p.column_blocks) - (call.grad_l_n == nullptr ? T(0) : call.grad_l_n[b]);
   block_barrier();
-  // A warp owns a chunk and adds C times the sum of p_t^2 g_t.
-  for (int64_t index = first + warp_index(); index < first + chunks; index += kPoolWarps) {
-    T product = T(0);
-    for (int64_t column = lane_index(); column < D; column += kWarpThreads) {
-      product += p.states[index * D + column] * p.crossed[index * D + column];
-    }
-#pragma unroll
-    for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) product += shuffle_xor(product, mask);
-    if (lane_index() == 0) p.k[index] += product;
-  }
-  block_barrier();
-  T k = along[0] - (call.grad_l_n == nullptr ? T(0) : call.grad_l_n[b]);
-  for (int64_t index = first + chunks - 1; index >= first; --index) {
-    if (thread_index() == 0) p.k_after[index] = k;
-    k = p.k[index] + p.through[index] * k;
-  }
-  along[0] = T(0);
-  for (int64_t column = thread_index(); column < D; column += kPoolThreads) {
-    T g = call.grad_c_n == nullptr ? T(0) : call.grad_c_n[b * D + column];
-    for (int64_t last = chunks - 1; last >= 0; last -= kAhead) {
-      T handed[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        handed[i] = last - i >= 0 ? p.g[(first + last - i) * D + column] : T(0);
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (last - i < 0) continue;
-        const int64_t index = first + last - i;
-        p.g[index * D + column] = g;
-        g = handed[i] + p.through[index] * g;
-      }
-    }
-    if (call.dc0 != nullptr) call.dc0[b * D + column] = g;
-    if (call.c0 != nullptr) along[0] += g * call.c0[b * D + column];
-  }
-  sum(along);
-  if (call.dl0 != nullptr && thread_index() == 0) call.dl0[b] = along[0] - k;
+  const ChunkRange range(chunks);
+  const T k = scan_chunks(
+      chunks, k_n,
+      [&](int64_t first) {
+        const int64_t i = first + lane_index();
+        return i < range.end ? Factors<T>{p.through[row + chunks - 1 - i], T(1)} : Factors<T>{};
+      },
+      [&](int64_t i) { return p.k[row + chunks - 1 - i]; },
+      [&](int64_t i, T after, T) {
+        if (lane_index() == 0) p.k_after[row + chunks - 1 - i] = after;
+      });
+  const T with_c0 = sum_of_blocks(p.with_c0 + b * p.column_blocks);
+  if (call.dl0 != nullptr && thread_index() == 0) call.dl0[b] = with_c0 - k;
 }
 
 template <typename S, int N>
@@ -302,7 +329,7 @@ void prefix_gradients(LLM_EXT_PARAMS PrefixGradientParams<S> p) {
 template <typename S>
 int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan& plan, void* stream) {
   using T = Compute<S>;
-  if (plan.round_groups > 0) return prefix_pool_gradient_rounds(call, plan, stream);
+  if (plan.slot > 0) return prefix_pool_backward_rows(call, plan, stream);
   const PoolInput<S>& in = call.in;
   const int64_t all_chunks = in.batch * plan.chunks;
   PrefixGradientParams<S> p = {};
@@ -317,11 +344,17 @@ int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan
   p.through = p.k_after + all_chunks;
   p.products = p.through + all_chunks;
   p.passed = p.products + in.batch * in.steps;
+  p.column_blocks = column_blocks_of(in.dim);
+  p.dots = p.passed + in.batch * in.steps;
+  p.with_c_n = p.dots + all_chunks * p.column_blocks;
+  p.with_c0 = p.with_c_n + in.batch * p.column_blocks;
   int error = with_packs(plan, [&](auto packs) {
     return launch_chunks<T>(prefix_gradient_summaries<S, packs()>, p, plan, in.batch, stream);
   });
   if (error != 0) return error;
-  error = launch_blocks<T>(prefix_gradient_scan<S>, p, in.batch, stream);
+  error = launch_scan<T>(prefix_gradient_scan<S>, p, in.batch * p.column_blocks, stream);
+  if (error != 0) return error;
+  error = launch_scan<T>(prefix_gradient_k<S>, p, in.batch, stream);
   if (error != 0) return error;
   error = with_packs(
       plan, [&](auto packs) { return launch_chunks<T>(prefix_gradients<S, packs()>, p, plan, in.batch, stream); });

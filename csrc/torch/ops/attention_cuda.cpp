@@ -26,19 +26,17 @@ class Pooling {
     check_sizes(op, {in.batch, in.steps, in.dim});
   }
 
-  const cuda::DeviceFacts& facts() const { return on_.facts(); }
   template <typename S>
-  cuda::PoolPlan plan(const PoolInput<S>& in) const {
-    return cuda::make_pool_plan(in.batch, in.steps, in.dim, sizeof(S), on_.facts().sm_count);
+  cuda::PoolPlan plan(const PoolInput<S>& in, decltype(cuda::make_pool_plan)& make) const {
+    return make(in.batch, in.steps, in.dim, sizeof(S), on_.facts());
   }
   template <template <typename> class Params, typename S>
-  int launch(Params<S>& p, const cuda::PoolPlan& plan, int64_t elements,
-             int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
+  void launch(Params<S>& p, const cuda::PoolPlan& plan, int64_t elements,
+              int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
     const Workspace<Compute<S>> workspace(elements, device_);
     p.workspace = workspace.get();
-    return on_.launch(plan.round_groups > 1, [&] { return run(p, plan, on_.stream()); });
+    check_queued(op_, run(p, plan, on_.stream()));
   }
-  void check(int error) const { check_queued(op_, error); }
 
  private:
   const char* op_;
@@ -50,24 +48,28 @@ struct Cuda {
   template <typename S>
   static void forward(PoolForwardParams<S>& p, const Device& device) {
     const Pooling on("attention_pool_forward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in);
-    on.check(on.launch(p, plan, cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_forward<S>));
+    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_pool_plan);
+    on.launch(p, plan, cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_forward<S>);
   }
   template <typename S>
   static void backward(PoolBackwardParams<S>& p, const Device& device) {
     const Pooling on("attention_pool_backward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in);
-    on.check(on.launch(p, plan, cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_backward<S>));
+    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_pool_gradient_plan);
+    on.launch(p, plan, cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_backward<S>);
   }
   template <typename S>
   static void prefix_forward(PrefixPoolForwardParams<S>& p, const Device& device) {
-    prefix("prefix_pool_forward", p, device, cuda::make_prefix_plan, cuda::prefix_pool_forward_workspace,
-           cuda::prefix_pool_forward<S>);
+    const Pooling on("prefix_pool_forward", p.in, device);
+    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_pool_plan);
+    on.launch(p, plan, cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan),
+              cuda::prefix_pool_forward<S>);
   }
   template <typename S>
   static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Device& device) {
-    prefix("prefix_pool_backward", p, device, cuda::make_prefix_gradient_plan, cuda::prefix_pool_backward_workspace,
-           cuda::prefix_pool_backward<S>);
+    const Pooling on("prefix_pool_backward", p.in, device);
+    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_prefix_gradient_plan);
+    on.launch(p, plan, cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan),
+              cuda::prefix_pool_backward<S>);
   }
 
   template <typename S>
@@ -80,20 +82,6 @@ struct Cuda {
   }
 
  private:
-  template <template <typename> class Params, typename S>
-  static void prefix(const char* op, Params<S>& p, const Device& device, decltype(cuda::make_prefix_plan)& plan_of,
-                     decltype(cuda::prefix_pool_forward_workspace)& workspace_of,
-                     int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) {
-    const Pooling on(op, p.in, device);
-    const auto with = [&](const cuda::PoolPlan& plan) {
-      return on.launch(p, plan, workspace_of(p.in.batch, p.in.steps, p.in.dim, plan), run);
-    };
-    int error = with(plan_of(p.in.batch, p.in.steps, p.in.dim, sizeof(S), on.facts()));
-    // A plan without rounds needs fewer resources.
-    if (asks_too_much(error)) error = with(on.plan(p.in));
-    on.check(error);
-  }
-
   template <template <typename> class Params, typename S>
   static void additive(const char* op, Params<S>& p, const Device& device, bool backward,
                        int (*launch)(const Params<S>&, int64_t, void*)) {

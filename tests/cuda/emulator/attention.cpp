@@ -49,14 +49,12 @@ PoolInput<S> pool_input(const Records& request) {
 template <typename S>
 PoolPlan pool_plan(const Records& request, bool forward) {
   if (!request.has("packs")) {
-    if (request.number("op") == 1) {
-      DeviceFacts facts;
-      query_device(0, &facts);
-      return (forward ? make_prefix_plan : make_prefix_gradient_plan)(request.number("batch"), request.number("steps"),
-                                                                      request.number("dim"), sizeof(S), facts);
-    }
-    return make_pool_plan(request.number("batch"), request.number("steps"), request.number("dim"), sizeof(S),
-                          emulator::device.sm_count);
+    DeviceFacts facts;
+    query_device(0, &facts);
+    const auto make = forward                     ? make_pool_plan
+                      : request.number("op") == 1 ? make_prefix_gradient_plan
+                                                  : make_pool_gradient_plan;
+    return make(request.number("batch"), request.number("steps"), request.number("dim"), sizeof(S), facts);
   }
   PoolPlan plan;  // a given plan instead of make_pool_plan()'s
   plan.packs = static_cast<int>(request.number("packs"));
@@ -64,7 +62,11 @@ PoolPlan pool_plan(const Records& request, bool forward) {
   plan.chunk = request.number("chunk");
   plan.chunks = (request.number("steps") + plan.chunk - 1) / plan.chunk;
   if (plan.chunks == 0) plan.chunks = 1;
-  plan.round_groups = static_cast<int>(request.number(forward ? "round_groups" : "gradient_groups"));
+  if (!forward && request.number("slot") > 0) {
+    plan.slot = request.number("slot");
+    plan.chunk = request.number("steps");
+    plan.chunks = 1;
+  }
   return plan;
 }
 
@@ -72,13 +74,13 @@ template <typename S>
 void pool(const Records& request, Outputs& out) {
   using T = Compute<S>;
   const PoolInput<S> in = pool_input<S>(request);
-  const PoolPlan plan = pool_plan<S>(request, false);
+  const PoolPlan forward_plan = pool_plan<S>(request, true), plan = pool_plan<S>(request, false);
   S* c = out.add<S>("c", in.batch * in.dim);
   T* lse = out.add<T>("lse", in.batch);
   auto* l = reinterpret_cast<LogSum<T>*>(out.add<T>("l", 2 * in.batch));
   {
-    const Workspace<T> workspace(pool_forward_workspace(in.batch, in.dim, plan));
-    expect(pool_forward<S>({in, c, lse, l, workspace.data()}, plan, nullptr), "pool_forward");
+    const Workspace<T> workspace(pool_forward_workspace(in.batch, in.dim, forward_plan));
+    expect(pool_forward<S>({in, c, lse, l, workspace.data()}, forward_plan, nullptr), "pool_forward");
   }
   PoolBackwardParams<S> p = {};
   p.in = in;
@@ -193,7 +195,7 @@ void run_all(const Records& request, emulator::Answer& answer) {
   });
 }
 
-// The plans of prefix pooling: B, T, D, bytes of an element, multiprocessors, shared memory of a block; and the slabs
+// The plans of pooling: B, T, D, bytes of an element, multiprocessors, shared memory of a block; and the slabs
 // of additive attention: Tq, Tk, A.
 void plans(const Records& request, emulator::Answer& answer) {
   const int64_t* problem = request.data<const int64_t>("pools");
@@ -202,14 +204,14 @@ void plans(const Records& request, emulator::Answer& answer) {
     facts.sm_count = static_cast<int>(problem[4]);
     facts.shared_bytes = problem[5];
     const int64_t bytes = problem[3];
-    for (const bool forward : {true, false}) {
-      const PoolPlan plan =
-          (forward ? make_prefix_plan : make_prefix_gradient_plan)(problem[0], problem[1], problem[2], bytes, facts);
-      const RoundsLayout layout = (forward ? rounds_layout : gradient_rounds_layout)(
-          plan, problem[2], static_cast<int>(bytes), bytes == 8 ? 8 : 4);
-      const int64_t shared = plan.round_groups > 0 ? layout.sums + kPoolThreads / plan.group_threads * layout.group : 0;
-      const int64_t numbers[] = {plan.packs, plan.group_threads, plan.chunk, plan.chunks, plan.round_groups, shared};
-      answer.add((forward ? "pool" : "gradient") + std::to_string(i), numbers, sizeof numbers);
+    const std::pair<const char*, decltype(&make_pool_plan)> kinds[] = {
+        {"pool", make_pool_plan}, {"pool_gradient", make_pool_gradient_plan}, {"gradient", make_prefix_gradient_plan}};
+    for (const auto& [name, make] : kinds) {
+      const PoolPlan plan = make(problem[0], problem[1], problem[2], bytes, facts);
+      const SlotsLayout layout = slots_layout(plan, problem[2], static_cast<int>(bytes), bytes == 8 ? 8 : 4);
+      const int64_t shared = plan.slot > 0 ? layout.sums + kPoolThreads / plan.group_threads * layout.group : 0;
+      const int64_t numbers[] = {plan.packs, plan.group_threads, plan.chunk, plan.chunks, plan.slot, shared};
+      answer.add(name + std::to_string(i), numbers, sizeof numbers);
     }
   }
   problem = request.data<const int64_t>("slabs");

@@ -305,6 +305,14 @@ inline uint32_t shfl_sync_bfly(uint32_t value, uint32_t mask, uint32_t clamp, ui
   return value;
 }
 
+// The value of lane `lane`, of the whole warp.
+inline uint32_t shfl_sync_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t members, CallSite site) {
+  if (clamp != 31 || members != ~0u || lane >= kWarp) fault("an exchange of a part of the warp", site);
+  const Slots slots = exchange(&value, sizeof value, site);
+  std::memcpy(&value, slots[lane], sizeof value);
+  return value;
+}
+
 inline uint32_t mapa(uint32_t address, uint32_t rank) { return address | (rank + 1) << kRankBit; }
 inline void st_async(uint32_t to, const uint32_t (&words)[4], uint32_t mbarrier, CallSite site) {
   const uint32_t rank = to >> kRankBit, mask = (1u << kRankBit) - 1;

@@ -64,6 +64,14 @@ T shuffle_xor(T value, int mask, LLM_EXT_LINE) {
   memcpy(&value, slots[lane_index() ^ mask], sizeof value);
   return value;
 }
+template <typename T>
+T shuffle(T value, int lane, LLM_EXT_LINE) {
+  const emulator::CallSite site = {"shuffle", file, line};
+  if (lane < 0 || lane >= kWarpThreads) emulator::fault("a shuffle from a lane that does not exist", site);
+  const emulator::Slots slots = emulator::exchange(&value, sizeof value, site);
+  memcpy(&value, slots[lane], sizeof value);
+  return value;
+}
 
 inline void raise_flag(uint32_t* flag, uint32_t value) { emulator::raise_flag(flag, value); }
 inline void await_flag(const uint32_t* flag, uint32_t value, LLM_EXT_LINE) {
