@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from llm_ext.cli.data.features import FeatureReader
-from llm_ext.cli.data.files import atomic_write, check_file, make_directory, read_json, sync_directory, write_json
+from llm_ext.cli.data.files import atomic_write, check_file, lock_directory, read_json, sync_directory, write_json
 from llm_ext.cli.data.labels import Labels, load_labels
 from llm_ext.cli.data.tokenizer import Tokenizer, load_tokenizer
 from llm_ext.cli.errors import CommandError
@@ -234,10 +234,9 @@ class Run:
         Raises:
             CommandError: Another process trains here.
         """
-        make_directory(self.path)
         owner = self.path / ".lock.owner"
         try:
-            lock = FileLock(self.path / ".lock").acquire(timeout=0)
+            lock = lock_directory(self.path, wait=False)
         except Timeout:
             who = owner.read_text(errors="replace") if owner.is_file() else "unknown"
             raise CommandError(f"{self.path}: another process trains here ({who}); choose another --out") from None

@@ -144,7 +144,6 @@ def _begin(options: argparse.Namespace, study: Study) -> Definition:
         definition = _saved(options, study)
     else:
         definition, first = _define(options, study)
-        study.path.mkdir(parents=True, exist_ok=True)
     config, fold = base_config(definition), Fold(0, definition.folds) if definition.folds > 1 else None
     with study.locked(), tempfile.TemporaryDirectory(prefix=".check.", dir=study.path) as scratch:
         files = [Path(path) for path in definition.files]

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON with a format name, input checks, lines of UTF-8 text."""
+"""Files: atomic writes, locks, JSON with a format name, input checks, lines of UTF-8 text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import AcquireReturnProxy, FileLock
 
 from llm_ext.cli.errors import CommandError
 
@@ -31,6 +33,7 @@ __all__ = [
     "copy_pipes",
     "decode_line",
     "encode_name",
+    "lock_directory",
     "make_directory",
     "read_json",
     "read_lines",
@@ -73,6 +76,23 @@ def make_directory(path: Path) -> None:
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
         sync_directory(path.parent)
+
+
+def lock_directory(path: Path, *, wait: bool) -> AcquireReturnProxy[FileLock]:
+    """Lock a directory, which is created if it is missing, until the end of a `with` or `.lock.release()`.
+
+    The system ends the lock with the process, however that ends.
+
+    Args:
+        path: The directory.
+        wait: Wait for the process that has the lock.
+
+    Raises:
+        filelock.Timeout: Another process has the lock.
+        OSError: The file of the lock cannot be opened, or is a link.
+    """
+    make_directory(path)
+    return FileLock(path / ".lock").acquire(timeout=-1 if wait else 0)
 
 
 def sync_directory(path: Path) -> None:

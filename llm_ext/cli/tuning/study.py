@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shutil
@@ -16,14 +15,15 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from optuna import Trial
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from llm_ext.cli.data.files import read_json, write_json
+from llm_ext.cli.data.files import lock_directory, read_json, write_json
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training.config import CONFIGS
 from llm_ext.cli.tuning.space import encloses
@@ -90,13 +90,12 @@ class Study:
         self.database, self.best, self.picture = path / "study.db", path / "best.toml", path / "trials.svg"
         self.cache = path / "cache"
         self._definition = path / "study.json"
-        self._held: dict[int, IO[bytes]] = {}
+        self._held: dict[int, AcquireReturnProxy[FileLock]] = {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep the other processes of this search waiting."""
-        with open(self.path / ".lock", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with lock_directory(self.path, wait=True):
             yield
 
     def exists(self) -> bool:
@@ -191,7 +190,7 @@ class Study:
     def release(self, trial: Trial) -> None:
         """Leave a trial, saved, to the next process."""
         trial.set_user_attr("attempts", 0)
-        self._held.pop(trial.number).close()
+        self._release(trial.number)
 
     def under_way(self) -> int:
         """Return the number of trials that other processes work on."""
@@ -199,7 +198,7 @@ class Study:
             numbers = {trial.number for trial in self.trials() if trial.state == TrialState.RUNNING} - self._held.keys()
             free = [number for number in sorted(numbers) if self._hold(number)]
             for number in free:
-                self._held.pop(number).close()
+                self._release(number)
             return len(numbers) - len(free)
 
     def _end(self, trial: Trial, state: TrialState, value: float | None = None, **attributes: Any) -> None:
@@ -207,20 +206,18 @@ class Study:
             trial.set_user_attr(name, attribute)
         self.optuna_study.tell(trial, value, state)
         shutil.rmtree(self.folder(trial.number), ignore_errors=True)
-        self._held.pop(trial.number).close()
+        self._release(trial.number)
 
     def _hold(self, number: int) -> bool:
         """Lock a trial for this process; return False if another one has it."""
-        folder = self.folder(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "ab")  # noqa: SIM115 - open as long as this process works on the trial
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            self._held[number] = lock_directory(self.folder(number), wait=False)
+        except Timeout:
             return False
-        self._held[number] = file
         return True
+
+    def _release(self, number: int) -> None:
+        self._held.pop(number).lock.release()
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, number)

@@ -1,17 +1,29 @@
-"""Atomic writes and JSON files."""
+"""Atomic writes, locks and JSON files."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
+from support.process import CONTEXT
 
 from llm_ext.cli import CommandError
 from llm_ext.cli.data.cache import is_whole, write_cache
-from llm_ext.cli.data.files import atomic_write, check_files, copy_pipes, decode_line, read_json, write_json
+from llm_ext.cli.data.files import (
+    atomic_write,
+    check_files,
+    copy_pipes,
+    decode_line,
+    lock_directory,
+    read_json,
+    write_json,
+)
 
 
 class Killed(BaseException):
@@ -36,6 +48,36 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [*tmp_path.iterdir()] == [path]
+
+
+def _hold_lock(directory: Path, sender: Connection) -> None:
+    with lock_directory(directory, wait=True):
+        sender.send("locked")
+        threading.Event().wait()
+
+
+def test_processes_take_turns_in_a_directory(tmp_path: Path) -> None:
+    """The lock of a process that is killed is free, for one that waits, too."""
+    directory = tmp_path / "new" / "directory"
+
+    def start() -> tuple[ForkServerProcess, Connection]:
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_hold_lock, args=(directory, sender))
+        process.start()
+        return process, receiver
+
+    first, said = start()
+    assert said.recv() == "locked"
+    with pytest.raises(Timeout):
+        lock_directory(directory, wait=False)
+    second, waiting = start()
+    assert not waiting.poll(0.3)
+    first.kill()
+    assert waiting.recv() == "locked"
+    second.kill()
+    with lock_directory(directory, wait=True), pytest.raises(Timeout):
+        lock_directory(directory, wait=False)
+    lock_directory(directory, wait=False).lock.release()
 
 
 def test_json_has_a_format_and_a_version(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_the_trial_of_a_killed_process_is_continued(text: Path, tmp_path: Path, 
         trial = study.claim(1)
         assert trial is not None
         assert trial.number == 0
-        study._held.pop(0).close()
+        study._release(0)
     code, _, errors = tune("--resume", "--out", out, "--trials", 1)
     assert (code, "none of 1 trials is complete" in errors) == (1, True)
     assert trials(out)[0].user_attrs["failure"] == "its process ended 3 times without a message"
@@ -291,11 +291,12 @@ def test_a_file_begins_the_search_and_an_option_fixes_a_setting(text: Path, tmp_
     assert Study(tmp_path / "out").definition().settings["embedding"] == 9
 
 
-def test_a_lock_that_is_a_link_changes_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("directory", [Run, Study])
+def test_a_lock_that_is_a_link_is_refused(directory: type[Run] | type[Study], tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("contents")
     (tmp_path / ".lock").symlink_to(target)
-    with Study(tmp_path).locked():
+    with pytest.raises(OSError, match=r"/\.lock"), directory(tmp_path).locked():
         pass
     assert target.read_text() == "contents"
 
