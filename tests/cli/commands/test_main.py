@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from support.cli_runs import language_options, translation_options
 from support.process import run_python
 
@@ -78,33 +77,6 @@ def test_eval_measures_the_loss_of_the_log(language_model: Path, run: CommandLin
     assert code == 0
     logged = [r["loss"] for r in read_log(language_model / "log.jsonl") if r["event"] == "validation"]
     assert f"{min(logged):.4f} nats per token, over {len(text) // 10 - 1:,} tokens" in said
-
-
-@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
-def test_weights_are_rounded(
-    language_model: Path,
-    translator: Path,
-    run: CommandLine,
-    tmp_path: Path,
-    weights: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    options = ("--weights", weights)
-    text = language_model.parent / "text.txt"
-
-    def loss(*more: str) -> float:
-        code, said, errors = run("eval", language_model, text, "--cache", tmp_path, *more)
-        assert (code, errors) == (0, "")
-        return float(said.split()[1])
-
-    assert loss(*options) == pytest.approx(loss(), rel=0.01)
-    code, said, errors = run("generate", language_model, "--prompt", "ten", "--length", 5, *options)
-    assert (code, len(said), errors) == (0, 9, "")
-    (tmp_path / "lines").write_text("one two\n\nsix ten\n")
-    assert run("translate", translator, tmp_path / "lines", *options) == (0, "deux, un.\n\ndix, six.\n", "")
-    monkeypatch.setattr("llm_ext.cli.commands.arguments.find_device", lambda name: torch.device("cuda"))
-    code, _, errors = run("generate", language_model, *options)
-    assert (code, f"--weights {weights} needs --device cpu" in errors) == (1, True)
 
 
 def test_a_seed_repeats_a_text(language_model: Path, run: CommandLine) -> None:
