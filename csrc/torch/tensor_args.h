@@ -65,11 +65,27 @@ class Input {
   bool on_cpu_;
 };
 
+// How many indices of a dimension to read for all its numbers: an expanded one repeats the first.
+inline int64_t distinct(const Tensor& t, int64_t dim) {
+  return t.stride(dim) == 0 && t.size(dim) > 1 ? 1 : t.size(dim);
+}
+
+// The numbers of a vector on the CPU, which is not copied: it may be a large view of little memory.
+class Numbers {
+ public:
+  explicit Numbers(const Tensor& t) : first_(data<int64_t>(t)), stride_(t.stride(0)) {}
+  int64_t operator[](int64_t i) const { return first_[i * stride_]; }
+
+ private:
+  const int64_t* first_;
+  int64_t stride_;
+};
+
 // Checks that every length is from 0 to `most`. Lengths on a GPU are not read here: its kernels clamp them.
 inline void check_lengths(const Tensor& lengths, const char* op, const char* name, int64_t most) {
   if (!lengths.is_cpu()) return;
-  const int64_t* length = data<int64_t>(lengths);
-  for (int64_t b = 0; b < lengths.size(0); ++b) {
+  const Numbers length(lengths);
+  for (int64_t b = 0; b < distinct(lengths, 0); ++b) {
     STD_TORCH_CHECK(length[b] >= 0 && length[b] <= most, op, ": ", name, " must be from 0 to ", most, ", got ",
                     length[b], " in row ", b);
   }

@@ -5,12 +5,14 @@ Only a GPU can test the rest: streams, devices, pinned memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import additive_attention as additive
 from support import multilayer, pooling, target, tolerances
+from support.before_memory import CALLS, assert_refused_without_memory
 from support.comparison import assert_close, assert_same_bits, check_wanted_gradients, compare
 from support.emulated_ops import NAME, load
 from support.inputs import batch_sizes_of
@@ -251,6 +253,11 @@ def test_errors(emulated: Any) -> None:
         recurrence_functions(GRU, batch_sizes=torch.tensor([1, 2]))[0](**(inputs | {"x": torch.zeros(3, 4)}))
     with pytest.raises(RuntimeError, match=r"T, B and H must be below 2\^31 on cuda, got 2147483648"):
         emulated.rnn(torch.zeros(1, 2**31, 0), None, torch.zeros(1, 0), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_checks_come_before_memory(call: Callable[[Any], object]) -> None:
+    assert_refused_without_memory(call, getattr(torch.ops, NAME))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["5-3", "3-5"])

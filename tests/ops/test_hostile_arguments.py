@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from support.before_memory import CALLS, CPU_CALLS, assert_refused_without_memory
 from support.comparison import assert_close, assert_same_bits
 from support.memory import memory_limit
 from support.process import run_python
@@ -118,68 +120,9 @@ def test_rows_without_numbers(lengths: Tensor | None) -> None:
     assert all(not g.any() for g in torch.autograd.grad(y.sum(), (x, w_ih, w_hh)))
 
 
-Z = torch.zeros
-STEPS = Z(1, 1, 4).expand(HUGE, 1, 4)  # a view of one step: a copy of it takes 34 GB, and its row offsets 17 GB
-ROWS = Z(1, 4).expand(HUGE, 4)
-ONES = torch.ones(1).long()
-PACKED = torch.zeros(1, 1, 2, 16, 2, dtype=torch.int16)  # of a [3, 3] or [3, 4] weight of bfloat16
-
-
-def _rnn(x: Tensor, *weights: Tensor | None, h0: Tensor | None = None, **options: Tensor | None) -> object:
-    weights += (None,) * (4 - len(weights))
-    return OPS.rnn_forward(x, h0, *weights, options.get("batch_sizes"), options.get("lengths"), "tanh", False, False)
-
-
-def _rnn_backward(grad_y: Tensor, grad_h_n: Tensor, y: Tensor) -> object:
-    x, w_ih, w_hh = STEPS, Z(3, 4), Z(3, 3)
-    return OPS.rnn_backward(grad_y, grad_h_n, x, None, w_ih, w_hh, y, None, None, "tanh", *[False] * 8)
-
-
-def _layers(x: Tensor, *weights: Tensor, h0: Tensor | None = None, projections: tuple[Tensor, ...] = ()) -> object:
-    return OPS.multilayer_rnn_forward("RNN_TANH", x, h0, None, list(weights), False, False, projections, None, False)
-
-
-def _quantized(x: Tensor, w_hh: Tensor, lengths: Tensor | None = None, b_hh: Tensor | None = None) -> object:
-    weights = PACKED, None, w_hh, None, None, b_hh, None, None
-    return OPS.quantized_rnn_forward("RNN_TANH", x, None, None, *weights, None, lengths, 4, 3, 3, False)
-
-
-BEFORE_MEMORY: dict[str, Callable[[], object]] = {
-    "rnn: dtype of w_ih": lambda: _rnn(STEPS, Z(3, 4).double(), Z(3, 3)),
-    "rnn: w_ih": lambda: _rnn(STEPS, Z(3, 5), Z(3, 3)),
-    "rnn: b_hh": lambda: _rnn(STEPS, Z(3, 4), Z(3, 3), None, Z(4)),
-    "rnn: b_hh, lengths": lambda: _rnn(STEPS, Z(3, 4), Z(3, 3), None, Z(4), lengths=ONES),
-    "rnn: batch_sizes": lambda: _rnn(Z(3, 4), Z(3, 4), Z(3, 3), h0=Z(1, 3), batch_sizes=ONES.expand(HUGE)),
-    "rnn_backward: grad_h_n": lambda: _rnn_backward(Z(1, 1, 3).expand(HUGE, 1, 3), Z(1, 4), STEPS[..., :3]),
-    "layers: w_ih": lambda: _layers(STEPS, Z(3, 5), Z(3, 3)),
-    "layers: w_hh of the second": lambda: _layers(STEPS, Z(3, 4), Z(3, 3), Z(3, 3), Z(3, 4)),
-    "layers: h0": lambda: _layers(STEPS, Z(3, 4), Z(3, 3), h0=Z(1, 2, 3)),
-    "layers: ids": lambda: _layers(
-        torch.zeros(1, 1).long().expand(HUGE, 1), Z(3, 4), Z(3, 4), projections=(Z(9, 4).expand(9, 4),)
-    ),
-    "quantized_rnn: w_hh": lambda: _quantized(STEPS, PACKED[:0]),
-    "quantized_rnn: w_hh, lengths": lambda: _quantized(STEPS, PACKED[:0], ONES),
-    "quantized_rnn: b_hh, lengths": lambda: _quantized(STEPS, PACKED, ONES, Z(4)),
-    "quantized_linear: b": lambda: OPS.quantized_linear_forward(ROWS, PACKED, None, Z(4), 4, 3),
-    "linear: w": lambda: OPS.linear_forward(ROWS, Z(3, 5), None),
-    "linear: b": lambda: OPS.linear_forward(ROWS, Z(3, 4), Z(4)),
-    "linear_argmax: b": lambda: OPS.linear_argmax(ROWS, Z(3, 4), Z(4)),
-    "linear_backward: grad_y": lambda: OPS.linear_backward(Z(1, 4).expand(HUGE, 4), ROWS, Z(3, 4), *[False] * 3),
-    "attention_pool: u": lambda: OPS.attention_pool_forward(STEPS, Z(5), None, None, None),
-    "attention_pool: mask": lambda: OPS.attention_pool_forward(STEPS, Z(4), None, None, torch.zeros(1, 1).bool()),
-    "prefix_pool: scores": lambda: OPS.prefix_pool_forward(STEPS, None, Z(1, 1), None, None, None, None),
-    "additive_attention: values": lambda: OPS.additive_attention_forward(
-        STEPS, STEPS, Z(4), Z(1, 1, 3), None, None, False
-    ),
-}
-
-
-@pytest.mark.parametrize("call", BEFORE_MEMORY.values(), ids=BEFORE_MEMORY)
-def test_checks_come_before_memory(call: Callable[[], object]) -> None:
-    """Views of one row as 2^31 rows, and an argument that does not fit."""
-    with memory_limit(4000), pytest.raises(RuntimeError, match="must") as found:
-        call()
-    assert "out of memory" not in str(found.value)
+@pytest.mark.parametrize("call", [*CALLS.values(), *CPU_CALLS.values()], ids=[*CALLS, *CPU_CALLS])
+def test_checks_come_before_memory(call: Callable[[Any], object]) -> None:
+    assert_refused_without_memory(call, OPS)
 
 
 def test_steps_that_no_kernel_runs() -> None:

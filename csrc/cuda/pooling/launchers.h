@@ -61,8 +61,8 @@ constexpr int64_t column_blocks_of(int64_t dim) { return dim > 0 ? (dim + 31) / 
 inline int64_t pooled_rows_size(int64_t rows, int64_t dim) { return (rows * dim + 1) / 2 * 2; }
 
 // Workspace of a call, in elements of Compute<S>.
-int64_t pool_forward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan);
-int64_t pool_backward_workspace(int64_t batch, int64_t dim, const PoolPlan& plan);
+int64_t pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan);
+int64_t pool_backward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan);
 int64_t prefix_pool_forward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan);
 int64_t prefix_pool_backward_workspace(int64_t batch, int64_t steps, int64_t dim, const PoolPlan& plan);
 

@@ -1,6 +1,8 @@
 // The ops additive_attention_*, as every backend has them: arguments, checks, results.
 //
-// A backend is a struct with two functions, for each type S that tensors are stored as,
+// A backend is a struct with
+//   static void check_sizes(const char* op, std::initializer_list<int64_t>);
+// which throws if a size is too large for its kernels, and two functions, for each type S that tensors are stored as,
 //   static void forward(AdditiveAttentionForwardParams<S>&, const Device&);
 //   static void backward(AdditiveAttentionBackwardParams<S>&, const Device&);
 // which set the workspace of the params and run the kernel.
@@ -19,15 +21,21 @@
 
 namespace llm_ext {
 
-// Checked sizes and inputs of forward and backward. Owns dense copies for the duration of the call.
+// Checked sizes and inputs of forward and backward. Owns dense copies, which in() makes, for the duration of the call.
 template <typename S>
 class CheckedAdditiveAttentionArguments {
  public:
   CheckedAdditiveAttentionArguments(const char* op, const Tensor& query, const Tensor& keys, const Tensor& v,
                                     const Tensor& values, const OptionalTensor& key_lengths, const OptionalTensor& mask)
+      : CheckedAdditiveAttentionArguments(op, device_of(query), sizes_of(op, query, keys, values), query, keys, v,
+                                          values, key_lengths, mask) {}
+  // A query that is computed later is not given: in() has null for it.
+  CheckedAdditiveAttentionArguments(const char* op, const Device& device, const AdditiveAttentionInput<S>& sizes,
+                                    const OptionalTensor& query, const Tensor& keys, const Tensor& v,
+                                    const Tensor& values, const OptionalTensor& key_lengths, const OptionalTensor& mask)
       : op_(op),
-        device_(device_of(query)),
-        sizes_(sizes_of(query, keys, values)),
+        device_(device),
+        sizes_(sizes),
         query_(input("query", query, {sizes_.batch, sizes_.queries, sizes_.attn_dim})),
         keys_(input("keys", keys, {sizes_.batch, sizes_.keys, sizes_.attn_dim})),
         v_(input("v", v, {sizes_.attn_dim})),
@@ -36,11 +44,14 @@ class CheckedAdditiveAttentionArguments {
         per_query_(mask.has_value() && mask->dim() == 3),
         mask_(per_query_ ? mask_input(mask, {sizes_.batch, sizes_.queries, sizes_.keys})
                          : mask_input(mask, {sizes_.batch, sizes_.keys})) {
-    if (key_lengths.has_value()) check_lengths(*key_lengths_.tensor(), op, "key_lengths", sizes_.keys);
+    if (key_lengths.has_value()) check_lengths(*key_lengths, op, "key_lengths", sizes_.keys);
   }
 
   const Device& device() const { return device_; }
+  // Without pointers and strides.
+  const AdditiveAttentionInput<S>& sizes() const { return sizes_; }
 
+  // After all checks of the call.
   AdditiveAttentionInput<S> in() const {
     AdditiveAttentionInput<S> in = sizes_;
     in.query = query_.get();
@@ -64,10 +75,11 @@ class CheckedAdditiveAttentionArguments {
   }
 
  private:
-  AdditiveAttentionInput<S> sizes_of(const Tensor& query, const Tensor& keys, const Tensor& values) const {
-    STD_TORCH_CHECK(query.dim() == 3, op_, ": query must be [B, Tq, A], got ", shape_text(query));
-    STD_TORCH_CHECK(keys.dim() == 3, op_, ": keys must be [B, Tk, A], got ", shape_text(keys));
-    STD_TORCH_CHECK(values.dim() == 3, op_, ": values must be [B, Tk, Dv], got ", shape_text(values));
+  static AdditiveAttentionInput<S> sizes_of(const char* op, const Tensor& query, const Tensor& keys,
+                                            const Tensor& values) {
+    STD_TORCH_CHECK(query.dim() == 3, op, ": query must be [B, Tq, A], got ", shape_text(query));
+    STD_TORCH_CHECK(keys.dim() == 3, op, ": keys must be [B, Tk, A], got ", shape_text(keys));
+    STD_TORCH_CHECK(values.dim() == 3, op, ": values must be [B, Tk, Dv], got ", shape_text(values));
     AdditiveAttentionInput<S> in{};
     in.batch = query.size(0);
     in.queries = query.size(1);
@@ -102,6 +114,8 @@ std::tuple<Tensor, Tensor> additive_attention_forward(const Tensor& query, const
   return with_type<float, double, BFloat16, Float16>(query, kOp, "query", [&](auto type) {
     using S = decltype(type);
     const CheckedAdditiveAttentionArguments<S> a(kOp, query, keys, v, values, key_lengths, mask);
+    const AdditiveAttentionInput<S>& s = a.sizes();
+    Backend::check_sizes(kOp, {s.batch, s.queries, s.keys, s.attn_dim, s.value_dim});
     const AdditiveAttentionInput<S> in = a.in();
     const Output<S> context = a.output(true, {in.batch, in.queries, in.value_dim});
     const Output<S> weights = a.output(need_weights, {in.batch, in.queries, in.keys});
@@ -120,10 +134,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   return with_type<float, double, BFloat16, Float16>(query, kOp, "query", [&](auto type) {
     using S = decltype(type);
     const CheckedAdditiveAttentionArguments<S> a(kOp, query, keys, v, values, key_lengths, mask);
-    const AdditiveAttentionInput<S> in = a.in();
-    const int64_t B = in.batch, Tq = in.queries, Tk = in.keys, A = in.attn_dim, Dv = in.value_dim;
+    const AdditiveAttentionInput<S>& s = a.sizes();
+    const int64_t B = s.batch, Tq = s.queries, Tk = s.keys, A = s.attn_dim, Dv = s.value_dim;
+    Backend::check_sizes(kOp, {B, Tq, Tk, A, Dv});
     const Input<S> grad_context_in = a.input("grad_context", grad_context, {B, Tq, Dv});
     const Input<S> grad_weights_in = a.input("grad_weights", grad_weights, {B, Tq, Tk});
+    const AdditiveAttentionInput<S> in = a.in();
     const Output<S> dquery = a.output(need_dquery, {B, Tq, A});
     const Output<S> dkeys = a.output(need_dkeys, {B, Tk, A});
     const Output<S> dv = a.output(need_dv, {A});

@@ -1,4 +1,7 @@
 // additive_attention_* on the CPU.
+#include <cstdint>
+#include <initializer_list>
+
 #include "cpu/kernels.h"
 #include "torch/alloc/workspace.h"
 #include "torch/ops/additive_attention.h"
@@ -8,6 +11,8 @@ namespace llm_ext {
 namespace {
 
 struct AdditiveAttentionCpu {
+  static void check_sizes(const char*, std::initializer_list<int64_t>) {}
+
   template <typename S>
   static void forward(AdditiveAttentionForwardParams<S>& p, const Device&) {
     const AdditiveAttentionKernels<S>& kernel = kernels().additive_attention<S>();

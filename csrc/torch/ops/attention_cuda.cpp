@@ -1,5 +1,8 @@
 // Pooling and attention on NVIDIA GPUs: plan, workspace, launch. All work is queued on torch's current stream: nothing
 // here waits for the device.
+#include <cstdint>
+#include <initializer_list>
+
 #include "cuda/attention/launchers.h"
 #include "cuda/pooling/launchers.h"
 #include "torch/alloc/workspace.h"
@@ -10,66 +13,33 @@
 namespace llm_ext {
 namespace {
 
-// Kernels use int for some sizes.
-void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
-  for (int64_t size : sizes) {
-    STD_TORCH_CHECK(size < int64_t{1} << 31, op, ": sizes must be below 2^31 on cuda, got ", size);
-  }
-}
-
-// A pooling op on its device.
-class Pooling {
- public:
-  template <typename S>
-  Pooling(const char* op, const PoolInput<S>& in, const Device& device)
-      : op_(op), device_(device), on_(op, device.index) {
-    check_sizes(op, {in.batch, in.steps, in.dim});
-  }
-
-  template <typename S>
-  cuda::PoolPlan plan(const PoolInput<S>& in, decltype(cuda::make_pool_plan)& make) const {
-    return make(in.batch, in.steps, in.dim, sizeof(S), on_.facts());
-  }
-  template <template <typename> class Params, typename S>
-  void launch(Params<S>& p, const cuda::PoolPlan& plan, int64_t elements,
-              int (*run)(const Params<S>&, const cuda::PoolPlan&, void*)) const {
-    const Workspace<Compute<S>> workspace(elements, device_);
-    p.workspace = workspace.get();
-    check_queued(op_, run(p, plan, on_.stream()));
-  }
-
- private:
-  const char* op_;
-  const Device& device_;
-  const CudaDevice on_;
-};
-
 struct Cuda {
+  // Kernels use int for some sizes.
+  static void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) {
+      STD_TORCH_CHECK(size < int64_t{1} << 31, op, ": sizes must be below 2^31 on cuda, got ", size);
+    }
+  }
+
   template <typename S>
   static void forward(PoolForwardParams<S>& p, const Device& device) {
-    const Pooling on("attention_pool_forward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_pool_plan);
-    on.launch(p, plan, cuda::pool_forward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_forward<S>);
+    pool("attention_pool_forward", p, device, cuda::make_pool_plan, cuda::pool_forward_workspace,
+         cuda::pool_forward<S>);
   }
   template <typename S>
   static void backward(PoolBackwardParams<S>& p, const Device& device) {
-    const Pooling on("attention_pool_backward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_pool_gradient_plan);
-    on.launch(p, plan, cuda::pool_backward_workspace(p.in.batch, p.in.dim, plan), cuda::pool_backward<S>);
+    pool("attention_pool_backward", p, device, cuda::make_pool_gradient_plan, cuda::pool_backward_workspace,
+         cuda::pool_backward<S>);
   }
   template <typename S>
   static void prefix_forward(PrefixPoolForwardParams<S>& p, const Device& device) {
-    const Pooling on("prefix_pool_forward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_pool_plan);
-    on.launch(p, plan, cuda::prefix_pool_forward_workspace(p.in.batch, p.in.steps, p.in.dim, plan),
-              cuda::prefix_pool_forward<S>);
+    pool("prefix_pool_forward", p, device, cuda::make_pool_plan, cuda::prefix_pool_forward_workspace,
+         cuda::prefix_pool_forward<S>);
   }
   template <typename S>
   static void prefix_backward(PrefixPoolBackwardParams<S>& p, const Device& device) {
-    const Pooling on("prefix_pool_backward", p.in, device);
-    const cuda::PoolPlan plan = on.plan(p.in, cuda::make_prefix_gradient_plan);
-    on.launch(p, plan, cuda::prefix_pool_backward_workspace(p.in.batch, p.in.steps, p.in.dim, plan),
-              cuda::prefix_pool_backward<S>);
+    pool("prefix_pool_backward", p, device, cuda::make_prefix_gradient_plan, cuda::prefix_pool_backward_workspace,
+         cuda::prefix_pool_backward<S>);
   }
 
   template <typename S>
@@ -83,10 +53,21 @@ struct Cuda {
 
  private:
   template <template <typename> class Params, typename S>
+  static void pool(const char* op, Params<S>& p, const Device& device, decltype(cuda::make_pool_plan)& plan_of,
+                   decltype(cuda::pool_forward_workspace)& workspace_of,
+                   int (*launch)(const Params<S>&, const cuda::PoolPlan&, void*)) {
+    const PoolInput<S>& in = p.in;
+    const CudaDevice on(op, device.index);
+    const cuda::PoolPlan plan = plan_of(in.batch, in.steps, in.dim, sizeof(S), on.facts());
+    const Workspace<Compute<S>> workspace(workspace_of(in.batch, in.steps, in.dim, plan), device);
+    p.workspace = workspace.get();
+    check_queued(op, launch(p, plan, on.stream()));
+  }
+
+  template <template <typename> class Params, typename S>
   static void additive(const char* op, Params<S>& p, const Device& device, bool backward,
                        int (*launch)(const Params<S>&, int64_t, void*)) {
     const AdditiveAttentionInput<S>& in = p.in;
-    check_sizes(op, {in.batch, in.queries, in.keys, in.attn_dim, in.value_dim});
     const CudaDevice on(op, device.index);
     const int64_t slab = cuda::additive_slab(in.queries, in.keys, in.attn_dim);
     const Workspace<Compute<S>> workspace(cuda::AdditiveWorkspace<S>(in, slab, backward, nullptr).elements, device);

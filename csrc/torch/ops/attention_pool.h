@@ -1,6 +1,8 @@
 // The ops attention_pool_* and prefix_pool_*, as every backend has them: arguments, checks, results.
 //
-// A backend is a struct with four functions, for each type S that tensors are stored as,
+// A backend is a struct with
+//   static void check_sizes(const char* op, std::initializer_list<int64_t>);
+// which throws if a size is too large for its kernels, and four functions, for each type S that tensors are stored as,
 //   static void forward(PoolForwardParams<S>&, const Device&);
 //   static void backward(PoolBackwardParams<S>&, const Device&);
 //   static void prefix_forward(PrefixPoolForwardParams<S>&, const Device&);
@@ -43,7 +45,7 @@ class LogSums {
   Output<T> l_;
 };
 
-// Checked sizes and inputs of the four ops. Owns dense copies for the duration of the call.
+// Checked sizes and inputs of the four ops. Owns dense copies, which in() makes, for the duration of the call.
 template <typename S>
 class CheckedPoolArguments {
  public:
@@ -54,12 +56,21 @@ class CheckedPoolArguments {
         u_(input("u", u, {checked(e).size(2)})),
         scores_(input("scores", scores, {e.size(0), e.size(1)})),
         lengths_(lengths, op, "lengths", {e.size(0)}, device_),
-        mask_(mask, op, "mask", {e.size(0), e.size(1)}, device_) {
-    if (lengths.has_value()) check_lengths(*lengths_.tensor(), op, "lengths", e.size(1));
-    e_ = dense_rows(e);  // after all other checks: it may be a large view of little memory
+        mask_(mask, op, "mask", {e.size(0), e.size(1)}, device_),
+        e_(e) {
+    if (lengths.has_value()) check_lengths(*lengths, op, "lengths", e.size(1));
     in_.batch = e.size(0);
     in_.steps = e.size(1);
     in_.dim = e.size(2);
+  }
+
+  const Device& device() const { return device_; }
+  // Without pointers and strides.
+  const PoolInput<S>& sizes() const { return in_; }
+
+  // After all checks of the call, and before the functions below that need the strides of e.
+  const PoolInput<S>& in() {
+    e_ = dense_rows(e_);
     in_.e = data<S>(e_);
     in_.e_batch_stride = e_.stride(0);
     in_.e_step_stride = e_.stride(1);
@@ -67,10 +78,8 @@ class CheckedPoolArguments {
     in_.scores = scores_.get();
     in_.lengths = lengths_.get();
     in_.mask = mask_.get();
+    return in_;
   }
-
-  const Device& device() const { return device_; }
-  const PoolInput<S>& in() const { return in_; }
 
   template <typename T = S>
   Input<T> input(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> shape) const {
@@ -89,9 +98,11 @@ class CheckedPoolArguments {
   // Without elements if it is not wanted.
   Tensor empty_like_e_if(bool wanted) const { return wanted ? empty_like_e() : empty({0}, kScalarType<S>, device_); }
 
-  // t, or a copy of it that has the strides of e.
-  Tensor strided_like_e(const char* name, const Tensor& t) const {
+  void check_like_e(const char* name, const Tensor& t) const {
     check_tensor(t, op_, name, kScalarType<S>, {in_.batch, in_.steps, in_.dim}, device_);
+  }
+  // t, or a copy of it that has the strides of e.
+  Tensor strided_like_e(const Tensor& t) const {
     if (in_.batch * in_.steps * in_.dim == 0) return t;
     const bool same = (in_.batch == 1 || t.stride(0) == in_.e_batch_stride) &&
                       (in_.steps == 1 || t.stride(1) == in_.e_step_stride) && (in_.dim == 1 || t.stride(2) == 1);
@@ -138,7 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_forward(const Tensor& e, const
     using S = decltype(type);
     using T = Compute<S>;
     check_one_source(kOp, u, scores);
-    const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& s = args.sizes();
+    Backend::check_sizes(kOp, {s.batch, s.steps, s.dim});
     const PoolInput<S>& in = args.in();
     const Output<S> c = args.output(true, {in.batch, in.dim});
     const auto lse = args.template output<T>(true, {in.batch});
@@ -160,12 +173,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const OptionalTensor&
     using S = decltype(type);
     using T = Compute<S>;
     check_one_source(kOp, u, scores);
-    const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& s = args.sizes();
+    Backend::check_sizes(kOp, {s.batch, s.steps, s.dim});
+    const Input<S> c_in = args.input("c", c, {s.batch, s.dim});
+    const auto l_in = args.template input<T>("l", l, {s.batch, 2});
+    const Input<S> grad_c_in = args.input("grad_c", grad_c, {s.batch, s.dim});
+    const auto grad_lse_in = args.template input<T>("grad_lse", grad_lse, {s.batch});
     const PoolInput<S>& in = args.in();
-    const Input<S> c_in = args.input("c", c, {in.batch, in.dim});
-    const auto l_in = args.template input<T>("l", l, {in.batch, 2});
-    const Input<S> grad_c_in = args.input("grad_c", grad_c, {in.batch, in.dim});
-    const auto grad_lse_in = args.template input<T>("grad_lse", grad_lse, {in.batch});
     const Tensor de = args.empty_like_e_if(need_de);
     const Output<S> du = args.output(need_du && u.has_value(), {in.dim});
     const Output<S> dscores = args.output(need_dscores && scores.has_value(), {in.batch, in.steps});
@@ -195,10 +210,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_pool_forward(const Tensor& e, 
     using T = Compute<S>;
     check_one_source(kOp, u, scores);
     STD_TORCH_CHECK(l0.has_value() == c0.has_value(), kOp, ": l0 and c0 must be given together");
-    const CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    CheckedPoolArguments<S> args(kOp, e, u, scores, lengths, mask);
+    const PoolInput<S>& s = args.sizes();
+    Backend::check_sizes(kOp, {s.batch, s.steps, s.dim});
+    const auto l0_in = args.template input<T>("l0", l0, {s.batch, 2});
+    const auto c0_in = args.template input<T>("c0", c0, {s.batch, s.dim});
     const PoolInput<S>& in = args.in();
-    const auto l0_in = args.template input<T>("l0", l0, {in.batch, 2});
-    const auto c0_in = args.template input<T>("c0", c0, {in.batch, in.dim});
     const Tensor c = args.empty_like_e();
     const auto share = args.template output<T>(true, {in.batch, in.steps});
     const LogSums<T> l_n(in.batch, args.device());
@@ -219,15 +236,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_pool_backward(
   return with_type<float, double, BFloat16, Float16>(e, kOp, "e", [&](auto type) {
     using S = decltype(type);
     using T = Compute<S>;
-    const CheckedPoolArguments<S> args(kOp, e, u, {}, {}, {});
+    CheckedPoolArguments<S> args(kOp, e, u, {}, {}, {});
+    const PoolInput<S>& s = args.sizes();
+    Backend::check_sizes(kOp, {s.batch, s.steps, s.dim});
+    const auto c0_in = args.template input<T>("c0", c0, {s.batch, s.dim});
+    args.check_like_e("c", c);
+    const auto share_in = args.template input<T>("share", share, {s.batch, s.steps});
+    const auto grad_l_n_in = args.template input<T>("grad_l_n", grad_l_n, {s.batch});
+    const auto grad_c_n_in = args.template input<T>("grad_c_n", grad_c_n, {s.batch, s.dim});
+    if (grad_c.has_value()) args.check_like_e("grad_c", *grad_c);
     const PoolInput<S>& in = args.in();
-    const auto c0_in = args.template input<T>("c0", c0, {in.batch, in.dim});
-    const Tensor c_rows = args.strided_like_e("c", c);
-    const auto share_in = args.template input<T>("share", share, {in.batch, in.steps});
-    const auto grad_l_n_in = args.template input<T>("grad_l_n", grad_l_n, {in.batch});
-    const auto grad_c_n_in = args.template input<T>("grad_c_n", grad_c_n, {in.batch, in.dim});
-    OptionalTensor grad;
-    if (grad_c.has_value()) grad = args.strided_like_e("grad_c", *grad_c);
+    const Tensor c_rows = args.strided_like_e(c);
+    const OptionalTensor grad = grad_c.has_value() ? OptionalTensor(args.strided_like_e(*grad_c)) : std::nullopt;
     const Tensor de = args.empty_like_e_if(need_de);
     const Output<S> du = args.output(need_du, {in.dim});
     const Output<S> dscores = args.output(need_dscores, {in.batch, in.steps});

@@ -1,4 +1,7 @@
 // attention_pool_* and prefix_pool_* on the CPU.
+#include <cstdint>
+#include <initializer_list>
+
 #include "cpu/kernels.h"
 #include "torch/alloc/workspace.h"
 #include "torch/ops/attention_pool.h"
@@ -8,6 +11,8 @@ namespace llm_ext {
 namespace {
 
 struct PoolCpu {
+  static void check_sizes(const char*, std::initializer_list<int64_t>) {}
+
   template <typename S>
   static void forward(PoolForwardParams<S>& p, const Device&) {
     run(p, kernels().pool<S>().workspace, kernels().pool<S>().forward);

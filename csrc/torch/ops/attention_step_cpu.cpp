@@ -44,20 +44,28 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     using S = decltype(type);
     MultilayerRnn<S> rnn(a);
     const int64_t H = rnn.hidden();
-    const auto [y, h_n, c_n] = rnn.results();
-    const Tensor query = empty({B, B > 0 ? N / B : 0, A}, kScalarType<S>);
-    const CheckedAdditiveAttentionArguments<S> attention(kOp, query, keys, v, values, key_lengths, std::nullopt);
+    AdditiveAttentionInput<S> sizes{};
+    sizes.batch = B;
+    sizes.queries = B > 0 ? N / B : 0;
+    sizes.keys = keys.size(1);
+    sizes.attn_dim = A;
+    sizes.value_dim = Dv;
+    const CheckedAdditiveAttentionArguments<S> attention(kOp, {}, sizes, kNone, keys, v, values, key_lengths, kNone);
     const Input<S> w_query_in(w_query, kOp, "w_query", {A, H});
     const Input<S> w_out_in(w_out, kOp, "w_out", {Dv, H});
     const Input<S> b_out_in(b_out, kOp, "b_out", {Dv});
-    const Tensor context = empty({N, Dv}, kScalarType<S>);
+    rnn.allocate();
+    const auto [y, h_n, c_n] = rnn.results();
     const Tensor out = empty({N, Dv}, kScalarType<S>);
     if (N == 0) return std::make_tuple(out, h_n, c_n);
+    const Tensor query = empty({N, A}, kScalarType<S>);
+    const Tensor context = empty({N, Dv}, kScalarType<S>);
 
     const LinearKernels<S>& linear = kernels().linear<S>();
     const AdditiveAttentionKernels<S>& attend = kernels().additive_attention<S>();
     const LinearSizes query_sizes = {N, H, A}, out_sizes = {N, H, Dv};
-    const AdditiveAttentionInput<S> in = attention.in();
+    AdditiveAttentionInput<S> in = attention.in();
+    in.query = data<S>(query);
     const int threads =
         std::max({rnn.threads(), team_size(linear.threads(query_sizes, max_threads())),
                   team_size(attend.threads(in, max_threads())), team_size(linear.threads(out_sizes, max_threads()))});

@@ -25,7 +25,8 @@ class Linearized {
              const OptionalTensor& saved, const Tensor& y, const Tensor& h0, const OptionalTensor& c0,
              const Tensor& batch_sizes, bool reverse)
       : op_(op),
-        offsets_(packed_row_offsets(op, y.dim() == 2 ? y.size(0) : -1, batch_sizes)),
+        batch_sizes_(batch_sizes),
+        rows_(y.dim() == 2 ? y.size(0) : -1),
         sizes_(sizes_of(mode_named(op, mode), w_hh, w_hr, h0, reverse)),
         w_hh_(input("w_hh", w_hh, gates_of(sizes_.mode) * sizes_.hidden, sizes_.output)),
         w_hr_(input("w_hr", w_hr, sizes_.output, sizes_.hidden)),
@@ -37,7 +38,10 @@ class Linearized {
     STD_TORCH_CHECK(c0.has_value() == lstm(), op_, ": c0 belongs to an LSTM");
   }
 
-  LinearizedRecurrence<S> params() const {
+  // After all checks of the call.
+  LinearizedRecurrence<S> params() {
+    offsets_ = packed_row_offsets(batch_sizes_);
+    sizes_.row_offsets = offsets_.data();
     return {sizes_, h0_.get(), c0_.get(), w_hh_.get(), w_hr_.get(), y_.get(), saved_.get()};
   }
 
@@ -49,12 +53,12 @@ class Linearized {
   int64_t hidden() const { return sizes_.hidden; }
 
   Input<S> rows_input(const char* name, const OptionalTensor& t, int64_t width) const {
-    return input(name, t, offsets_.back(), width);
+    return input(name, t, rows_, width);
   }
   Input<S> state_input(const char* name, const OptionalTensor& t, int64_t width) const {
     return input(name, t, sizes_.batch, width);
   }
-  Output<S> rows_output(bool wanted, int64_t width) const { return Output<S>(wanted, {offsets_.back(), width}); }
+  Output<S> rows_output(bool wanted, int64_t width) const { return Output<S>(wanted, {rows_, width}); }
   Output<S> state_output(bool wanted, int64_t width) const { return Output<S>(wanted, {sizes_.batch, width}); }
 
  private:
@@ -69,13 +73,12 @@ class Linearized {
     STD_TORCH_CHECK(h0.dim() == 2, op_, ": h0 must be [B, P], got ", shape_text(h0));
     RecurrenceSizes s = {};
     s.mode = mode;
-    s.steps = static_cast<int64_t>(offsets_.size()) - 1;
+    s.batch = check_batch_sizes(op_, rows_, batch_sizes_);
+    s.steps = batch_sizes_.size(0);
     STD_TORCH_CHECK(s.steps > 0, op_, ": batch_sizes must have a step");
-    s.batch = offsets_[1];
     s.input = 0;
     s.hidden = w_hh.size(0) / gates_of(mode);
     s.output = w_hh.size(1);
-    s.row_offsets = offsets_.data();
     s.reverse = reverse;
     STD_TORCH_CHECK(w_hr.has_value() == s.projected() && s.output <= s.hidden, op_,
                     ": w_hr must be given exactly if w_hh is [4 H, P] with P < H");
@@ -84,14 +87,16 @@ class Linearized {
 
   // In this order: each is initialized from those above it.
   const char* op_;
-  const std::vector<int64_t> offsets_;
-  const RecurrenceSizes sizes_;
+  const Tensor& batch_sizes_;
+  const int64_t rows_;
+  RecurrenceSizes sizes_;
   const Input<S> w_hh_;
   const Input<S> w_hr_;
   const Input<S> saved_;
   const Input<S> y_;
   const Input<S> h0_;
   const Input<S> c0_;
+  std::vector<int64_t> offsets_;
 };
 
 std::tuple<Tensor, Tensor, Tensor> recurrence_tangent(const std::string& mode, const Tensor& w_hh,
@@ -104,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_tangent(const std::string& mode, c
   constexpr const char* kOp = "recurrence_tangent";
   return with_type<float, double>(y, kOp, "y", [&](auto type) {
     using S = decltype(type);
-    const Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
+    Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
     const Input<S> a_in = args.rows_input("v_a", v_a, args.a_width());
     const Input<S> h_in = args.rows_input("v_h", v_h, args.output());
     const Input<S> c_in = args.rows_input("v_c", v_c, args.hidden());
@@ -134,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_adjoint(
   constexpr const char* kOp = "recurrence_adjoint";
   return with_type<float, double>(y, kOp, "y", [&](auto type) {
     using S = decltype(type);
-    const Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
+    Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
     const Input<S> a_in = args.rows_input("g_a", g_a, args.a_width());
     const Input<S> h_in = args.rows_input("g_h", g_h, args.output());
     const Input<S> c_in = args.rows_input("g_c", g_c, args.hidden());
@@ -168,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_curvature(const std::string& mode,
   constexpr const char* kOp = "recurrence_curvature";
   return with_type<float, double>(y, kOp, "y", [&](auto type) {
     using S = decltype(type);
-    const Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
+    Linearized<S> args(kOp, mode, w_hh, w_hr, saved, y, h0, c0, batch_sizes, reverse);
     STD_TORCH_CHECK(state.has_value() != args.elman() && !(args.elman() && state0.has_value()), kOp,
                     ": state and state0 belong to a GRU or an LSTM");
     STD_TORCH_CHECK(adjoint_c.has_value() == args.lstm(), kOp, ": adjoint_c belongs to an LSTM");

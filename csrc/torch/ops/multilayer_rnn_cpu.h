@@ -50,7 +50,12 @@ template <typename S>
 class MultilayerRnn {
  public:
   explicit MultilayerRnn(const MultilayerRnnArguments& a)
-      : op_(a.op), mode_(a.mode), directions_(a.bidirectional ? 2 : 1), weights_each_(a.bias ? 4 : 2) {
+      : op_(a.op),
+        mode_(a.mode),
+        directions_(a.bidirectional ? 2 : 1),
+        weights_each_(a.bias ? 4 : 2),
+        batch_sizes_(a.batch_sizes),
+        x_(a.x) {
     STD_TORCH_CHECK(mode_ == Mode::kLstm ? a.h0.has_value() == a.c0.has_value() : !a.c0.has_value(), op_,
                     ": c0 must be given with the h0 of an LSTM, and only then");
     recurrences_ = static_cast<int>(a.weights.size()) / weights_each_;
@@ -65,20 +70,26 @@ class MultilayerRnn {
     c0_.emplace(a.c0, op_, "c0", std::initializer_list<int64_t>{recurrences_, batch_, hidden_});
     if (!a.input_projections.empty()) check_input_projections(a);
     for (int r = 0; r < recurrences_; ++r) check_weights(a, r);
-    // After all other checks: x may be a large view of little memory.
-    x_ = dense(a.x);
     if (!a.input_projections.empty()) check_ids(a.input_projections[0].size(0));
+  }
+
+  // After all checks of the call, and before the functions below: inputs may be large views of little memory.
+  void allocate() {
+    x_ = dense(x_);
     y_ = packed_ ? empty({rows_, directions_ * hidden_}, kScalarType<S>)
                  : empty({steps_, batch_, directions_ * hidden_}, kScalarType<S>);
     h_n_ = empty({recurrences_, batch_, hidden_}, kScalarType<S>);
     c_n_ = empty({mode_ == Mode::kLstm ? recurrences_ : 0, batch_, hidden_}, kScalarType<S>);
-    for (int r = 0; r < recurrences_; ++r) add_recurrence(a, r);
+    for (int r = 0; r < recurrences_; ++r) add_recurrence(r);
     // A result without elements needs no kernel, and may have any number of steps; an attention_step has one.
-    if (!packed_ && (any_elements(y_) || steps_ == 1)) offsets_ = padded_row_offsets(steps_, batch_);
+    if (any_elements(y_) || steps_ == 1) {
+      offsets_ = packed_ ? packed_row_offsets(*batch_sizes_) : padded_row_offsets(steps_, batch_);
+    }
     for (RecurrenceForwardParams<S>& p : params_) p.sizes.row_offsets = offsets_.data();
   }
 
   std::tuple<Tensor, Tensor, Tensor> run() {
+    allocate();
     if (!any_elements(y_)) {
       for (const RecurrenceForwardParams<S>& p : params_) {
         copy_state(batch_ * hidden_, p.h0, p.h_n);
@@ -103,9 +114,9 @@ class MultilayerRnn {
     return results();
   }
 
-  // The stages of a run by a team that has other work, too. The sequence must have at least one step: choose a team of
-  // at least threads(); prepare(size of the team); run_in_turn(team) on all its threads, which ends with a barrier;
-  // finish(). results() may be called at any time.
+  // The stages of a run by a team that has other work, too. The sequence must have at least one step: allocate();
+  // choose a team of at least threads(); prepare(size of the team); run_in_turn(team) on all its threads, which ends
+  // with a barrier; finish(). results() may be called at any time after allocate().
   int threads() const {
     int most = 1;
     for (const RecurrenceForwardParams<S>& p : params_) most = std::max(most, kernel().threads(p.sizes, max_threads()));
@@ -148,10 +159,11 @@ class MultilayerRnn {
     STD_TORCH_CHECK(a.x.dim() == dim, op_, ": x must be [T, B, I], or [N, I] with batch_sizes, or such ids, got ",
                     shape_text(a.x));
     if (packed_) {
-      offsets_ = packed_row_offsets(op_, a.x.size(0), *a.batch_sizes);
-      STD_TORCH_CHECK(offsets_.size() > 1 || (a.h0.has_value() && a.h0->dim() == 3), op_,
+      batch_ = check_batch_sizes(op_, a.x.size(0), *a.batch_sizes);
+      const bool no_steps = a.batch_sizes->size(0) == 0;
+      STD_TORCH_CHECK(!no_steps || (a.h0.has_value() && a.h0->dim() == 3), op_,
                       ": h0 must be [L, B, H] with batch_sizes of no steps");
-      batch_ = offsets_.size() > 1 ? offsets_[1] : a.h0->size(1);
+      if (no_steps) batch_ = a.h0->size(1);
     } else {
       batch_ = a.x.size(1);
     }
@@ -159,8 +171,8 @@ class MultilayerRnn {
     STD_TORCH_CHECK(a.x.is_cpu(), op_, ": x must be on cpu");
     STD_TORCH_CHECK(a.x.scalar_type() == (ids_given ? ScalarType::Long : kScalarType<S>), op_,
                     ids_given ? ": x must be int64 with input_projections" : ": x must have the dtype of the others");
-    steps_ = packed_ ? static_cast<int64_t>(offsets_.size()) - 1 : a.x.size(0);
-    rows_ = packed_ ? offsets_.back() : steps_ * batch_;
+    steps_ = packed_ ? a.batch_sizes->size(0) : a.x.size(0);
+    rows_ = packed_ ? a.x.size(0) : steps_ * batch_;
   }
 
   void check_input_projections(const MultilayerRnnArguments& a) {
@@ -174,17 +186,21 @@ class MultilayerRnn {
 
   void check_ids(int64_t vocabulary) const {
     const int64_t* ids = data<int64_t>(x_);
-    for (int64_t n = 0; n < rows_; ++n) {
-      STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < vocabulary, op_, ": ids must be from 0 to ", vocabulary - 1, ", got ",
-                      ids[n]);
+    const int64_t last = x_.dim() - 1, step_stride = x_.stride(0), row_stride = x_.stride(last);
+    const int64_t rows = distinct(x_, last), steps = packed_ ? 1 : distinct(x_, 0);
+    for (int64_t t = 0; t < (rows > 0 ? steps : 0); ++t) {
+      for (int64_t b = 0; b < rows; ++b) {
+        const int64_t id = ids[t * step_stride + b * row_stride];
+        STD_TORCH_CHECK(id >= 0 && id < vocabulary, op_, ": ids must be from 0 to ", vocabulary - 1, ", got ", id);
+      }
     }
   }
 
   // Whether the input projections replace the input weights of recurrence r.
   bool reads_ids(int r) const { return r < directions_ && !input_projections_.empty(); }
-  int64_t input_size(const MultilayerRnnArguments& a, int r) const {
+  int64_t input_size(int r) const {
     if (reads_ids(r)) return 0;
-    return r < directions_ ? a.x.size(a.x.dim() - 1) : directions_ * hidden_;
+    return r < directions_ ? x_.size(x_.dim() - 1) : directions_ * hidden_;
   }
 
   void check_weights(const MultilayerRnnArguments& a, int r) {
@@ -192,18 +208,18 @@ class MultilayerRnn {
     const auto check = [&](int i, const char* name, bool read, std::initializer_list<int64_t> sizes) {
       weights_.emplace_back(read ? OptionalTensor(a.weights[r * weights_each_ + i]) : kNone, op_, name, sizes);
     };
-    check(0, "w_ih", !reads_ids(r), {gates, input_size(a, r)});
+    check(0, "w_ih", !reads_ids(r), {gates, input_size(r)});
     check(1, "w_hh", true, {gates, hidden_});
     if (weights_each_ == 2) return;
     check(2, "b_ih", !reads_ids(r), {gates});
     check(3, "b_hh", true, {gates});
   }
 
-  void add_recurrence(const MultilayerRnnArguments& a, int r) {
+  void add_recurrence(int r) {
     const int layer = r / directions_;
     const Input<S>* weights = &weights_[r * weights_each_];
     RecurrenceForwardParams<S> p = {};
-    p.sizes = {mode_, steps_, batch_, input_size(a, r), hidden_, hidden_, nullptr, r % directions_ == 1};
+    p.sizes = {mode_, steps_, batch_, input_size(r), hidden_, hidden_, nullptr, r % directions_ == 1};
     p.w_ih = weights[0].get();
     p.w_hh = weights[1].get();
     if (weights_each_ == 4) {
@@ -343,7 +359,8 @@ class MultilayerRnn {
   const Mode mode_;
   const int directions_;
   const int weights_each_;  // tensors in `weights` of each recurrence
-  int recurrences_;         // R
+  const OptionalTensor& batch_sizes_;
+  int recurrences_;  // R
   bool packed_;
   int64_t steps_, batch_, hidden_;
   int64_t rows_;  // N

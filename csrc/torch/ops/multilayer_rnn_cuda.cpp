@@ -1,5 +1,6 @@
 // multilayer_rnn_forward on NVIDIA GPUs.
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -7,10 +8,12 @@
 #include "torch/alloc/empty.h"
 #include "torch/device.h"
 #include "torch/ops/cuda_matrix.h"
+#include "torch/ops/rnn.h"
 #include "torch/ops/rnn_directions_cuda.h"
 #include "torch/ops/rnn_layer_cuda.h"
 #include "torch/stable.h"
 #include "torch/tensor.h"
+#include "torch/tensor_args.h"
 
 namespace llm_ext {
 namespace {
@@ -31,18 +34,26 @@ std::tuple<Tensor, Tensor, Tensor> multilayer_rnn_forward(const std::string& mod
   STD_TORCH_CHECK(layers > 0 && static_cast<int>(weights.size()) == layers * directions * each, kOp,
                   ": weights must be ", each, " tensors for each of the ", directions,
                   " directions of each layer, got ", weights.size());
-  for (const OptionalTensor& state : {h0, c0}) {
-    STD_TORCH_CHECK(!state.has_value() || (state->dim() == 3 && state->size(0) == rows), kOp, ": states must be [",
-                    rows, ", B, H]");
-  }
+  // The checks of all layers come before the first one runs.
+  const Device device = device_of(x);
   const int64_t B = x.size(1), H = weights[1].dim() == 2 ? weights[1].size(1) : 0;
-  for (size_t i = 1; i < weights.size(); i += each) {
-    STD_TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(1) == H, kOp,
-                    ": w_hh must be [G H, H], with one H for all layers and directions, got ", shape_text(weights[i]));
-  }
   const bool lstm = mode == "LSTM";
-  const Tensor h_n = empty({rows, B, H}, x.scalar_type(), device_of(x));
-  const Tensor c_n = empty({lstm ? rows : 0, B, H}, x.scalar_type(), device_of(x));
+  const int64_t gates = gates_of(mode_named(kOp, mode)) * H;
+  check_states(kOp, lstm ? h0 : kNone, c0);
+  const auto check = [&](const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+    check_tensor(t, kOp, name, x.scalar_type(), sizes, device);
+  };
+  check(x, "x", {x.size(0), B, x.size(2)});
+  if (h0.has_value()) check(*h0, "h0", {rows, B, H});
+  if (c0.has_value()) check(*c0, "c0", {rows, B, H});
+  for (int row = 0; row < rows; ++row) {
+    const Tensor* const own = &weights[row * each];
+    check(own[0], "w_ih", {gates, row < directions ? x.size(2) : directions * H});
+    check(own[1], "w_hh", {gates, H});
+    for (int i = 2; i < each; ++i) check(own[i], i == 2 ? "b_ih" : "b_hh", {gates});
+  }
+  const Tensor h_n = empty({rows, B, H}, x.scalar_type(), device);
+  const Tensor c_n = empty({lstm ? rows : 0, B, H}, x.scalar_type(), device);
   Tensor y = x;
   for (int layer = 0; layer < layers; ++layer) {
     const int row = layer * directions;

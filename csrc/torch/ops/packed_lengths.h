@@ -21,7 +21,7 @@ class PackedLengths {
  public:
   PackedLengths(const char* op, const Tensor& lengths, int64_t steps, int64_t batch) : steps_(steps), batch_(batch) {
     const Input<int64_t> input(lengths, op, "lengths", {batch});
-    check_lengths(*input.tensor(), op, "lengths", steps);
+    check_lengths(lengths, op, "lengths", steps);
     const int64_t* length = input.get();
     order_.resize(batch);
     std::iota(order_.begin(), order_.end(), 0);

@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -35,7 +36,8 @@ Input<float> float32_input(const OptionalTensor& t, const char* op, const char* 
   return {t, op, name, sizes};
 }
 
-// Checks a packed matrix of `blocks` blocks of `rows` rows of `columns` numbers, packed at `depth`. Owns dense copies.
+// Checks a packed matrix of `blocks` blocks of `rows` rows of `columns` numbers, packed at `depth`. Owns dense copies,
+// which get() makes.
 template <typename W>
 class Packed {
  public:
@@ -51,9 +53,13 @@ class Packed {
                     op, ": ", name, " must be the packed weight [", blocks * rows, ", ", columns, "], got ",
                     shape_text(*w));
     STD_TORCH_CHECK(scale.has_value() == (sizeof(W) == 1), op, ": ", name, " must have a scale exactly if it is int8");
-    w_ = dense(*w);
+    w_ = *w;
   }
-  QuantizedMatrix<W> get() const { return {w_.has_value() ? data<W>(*w_) : nullptr, scale_.get()}; }
+  // After all checks of the call.
+  QuantizedMatrix<W> get() {
+    if (w_.has_value()) w_ = dense(*w_);
+    return {w_.has_value() ? data<W>(*w_) : nullptr, scale_.get()};
+  }
 
  private:
   OptionalTensor w_;
@@ -91,15 +97,14 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
   STD_TORCH_CHECK(x.dim() == (is_packed ? 2 : 3), kOp, ": x must be [T, B, I], or [N, I] with batch_sizes, got ",
                   shape_text(x));
   check_volume(x, kOp, "x");
-  std::vector<int64_t> offsets;
   int64_t steps = x.size(0), batch = 0;
   if (!is_packed) {
     batch = x.size(1);
   } else {
-    offsets = packed_row_offsets(kOp, x.size(0), *batch_sizes);
-    steps = static_cast<int64_t>(offsets.size()) - 1;
+    batch = check_batch_sizes(kOp, x.size(0), *batch_sizes);
+    steps = batch_sizes->size(0);
     STD_TORCH_CHECK(h0.has_value() && h0->dim() >= 2, kOp, ": h0 must be [B, P] with batch_sizes");
-    batch = steps > 0 ? offsets[1] : h0->size(h0->dim() - 2);
+    if (steps == 0) batch = h0->size(h0->dim() - 2);
   }
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, kOp, ": x must be float32 on cpu");
   STD_TORCH_CHECK(x.size(x.dim() - 1) == input, kOp, ": x must have I = ", input, " features, got ", shape_text(x));
@@ -117,14 +122,15 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
   return with_weight_type(w_ih, kOp, [&](auto type) -> Results {
     using W = decltype(type);
     const int64_t gates = gates_of(mode);
-    const Packed<W> ih(w_ih, "w_ih", s_ih, "s_ih", kOp, gates, hidden, input, kInputDepth);
-    const Packed<W> hh(w_hh, "w_hh", s_hh, "s_hh", kOp, gates, hidden, output, kStateDepth<W>);
-    const Packed<W> hr(w_hr, "w_hr", s_hr, "s_hr", kOp, 1, output, hidden, kStateDepth<W>);
+    Packed<W> ih(w_ih, "w_ih", s_ih, "s_ih", kOp, gates, hidden, input, kInputDepth);
+    Packed<W> hh(w_hh, "w_hh", s_hh, "s_hh", kOp, gates, hidden, output, kStateDepth<W>);
+    Packed<W> hr(w_hr, "w_hr", s_hr, "s_hr", kOp, 1, output, hidden, kStateDepth<W>);
     const Input<float> b_ih_in = float32_input(b_ih, kOp, "b_ih", {gates * hidden});
     const Input<float> b_hh_in = float32_input(b_hh, kOp, "b_hh", {gates * hidden});
-    const Tensor h_n = new_state(true, output), c_n = new_state(lstm, hidden);
+    const auto new_states = [&] { return std::pair(new_state(true, output), new_state(lstm, hidden)); };
     if (lengths.has_value()) {
       const PackedLengths<float> packing(kOp, *lengths, steps, batch);
+      const auto [h_n, c_n] = new_states();
       const OptionalTensor packed_c0 = lstm ? OptionalTensor(packing.pack_state(c0_in.tensor(), hidden)) : kNone;
       const auto [y, h, c] = quantized_rnn_forward(
           mode_name, packing.pack(x), packing.pack_state(h0_in.tensor(), output), packed_c0, w_ih, s_ih, w_hh, s_hh,
@@ -134,14 +140,16 @@ Results quantized_rnn_forward(const std::string& mode_name, const Tensor& x, con
       return {packing.pad(y), h_n, c_n};
     }
     const Tensor x_in = dense(x);
-    const Tensor y = is_packed ? empty({offsets.back(), output}, ScalarType::Float)
-                               : empty({steps, batch, output}, ScalarType::Float);
+    const auto [h_n, c_n] = new_states();
+    const Tensor y =
+        is_packed ? empty({x.size(0), output}, ScalarType::Float) : empty({steps, batch, output}, ScalarType::Float);
     if (!any_elements(y)) {
       copy_state(batch * output, h0_in.get(), mutable_data<float>(h_n));
       copy_state(batch * hidden, c0_in.get(), lstm ? mutable_data<float>(c_n) : nullptr);
       return {y, h_n, c_n};
     }
-    if (!is_packed) offsets = padded_row_offsets(steps, batch);
+    const std::vector<int64_t> offsets =
+        is_packed ? packed_row_offsets(*batch_sizes) : padded_row_offsets(steps, batch);
     QuantizedRecurrenceParams<W> p = {};
     p.call.sizes = {mode, steps, batch, input, hidden, output, offsets.data(), reverse};
     p.call.x = data<float>(x_in);
@@ -182,7 +190,7 @@ Tensor quantized_linear_forward(const Tensor& x, const Tensor& w, const Optional
   shape.push_back(output);
   return with_weight_type(w, kOp, [&](auto type) {
     using W = decltype(type);
-    const Packed<W> packed(w, "w", scale, "scale", kOp, 1, output, input, kInputDepth);
+    Packed<W> packed(w, "w", scale, "scale", kOp, 1, output, input, kInputDepth);
     const Input<float> b_in = float32_input(b, kOp, "b", {output});
     const Tensor x_in = dense(x);
     const Tensor y = empty(shape.data(), static_cast<int64_t>(shape.size()), ScalarType::Float);

@@ -111,28 +111,40 @@ inline std::vector<int64_t> empty_row_offsets(int64_t steps) {
   return offsets;
 }
 
-// First row of each step of a packed sequence of `rows` rows, and the end.
-inline std::vector<int64_t> packed_row_offsets(const char* op, int64_t rows, const Tensor& batch_sizes) {
+// Checks the batch sizes of a packed sequence of `rows` rows. Returns the rows of its first step, 0 without steps.
+inline int64_t check_batch_sizes(const char* op, int64_t rows, const Tensor& batch_sizes) {
   STD_TORCH_CHECK(batch_sizes.dim() == 1, op, ": batch_sizes must be [T], got ", shape_text(batch_sizes));
   const int64_t steps = batch_sizes.size(0);
-  const Input<int64_t> sizes(batch_sizes, op, "batch_sizes", {steps});
+  check_tensor(batch_sizes, op, "batch_sizes", ScalarType::Long, {steps});
   STD_TORCH_CHECK(steps <= rows, op, ": batch_sizes must be positive and sum to the rows of x, ", rows, ", got ", steps,
-                  " steps");  // an expanded batch_sizes may be a large view of little memory
-  std::vector<int64_t> offsets = empty_row_offsets(steps);
-  for (int64_t t = 0; t < steps; ++t) {
-    const int64_t size = sizes.get()[t];
-    STD_TORCH_CHECK(size >= 1 && (t == 0 || size <= sizes.get()[t - 1]), op,
+                  " steps");
+  const Numbers sizes(batch_sizes);
+  const int64_t read = distinct(batch_sizes, 0);
+  int64_t sum = 0;
+  for (int64_t t = 0; t < read; ++t) {
+    const int64_t size = sizes[t];
+    STD_TORCH_CHECK(size >= 1 && (t == 0 || size <= sizes[t - 1]), op,
                     ": batch_sizes must be positive and never rise, got ", size, " at step ", t);
-    STD_TORCH_CHECK(size <= rows - offsets[t], op, ": batch_sizes must sum to the rows of x, ", rows, ", got more");
-    offsets[t + 1] = offsets[t] + size;
+    STD_TORCH_CHECK(size <= rows - sum, op, ": batch_sizes must sum to the rows of x, ", rows, ", got more");
+    sum += size;
   }
-  STD_TORCH_CHECK(offsets[steps] == rows, op, ": batch_sizes must sum to the rows of x, ", rows, ", got ",
-                  offsets[steps]);
-  return offsets;
+  if (read < steps) {
+    STD_TORCH_CHECK(sum <= rows / steps, op, ": batch_sizes must sum to the rows of x, ", rows, ", got more");
+    sum *= steps;
+  }
+  STD_TORCH_CHECK(sum == rows, op, ": batch_sizes must sum to the rows of x, ", rows, ", got ", sum);
+  return steps > 0 ? sizes[0] : 0;
 }
 
-// First row of each step of a padded batch, and the end, for the kernels of the CPU. They take memory: the sizes must
-// be those of checked tensors, and a call that runs no kernel needs none.
+// First row of each step of a sequence, and the end. They take memory: all checks of a call come before them, and a
+// call that runs no kernel needs none.
+inline std::vector<int64_t> packed_row_offsets(const Tensor& batch_sizes) {
+  const int64_t steps = batch_sizes.size(0);
+  std::vector<int64_t> offsets = empty_row_offsets(steps);
+  const Numbers sizes(batch_sizes);
+  for (int64_t t = 0; t < steps; ++t) offsets[t + 1] = offsets[t] + sizes[t];
+  return offsets;
+}
 inline std::vector<int64_t> padded_row_offsets(int64_t steps, int64_t batch) {
   std::vector<int64_t> offsets = empty_row_offsets(steps);
   for (int64_t t = 0; t <= steps; ++t) offsets[t] = t * batch;
@@ -145,16 +157,16 @@ inline void check_states(const char* op, const OptionalTensor& h0, const Optiona
                   shape_text(*c0));
 }
 
-// Checked sizes and inputs of a forward or backward op. Owns dense copies for the duration of the call. A padded batch
-// has no row offsets.
+// Checked sizes and inputs of a forward or backward op. Owns dense copies for the duration of the call.
 template <typename S>
 class CheckedRnnArguments {
  public:
   explicit CheckedRnnArguments(const RnnArguments& a)
       : op_(a.op),
         device_(device_of(*a.x)),
-        packed_(a.batch_sizes->has_value()),
-        offsets_(packed_ ? packed_row_offsets(a.op, rows_of(a), **a.batch_sizes) : std::vector<int64_t>()),
+        batch_sizes_(*a.batch_sizes),
+        packed_(batch_sizes_.has_value()),
+        rows_(a.x->dim() > 0 ? a.x->size(0) : 0),
         sizes_(sizes_of(a)),
         steps_(sizes_.steps),
         h0_(state_input("h0", *a.h0, sizes_.output)),
@@ -167,14 +179,16 @@ class CheckedRnnArguments {
         layer_state_(!a.h0->has_value() || (*a.h0)->dim() == 3) {
     STD_TORCH_CHECK(!packed_ || !a.lengths->has_value(), op_, ": lengths and batch_sizes exclude each other");
     if (sizes_.batch == 0) sizes_.steps = 0;  // steps without rows take no memory, whatever their number
-    if (packed_) sizes_.row_offsets = offsets_.data();
   }
 
   const Device& device() const { return device_; }
+  // Without row offsets.
   const RecurrenceSizes& sizes() const { return sizes_; }
+  std::vector<int64_t> row_offsets() const {
+    return packed_ ? packed_row_offsets(*batch_sizes_) : padded_row_offsets(sizes_.steps, sizes_.batch);
+  }
   int64_t steps() const { return steps_; }
-  const std::vector<int64_t>& offsets() const { return offsets_; }
-  int64_t rows() const { return packed_ ? offsets_.back() : sizes_.steps * sizes_.batch; }
+  int64_t rows() const { return packed_ ? rows_ : sizes_.steps * sizes_.batch; }
   int64_t gates() const { return gates_of(sizes_.mode) * sizes_.hidden; }
   bool packed() const { return packed_; }
 
@@ -232,11 +246,6 @@ class CheckedRnnArguments {
   }
 
  private:
-  static int64_t rows_of(const RnnArguments& a) {
-    STD_TORCH_CHECK(a.x->dim() == 2, a.op, ": x must be [N, I] with batch_sizes, got ", shape_text(*a.x));
-    return a.x->size(0);
-  }
-
   RecurrenceSizes sizes_of(const RnnArguments& a) const {
     const Tensor& w_ih = *a.w_ih;
     const OptionalTensor &h0 = *a.h0, &w_hr = *a.w_hr;
@@ -245,9 +254,11 @@ class CheckedRnnArguments {
     RecurrenceSizes s = {};
     s.mode = a.mode;
     if (packed_) {
-      s.steps = static_cast<int64_t>(offsets_.size()) - 1;
+      STD_TORCH_CHECK(a.x->dim() == 2, op_, ": x must be [N, I] with batch_sizes, got ", shape_text(*a.x));
+      s.batch = check_batch_sizes(op_, rows_, *batch_sizes_);
+      s.steps = batch_sizes_->size(0);
       STD_TORCH_CHECK(h0.has_value() && h0->dim() >= 2, op_, ": h0 must be [B, H] with batch_sizes");
-      s.batch = s.steps > 0 ? offsets_[1] : h0->size(h0->dim() - 2);
+      if (s.steps == 0) s.batch = h0->size(h0->dim() - 2);
     } else {
       STD_TORCH_CHECK(a.x->dim() == 3, op_, ": x must be [T, B, I], got ", shape_text(*a.x));
       s.steps = a.x->size(0);
@@ -268,8 +279,9 @@ class CheckedRnnArguments {
   // In this order: each is initialized from those above it.
   const char* op_;
   const Device device_;
+  const OptionalTensor& batch_sizes_;
   const bool packed_;
-  std::vector<int64_t> offsets_;
+  const int64_t rows_;     // N if packed
   RecurrenceSizes sizes_;  // of what the kernels run
   const int64_t steps_;    // of x and y
   const Input<S> h0_;

@@ -17,9 +17,10 @@ namespace {
 
 // Sets row offsets, `packed` and `workspace` of the params. The sequence must have at least one step.
 template <typename S>
-void run_forward(RecurrenceForwardParams<S>& p) {
+void run_forward(const CheckedRnnArguments<S>& args, RecurrenceForwardParams<S>& p) {
   const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
-  const std::vector<int64_t> offsets = set_row_offsets(p.sizes);
+  const std::vector<int64_t> offsets = args.row_offsets();
+  p.sizes.row_offsets = offsets.data();
   const int threads = team_size(kernel.threads(p.sizes, max_threads()));
   const Workspace<Compute<S>> workspace(kernel.forward_workspace(p.sizes, threads));
   p.workspace = workspace.get();
@@ -151,7 +152,7 @@ struct RnnCpu {
       p.c_n = c_n ? c_n->get() : nullptr;
       p.saved = a.needs_autograd ? mutable_data<S>(*saved) : nullptr;
       if (s.steps > 0 && s.hidden > 0) {
-        run_forward(p);
+        run_forward(args, p);
       } else {
         copy_state(s.batch * s.output, p.h0, p.h_n);
         copy_state(s.batch * s.hidden, p.c0, p.c_n);
@@ -210,7 +211,8 @@ struct RnnCpu {
       if (any_elements(dx, dh0.tensor(), dc0.tensor(), dw_ih.tensor(), dw_hh.tensor(), dw_hr.tensor(), db_ih.tensor(),
                        db_hh.tensor())) {
         const RecurrenceKernels<S>& kernel = kernels().recurrence<S>();
-        const std::vector<int64_t> offsets = set_row_offsets(p.sizes);
+        const std::vector<int64_t> offsets = args.row_offsets();
+        p.sizes.row_offsets = offsets.data();
         const int threads = team_size(kernel.threads(p.sizes, max_threads()));
         const Workspace<Compute<S>> workspace(kernel.backward_workspace(p.sizes, threads));
         p.workspace = workspace.get();

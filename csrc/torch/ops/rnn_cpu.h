@@ -10,15 +10,6 @@
 
 namespace llm_ext {
 
-// Sets the row offsets, which kernels and the functions for their threads and workspace read, unless they are those of
-// a packed sequence. The result owns them.
-inline std::vector<int64_t> set_row_offsets(RecurrenceSizes& sizes) {
-  if (sizes.row_offsets != nullptr) return {};
-  std::vector<int64_t> offsets = padded_row_offsets(sizes.steps, sizes.batch);
-  sizes.row_offsets = offsets.data();
-  return offsets;
-}
-
 // Without steps the last state is the initial state; likewise for gradients. `from` null: zeros; `to` null: not wanted.
 template <typename S>
 void copy_state(int64_t elements, const S* from, S* to) {

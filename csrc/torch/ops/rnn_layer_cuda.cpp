@@ -52,16 +52,16 @@ class Layer {
     for (int64_t size : {sizes().steps, sizes().batch, sizes().hidden}) {
       STD_TORCH_CHECK(size < int64_t{1} << 31, op_, ": T, B and H must be below 2^31 on cuda, got ", size);
     }
-    if (common().packed()) offsets_ = offsets_on_device();
   }
 
-  RnnForwardResults forward(const std::vector<DirectionForward>& given, bool needs_autograd) const {
+  RnnForwardResults forward(const std::vector<DirectionForward>& given, bool needs_autograd) {
     const RecurrenceSizes& s = sizes();
     std::vector<Input<S>> biases;  // b_ih and b_hh of each direction
     for (int d = 0; d < directions(); ++d) {
       biases.push_back(r_[d].input("b_ih", given[d].b_ih, {r_[d].gates()}));
       biases.push_back(r_[d].input("b_hh", given[d].b_hh, {r_[d].gates()}));
     }
+    if (common().packed()) offsets_ = offsets_on_device();
     RnnForwardResults out = {common().empty_rows(directions() * s.output), new_states(s.output), {}, {}};
     if (s.mode == Mode::kLstm) out.c_n = new_states(s.hidden);
     if (saved_blocks(s.mode, false) > 0)
@@ -103,7 +103,7 @@ class Layer {
   }
 
   std::vector<RnnBackwardResults> backward(const std::vector<DirectionBackward>& given, const OptionalTensor& grad_y,
-                                           const Tensor& y, const OptionalTensor& saved) const {
+                                           const Tensor& y, const OptionalTensor& saved) {
     const RecurrenceSizes& s = sizes();
     const Input<S> y_in = common().rows_input("y", y, directions() * s.output);
     const Input<S> grad_y_in = common().rows_input("grad_y", grad_y, directions() * s.output);
@@ -114,6 +114,7 @@ class Layer {
       states.push_back(r_[d].state_input("grad_h_n", given[d].grad_h_n, s.output));
       states.push_back(r_[d].state_input("grad_c_n", given[d].grad_c_n, s.hidden));
     }
+    if (common().packed()) offsets_ = offsets_on_device();
     const bool need_dh0 = given[0].common.need_dh0 && common().h0() != nullptr;
     const bool need_dc0 = given[0].common.need_dc0 && common().c0() != nullptr;
     const Tensor dx = given[0].common.need_dx ? common().empty_rows(s.input) : nothing();
@@ -254,7 +255,7 @@ class Layer {
     // A replay of the graph would read the pinned memory again, which is reused by then.
     STD_TORCH_CHECK(cuda::capture_of(device_.stream()) == 0, op_,
                     ": batch_sizes cannot be captured in a CUDA graph; give padded sequences with lengths");
-    const std::vector<int64_t>& offsets = common().offsets();
+    const std::vector<int64_t> offsets = common().row_offsets();
     const int64_t sizes[] = {static_cast<int64_t>(offsets.size())};
     const Tensor pinned = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Long,
                                                std::nullopt, std::nullopt, true);
@@ -277,7 +278,7 @@ class Layer {
   const bool tf32_;
   const std::deque<CheckedRnnArguments<S>> r_;
   const CudaDevice device_;
-  OptionalTensor offsets_;  // first row of each step, on the device
+  OptionalTensor offsets_;  // first row of each step of a packed sequence, on the device; set after all checks
 };
 
 }  // namespace

@@ -79,7 +79,7 @@ void pool(const Records& request, Outputs& out) {
   T* lse = out.add<T>("lse", in.batch);
   auto* l = reinterpret_cast<LogSum<T>*>(out.add<T>("l", 2 * in.batch));
   {
-    const Workspace<T> workspace(pool_forward_workspace(in.batch, in.dim, forward_plan));
+    const Workspace<T> workspace(pool_forward_workspace(in.batch, in.steps, in.dim, forward_plan));
     expect(pool_forward<S>({in, c, lse, l, workspace.data()}, forward_plan, nullptr), "pool_forward");
   }
   PoolBackwardParams<S> p = {};
@@ -91,7 +91,7 @@ void pool(const Records& request, Outputs& out) {
   if (request.number("need", 1) != 0) p.de = out.add<S>("de", in.batch * in.steps * in.dim);
   if (in.u != nullptr) p.du = out.add<S>("du", in.dim);
   if (in.scores != nullptr) p.dscores = out.add<S>("dscores", in.batch * in.steps);
-  const Workspace<T> workspace(pool_backward_workspace(in.batch, in.dim, plan));
+  const Workspace<T> workspace(pool_backward_workspace(in.batch, in.steps, in.dim, plan));
   p.workspace = workspace.data();
   expect(pool_backward<S>(p, plan, nullptr), "pool_backward");
 }
