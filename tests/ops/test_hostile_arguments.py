@@ -13,9 +13,11 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from support.before_memory import CALLS, CPU_CALLS, assert_refused_without_memory
 from support.comparison import assert_close, assert_same_bits
+from support.huge_sizes import given_tensors
 from support.memory import memory_limit
 from support.process import run_python
 from support.random_calls import Choices, fault, outcome, random_call
+from support.registered_ops import tensor_ops
 from torch import Tensor
 
 import llm_ext
@@ -100,6 +102,15 @@ def test_huge_sizes_that_take_no_memory() -> None:
     code = "import sys; sys.path[:] = sys.argv[1:]; from support.huge_sizes import main; main(5)"
     done = run_python(code, *sys.path)
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1]}: {done.returncode}\n{done.stderr}"
+
+
+def test_the_search_gives_every_tensor_of_every_op() -> None:
+    """The ops of both directions at once are left out: they have no kernel on the CPU."""
+    names = set(tensor_ops()) - {"bidirectional_forward", "bidirectional_backward"}
+    schemas = {name: getattr(OPS, name).default._schema for name in names}
+    assert given_tensors() == {
+        (name, a.name) for name, schema in schemas.items() for a in schema.arguments if "Tensor" in str(a.type)
+    }
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([1 << 40, 1 << 30, 1, 0])])

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     rnn.allocate();
     const auto [y, h_n, c_n] = rnn.results();
     const Tensor out = empty({N, Dv}, kScalarType<S>);
-    if (N == 0) return std::make_tuple(out, h_n, c_n);
+    if (!any_elements(out, h_n)) return std::make_tuple(out, h_n, c_n);
     const Tensor query = empty({N, A}, kScalarType<S>);
     const Tensor context = empty({N, Dv}, kScalarType<S>);
 
@@ -76,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_step(const std::string& mode, const
     const S *w_query_rows = w_query_in.get(), *w_out_rows = w_out_in.get(), *b_out_row = b_out_in.get();
     run_team(threads, [&](const ThreadTeam& team) {
       rnn.run_in_turn(team);
+      if (Dv == 0) return;
       linear.forward({query_sizes, data<S>(y), w_query_rows, nullptr, nullptr, false, mutable_data<S>(query), scratch},
                      team);
       team.sync();
