@@ -67,6 +67,15 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     def _adjust_bias(self, output_embeddings: nn.Module, input_embeddings: nn.Parameter) -> None:
         """Do nothing: where weights are tied, transformers would enlarge the bias of an `AffineEmbedding` to V."""
 
+    def get_output_embeddings(self) -> Linear:
+        """Return the head."""
+        head: Linear = self.model.head
+        return head
+
+    def set_output_embeddings(self, new_embeddings: Linear) -> None:
+        """Replace the head."""
+        self.model.head = new_embeddings
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> AffineEmbedding:

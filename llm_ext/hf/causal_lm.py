@@ -15,7 +15,7 @@ from llm_ext.hf.configuration import LLMConfig
 from llm_ext.hf.padding import find_padding
 from llm_ext.models import LLM, LLMState
 from llm_ext.models.recurrent_layers import fill_padding
-from llm_ext.nn import AffineEmbedding, Linear
+from llm_ext.nn import AffineEmbedding
 
 __all__ = ["LLMForCausalLM"]
 
@@ -52,14 +52,6 @@ class LLMForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: AffineEmbedding) -> None:
         """Replace the embedding."""
         self.model.embedding = value
-
-    def get_output_embeddings(self) -> Linear:
-        """Return the head."""
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: Linear) -> None:
-        """Replace the head."""
-        self.model.head = new_embeddings
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

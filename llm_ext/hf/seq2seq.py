@@ -16,7 +16,7 @@ from llm_ext.hf.cache import RecurrentCache, state_of
 from llm_ext.hf.configuration import Seq2SeqConfig
 from llm_ext.hf.padding import find_padding
 from llm_ext.models import EncoderOutput, Seq2Seq, Seq2SeqState
-from llm_ext.nn import AffineEmbedding, Linear
+from llm_ext.nn import AffineEmbedding
 
 __all__ = ["EncodedSource", "Seq2SeqForConditionalGeneration"]
 
@@ -114,14 +114,6 @@ class Seq2SeqForConditionalGeneration(RecurrentPreTrainedModel, GenerationMixin)
         self.model.source_embedding = value
         if self.config.share_embedding:
             self.model.target_embedding = value
-
-    def get_output_embeddings(self) -> Linear:
-        """Return the head."""
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: Linear) -> None:
-        """Replace the head."""
-        self.model.head = new_embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Return the ids that the decoder reads for labels ``[B, T]``: the labels one position later.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from llm_ext.cli.checkpoint import Layout, Run
+from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.augmentation import augment_features, drop_words
 from llm_ext.cli.data.batches import Batches
 from llm_ext.cli.data.features import EncodedSamples, FeatureReader, encode_samples
@@ -156,13 +155,3 @@ class SampleTask(Task):
         """Return the number of samples and features in words."""
         features = "" if self.data.reader.mean is None else f"{self.training.feature_dim} features per step, "
         return f"{features}{len(self.data.chosen):,} samples for training, {len(self.data.held_out):,} for validation"
-
-    def state_tensors(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the number of samples per step; with the step it determines the samples to read."""
-        return {"batch": torch.tensor([self.batch])}
-
-    def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
-        return {"batch": Layout([1], torch.int64)}
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.check_batch(int(tensors["batch"]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -111,11 +112,13 @@ class Task(ABC):
             EvaluationStoppedError: `processes.stop` returned True.
         """
 
-    @abstractmethod
     def state_tensors(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the tensors besides weights and moments that are needed to continue, those of all processes."""
+        """Return the tensors besides weights and moments that are needed to continue, those of all processes.
 
-    @abstractmethod
+        By default the number of rows per step, which with the step determines the rows to read.
+        """
+        return {"batch": torch.tensor([self.batch])}
+
     def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
         """Return the layout of what `state_tensors` returns.
 
@@ -125,8 +128,8 @@ class Task(ABC):
         Raises:
             CommandError: The number of rows per step was another one.
         """
+        return {"batch": Layout([1], torch.int64)}
 
-    @abstractmethod
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state_tensors` returned.
 
@@ -136,6 +139,7 @@ class Task(ABC):
         Raises:
             CommandError: The number of rows per step was another one.
         """
+        self.check_batch(int(tensors["batch"]))
 
     def metadata(self) -> dict[str, int]:
         """Return JSON values that inference needs from the training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from llm_ext.cli.checkpoint import Layout, Run
+from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.data.batches import PairBatches
 from llm_ext.cli.data.lines import LineTokenizer
 from llm_ext.cli.data.pairs import EncodedPairs, PairFiles, encode_pairs, tokenizer_from_pairs
@@ -167,16 +166,6 @@ class TranslationTask(Task):
         return evaluate_pairs(
             module, self.validation, self.held_out, self.ends, self.target.tokenizer, self.fabric.device, processes
         )
-
-    def state_tensors(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the number of pairs per step; with the step it determines the pairs to read."""
-        return {"batch": torch.tensor([self.batch])}
-
-    def state_layout(self, found: Mapping[str, Layout]) -> dict[str, Layout]:
-        return {"batch": Layout([1], torch.int64)}
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.check_batch(int(tensors["batch"]))
 
     def metadata(self) -> dict[str, int]:
         longest_source = _longest_source(self.config)
