@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from llm_ext.cli import CommandError
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.training import Config, train
+
+# The command as a user can type it, also where .venv is not activated.
+COMMAND = "llm-ext" if shutil.which("llm-ext") else os.path.relpath(Path(sys.executable).with_name("llm-ext"))
+
+
+def length(minutes: float) -> str:
+    """Return the length of a training in words, such as "for 3 minutes on 2 threads"."""
+    counts = (minutes, "minute"), (torch.get_num_threads(), "thread")
+    return "for {} on {}".format(*(f"{count:g} {unit}{'s' * (count != 1)}" for count, unit in counts))
 
 
 def parser(description: str | None, minutes: float, out: str) -> argparse.ArgumentParser:

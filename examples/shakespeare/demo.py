@@ -19,7 +19,7 @@ from llm_ext.cli.inference import StatefulLLM, evaluate_text, generate
 from llm_ext.cli.training import LanguageConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _demo import parser, run_demo, start_run, train_or_exit
+from _demo import COMMAND, length, parser, run_demo, start_run, train_or_exit
 
 TEXT = Path(__file__).with_name("input.txt")
 
@@ -101,7 +101,7 @@ def main() -> None:
     run = start_run(options.out)
 
     print("Training a recurrent network to predict the next character in the plays of Shakespeare,")
-    print(f"for {options.minutes:g} minutes on {torch.get_num_threads()} threads. One token is one character.\n")
+    print(f"{length(options.minutes)}. One token is one character.\n")
     train_or_exit(config, [TEXT], run)
 
     model, tokenizer = run.load_language_model("best")
@@ -128,7 +128,7 @@ def main() -> None:
     print(table([ours, theirs], measure(steps[0], steps[1], options.seconds), generation_speeds))
 
     print(f"\nThe model is in {run.path}. Generate more text:")
-    print(f"  llm-ext generate {run.path} --prompt 'ROMEO:'")
+    print(f"  {COMMAND} generate {run.path} --prompt 'ROMEO:'")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llm_ext.cli.inference import Classifier, draw_confusion, draw_sample, evalu
 from llm_ext.cli.training import ClassificationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _demo import parser, run_demo, start_run, train_or_exit
+from _demo import COMMAND, length, parser, run_demo, start_run, train_or_exit
 
 RECORDINGS = Path(__file__).with_name("recordings.zip")
 # Recordings of index 0 are for the test, as in the data set.
@@ -67,7 +67,7 @@ def main() -> None:
     training, test = unpack(run.path)
 
     print("Training a recurrent network with attention pooling to tell spoken digits apart,")
-    print(f"for {options.minutes:g} minutes on {torch.get_num_threads()} threads.\n")
+    print(f"{length(options.minutes)}.\n")
     train_or_exit(config, [training], run, val=[test])
 
     # The last checkpoint. The best one was selected on the test recordings, which would bias the result.
@@ -86,12 +86,12 @@ def main() -> None:
 
     confusion, picture = run.path / "confusion.png", run.path / "attention.png"
     draw_confusion(table, labels.names, confusion)
-    explanation = explain_classification(classifier, samples[len(samples) // 2])
-    draw_sample(explanation, picture)
-    print(f"\nWhat was taken for what: {confusion}")
-    print(f"Where it listened in {Path(samples[len(samples) // 2].name).name}: {picture}")
+    example = samples[len(samples) // 2]
+    draw_sample(explain_classification(classifier, example), picture)
+    print(f"\nThe confusion matrix: {confusion}")
+    print(f"Where it listened in {Path(example.name).name}: {picture}")
     print(f"\nThe model is in {run.path}; the demo took {time.perf_counter() - started:.0f} seconds. Try a recording:")
-    print(f"  llm-ext predict {run.path} --checkpoint last FILE.wav")
+    print(f"  {COMMAND} predict {run.path} --checkpoint last {example.name}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python examples/spoken_digits/make_data.py manifests RECORDINGS OUT
     python examples/spoken_digits/make_data.py join RECORDINGS OUT --count 4000 --test-count 300
 
-RECORDINGS has the files `DIGIT_SPEAKER_INDEX.wav` of the Free Spoken Digit Dataset; index 0 to 4 are its test split.
+RECORDINGS has files of the Free Spoken Digit Dataset, `DIGIT_SPEAKER_INDEX.wav` or `.flac`; indices 0 to 4 are its test
+split.
 """
 
 from __future__ import annotations

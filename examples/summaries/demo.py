@@ -18,7 +18,7 @@ from llm_ext.cli.inference import Translator, draw, explain_translation, rouge
 from llm_ext.cli.training import SummaryConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _demo import parser, run_demo, start_run, train_or_exit
+from _demo import COMMAND, length, parser, run_demo, start_run, train_or_exit
 from summaries.docstrings import PACKAGES, Pair, files_of, pairs_of
 
 # Fraction of the files.
@@ -74,7 +74,7 @@ def main() -> None:
         path.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
 
     print("Training a recurrent network with attention and copying to summarize the documentation of the Python code")
-    print(f"that is installed here, for {options.minutes:g} minutes on {torch.get_num_threads()} threads.\n")
+    print(f"that is installed here, {length(options.minutes)}.\n")
     train_or_exit(config, files[:1], run, val=files[1:])
 
     # The last checkpoint. The best one was selected on the held-out pairs, which would bias the result.
@@ -101,7 +101,7 @@ def main() -> None:
         draw(attention, path)
     print(f"The attention of the first of them: {' and '.join(map(str, pictures))}")
     print(f"\nThe model is in {run.path}; the demo took {time.perf_counter() - started:.0f} seconds. Summarize more:")
-    print(f"  cut -f1 {files[1]} | llm-ext summarize {run.path} --checkpoint last --beam 4")
+    print(f"  cut -f1 {files[1]} | {COMMAND} summarize {run.path} --checkpoint last --beam 4")
 
 
 if __name__ == "__main__":

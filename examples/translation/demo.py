@@ -17,7 +17,7 @@ from llm_ext.cli.inference import Translator, bleu, draw, explain_translation
 from llm_ext.cli.training import TranslationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _demo import parser, run_demo, start_run, train_or_exit
+from _demo import COMMAND, length, parser, run_demo, start_run, train_or_exit
 
 PAIRS = Path(__file__).with_name("eng-fra.tsv")
 # Fraction of the English sentences.
@@ -94,7 +94,7 @@ def main() -> None:
     training, held_out = split(PAIRS, run.path)
 
     print("Training a recurrent network with attention to translate English into French,")
-    print(f"for {options.minutes:g} minutes on {torch.get_num_threads()} threads.\n")
+    print(f"{length(options.minutes)}.\n")
     train_or_exit(config, [training], run, val=[held_out])
 
     # The last checkpoint. The best one was selected on the held-out sentences, which would bias the result.
@@ -125,7 +125,7 @@ def main() -> None:
         draw(attention, path)
     print(f"The attention of the first of them: {' and '.join(map(str, pictures))}")
     print(f"\nThe model is in {run.path}; the demo took {time.perf_counter() - started:.0f} seconds. Translate more:")
-    print(f"  echo 'I am here.' | llm-ext translate {run.path} --checkpoint last --beam 5")
+    print(f"  echo 'I am here.' | {COMMAND} translate {run.path} --checkpoint last --beam 5")
 
 
 if __name__ == "__main__":
