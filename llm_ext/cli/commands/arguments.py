@@ -57,7 +57,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="NAME",
-        help="device to compute on: cpu, cuda or auto; auto is the CPU (default: auto)",
+        help="device to compute on: cpu or cuda; auto is the CPU, because GPUs are untested (default: auto)",
     )
 
 

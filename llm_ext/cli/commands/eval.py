@@ -59,9 +59,9 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="measure a model on text, pairs or samples",
-        description="Measure the loss of a language model on text, loss and BLEU of a translator on pairs, and of a "
-        "summarizer ROUGE as well, loss and accuracy of a classifier or loss and error rates of a transcriber on "
-        "samples.",
+        description="Measure a model: the loss of a language model on text; loss and BLEU of a translator, and also "
+        "ROUGE of a summarizer, on pairs; loss and accuracy of a classifier, or loss and error rates of a transcriber, "
+        "on samples.",
     )
     parser.set_defaults(run=run, fail=parser.error)
     add_model(parser)

@@ -49,7 +49,7 @@ def add_parser(commands: Commands) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="picture to write, .html or .png, of a file .png or .svg",
+        help="picture to write: .html or .png for --text, .png or .svg for --file",
     )
     add_search(parser)
     add_traceback(parser)

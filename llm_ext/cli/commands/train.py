@@ -230,9 +230,15 @@ def _defaults(setting: Setting) -> str:
         if field.default not in (None, ""):
             value = names[field.default] if isinstance(field.default, bool) else str(field.default)
             tasks.setdefault(value, []).append(task)
-    words = [*tasks] if len(tasks) == 1 else [f"{value} for {' and '.join(each)}" for value, each in tasks.items()]
-    only = "" if len(setting) == len(CONFIGS) else f"; for --task {' and '.join(setting)} only"
-    return f" (default: {', '.join(words)}{only})" if words else ""
+    words = [*tasks] if len(tasks) == 1 else [f"{value} for {_listed(each)}" for value, each in tasks.items()]
+    only = "" if len(setting) == len(CONFIGS) or len(tasks) > 1 else f"; only for --task {_listed([*setting])}"
+    return f" (default: {'; '.join(words)}{only})" if words else ""
+
+
+def _listed(names: list[str]) -> str:
+    """Return names as "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _can_change(setting: Setting) -> bool:

@@ -175,7 +175,10 @@ class Config:
     seed: int = _setting(1, "random seed of initial weights and dropout", group="training", least=0, most=(1 << 63) - 1)
 
     device: str = _setting(
-        "auto", "device to train on: cpu, cuda or auto; auto is the CPU", group="hardware", resume=True
+        "auto",
+        "device to train on: cpu or cuda; auto is the CPU, because GPUs are untested",
+        group="hardware",
+        resume=True,
     )
     devices: int = _setting(
         1, "number of devices, one process each; set by torchrun", group="hardware", least=1, most=4096, resume=True

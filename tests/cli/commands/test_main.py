@@ -417,5 +417,6 @@ def test_help_names_every_option_with_its_default(command: str | None, capsys: p
     if command == "train":
         for name in _settings():
             assert f"--{name.replace('_', '-')}" in text
+        assert "(default: rnn for lm; gru for translate, summarize, classify and transcribe)" in text
         options = text[text.index("data:") :]
         assert options.count("(default: ") == len(_settings())
