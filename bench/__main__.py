@@ -59,12 +59,13 @@ def select_cases(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
 def listing(cases: Sequence[Case], means: Sequence[Mean] = ()) -> str:
     """Return the names of all cases by group with their targets, and the geometric means that have a target."""
     lines = []
+    width = max((len(case.name) for case in cases), default=0)
     for group in dict.fromkeys(case.group for case in cases):
         lines.append(group)
         for case in cases:
             if case.group == group:
                 targets = ", ".join(f"{target:g}x {name}" for name, target in case.targets.items())
-                lines.append(f"  {case.name:<50} {f'target {targets}' if targets else ''}".rstrip())
+                lines.append(f"  {case.name:<{width}} {f'target {targets}' if targets else ''}".rstrip())
     if with_target := [mean for mean in means if mean.target is not None]:
         lines.append("geometric means, in each case over the fastest of the candidates named")
         for mean in with_target:

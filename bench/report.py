@@ -10,6 +10,10 @@ from bench.comparison import LIMIT, is_peer
 __all__ = ["header", "mean_line", "summary", "table", "verdict"]
 
 
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'s' * (number != 1)}"
+
+
 def _cpu_lines(limits: dict[str, Any]) -> list[str]:
     lines = [
         f"Copy {limits['copy_gb_per_s']:.0f} GB/s (read and write), "
@@ -37,7 +41,7 @@ def header(run: dict[str, Any]) -> str:
     build = ", ".join(f"{key} {value}" for key, value in versions["build_info"].items())
     peers = [f"{name} {version or '(not installed)'}" for name, version in versions["peers"].items()]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, {machine['system']}, "
+        f"{machine['cpu']}, {_count(machine['cores'], 'core')}, {machine['memory_gb']:.0f} GB, {machine['system']}, "
         f"load {machine['load']:.1f}"
     ]
     if "gpu" in machine:
@@ -56,8 +60,8 @@ def header(run: dict[str, Any]) -> str:
         lines.append("Times: median [quartiles] over the turns, by events in the stream; each case has its own dtype.")
         lines.append("On the device: the same calls in a CUDA graph, if they differ by more than 10 %.")
     else:
-        threads, dtype = settings["threads"], settings["dtype"]
-        lines.append(f"{threads} threads, {dtype}. Times: median [quartiles] over the turns.")
+        threads, dtype = _count(settings["threads"], "thread"), settings["dtype"]
+        lines.append(f"{threads}, {dtype}. Times: median [quartiles] over the turns.")
     lines.append(
         "Speed-ups: median [quartiles] of the ratios within each round; on a shared machine they vary less than times."
     )
@@ -70,6 +74,13 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
+
+
+def _ratio(value: float, target: float | None = None) -> str:
+    """Format a ratio with three digits, or with more if it would look like 1 or like the target, and is below."""
+    below = [bound for bound in (1, target) if bound is not None and value < bound]
+    texts = [f"{value:.{digits}g}" for digits in (3, 4, 5)]
+    return next((text for text in texts if all(float(text) < bound for bound in below)), texts[-1]) + "x"
 
 
 def _is_slower(entry: dict[str, Any]) -> bool:
@@ -100,10 +111,11 @@ def _on_device(entry: dict[str, Any]) -> str:
 
 def table(case: dict[str, Any]) -> str:
     """Return the lines of one case."""
-    threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
-    lines = [f"{case['case']}  ({threads}, {case['dtype']})"]
-    for entry in (case["ours"], *case["others"]):
-        name = f"  {entry['name']:<24}"
+    lines = [f"{case['case']}  ({_count(case['threads'], 'thread')}, {case['dtype']})"]
+    entries = (case["ours"], *case["others"])
+    width = max(24, *(len(entry["name"]) for entry in entries))
+    for entry in entries:
+        name = f"  {entry['name']:<{width}}"
         if entry["status"] != "measured":
             lines.append(f"{name} {entry['status']}: {entry['reason']}")
             continue
@@ -113,10 +125,10 @@ def table(case: dict[str, Any]) -> str:
         rate = f"{entry['rate']:.4g} {case['unit']}/s"
         line = f"{name} {_duration(entry['median_s']):>10} {quartiles:<22} {rate:>14}"
         if "peak_bytes" in entry:
-            line = f"{line:<64} {entry['peak_bytes'] / 1e6:>8.1f} MB"
+            line = f"{line:<{width + 40}} {entry['peak_bytes'] / 1e6:>8.1f} MB"
         if "ratio" in entry:
-            ratio = f"{entry['ratio']:.3g}x [{entry['ratio_q1']:.3g} – {entry['ratio_q3']:.3g}]"
-            line = f"{line:<80} {ratio:<26} {verdict(entry)}"
+            ratio = f"{_ratio(entry['ratio'], entry['target'])} [{entry['ratio_q1']:.3g} – {entry['ratio_q3']:.3g}]"
+            line = f"{line:<{width + 56}} {ratio:<26} {verdict(entry)}"
         if words := _on_device(entry):
             line = f"{line.rstrip()}  {words}"
         lines.append(line.rstrip())
@@ -129,7 +141,7 @@ def mean_line(mean: dict[str, Any]) -> str:
     if len(mean["against"]) > 1:
         against = f"the fastest of {against}"
     number = f"{mean['cases_measured']} of {mean['cases_expected']} cases"
-    line = f"{mean['ratio']:.3g}x over {against}: {', '.join(mean['cases'])} ({number})"
+    line = f"{_ratio(mean['ratio'], mean['target'])} over {against}: {', '.join(mean['cases'])} ({number})"
     if mean["target"] is None:
         return line
     judgement = "not judged, cases are missing" if mean["met"] is None else "met" if mean["met"] else "missed"
@@ -148,13 +160,13 @@ def summary(cases: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]] = (
     lines.append(f"Targets met: {len(met)} of {len(with_target) + len(judged)}.")
     for case, entry in with_target:
         if not entry.get("met"):
-            got = f"{entry['ratio']:.3g}x" if "ratio" in entry else entry["status"]
+            got = _ratio(entry["ratio"], entry["target"]) if "ratio" in entry else entry["status"]
             lines.append(f"  missed: {case['case']}, {entry['name']}: {got}, target {entry['target']:g}x")
     lines += [f"  missed: mean {mean_line(mean)}" for mean in judged if not mean["met"]]
     compared = [entry for _, entry in entries if is_peer(entry) and "ratio" in entry]
     slower = [(case, entry) for case, entry in entries if _is_slower(entry)]
     lines.append(f"llm_ext is slower in {len(slower)} of {len(compared)} comparisons with other libraries.")
-    lines += [f"  {case['case']}, {entry['name']}: {entry['ratio']:.3g}x" for case, entry in slower]
+    lines += [f"  {case['case']}, {entry['name']}: {_ratio(entry['ratio'])}" for case, entry in slower]
     for case in cases:
         for entry in (case["ours"], *case["others"]):
             if entry["status"] in ("wrong", "failed"):

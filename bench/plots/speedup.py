@@ -43,7 +43,7 @@ def mean_speedups(run: dict[str, Any], phase: str, cell: str) -> tuple[float, fl
 def draw_speedup(run: dict[str, Any], path: Path) -> None:
     """Draw the means of `mean_speedups` for each cell, in a panel each for inference and training."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(_PHASES), figsize=(8, 3.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(_PHASES), figsize=(6.4, 3.6), sharey=True, layout="constrained")
     for phase, axes in zip(_PHASES, panels, strict=True):
         cells = {cell: means for cell in _CELLS if (means := mean_speedups(run, phase, cell)) is not None}
         libraries = {
@@ -54,12 +54,12 @@ def draw_speedup(run: dict[str, Any], path: Path) -> None:
             if entry["library"] != "torch"
         }
         names = [LIBRARY_NAMES[library] for library in libraries]
-        fastest = names[0] if len(names) == 1 else f"the fastest of {', '.join(names)}"
+        fastest = names[0] if len(names) == 1 else f"the fastest of\n{', '.join(names)}"
         labels = ("over torch.nn", f"over {fastest}")
         for i, (label, colour) in enumerate(zip(labels, (COLOURS["torch"], COLOURS["onnxruntime"]), strict=True)):
             heights = [means[i] for means in cells.values()]
             bars = axes.bar([x + 0.4 * (i - 0.5) for x in range(len(cells))], heights, 0.38, label=label, color=colour)
-            axes.bar_label(bars, [f"{height:.2f}×" for height in heights], padding=2, fontsize=10)
+            axes.bar_label(bars, [f"{height:.2f}" for height in heights], padding=2, fontsize=10)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(cells)), list(cells), fontsize=11)
         axes.tick_params(axis="x", length=0)

@@ -47,7 +47,8 @@ def pyplot() -> Any:
 def title(run: dict[str, Any]) -> str:
     """Return machine and settings of a run in one line."""
     isa = run["versions"]["build_info"]["isa"].replace("avx512_bf16", "avx512").upper().replace("AVX512", "AVX-512")
-    return f"{run['machine']['cpu']}, {isa}, {run['settings']['threads']} threads, {run['settings']['dtype']}"
+    threads, dtype = run["settings"]["threads"], run["settings"]["dtype"]
+    return f"{run['machine']['cpu']}, {isa}, {threads} thread{'s' * (threads > 1)}, {dtype}"
 
 
 def save(figure: Any, path: Path) -> None:

@@ -39,7 +39,7 @@ def test_speedup_is_the_geometric_mean_over_whole_sequences(record: dict[str, An
             assert plots.mean_speedups(run, phase, cell) == pytest.approx(expected)
     plots.draw_speedup(run, tmp_path / "speedup.svg")
     drawn = (tmp_path / "speedup.svg").read_text(encoding="utf-8")
-    for words in ("Inference, 7 shapes", "Training, 8 shapes", "over torch.nn", "over JAX", "2.44×", "a CPU, AVX2"):
+    for words in ("Inference, 7 shapes", "Training, 8 shapes", "over torch.nn", "over JAX", "2.44", "a CPU, AVX2"):
         assert words in drawn
     # A case without a peer would change what the mean is over.
     run["cases"][0]["others"] = []

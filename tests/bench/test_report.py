@@ -51,6 +51,8 @@ def test_mean_line_says_whether_the_target_is_met() -> None:
     )
     missed = mean | {"target": 3.0, "met": False}
     assert "  missed: mean 2.83x over the fastest of" in report.summary([], [missed])
+    close = mean | {"ratio": 1.2997, "target": 1.3, "met": False}
+    assert report.mean_line(close).startswith("1.2997x over ")
     assert "Targets met: 1 of 2." in report.summary([], [missed, mean | {"target": 2.0, "met": True}])
 
 
