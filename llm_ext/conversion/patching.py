@@ -1,4 +1,4 @@
-"""Conversion of layers while code of others builds them."""
+"""Conversion of layers while other code builds them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def patched(*, linear: bool = False, strict_types: bool = True) -> Iterator[None
 
     Args:
         linear: As in :func:`convert`.
-        strict_types: As in :func:`convert`, but the default is True, because code of others may ask for the classes of
+        strict_types: As in :func:`convert`, but the default is True, because other code may check for the classes of
             torch.nn.
 
     Example:

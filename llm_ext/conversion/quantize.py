@@ -90,7 +90,7 @@ def quantize_(model: nn.Module, weights: Dtype = "int8", *, filter: Filter | Non
         Modules that are quantized already are not listed. If none is quantized, there is a warning.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
         ValueError: `weights` is unknown.
 
     Example:
@@ -128,7 +128,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
 
     Example:
         >>> layer = llm_ext.GRU(8, 16)
@@ -164,7 +164,7 @@ def fake_quantize_(
         As :func:`quantize_`.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
         ValueError: `weights` is unknown, or states are to be rounded with weights other than int8.
 
     Example:

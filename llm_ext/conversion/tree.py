@@ -65,7 +65,7 @@ def convert(model: Model, *, filter: Filter | None = None, linear: bool = False,
         The model.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.GRU(8, 16))
@@ -103,7 +103,7 @@ def convertible(model: nn.Module, *, filter: Filter | None = None, linear: bool 
         Modules that already are those of llm_ext are not listed.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.GRU(8, 16), torch.jit.script(torch.nn.GRUCell(16, 16)))
@@ -128,7 +128,7 @@ def revert(model: Model) -> Model:
         The model.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
         ValueError: A layer has the nonlinearity ``"sigmoid"``, which torch.nn does not have, or is quantized; then
             nothing is changed.
 
@@ -156,7 +156,7 @@ def to_torch(module: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        TypeError: The argument is no module.
+        TypeError: The argument is not a module.
         ValueError: A layer has the nonlinearity ``"sigmoid"``, which torch.nn does not have, or is quantized.
 
     Example:

@@ -60,7 +60,8 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """Elman recurrence, ``h_t = f(W x_t + b_ih + U h_{t-1} + b_hh)``.
 
-    `nonlinearity` is f: "tanh", "relu" or "sigmoid". The other arguments are described at the top of the module.
+    `nonlinearity` is f: "tanh", "relu" or "sigmoid". The other arguments are those of
+    :func:`llm_ext.ops.rnn`.
 
     Source: J. Elman, "Finding structure in time", 1990.
     """
@@ -90,7 +91,7 @@ def gru(
     ``r_t = sigmoid(W_r x_t + b_ih_r + U_r h_{t-1} + b_hh_r)``, z_t likewise,
     ``n_t = tanh(W_n x_t + b_ih_n + r_t (U_n h_{t-1} + b_hh_n))``, ``h_t = (1 - z_t) n_t + z_t h_{t-1}``.
 
-    The arguments are described at the top of the module; G = 3.
+    The arguments are those of :func:`llm_ext.ops.gru`; G = 3.
 
     Source: Cho et al., arXiv 1406.1078. Here, as in torch.nn.GRU, r is applied after the product with U_n.
     """
@@ -121,7 +122,7 @@ def lstm(
     ``c_t = f_t c_{t-1} + i_t g_t``, ``h_t = o_t tanh(c_t)``, or with a projection ``h_t = R (o_t tanh(c_t))``.
 
     `state` is ``(h0, c0)``. `w_hr` is R, ``[P, H]``: h then has P features, and U is ``[4 H, P]``. The other arguments
-    are described at the top of the module; G = 4.
+    are those of :func:`llm_ext.ops.lstm`; G = 4.
 
     Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; the forget gate: Gers et al., "Learning to
     forget", 2000; the projection: Sak et al., arXiv 1402.1128.
@@ -192,11 +193,11 @@ def multilayer_rnn(
         weights: ``(w_ih, w_hh[, b_ih, b_hh][, w_hr])`` of each layer and direction, layer by layer.
         bidirectional: A second direction runs in reverse; the outputs of both are concatenated.
         dropout: Probability of dropout on the output of every layer but the last, applied whenever it is above 0.
-        batch_sizes: See the top of the module.
-        lengths: See the top of the module.
+        batch_sizes: As in :func:`llm_ext.ops.multilayer_rnn`.
+        lengths: As in :func:`llm_ext.ops.multilayer_rnn`.
         input_projections: For each direction of the first layer ``W_ih x + b_ih`` of every id, ``[V, G H]``; w_ih and
             b_ih of the first layer are then not read.
-        reset: See the top of the module.
+        reset: As in :func:`llm_ext.ops.multilayer_rnn`.
         reset_to: State in the form of `state`, ``[R, B, *]`` or ``[R, 1, *]``. None means zeros.
         return_all_states: Return the states after every step, too.
 
