@@ -118,9 +118,8 @@ def batch_lengths(op: str, x: Tensor, lengths: Tensor) -> None:
 
 def nonlinearity(op: str, name: str) -> None:
     """Raise unless `name` is a nonlinearity of an Elman RNN."""
-    names = tuple(ELMAN_MODES)
-    if name not in names:
-        raise ValueError(f"{op}: nonlinearity must be one of {names}, got {name!r}")
+    if name not in ELMAN_MODES:
+        raise ValueError(f"{op}: nonlinearity must be one of {', '.join(ELMAN_MODES)}, got {name!r}")
 
 
 def _packed_batch(op: str, x: Tensor, batch_sizes: Tensor) -> int | None:
@@ -265,7 +264,7 @@ def multilayer_rnn(
 ) -> None:
     """Raise unless the arguments of `ops.multilayer_rnn` fit together."""
     if mode not in MODES:
-        raise ValueError(f"{op}: mode must be one of {MODES}, got {mode!r}")
+        raise ValueError(f"{op}: mode must be one of {', '.join(MODES)}, got {mode!r}")
     rows, counts = len(weights), (2, 3, 4, 5) if mode == "LSTM" else (2, 4)
     if rows == 0 or rows % directions:
         per = "layer and direction" if directions == 2 else "layer"

@@ -21,7 +21,7 @@ from llm_ext.ops._registration import (
     torch_ops,
 )
 from llm_ext.ops._transforms import exports_to_onnx
-from llm_ext.ops.argument_checks import ArgumentError, op_of
+from llm_ext.ops.argument_checks import ArgumentError, DtypeError, op_of
 from llm_ext.reference.quantization import MAX_INT8_COLUMNS, quantize_weight
 
 __all__ = [
@@ -132,7 +132,7 @@ def _check_input(op: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
     if x.dtype != torch.float32:
-        raise TypeError(f"{op}: x must be float32 with quantized weights, got {x.dtype}")
+        raise DtypeError(f"{op}: x must be float32 with quantized weights, got {x.dtype}".replace("torch.", ""))
     if not x.is_cpu:
         raise ArgumentError(f"{op}: quantized weights need x on the cpu, got {x.device}")
 
