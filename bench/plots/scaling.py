@@ -56,7 +56,7 @@ def draw_scaling(run: dict[str, Any], path: Path) -> None:
             xs, ys = [x for x, _ in curve], [y for _, y in curve]
             axes.plot(xs, ys, line, marker=marker, label=name, color=colour, markersize=4, linewidth=1.3)
             last = max([last, *curve])
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log", base=4)
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
