@@ -11,7 +11,7 @@
 #include "cuda/attention/pairs.cuh"
 #include "cuda/attention/softmax.cuh"
 #include "cuda/device.cuh"
-#include "cuda/lane_pack.cuh"
+#include "cuda/word_pack.cuh"
 
 namespace llm_ext {
 namespace cuda {

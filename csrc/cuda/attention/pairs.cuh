@@ -11,6 +11,7 @@
 
 #include "cuda/attention/launchers.h"
 #include "cuda/device.cuh"
+#include "cuda/word_pack.cuh"
 
 namespace llm_ext {
 namespace cuda {
@@ -75,26 +76,29 @@ struct Staged {
 
   // Loads rows [first, end), numbers from `begin` on. Returns whether one of them is large.
   LLM_EXT_DEVICE bool load(const Rows<S>& rows, int64_t b, int64_t first, int64_t end, int64_t begin, int64_t A) {
-    bool large = false;
+    WordPack<S, kPackSize<T>> packs[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int index = i * kThreads + thread_index();
       const int64_t row = first + index / kPacksPerRow, a = begin + index % kPacksPerRow * kPackSize<T>;
-      Pack<S, kPackSize<T>> pack = {};
       if (index < kRows * kPacksPerRow && row < end && rows.has(b, row)) {
         const S* from = rows.data + (b * rows.count + row) * A + a;
         if (A % kPackSize<T> == 0 && a < A) {
-          pack = *reinterpret_cast<const Pack<S, kPackSize<T>>*>(from);
+          packs[i].load(from);
         } else {
 #pragma unroll
           for (int j = 0; j < kPackSize<T>; ++j) {
-            if (a + j < A) pack.at[j] = from[j];
+            if (a + j < A) packs[i].set(j, from[j]);
           }
         }
       }
+    }
+    bool large = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
 #pragma unroll
       for (int j = 0; j < kPackSize<T>; ++j) {
-        x[i][j] = widen(pack.at[j]);
+        x[i][j] = packs[i][j];
         large |= is_large(x[i][j]);
       }
     }

@@ -11,9 +11,9 @@
 #include <type_traits>
 
 #include "cuda/device.cuh"
-#include "cuda/lane_pack.cuh"
 #include "cuda/log_sum.cuh"
 #include "cuda/pooling/launchers.h"
+#include "cuda/word_pack.cuh"
 
 namespace llm_ext {
 namespace cuda {

@@ -20,7 +20,6 @@ constexpr int64_t kMaxBatch = int64_t{1} << 24;  // row indices are int
 constexpr double kSharedBytesPerClock = 128;  // of one multiprocessor
 constexpr double kL2BytesPerClock = 32;       // to one multiprocessor, while all others read
 constexpr double kDsmemBytesPerClock = 12;    // that a multiprocessor receives from the others of its cluster
-constexpr double kL2Latency = 270;            // of a load that the L2 cache answers
 constexpr double kStepLatency = 2400;         // of the step of a tile; H200, 2026-11-29, docs/lab/cuda-h200.md
 constexpr double kSchedulers = 4;             // of a multiprocessor, one warp instruction per clock each
 constexpr double kSumClocks = 60;             // a barrier and a round trip through shared memory
@@ -33,7 +32,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Weight tiles of a unit group that share a state tile, and blocks of H numbers in the sum.
 int tiles_of(const Problem& p) { return p.pass == Pass::kForward ? gates_of(p.mode) : 1; }
 int operands_of(const Problem& p) { return p.pass == Pass::kForward ? 1 : gates_of(p.mode); }
-bool reads_bias(const Problem& p) { return p.pass == Pass::kForward; }  // in every step
 bool carries(const Problem& p) { return p.mode == Mode::kGru || p.mode == Mode::kLstm; }
 // Bytes of a weight tile.
 int64_t tile_bytes(const Problem& p) { return kTileUnits * kTileColumns * bytes_of(p.type); }
@@ -65,8 +63,6 @@ double step_clocks(const Problem& p, const Plan& plan, const TileLayout& layout)
   tile = std::max(tile, warps * (states + weights) / kSharedBytesPerClock);
   // The latency is that of one warp a scheduler; the instructions of others come on top.
   tile += kStepLatency + std::max(0.0, plan.unit_groups / kSchedulers - 1) * step_instructions(p.mode);
-  // A wait for other blocks invalidates the L1 cache: in a grid one for each tile, in a cluster one for each step.
-  if (plan.route == Route::kGrid && reads_bias(p)) tile += kL2Latency;
   if (plan.k_splits > 1) tile += kSumClocks + plan.k_splits * tiles_of(p) * 4.0;
   if (plan.route == Route::kGrid) {
     tile += (operands + warps * layout.k_streamed * tiles_of(p) * tile_bytes(p)) / kL2BytesPerClock;
@@ -75,7 +71,6 @@ double step_clocks(const Problem& p, const Plan& plan, const TileLayout& layout)
   if (plan.route == Route::kCluster) {
     const double others = 1 - 1.0 / layout.active_blocks;
     exchange = kClusterClocks + plan.row_tiles * others * operands / kDsmemBytesPerClock;
-    if (reads_bias(p)) exchange += kL2Latency;
   }
   return exchange + plan.row_tiles * tile;
 }

@@ -5,28 +5,32 @@
 #include "cuda/device.cuh"
 #include "cuda/rnn/cells.cuh"
 #include "cuda/rnn/launchers.h"
+#include "cuda/word_pack.cuh"
 
 namespace llm_ext {
 namespace cuda {
 
 template <int n, typename S>
-LLM_EXT_DEVICE Pack<S, n> load(const S* from) {
-  return *reinterpret_cast<const Pack<S, n>*>(from);
+LLM_EXT_DEVICE WordPack<S, n> load(const S* from) {
+  WordPack<S, n> pack;
+  pack.load(from);
+  return pack;
 }
 
 // n numbers; zeros if base is null.
 template <int n, typename S>
-LLM_EXT_DEVICE Pack<S, n> load_or_zeros(const S* base, int64_t index) {
-  if (base != nullptr) return load<n>(base + index);
-  return Pack<S, n>{};
+LLM_EXT_DEVICE WordPack<S, n> load_or_zeros(const S* base, int64_t index) {
+  WordPack<S, n> pack;
+  if (base != nullptr) pack.load(base + index);
+  return pack;
 }
 
 template <int n, typename S>
 LLM_EXT_DEVICE void store(S* to, const Compute<S> (&values)[n]) {
-  Pack<S, n> rounded;
+  WordPack<S, n> rounded;
 #pragma unroll
-  for (int e = 0; e < n; ++e) rounded.at[e] = narrow<S>(values[e]);
-  *reinterpret_cast<Pack<S, n>*>(to) = rounded;
+  for (int e = 0; e < n; ++e) rounded.set(e, narrow<S>(values[e]));
+  rounded.store(to);
 }
 
 // Steps of batch row b. Lengths out of range are clamped, so that no access leaves an array.
@@ -58,7 +62,7 @@ LLM_EXT_DEVICE int64_t sequence_row(const RecurrenceShape& shape, bool reverse, 
 
 template <typename C, typename S, int n>
 struct ForwardStep {
-  Pack<S, n> gates[C::kGates];
+  WordPack<S, n> gates[C::kGates];
 
   LLM_EXT_DEVICE void load_at(const RecurrenceShape& shape, const ForwardDirection<S>& d, int64_t row, int unit) {
     const S* at = d.gates_x + row * (C::kGates * shape.hidden) + unit;
@@ -76,7 +80,7 @@ struct ForwardStep {
       T of_unit[C::kBlocks];
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) {
-        of_unit[b] = b < C::kGates ? widen(gates[input_gate<C>(b)].at[e]) : T(0);
+        of_unit[b] = b < C::kGates ? gates[input_gate<C>(b)][e] : T(0);
         if (b >= C::kBlocks - C::kGates) of_unit[b] += product[state_gate<C>(b)][e];
       }
       h[e] = cell.forward(of_unit, h_before[e], c[e]);
@@ -103,8 +107,8 @@ struct ForwardStep {
 
 template <typename C, typename S, int n>
 struct BackwardStep {
-  Pack<S, n> saved[C::kSaved > 0 ? C::kSaved : 1];  // Elman: the output
-  Pack<S, n> before;                                // GRU: the previous state; LSTM: the previous cell state
+  WordPack<S, n> saved[C::kSaved > 0 ? C::kSaved : 1];  // Elman: the output
+  WordPack<S, n> before;                                // GRU: the previous state; LSTM: the previous cell state
 
   LLM_EXT_DEVICE void load_at(const RecurrenceShape& shape, const BackwardDirection<S>& d, int64_t b, int length, int s,
                               int64_t row, int unit) {
@@ -133,9 +137,9 @@ struct BackwardStep {
     for (int e = 0; e < n; ++e) {
       T blocks[C::kBlocks];
 #pragma unroll
-      for (int b = 0; b < C::kBlocks; ++b) blocks[b] = widen(saved[b].at[e]);
-      const T last = widen(saved[C::kSaved > 0 ? C::kSaved - 1 : 0].at[e]);  // Elman: h, LSTM: c
-      const T previous = C::kSaved > 0 ? widen(before.at[e]) : T(0);
+      for (int b = 0; b < C::kBlocks; ++b) blocks[b] = saved[b][e];
+      const T last = saved[C::kSaved > 0 ? C::kSaved - 1 : 0][e];  // Elman: h, LSTM: c
+      const T previous = C::kSaved > 0 ? before[e] : T(0);
       cell.backward(blocks, last, previous, last, previous, dh[e], carry[e]);
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) dz[b][e] = blocks[b];

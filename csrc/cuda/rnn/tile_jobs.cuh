@@ -1,6 +1,8 @@
 // The two passes of the tile kernel (tiles.cuh): the operands of their products, and the step that follows.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/rnn/arithmetic.cuh"
 #include "cuda/rnn/cells.cuh"
@@ -40,9 +42,11 @@ struct ForwardJob {
   static constexpr int kTiles = C::kGates;
   static constexpr int kOperands = 1;  // blocks of H operands per row
   struct Operands {
-    Pack<typename A::Operand, kUnits> at[kOperands];
+    WordPack<typename A::Operand, kUnits> at[kOperands];
   };
   static constexpr bool kCarries = C::kReadsState || C::kHasCell;
+  // Whether there are registers for the bias during the product: exact float32 has none for four gates.
+  static constexpr bool kBiasAhead = !std::is_same_v<A, FloatArithmetic> || C::kGates < 4;
   static constexpr int kExtraSteps = 0;
 
   const RecurrenceShape& shape;
@@ -54,6 +58,9 @@ struct ForwardJob {
   struct Inputs {
     int64_t sequence_row;
     ForwardStep<C, S, kUnits> step;
+  };
+  struct Bias {
+    WordPack<S, kUnits> at[kTiles];
   };
 
   LLM_EXT_DEVICE ForwardJob(const Call& call, int first_unit)
@@ -85,14 +92,20 @@ struct ForwardJob {
 
   LLM_EXT_DEVICE void start(const Row& row, float (&carried)[kUnits]) const {
     const int64_t at = row.b * shape.hidden + unit;
-    const Pack<S, kUnits> h0 = load_or_zeros<kUnits>(d.h0, at);
-    Pack<S, kUnits> c0 = {};
+    const WordPack<S, kUnits> h0 = load_or_zeros<kUnits>(d.h0, at);
+    WordPack<S, kUnits> c0;
     if constexpr (C::kHasCell) c0 = load_or_zeros<kUnits>(d.c0, at);
 #pragma unroll
-    for (int e = 0; e < kUnits; ++e) carried[e] = widen(C::kHasCell ? c0.at[e] : h0.at[e]);
+    for (int e = 0; e < kUnits; ++e) carried[e] = C::kHasCell ? c0[e] : h0[e];
     if (row.length > 0) return;
-    *reinterpret_cast<Pack<S, kUnits>*>(d.h_n + at) = h0;
-    if constexpr (C::kHasCell) *reinterpret_cast<Pack<S, kUnits>*>(d.c_n + at) = c0;
+    h0.store(d.h_n + at);
+    if constexpr (C::kHasCell) c0.store(d.c_n + at);
+  }
+
+  // At every step, so that the bias occupies no registers between them.
+  LLM_EXT_DEVICE void load_bias(Bias& bias) const {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) bias.at[t] = load_or_zeros<kUnits>(d.b_hh, t * shape.hidden + unit);
   }
 
   LLM_EXT_DEVICE void load_inputs(const Row& row, int s, Inputs& inputs) const {
@@ -109,17 +122,8 @@ struct ForwardJob {
   }
 
   // Computes the steps of both rows interleaved to hide latency, and writes the active ones.
-  LLM_EXT_DEVICE void run(const OwnRows& rows, int s, const Inputs (&inputs)[kOwnRows], const Sums (&sums)[kTiles],
-                          Carried& carried, Operands (&operands)[kOwnRows]) const {
-    float bias[kTiles][kUnits];
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      // Loaded at every step, which occupies no registers: from the L1 cache, or from the L2 cache where the wait of
-      // this step has invalidated L1 (clusters, grids). Loaded before the wait, it made three kernels spill.
-      const Pack<S, kUnits> gate_bias = load_or_zeros<kUnits>(d.b_hh, t * shape.hidden + unit);
-#pragma unroll
-      for (int e = 0; e < kUnits; ++e) bias[t][e] = widen(gate_bias.at[e]);
-    }
+  LLM_EXT_DEVICE void run(const OwnRows& rows, int s, const Bias& bias, const Inputs (&inputs)[kOwnRows],
+                          const Sums (&sums)[kTiles], Carried& carried, Operands (&operands)[kOwnRows]) const {
     float blocks[kOwnRows][C::kBlocks][kUnits], c[kOwnRows][kUnits], h[kOwnRows][kUnits];
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
@@ -127,7 +131,7 @@ struct ForwardJob {
 #pragma unroll
       for (int e = 0; e < kUnits; ++e) {
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) product[t][e] = sums[t][kOwnRows * e + i] + bias[t][e];
+        for (int t = 0; t < kTiles; ++t) product[t][e] = sums[t][kOwnRows * e + i] + bias.at[t][e];
         c[i][e] = h_before[e] = carried.at[kUnits * i + e];
       }
       inputs[i].step.compute(cell, product, h_before, c[i], blocks[i], h[i]);
@@ -138,7 +142,7 @@ struct ForwardJob {
 #pragma unroll
       for (int e = 0; e < kUnits; ++e) {
         carried.at[kUnits * i + e] = C::kHasCell ? c[i][e] : h[i][e];
-        operands[i].at[0].at[e] = A::operand(h[i][e]);
+        operands[i].at[0].set(e, A::operand(h[i][e]));
       }
       store(d.y + inputs[i].sequence_row * d.y_stride + unit, h[i]);
       inputs[i].step.save(shape, d, inputs[i].sequence_row, unit, blocks[i], c[i], h[i]);
@@ -162,9 +166,10 @@ struct BackwardJob {
   static constexpr int kTiles = 1;
   static constexpr int kOperands = C::kGates;
   struct Operands {
-    Pack<typename A::Operand, kUnits> at[kOperands];
+    WordPack<typename A::Operand, kUnits> at[kOperands];
   };
   static constexpr bool kCarries = C::kCarries;
+  static constexpr bool kBiasAhead = false;  // there is none
   static constexpr int kExtraSteps = 1;
 
   const RecurrenceShape& shape;
@@ -175,9 +180,10 @@ struct BackwardJob {
 
   struct Inputs {
     int64_t sequence_row;
-    Pack<S, kUnits> grad_y;
+    WordPack<S, kUnits> grad_y;
     BackwardStep<C, S, kUnits> step;
   };
+  struct Bias {};
 
   LLM_EXT_DEVICE BackwardJob(const Call& call, int first_unit)
       : shape(call.shape),
@@ -210,9 +216,11 @@ struct BackwardJob {
     if constexpr (C::kHasCell) {
       const auto given = load_or_zeros<kUnits>(d.grad_c_n, row.b * shape.hidden + unit);
 #pragma unroll
-      for (int e = 0; e < kUnits; ++e) carried[e] = widen(given.at[e]);
+      for (int e = 0; e < kUnits; ++e) carried[e] = given[e];
     }
   }
+
+  LLM_EXT_DEVICE void load_bias(Bias&) const {}
 
   LLM_EXT_DEVICE void load_inputs(const Row& row, int s, Inputs& inputs) const {
     if (s < 0) return;
@@ -230,21 +238,21 @@ struct BackwardJob {
     for (int k = 0; k < C::kSaved; ++k) prefetch(d.saved + (n * C::kSaved + k) * shape.hidden + unit);
   }
 
-  LLM_EXT_DEVICE void run(const OwnRows& rows, int s, const Inputs (&inputs)[kOwnRows], const Sums (&sums)[kTiles],
-                          Carried& carried, Operands (&operands)[kOwnRows]) const {
+  LLM_EXT_DEVICE void run(const OwnRows& rows, int s, const Bias& bias, const Inputs (&inputs)[kOwnRows],
+                          const Sums (&sums)[kTiles], Carried& carried, Operands (&operands)[kOwnRows]) const {
     float dh[kOwnRows][kUnits], carry[kOwnRows][kUnits], dz[kOwnRows][C::kBlocks][kUnits];
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
       for (int e = 0; e < kUnits; ++e) {
-        dh[i][e] = sums[0][kOwnRows * e + i] + widen(inputs[i].grad_y.at[e]);
+        dh[i][e] = sums[0][kOwnRows * e + i] + inputs[i].grad_y[e];
         carry[i][e] = carried.at[kUnits * i + e];
       }
       // grad_h_n is added at a row's last step; for a row of length 0 it becomes the gradient of the initial state.
       if (s == rows.length[i] - 1 && rows.length[i] >= 0 && d.grad_h_n != nullptr) {
         const auto given = load<kUnits>(d.grad_h_n + (rows.first_b + i) * shape.hidden + unit);
 #pragma unroll
-        for (int e = 0; e < kUnits; ++e) dh[i][e] += widen(given.at[e]);
+        for (int e = 0; e < kUnits; ++e) dh[i][e] += given[e];
       }
     }
     if (s < 0) {  // the product belongs to the initial state
@@ -271,7 +279,7 @@ struct BackwardJob {
         carried.at[kUnits * i + e] = carry[i][e];
 #pragma unroll
         for (int o = 0; o < kOperands; ++o) {
-          operands[i].at[o].at[e] = A::operand(dz[i][C::kBlocks - C::kGates + o][e]);
+          operands[i].at[o].set(e, A::operand(dz[i][C::kBlocks - C::kGates + o][e]));
         }
       }
       inputs[i].step.write(shape, d, inputs[i].sequence_row, unit, dz[i]);

@@ -191,7 +191,9 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
 
       OwnRows rows = {row_at(tile, kOwnRows * q).b, {-1, -1}};
       typename Job::Inputs inputs[kOwnRows] = {};
+      typename Job::Bias bias = {};
       if (own_turn && has_units) {
+        if constexpr (Job::kBiasAhead) job.load_bias(bias);
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {
           const Row row = row_at(tile, kOwnRows * q + i);
@@ -261,21 +263,22 @@ LLM_EXT_DEVICE void run_tiles(const TileParams<typename Job::Call>& p) {
           Carried* slot = carried_slots + tile * p.unit_groups * kWarpThreads;
           Carried carried = {};
           if constexpr (Job::kCarries) carried = *slot;
-          job.run(rows, s, inputs, sums, carried, operands_out);
+          if constexpr (!Job::kBiasAhead) job.load_bias(bias);
+          job.run(rows, s, bias, inputs, sums, carried, operands_out);
           if constexpr (Job::kCarries) *slot = carried;
         }
-        if (!last) {
-          const int next_stride = grid ? columns : stride;
-          Operand* to = grid ? exchange_at((pass + 1) % 2, tile) : next + tile * tile_states;
-          to += kOwnRows * q * next_stride + unit;
+        const auto write = [&](Operand* to, int to_stride) {
+          to += kOwnRows * q * to_stride + unit;
 #pragma unroll
           for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
             for (int o = 0; o < Job::kOperands; ++o) {
-              *reinterpret_cast<Pack<Operand, kUnits>*>(to + i * next_stride + o * padded) = operands_out[i].at[o];
+              operands_out[i].at[o].store(to + i * to_stride + o * padded);
             }
           }
-        }
+        };
+        if (!last && grid) write(exchange_at((pass + 1) % 2, tile), columns);
+        if (!last && !grid) write(next + tile * tile_states, stride);
       }
 
       if (grid) {
