@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_ext.cli.checkpoint import Run
-from llm_ext.cli.commands.arguments import add_model, add_search, add_traceback, check_search, search_options
+from llm_ext.cli.commands.arguments import (
+    add_model,
+    add_search,
+    add_traceback,
+    add_weights,
+    check_search,
+    round_weights,
+    search_options,
+)
 from llm_ext.cli.data.samples import Sample, read_samples
 from llm_ext.cli.device import find_device
 from llm_ext.cli.inference.classifier import Classifier
@@ -41,6 +49,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--batch", type=int, default=BATCH, metavar="N", help=f"samples read together (default: {BATCH})"
     )
+    add_weights(parser)
     add_search(parser)
     add_traceback(parser)
 
@@ -54,12 +63,14 @@ def run(options: argparse.Namespace) -> int:
     task = run_directory.checkpoint(options.checkpoint).task
     if task == "transcribe":
         transcriber = Transcriber.load(run_directory, options.checkpoint, device)
+        round_weights(options, transcriber.model)
         samples = _samples(options, transcriber.reader.front_end.kind, "text")
         texts = transcriber.transcribe(samples, options.batch, search_options(options))
         for sample, text in zip(samples, texts, strict=True):
             print(f"{sample.name}\t{text}", flush=True)
         return 0
     classifier = Classifier.load(run_directory, options.checkpoint, device)
+    round_weights(options, classifier.model)
     samples = _samples(options, classifier.reader.front_end.kind, "label")
     for sample, probabilities in zip(samples, classifier.predict(samples, options.batch), strict=True):
         best = int(probabilities.argmax())

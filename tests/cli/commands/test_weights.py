@@ -32,6 +32,8 @@ CASES: dict[tuple[str, str], Callable[..., Config] | None] = {
     ("summarize", "summarize"): summary_config,
     ("eval", "classify"): classification_config,
     ("eval", "transcribe"): transcription_config,
+    ("predict", "classify"): classification_config,
+    ("predict", "transcribe"): transcription_config,
 }
 LINES = "one two\n\nsix ten\n"
 
@@ -52,6 +54,7 @@ def command(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
         train(config(steps=20), [data], trained, val=[data])
     (tmp_path / "lines").write_text(LINES)
     more = {"eval": [data, "--cache", tmp_path / "cache"], "generate": ["--prompt", "ten", "--length", 5]}
+    more["predict"] = [data]
     return [name, str(trained), *map(str, more.get(name, [tmp_path / "lines"]))]
 
 
@@ -82,6 +85,8 @@ def test_weights_are_rounded(
         assert losses[1] == pytest.approx(losses[0], rel=0.01)
     elif command[0] == "generate":
         assert (said[:3], len(said)) == ("ten", 9)
+    elif command[0] == "predict":
+        assert said.count("\n") == expected.count("\n") > 0
     else:
         assert (said.count("\n"), said.split("\n")[1]) == (3, "")
     if command[0] == "translate":
