@@ -12,6 +12,7 @@ from torch import Tensor
 
 import llm_ext._C  # importing it registers the ops
 from llm_ext.ops._transforms import autograd_kernel, constant_in_graphs, is_traced
+from llm_ext.ops.argument_checks import DtypeError
 
 torch_ops = torch.ops.llm_ext
 
@@ -40,6 +41,21 @@ def explain(failure: Exception, check: Callable[..., None], *args: Any) -> NoRet
         raise NotImplementedError(f"llm_ext: no kernel of this op for {device}; built {built}") from None
     raise_out_of_memory(failure)
     raise failure
+
+
+def explain_cast(
+    failure: Exception, check: Callable[..., None], given: tuple[Any, ...], cast: tuple[Any, ...]
+) -> NoReturn:
+    """Do as `explain` for the arguments of an op as autocast has cast them; a wrong dtype is named as it was given."""
+
+    def checked(*args: Any) -> None:
+        try:
+            check(*cast)
+        except DtypeError:
+            check(*args)
+            raise
+
+    explain(failure, checked, *given)
 
 
 def raise_out_of_memory(failure: Exception) -> None:

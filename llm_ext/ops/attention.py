@@ -14,6 +14,7 @@ from llm_ext.ops._registration import (
     FAILURES,
     autocast_arguments,
     explain,
+    explain_cast,
     fake_gradients,
     needed,
     refuse_derivative,
@@ -85,7 +86,8 @@ def additive_attention(
     try:
         context, weights = _additive_attention_forward(query, keys, v, values, key_lengths, mask, need_weights)
     except FAILURES as failure:
-        explain(failure, argument_checks.additive_attention, query, keys, v, values, key_lengths, mask)
+        cast = (*autocast_arguments(query, keys, v, values), key_lengths, mask)
+        explain_cast(failure, argument_checks.additive_attention, (query, keys, v, values, key_lengths, mask), cast)
     return context, weights if need_weights else None
 
 

@@ -13,7 +13,7 @@ from llm_ext.ops import argument_checks
 from llm_ext.ops._registration import (
     FAILURES,
     autocast_arguments,
-    explain,
+    explain_cast,
     refuse_derivative,
     register_autocast,
     register_autograd,
@@ -84,7 +84,8 @@ def attention_pool(
     try:
         c, lse, _l = _attention_pool_forward(e, u, scores, lengths, mask)
     except FAILURES as failure:
-        explain(failure, argument_checks.pool, "attention_pool", e, u, scores, lengths, mask)
+        cast = ("attention_pool", *autocast_arguments(e, u, scores), lengths, mask)
+        explain_cast(failure, argument_checks.pool, ("attention_pool", e, u, scores, lengths, mask), cast)
     return c, lse
 
 
@@ -263,7 +264,8 @@ def prefix_pool(
     try:
         c, _share, l_n, c_n = _prefix_pool_forward(e, u, scores, lengths, mask, l0, c0)
     except FAILURES as failure:
-        explain(failure, argument_checks.pool, "prefix_pool", e, u, scores, lengths, mask, state)
+        cast = ("prefix_pool", *autocast_arguments(e, u, scores), lengths, mask, state)
+        explain_cast(failure, argument_checks.pool, ("prefix_pool", e, u, scores, lengths, mask, state), cast)
     return c, (l_n, c_n)
 
 

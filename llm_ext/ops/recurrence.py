@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from llm_ext.ops._registration import (
     FAILURES,
     allows_tf32,
     autocast_arguments,
-    explain,
+    explain_cast,
     fake_gradients,
     is_autocast_on,
     is_on_cuda,
@@ -465,7 +465,7 @@ def run(
     try:
         recorded = needs_autograd(x, *(state or ()), *[tensor for row in weights for tensor in row])
     except AttributeError as failure:  # an argument is not a tensor
-        explain(failure, _check, call)
+        _explain(failure, call)
     if input_projections or (
         not recorded
         and lengths is None
@@ -750,7 +750,7 @@ def _one_direction(
             )
         return y, (h_n,)
     except (*FAILURES, ValueError) as failure:
-        explain(failure, _check, _Call(mode, x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths))
+        _explain(failure, _Call(mode, x, state, (weights,), (reverse,), 0.0, batch_sizes, lengths))
 
 
 def _all_layers(call: _Call) -> tuple[Tensor, State]:
@@ -764,7 +764,7 @@ def _all_layers(call: _Call) -> tuple[Tensor, State]:
             mode, x, h0, c0, flat, bias, bidirectional, projections, batch_sizes, allows_tf32(x)
         )
     except (*FAILURES, ValueError, IndexError) as failure:
-        explain(failure, _check, call)
+        _explain(failure, call)
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
 
 
@@ -878,7 +878,7 @@ def _layer_by_layer(
     try:
         return x, tuple([torch.cat(tensors) for tensors in zip(*last, strict=True)])
     except RuntimeError as failure:  # each layer fits, but their sizes differ
-        explain(failure, _check, call)
+        _explain(failure, call)
 
 
 def _both_directions(
@@ -897,7 +897,7 @@ def _both_directions(
         save = mode in ("GRU", "LSTM") and needs_autograd(x, h0, c0, *flat)
         y, h_n, c_n, _ = _bidirectional_forward(mode, x, h0, c0, flat, bias, batch_sizes, lengths, allows_tf32(x), save)
     except FAILURES as failure:
-        explain(failure, _check, _Call(mode, x, state, weights, (False, True), 0.0, batch_sizes, lengths))
+        _explain(failure, _Call(mode, x, state, weights, (False, True), 0.0, batch_sizes, lengths))
     return y, (h_n, c_n) if mode == "LSTM" else (h_n,)
 
 
@@ -934,6 +934,12 @@ def _check(call: _Call) -> None:
             reset,
             reset_to,
         )
+
+
+def _explain(failure: Exception, call: _Call) -> NoReturn:
+    """Raise the fault in the arguments of a failed call, or else the failure itself."""
+    casts = isinstance(call.x, Tensor) and is_autocast_on(call.x.device.type)
+    explain_cast(failure, _check, (call,), (_converted(call, autocast_arguments) if casts else call,))
 
 
 # ---- rnn_forward, gru_forward, lstm_forward and their backward ops

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from support.comparison import assert_close, assert_same_bits
@@ -76,6 +80,27 @@ def test_autocast_of_recurrences(recurrence: Recurrence, dtype: torch.dtype) -> 
     assert_same_bits(actual, function(**{n: t.to(dtype) for n, t in inputs.items()}))
     assert {t.dtype for t in actual} == {dtype}
     assert {t.dtype for t in exact} == {torch.float64}
+
+
+Z = torch.zeros
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: ops.gru(x, Z(3, 3), Z(9, 4), Z(9, 3)), (5, 2, 4)),
+        (lambda x: ops.multilayer_rnn("GRU", x, (Z(1, 2, 3),), [(Z(9, 4), Z(9, 3)), (Z(9, 3), Z(9, 3))]), (5, 2, 4)),
+        (lambda e: ops.attention_pool(e, Z(4), lengths=torch.tensor([4, 1])), (2, 3, 4)),
+        (lambda e: ops.prefix_pool(e, Z(4), lengths=torch.tensor([4, 1])), (2, 3, 4)),
+        (lambda q: ops.additive_attention(q, Z(2, 3, 4), Z(5), Z(2, 3, 6)), (2, 3, 4)),
+    ],
+)
+def test_autocast_leaves_messages(function: Callable[[Tensor], Any], shape: tuple[int, ...]) -> None:
+    """A dtype that autocast would cast is not what is wrong."""
+    with pytest.raises(ValueError, match="must be") as plain:
+        function(Z(shape))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=re.escape(str(plain.value))):
+        function(Z(shape, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
