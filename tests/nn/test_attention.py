@@ -191,6 +191,8 @@ def test_pool_autocast(causal: bool, score: str) -> None:
             c, state = found
             assert all(tensor.dtype == torch.float32 for tensor in state)
             found = torch.cat((c, pool(e, state=state)[0]), 1)
+        with pytest.raises(ValueError, match="lengths must be from 0 to T = 4"):
+            pool(e.bfloat16(), lengths=torch.tensor([5, 1]))
     expected = pool(torch.cat((e, e), 1))[0] if causal else pool(e)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
@@ -216,6 +218,16 @@ def test_pool_weights_of_large_scores(dtype: torch.dtype, autocast: bool, causal
     expected = s.softmax(-1)[..., 1:] if causal else s.softmax(-1)
     # An eps in place of half an eps: float32 scores of 60 are off by 4e-6.
     torch.testing.assert_close(weights.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_pool_weights_after_a_state_that_counts_nothing() -> None:
+    """Whatever its largest score is, z = 0 means no position, and no gradient."""
+    pool: Any = llm_ext.AttentionPool(3, 4, causal=True)
+    e, L = torch.randn(2, 5, 3), torch.zeros(2, 2, requires_grad=True)
+    *_, weights = pool(e, need_weights=True, state=(L, torch.zeros(2, 3)))
+    torch.testing.assert_close(weights, pool(e, need_weights=True)[-1])
+    (grad,) = torch.autograd.grad(weights.square().sum(), L)
+    assert not grad.any()
 
 
 @every_score
@@ -403,6 +415,9 @@ def test_additive_autocast() -> None:
     inputs = additive_inputs(2, 3, 4, 5, 6, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert additive_functions()[0](**inputs)[0].dtype == torch.float64
+        # A dtype that is cast is not what is wrong.
+        with pytest.raises(ValueError, match="key_lengths must be from 0 to Tk = 6"):
+            layer(query.bfloat16(), keys.bfloat16(), key_lengths=torch.tensor([7, 1]))
 
 
 @pytest.mark.parametrize("need_weights", FLAGS)

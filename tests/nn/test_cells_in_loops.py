@@ -76,6 +76,32 @@ def test_gradients(
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
+def test_the_stored_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loops, "MOST_ROWS", 5)
+    add_rows, counts = _loops._Sum.add_rows, []
+
+    def add(self: Any, row: Any) -> None:
+        add_rows(self, row)
+        counts.append(self.count)
+
+    monkeypatch.setattr(_loops._Sum, "add_rows", add)
+    torch.autograd.backward(loss(both_cells("GRU")[1], *inputs_of("GRU")))
+    assert 0 < max(counts) < 5
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+def test_replaced_weights(name: str) -> None:
+    def results(cell: Any, inputs: list[Tensor]) -> Any:
+        y, after = run(cell, *inputs)
+        old = getattr(cell, name)
+        setattr(cell, name, nn.Parameter(2 * old.detach()))
+        z, _ = run(cell, inputs[0], *after)
+        torch.autograd.backward(y.sum() + (z * z).sum())
+        return old.grad, gradients(cell)
+
+    assert_same("GRU", True, results)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_passes_over_the_same_steps(kind: str) -> None:
     def results(cell: Any, inputs: list[Tensor]) -> Any:
@@ -157,11 +183,13 @@ def test_checkpoints(kind: str, reentrant: bool) -> None:
     assert_same(kind, True, results)
 
 
+@pytest.mark.parametrize("thaws", FLAGS)
 @pytest.mark.parametrize("frozen", ["weight_ih", "weight_hh", "bias_hh"])
-def test_frozen_weights(frozen: str) -> None:
+def test_frozen_weights(frozen: str, thaws: bool) -> None:
     def results(cell: Any, inputs: list[Tensor]) -> Any:
+        getattr(cell, frozen).requires_grad_(not thaws)
         y, after = run(cell, *inputs)
-        getattr(cell, frozen).requires_grad_(False)
+        getattr(cell, frozen).requires_grad_(thaws)
         z, _ = run(cell, inputs[0], *after)
         torch.autograd.backward(y.sum() + (z * z).sum())
         return gradients(cell)
@@ -192,14 +220,30 @@ def test_weights_that_change_before_the_backward_pass() -> None:
 def test_nothing_outlives_the_loop() -> None:
     _, cell = both_cells("LSTM")
     before = len(_loops._tokens)
-    value = loss(cell, *inputs_of("LSTM"))
+    inputs = inputs_of("LSTM")
+    value = loss(cell, *inputs)
     assert len(_loops._tokens) == before + 1
+    torch.autograd.grad(value, inputs, retain_graph=True)
+    torch.autograd.backward(value, retain_graph=True)
+    assert not any(token().loop.sums for token in _loops._tokens.values())  # type: ignore[union-attr]
     torch.autograd.backward(value)
     pickle.loads(pickle.dumps(cell))
     copy.deepcopy(cell)
     del value
     gc.collect()
     assert len(_loops._tokens) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind: str) -> None:
+    """Each step is rounded, and its gradients are those of torch's cell within that rounding."""
+    inputs, found = inputs_of(kind, dtype=torch.float32), []
+    for cell in both_cells(kind, dtype=torch.float32):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(cell, *inputs)
+        found.append(torch.autograd.grad(value.float(), [*inputs, *cell.parameters()]))
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])

@@ -255,6 +255,8 @@ def test_autocast_leaves_float64(name: str, device: str) -> None:
     x = torch.randn(*((2, 3) if is_cell(name) else (4, 2, 3)), dtype=torch.float64, device=device)
     with torch.autocast(device, torch.bfloat16):
         results = flatten(layer(x))
+        with pytest.raises(TypeError, match="must be float64, got float32"):
+            layer(x.float(), **({} if is_cell(name) else {"lengths": torch.tensor([4, 1], device=device)}))
     assert {t.dtype for t in results} == {torch.float64}
     assert_same_bits(results, layer(x))
 

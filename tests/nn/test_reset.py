@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.comparison import assert_all_close, assert_close, flatten
+from support.comparison import assert_all_close, assert_close, assert_same_bits, flatten
 from support.devices import every_device
 from support.layers import CELLS, LAYERS, layer_pair, op_of, random_state
 from support.pairwise import parametrize_pairwise
@@ -144,6 +144,19 @@ def test_cells(name: str, batched: bool, hx: bool, reset_to: int | None, dtype: 
         found = gradients_of(results, [*leaves, *cell.parameters()])
         torch_gradients = gradients_of(expected, [*leaves, *torch_cell.parameters()])
         assert_all_close(f"{op_of(name)}_backward", found, torch_gradients, "gradient")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_under_autocast(name: str) -> None:
+    """The state that a reset puts in place may be float32 beside a rounded one."""
+    cell = getattr(llm_ext, name)(3, 5)
+    x, reset, zeros = torch.randn(4, 3), torch.tensor([True, False, True, False]), random_state(cell, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = cell(x)
+        actual, expected = flatten(cell(x, state, reset=reset, reset_to=zeros)), flatten(cell(x, zeros))
+        kept = flatten(cell(x, state))
+    for result, replaced, old in zip(actual, expected, kept, strict=True):
+        assert_same_bits(result, torch.where(reset[:, None], replaced, old))
 
 
 def test_projection() -> None:

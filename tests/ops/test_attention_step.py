@@ -94,6 +94,12 @@ def test_any_size(mode: str, sizes: tuple[int, ...], options: dict[str, Any]) ->
     check(*step_arguments(mode, sizes, **options))
 
 
+def test_ids_of_either_integer_dtype() -> None:
+    arguments, _ = step_arguments("GRU", (3, 2, 2, 5, 17, 4, 9, 6), looked_up=True)
+    ids = arguments["x"]
+    assert_same_bits(*(ops.attention_step(**arguments | {"x": each}) for each in (ids, ids.to(torch.int32))))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads(threads: int) -> None:
     """More threads than cores or rows: the same results within rounding, the same bits when repeated."""

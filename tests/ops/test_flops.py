@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -134,9 +135,8 @@ def additive_formula(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> 
     return torch.softmax(scores, -1) @ values
 
 
-@parametrize_pairwise(dquery=FLAGS, dkeys=FLAGS, dv=FLAGS, dvalues=FLAGS)
-def test_additive_attention(dquery: bool, dkeys: bool, dv: bool, dvalues: bool) -> None:
-    needs = (dquery, dkeys, dv, dvalues)
+@pytest.mark.parametrize("needs", list(itertools.product(FLAGS, repeat=4)))
+def test_additive_attention(needs: tuple[bool, ...]) -> None:
     shapes = ((3, 5, 7), (3, 6, 7), (7,), (3, 6, 4))
     tensors = [torch.randn(*shape, requires_grad=need) for shape, need in zip(shapes, needs, strict=True)]
     for backward in {False, any(needs)}:

@@ -370,6 +370,14 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
         ops.multilayer_rnn(**whole | changes)
 
 
+def test_projections_of_several_sizes_are_refused() -> None:
+    """Each layer fits the one below, but there is no state [R, B, P] of all."""
+    w_ih, w_hh, w_hr = Z(16, 3), Z(16, 3), Z(3, 4)
+    weights = [(w_ih, w_hh, w_hr), (w_ih, w_hh[:, :2], w_hr[:2])]
+    with pytest.raises(ValueError, match=r"weights\[1\]\[0\] must be \[4 H, I\]"):
+        ops.multilayer_rnn("LSTM", Z(5, 2, 3), None, weights)
+
+
 def test_ids_of_either_integer_dtype() -> None:
     """int32 ids give what int64 ids give."""
     weights = torch.nn.GRU(3, 4, num_layers=2).all_weights

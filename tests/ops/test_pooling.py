@@ -119,6 +119,16 @@ def test_empty_rows(device: str) -> None:
     check_empty_rows(device)
 
 
+def test_a_state_that_counts_nothing_has_no_gradient() -> None:
+    e, u = torch.randn(2, 5, 7), torch.randn(7)
+    _, (level, last) = ops.prefix_pool(e, u, lengths=torch.tensor([0, 5]))
+    level.requires_grad_()
+    c, _ = ops.prefix_pool(e, u, state=(level, last))
+    (grad,) = torch.autograd.grad(c.square().sum(), level)
+    assert not grad[0].any()
+    assert grad[1].any()
+
+
 @every_device
 @pytest.mark.parametrize("rise", [50.0, 70.0, 500.0])
 def test_large_scores(rise: float, device: str) -> None:

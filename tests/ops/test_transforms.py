@@ -335,6 +335,23 @@ def test_16_bits(name: str, transform: str, autocast: bool, dtype: torch.dtype) 
         torch.testing.assert_close(a.double(), b, rtol=0, atol=0.1 * scale)
 
 
+@pytest.mark.parametrize("recurrence", [RNN, GRU, LSTM], ids=str)
+def test_gradients_of_16_bits_are_computed_in_float32(recurrence: Recurrence) -> None:
+    """Those that are recorded are as exact as those of the kernel."""
+    function, ref = recurrence_functions(recurrence)
+    inputs = recurrence_inputs(recurrence, (100, 4, 8), 4, 16, torch.bfloat16)
+    weights = torch.randn(100, 4, 16).bfloat16()
+
+    def gradient(run: Callable[..., Any], dtype: torch.dtype, **options: bool) -> Tensor:
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        y = run(**leaves)[0]
+        return torch.autograd.grad(y, leaves["x"], weights.to(dtype), **options)[0].double()
+
+    expected = gradient(ref, torch.float64)
+    recorded, kernel = (gradient(function, torch.bfloat16, create_graph=each) for each in (True, False))
+    assert (recorded - expected).norm() < 1.1 * (kernel - expected).norm()
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "linear"])  # under a transform it is torch's
 def test_autocast_of_rounded_inputs(name: str) -> None:
     """Under autocast, layers pass each other rounded results beside weights in float32."""
@@ -362,10 +379,11 @@ def test_results_share_no_memory(recurrence: Recurrence, reverse: bool, layout: 
     def write(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         given = {name: tensor.clone() for name, tensor in inputs.items()} | {"x": x}
         y, *last = function(**given)
-        before = [tensor.clone() for tensor in (y, given["h0"])]
+        kept = [y, *(given[name] for name in ("h0", "c0") if name in given)]
+        before = [tensor.clone() for tensor in kept]
         for tensor in last:
             tensor.zero_()
-        return before, [y, given["h0"]]
+        return before, kept
 
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
@@ -455,6 +473,37 @@ def test_batch_sizes_cannot_be_mapped() -> None:
     x, h0, w = torch.randn(3, 2), torch.zeros(2, 4), (torch.randn(4, 2), torch.randn(4, 4))
     with pytest.raises(ArgumentError, match="batch_sizes must be the same for all samples"):
         func.vmap(lambda sizes: ops.rnn(x, h0, *w, batch_sizes=sizes)[0])(torch.tensor([[2, 1], [2, 1]]))
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES, ids=str)
+def test_forward_mode_over_double_backward(recurrence: Recurrence) -> None:
+    """A second backward pass that is not recorded has tangents all the same."""
+    functions, inputs = one_direction(recurrence, "whole", True, True, True, torch.float64)
+    found = []
+    for call in (Call(function, inputs) for function in functions):
+        leaves = call.leaves()
+        with forward_ad.dual_level():
+            make_dual: Any = forward_ad.make_dual
+            unpack_dual: Any = forward_ad.unpack_dual
+            duals = [make_dual(leaf, tangent) for leaf, tangent in zip(leaves, call.dx, strict=True)]
+            gradients = torch.autograd.grad(call.loss(*duals), leaves, create_graph=True)
+            penalty = sum((g.square().sum() for g in gradients), torch.zeros(()))
+            found.append([unpack_dual(result).tangent for result in torch.autograd.grad(penalty, leaves)])
+    actual, expected = found
+    assert_all_close(f"{recurrence.op}_backward", actual, expected)
+
+
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm"])
+def test_tangents_without_a_step(op: str) -> None:
+    """The tangent of the new state is that of the first one."""
+    gates, layer_state = {"rnn": 1, "gru": 3, "lstm": 4}[op], [torch.randn(2, 4) for _ in range(1 + (op == "lstm"))]
+    weights = torch.randn(gates * 4, 3), torch.randn(gates * 4, 4)
+
+    def last(*state: Tensor) -> list[Tensor]:
+        return flatten(getattr(ops, op)(torch.zeros(0, 2, 3), state if op == "lstm" else state[0], *weights)[1])
+
+    _, tangents = func.jvp(last, tuple(layer_state), tuple(2 * tensor for tensor in layer_state))  # type: ignore[misc]
+    assert_same_bits(tangents, [2 * tensor for tensor in layer_state])
 
 
 @pytest.mark.parametrize(("T", "B"), [(0, 2), (3, 0)])
