@@ -242,6 +242,22 @@ def test_gradients_and_other_uses_are_refused_in_words() -> None:
         layer(x, torch.zeros(1, 3, 6))
     with pytest.raises(NotImplementedError, match="quantized layers take no return_all_states"):
         layer(x, return_all_states=True)
+    two = llm_ext.LSTM(4, 6, num_layers=2)
+    llm_ext.quantize_(two)
+    with pytest.raises(ValueError, match=re.escape("hx[1] must be [L, B, H] = [2, 2, 6], got [3, 2, 6]")):
+        two(x, (torch.zeros(2, 2, 6), torch.zeros(3, 2, 6)))
+
+
+@every_weights
+def test_dropout_between_layers(weights: Any) -> None:
+    layer = llm_ext.GRU(5, 9, 3, dropout=0.5, bidirectional=True)
+    llm_ext.quantize_(layer, weights)
+    x, results = torch.randn(6, 4, 5), []
+    for each in (layer, dequantized(layer)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(each(x))
+    assert_all_close(LAYER[weights], *results)
 
 
 @every_layer
@@ -309,6 +325,7 @@ def test_what_is_left_alone_and_why() -> None:
         {
             "own": Own(3, 3),
             "wide": nn.GRU(3, 3, dtype=torch.float64),
+            "meta": nn.GRU(3, 3, device="meta"),
             "linear": nn.Linear(3, 3),
             "excluded": nn.GRU(3, 3),
             "normed": nn.utils.parametrizations.weight_norm(nn.GRU(3, 3), "weight_hh_l0"),
@@ -320,6 +337,7 @@ def test_what_is_left_alone_and_why() -> None:
     assert {entry.fqn: entry.reason for entry in entries} == {
         "own": "Own is a subclass",
         "wide": "weight_ih_l0 is torch.float64 on cpu, not float32 on the cpu",
+        "meta": "weight_ih_l0 is torch.float32 on meta, not float32 on the cpu",
         "linear": "it is a layer of torch.nn that is not recurrent",
         "excluded": "the filter excludes it",
         "normed": "it has parametrizations; remove them first",

@@ -128,10 +128,22 @@ def test_generation_continues_from_a_cache() -> None:
     assert_close("model", torch.cat(pieces, 1), ours(ids)[0])
     assert (cache.get_seq_length(), len(cache)) == (6, 2)
     theirs.eval()
+    # A mask that begins with the tokens before: the first of these has no padding, and the last row has one token more.
+    mask, padded_cache = torch.ones(2, 6), hf.RecurrentCache()
+    theirs(ids[:, :3], cache=padded_cache)
+    mask[1, 4:] = 0
+    theirs(ids[:, 3:], attention_mask=mask, cache=padded_cache)
+    found_state: Any = padded_cache.state
+    expected_state = [ours(row[None])[1].hidden for row in (ids[0], ids[1, :4])]
+    assert_close("model", found_state.hidden, torch.cat(expected_state, 1))
     cache = hf.RecurrentCache(state)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([1, 2]))
     assert_same_bits(cache.state, tuple(state))
+    fed: Any = llm_ext.models.Seq2SeqState(torch.randn(2, 3, 4), None, torch.randn(3, 5))
+    fed_cache: Any = hf.RecurrentCache(fed)
+    fed_cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert_same_bits(fed_cache.state.fed, fed.fed[[2, 0, 0]])
     with pytest.raises(ValueError, match="cannot go back"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="stateful"):
@@ -290,6 +302,13 @@ def test_what_is_refused() -> None:
 
 
 # ---- translators
+
+
+def test_a_wrapped_model_keeps_mode_and_dtype() -> None:
+    for training, dtype in ((True, torch.float64), (False, torch.bfloat16)):
+        model = llm_ext.LLM(V, 5, 17, V, 1, 0.0, dtype=dtype).train(training)
+        wrapped = hf.LLMForCausalLM.wrap(model)
+        assert (wrapped.training, model.training, wrapped.config.dtype) == (training, training, dtype)
 
 
 def test_a_model_without_parameters_is_refused() -> None:
