@@ -108,10 +108,16 @@ class Recorder:
 
 
 def build(moment: Moment, inode: int, path: Path, draw: random.Random, lost: float) -> None:
-    """Write the tree that a power failure leaves; names that were not flushed are lost with probability `lost`."""
+    """Write the tree that a power failure leaves; a change of a name is lost, if not flushed, with probability `lost`.
+
+    Some file systems keep the order of such changes; here the later one may be kept and the earlier one lost.
+    """
     path.mkdir()
-    entries = moment.durable.get(inode, {}) if draw.random() < lost else moment.names.get(inode, {})
-    for name, child in entries.items():
+    durable, names = moment.durable.get(inode, {}), moment.names.get(inode, {})
+    for name in {**durable, **names}:
+        child = (durable if draw.random() < lost else names).get(name)
+        if child is None:
+            continue
         if child in moment.names or child in moment.durable:
             build(moment, child, path / name, draw, lost)
             continue
@@ -141,8 +147,8 @@ def cut_power(case: Case, folder: Path, draw: random.Random, resumed: float) -> 
         train(case.config, [case.data], disk / "new" / "run")
     root, count, continued = disk.stat().st_ino, 0, 0
     for number, moment in enumerate(recorder.moments):
-        for lost in (1.0, 0.0, 0.5):
-            left = folder / f"left-{number}-{lost}"
+        for turn, lost in enumerate((1.0, 0.0, 0.5, 0.5, 0.5)):
+            left = folder / f"left-{number}-{turn}"
             build(moment, root, left, draw, lost)
             out = left / "new" / "run"
             check_checkpoints(out)
