@@ -78,6 +78,12 @@ def test_the_same_step_again(run: Run) -> None:
     assert len(names(run)) == 2
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, pending = run._name, ["step-7"]
+    monkeypatch.setattr(run, "_name", lambda which: pending.pop() if pending else name(which))
+    assert run.checkpoint("last").step == 2
+
+
 def test_a_model_is_restored(run: Run) -> None:
     model, tokenizer = run.load_language_model("best")
     assert model.config() == LLM(**MODEL).config()

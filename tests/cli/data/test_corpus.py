@@ -36,6 +36,15 @@ def test_several_files_follow_each_other(text: Path, tmp_path: Path) -> None:
     assert encoded.rows(np.array([len(encoded) - 4]), 4, 0, len(encoded))[0].tolist() == list(b"more")
 
 
+def test_the_length_of_a_text_is_in_its_fingerprint(tmp_path: Path) -> None:
+    """Samples of a text and of a longer one may be equal."""
+    found = set()
+    for size in (10**5, 2 * 10**5):
+        (tmp_path / "text.txt").write_text("a" * size)
+        found.add(encode_text([tmp_path / "text.txt"], ByteTokenizer(), tmp_path / "cache").fingerprint())
+    assert len(found) == 2
+
+
 def test_a_text_is_encoded_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = encode_text([text], ByteTokenizer(), tmp_path / "cache")
     with monkeypatch.context() as context:

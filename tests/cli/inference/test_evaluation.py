@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from llm_ext import LLM
 from llm_ext.cli.data import CharTokenizer, Corpus, encode_text
 from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text, evaluation
-from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes
+from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, shared_batches
 
 CPU = torch.device("cpu")
 
@@ -77,6 +78,15 @@ def test_processes_add_up_to_the_result_of_one(case: tuple[LLM, Corpus, CharToke
         score = evaluate_text(StatefulLLM(model), corpus, 0, end, tokenizer, CPU, Processes(rank, 3, collect))
     assert score.nats == pytest.approx(whole.nats, rel=1e-6)
     assert (score.tokens, score.characters, score.bytes) == (whole.tokens, whole.characters, whole.bytes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("samples", [0, 1, 64, 65, 300])
+def test_processes_share_the_batches(samples: int, count: int) -> None:
+    found = [list(shared_batches(np.arange(samples), Processes(rank, count))) for rank in range(count)]
+    every = [index for batches in found for batch in batches for index in batch.tolist()]
+    assert sorted(every) == list(range(samples))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def test_an_evaluation_can_be_stopped(case: tuple[LLM, Corpus, CharTokenizer]) -> None:

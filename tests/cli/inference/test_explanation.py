@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from llm_ext import LLM, Seq2Seq
+from llm_ext import LLM, Seq2Seq, SequenceClassifier
 from llm_ext.cli import CommandError
 from llm_ext.cli.data import ByteTokenizer, CharTokenizer, LineTokenizer
-from llm_ext.cli.inference import Translator, explain_language_model, explain_translation
+from llm_ext.cli.data.features import FeatureReader, FrontEnd
+from llm_ext.cli.data.labels import Labels
+from llm_ext.cli.data.samples import Sample
+from llm_ext.cli.inference import (
+    Classifier,
+    Translator,
+    explain_classification,
+    explain_language_model,
+    explain_translation,
+)
 from llm_ext.cli.inference.explanation import END_OF_LINE, group_into_words, token_texts
 
 
@@ -69,6 +78,24 @@ def test_weights_of_a_language_model_are_those_of_its_pool(attention: str) -> No
     assert np.isnan(attention_map.weights[0, 1])
     np.testing.assert_allclose(attention_map.weights[0, 0], table[1:3, :2].sum(1).mean())
     np.testing.assert_allclose(attention_map.weights[1], [table[3:6, :2].sum(1).mean(), table[3:6, 2:4].sum(1).mean()])
+
+
+@pytest.mark.parametrize("pooling", ["attention", "last"])
+def test_the_influence_of_features(pooling: str) -> None:
+    """It is the gradient of the score of the label times the normalized feature."""
+    mean, std = torch.randn(3), torch.rand(3) + 0.5
+    reader, labels = FeatureReader(FrontEnd("array"), mean, std), Labels(["a", "b", "c"])
+    model = SequenceClassifier(3, 6, feature_dim=3, pooling=pooling).eval()
+    features = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    explanation = explain_classification(Classifier(model, reader, labels), Sample("x", features, None))
+    x = ((torch.from_numpy(features) - mean) / std)[None].requires_grad_()
+    scores = model(x)[0]
+    best = int(scores.argmax())
+    (gradient,) = torch.autograd.grad(scores[best], x)
+    assert explanation.rows == ["abc"[best]]
+    np.testing.assert_allclose(explanation.influence, (x * gradient)[0].detach().abs().numpy(), rtol=1e-5, atol=1e-7)
+    if pooling == "attention":
+        np.testing.assert_allclose(explanation.weights, model.attend(x).weights.detach().numpy(), rtol=1e-5)
 
 
 def test_what_cannot_be_explained() -> None:

@@ -21,6 +21,11 @@ def test_text_is_yielded_in_whole_characters() -> None:
     assert "".join(pieces) == bytes(ids[1:].tolist()).decode("utf-8", "replace")
 
 
+def test_each_text_without_a_seed_is_another() -> None:
+    model = LLM(256, 4, 8, 256, 1, 0.0).eval()
+    assert len({"".join(generate(model, ByteTokenizer(), "a", 50)) for _ in range(2)}) == 2
+
+
 def test_a_prompt_that_cannot_be_used() -> None:
     model = LLM(2, 4, 8, 2, 1, 0.0).eval()
     with pytest.raises(CommandError, match="at least one character"):

@@ -15,7 +15,7 @@ from llm_ext.cli import main
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training import read_log, resume, train
-from llm_ext.cli.training.privacy import PrivateTask
+from llm_ext.cli.training.privacy import PrivateLanguageTask, PrivateTask
 from llm_ext.cli.training.trainer import Trainer
 
 pytest.importorskip("opacus")
@@ -33,6 +33,17 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("one two six ten. " * 120)
     return path
+
+
+def test_the_batches_do_not_follow_from_the_seed() -> None:
+    drawn = []
+    for _ in range(2):
+        task: Any = object.__new__(PrivateLanguageTask)
+        task.config = language_config(**PRIVATE)
+        task.batch = 50
+        task.prepare_sampling(1000)
+        drawn.append(task.draw().tolist())
+    assert drawn[0] != drawn[1]
 
 
 def test_a_resumed_training_continues_the_account(text: Path, tmp_path: Path, signal_at: Any, capsys: Any) -> None:

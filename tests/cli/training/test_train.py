@@ -34,7 +34,7 @@ from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.cli.data import encode_text
 from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text
 from llm_ext.cli.training import Config, language, resume, train, trainer
-from llm_ext.cli.training.trainer import Trainer
+from llm_ext.cli.training.trainer import Progress, Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -265,13 +265,48 @@ def test_the_loss_falls_and_the_best_checkpoint_has_the_logged_loss(text: Path, 
 def test_patience_stops_and_the_best_checkpoint_is_kept(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted = iter([2.0, 1.5, 1.6, 1.5, 1.7, 1.0])
+    scripted = iter([2.0, 2.1, 1.5, 1.6, 1.5, 1.7, 1.0])
     monkeypatch.setattr(language, "evaluate_text", lambda *_: Score(next(scripted) * 10, 10, 10, 10))
     out = tmp_path / "run"
-    assert train(language_config(steps=1000, patience=3), [text], out).progress.step == 50
-    assert Run(out).checkpoint("best").step == 20
-    assert last_step(out) == 50
-    assert resume(out, {}).progress.step == 50
+    assert train(language_config(steps=1000, patience=3), [text], out).progress.step == 60
+    assert Run(out).checkpoint("best").step == 30
+    assert last_step(out) == 60
+    assert resume(out, {}).progress.step == 60
+
+
+def test_a_record_has_the_mean_loss_since_the_one_before(text: Path, tmp_path: Path) -> None:
+    found = []
+    for log_every in (1, 3):
+        out = tmp_path / f"run-{log_every}"
+        train(language_config(steps=6, log_every=log_every), [text], out)
+        found.append([record["loss"] for record in log_without_times(out) if record["event"] == "training"])
+    assert found[1] == pytest.approx([sum(found[0][:3]) / 3, sum(found[0][3:]) / 3])
+
+
+def test_a_clip_of_0_disables_clipping(text: Path, tmp_path: Path) -> None:
+    found = []
+    for clip in (0.0, 1e30):
+        train(language_config(steps=6, log_every=1, clip=clip), [text], tmp_path / f"run-{clip}")
+        found.append(losses(tmp_path / f"run-{clip}"))
+    assert found[0] == found[1]
+
+
+def test_dropout_depends_on_the_step_and_the_process() -> None:
+    class DrawnError(Exception):
+        pass
+
+    def loss(*_: Any) -> None:
+        raise DrawnError
+
+    seeds = set()
+    for rank, step in itertools.product(range(2), repeat=2):
+        stub: Any = object.__new__(Trainer)
+        stub.config, stub.progress, stub.module = language_config(), Progress(step=step), None
+        stub.fabric, stub.task = SimpleNamespace(global_rank=rank), SimpleNamespace(loss=loss)
+        with pytest.raises(DrawnError):
+            stub._step(0.0)
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == 4
 
 
 def test_minutes_end_the_training_and_determine_the_schedule(

@@ -9,8 +9,10 @@ import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from support.cli_process import CommandProcess, torchrun_environments
@@ -18,9 +20,11 @@ from support.cli_runs import LANGUAGE, SAMPLES, TRANSLATION, language_config, lo
 
 from llm_ext.cli import main
 from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.inference import Score
 from llm_ext.cli.training import train
 from llm_ext.cli.training.trainer import Trainer
 from llm_ext.cli.tuning import Study
+from llm_ext.cli.tuning.search import _Watcher
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -93,6 +97,18 @@ def test_a_trial_has_the_mean_loss_of_trainings_without_one_fold(text: Path, tmp
     assert trial.value == pytest.approx(sum(found) / 2, abs=1e-6)
     assert trial.intermediate_values[3] == pytest.approx(found[0], abs=1e-6)
     assert f"trial 0: {trial.value:.4f} nats per token, best so far\n" in said
+
+
+def test_the_lowest_loss_of_each_fold_counts() -> None:
+    """The first training is validated twice, and its last loss may be the higher one."""
+    optuna_study = optuna.create_study()
+    trial = optuna_study.ask()
+    study = SimpleNamespace(optuna_study=optuna_study, trial=lambda number: optuna_study.trials[number])
+    keeps = SimpleNamespace(prune=lambda *_: False)
+    search: Any = SimpleNamespace(study=study, definition=SimpleNamespace(folds=2, task="lm", space={}), pruner=keeps)
+    for fold, done, loss in ((0, 0.4, 3.0), (0, 1.0, 4.0), (1, 1.0, 5.0)):
+        _Watcher(search, trial, fold).validated(done, Score(10 * loss, 10, 10, 10))
+    assert study.trial(0).intermediate_values == {1: 3.0, 3: 3.0, 6: 4.0}
 
 
 def test_results(text: Path, tmp_path: Path, tune: Tune) -> None:
@@ -228,11 +244,15 @@ def test_the_trial_of_a_killed_process_is_continued(text: Path, tmp_path: Path, 
     study = Study(out)
     with study.locked():
         study.open(study.definition(), {})
-    for _ in range(2):
+    # A process that saves its trial and leaves it to the next one does not count.
+    for count in range(7):
         trial = study.claim(1)
         assert trial is not None
         assert trial.number == 0
-        study._release(0)
+        if count < 4:
+            study.release(trial)
+        else:
+            study._release(0)
     code, _, errors = tune("--resume", "--out", out, "--trials", 1)
     assert (code, "none of 1 trials is complete" in errors) == (1, True)
     assert trials(out)[0].user_attrs["failure"] == "its process ended 3 times without a message"
