@@ -248,6 +248,14 @@ def test_gradients_and_other_uses_are_refused_in_words() -> None:
         two(x, (torch.zeros(2, 2, 6), torch.zeros(3, 2, 6)))
 
 
+def test_layers_that_shared_a_bias_have_one_each() -> None:
+    model: Any = nn.ModuleList([llm_ext.Linear(3, 4), llm_ext.Linear(3, 4)])
+    model[0].bias = model[1].bias
+    llm_ext.quantize_(model)
+    model[0].bias.zero_()
+    assert model[1].bias.any()
+
+
 @every_weights
 def test_dropout_between_layers(weights: Any) -> None:
     layer = llm_ext.GRU(5, 9, 3, dropout=0.5, bidirectional=True)

@@ -197,6 +197,8 @@ def test_input_projections_that_do_not_apply() -> None:
     m.encoder.register_forward_hook(lambda *_: None)
     assert m.input_projections().source is None
     assert m.input_projections().target is not None
+    m.target_embedding.register_forward_hook(lambda *_: None)
+    assert m.input_projections() == (None, None)
 
 
 def test_hooked_and_replaced_layers_are_called() -> None:
@@ -325,8 +327,10 @@ def test_bad_lengths(lengths: Tensor, error: type[Exception], message: str) -> N
 
 def test_bad_keep() -> None:
     m, source, target = model().eval(), sources(), torch.randint(VOCAB, (4, 5))
-    with pytest.raises(ValueError, match=r"Seq2Seq: keep must be \[B, T\] = \[4, 5\], got \[4, 4\]"):
-        m(source, target, keep=torch.ones(4, 4, dtype=torch.bool))
+    for shape in ((4, 4), (5, 4)):
+        message = rf"Seq2Seq: keep must be \[B, T\] = \[4, 5\], got \[{shape[0]}, {shape[1]}\]"
+        with pytest.raises(ValueError, match=message):
+            m(source, target, keep=torch.ones(shape, dtype=torch.bool))
     with pytest.raises(TypeError, match="Seq2Seq: keep must be bool, got int64"):
         m(source, target, keep=torch.ones(4, 5, dtype=torch.int64))
 

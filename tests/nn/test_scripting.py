@@ -61,9 +61,10 @@ def test_what_torch_nn_lacks_is_refused(layer: nn.Module, what: str) -> None:
             torch.jit.script(module)
 
 
-def test_hooks_are_not_lost() -> None:
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_hooks_are_not_lost(kind: str) -> None:
     layer = llm_ext.GRU(3, 5)
-    layer.register_forward_hook(lambda *_: None)
+    getattr(layer, f"register_{kind}")(lambda *_: None)
     with pytest.raises(RuntimeError, match="cannot compile GRU with forward hooks"):
         torch.jit.script(layer)
 

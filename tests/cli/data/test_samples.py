@@ -213,6 +213,13 @@ def test_images_and_videos(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows.mean(1), grey.mean((1, 2)) / 255, atol=0.03)
 
 
+def test_a_feature_that_hardly_varies_is_not_magnified(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 3)) * (1, 0, 1e-4)
+    encoded = encode_samples([Sample("x", rows, None)], FeatureReader(FrontEnd("array")), tmp_path)
+    _, std = encoded.normalization(np.array([0]))
+    np.testing.assert_allclose(std, rows[:, 0].std() * np.array([1, 0.01, 0.01]), rtol=1e-5)
+
+
 def test_encoded_samples_and_normalization(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     arrays = [generator.normal(3, 2, (n, 4)).astype(np.float32) for n in (5, 1, 9)]
