@@ -82,12 +82,12 @@ PoolPlan make_prefix_gradient_plan(int64_t batch, int64_t steps, int64_t dim, in
   return plan;
 }
 
-int64_t pool_forward_workspace(int64_t batch, int64_t, int64_t dim, const PoolPlan& plan) {
+int64_t pool_forward_workspace(int64_t batch, int64_t /*steps*/, int64_t dim, const PoolPlan& plan) {
   const int64_t chunks = batch * plan.chunks;
   return plan.whole() ? 0 : pooled_rows_size(chunks, dim) + 2 * chunks;
 }
 
-int64_t pool_backward_workspace(int64_t batch, int64_t, int64_t dim, const PoolPlan& plan) {
+int64_t pool_backward_workspace(int64_t batch, int64_t /*steps*/, int64_t dim, const PoolPlan& plan) {
   return batch * plan.chunks * dim;
 }
 
