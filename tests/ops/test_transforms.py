@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -181,6 +182,17 @@ def test_transforms_of_pooling(kind: str, selected: str, transform: str, dtype: 
     check_transform(op, transform, *pool_case(kind, selected, dtype))
 
 
+def test_a_state_passes_masked_positions_unchanged() -> None:
+    e, scores, states = torch.randn(2, 3, 4), torch.randn(2, 3), torch.randn(5, 2, 4)
+    empty, none = torch.tensor([[-torch.inf, 0.0]] * 2), torch.zeros(2, 3, dtype=torch.bool)
+
+    def run(c0: Tensor) -> Tensor:
+        return ops.prefix_pool(e, scores=scores, mask=none, state=(empty, c0))[0]
+
+    assert torch.equal(torch.stack([run(c0) for c0 in states]), states[:, :, None].expand(-1, -1, 3, -1))
+    assert torch.equal(func.vmap(run)(states), states[:, :, None].expand(-1, -1, 3, -1))
+
+
 @parametrize_pairwise(kind=SELECTIONS, need_weights=(True, False))
 def test_derivatives_of_additive_attention(kind: str, need_weights: bool) -> None:
     (function, _), inputs = additive_case(kind, need_weights, torch.float64)
@@ -267,7 +279,9 @@ def attention_step_case() -> tuple[list[Callable[..., Any]], tuple[Tensor, ...]]
     tensors = tuple(torch.randn(size, dtype=torch.float64) for size in (*sizes.values(), (3, H)))
 
     def bind(module: Any) -> Callable[..., Any]:
-        return lambda x, h0, *others: flatten(module.attention_step("GRU", x, (h0,), weights, *others))
+        lengths = torch.tensor([5, 3])
+        step = partial(module.attention_step, "GRU", key_lengths=lengths)
+        return lambda x, h0, *others: flatten(step(x, (h0,), weights, *others))
 
     return [bind(ops), bind(reference)], tensors
 
@@ -491,6 +505,23 @@ def test_forward_mode_over_double_backward(recurrence: Recurrence) -> None:
             found.append([unpack_dual(result).tangent for result in torch.autograd.grad(penalty, leaves)])
     actual, expected = found
     assert_all_close(f"{recurrence.op}_backward", actual, expected)
+
+
+@pytest.mark.parametrize("recurrence", [RECURRENCES[1], PROJECTED], ids=str)
+def test_nested_forward_mode_over_pullbacks(recurrence: Recurrence) -> None:
+    """The second level begins after the forward pass, whose results have tangents of the first one."""
+    functions, inputs = one_direction(recurrence, "whole", True, True, True, torch.float64)
+    found: list[Any] = [[], []]
+    for call, results in zip((Call(function, inputs) for function in functions), found, strict=True):
+
+        def tangents(*tensors: Tensor, call: Any = call) -> Any:
+            y, pull = func.vjp(lambda *each: tuple(flatten(call.function(*each))), *tensors)  # type: ignore[misc]
+            _, pull_twice = func.vjp(pull, y)  # type: ignore[misc]
+            of_pull = func.jvp(lambda *g: pull(g), y, tuple(g.square() for g in y))[1]
+            return of_pull, func.jvp(lambda *g: pull_twice(g), call.dx, call.dx)[1]
+
+        results += flatten(func.jvp(tangents, call.x, call.dx)[1])
+    assert_all_close(f"{recurrence.op}_backward", *found)
 
 
 @pytest.mark.parametrize("op", ["rnn", "gru", "lstm"])
