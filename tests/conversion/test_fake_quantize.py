@@ -56,6 +56,17 @@ def test_training_recovers_what_an_outlier_costs(name: str) -> None:
     assert loss() < 0.4 * before
 
 
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_the_gradient_of_a_weight_is_that_of_the_rounded_one(weights: Any) -> None:
+    layer = llm_ext.Linear(6, 5)
+    original = layer.weight
+    llm_ext.fake_quantize_(layer, weights)
+    x, rounded = torch.randn(4, 6), layer.weight.detach().requires_grad_()
+    assert not torch.equal(rounded, original)
+    found = torch.autograd.grad(layer(x).square().sum(), original)
+    assert_same_bits(found, torch.autograd.grad(llm_ext.ops.linear(x, rounded, layer.bias).square().sum(), rounded))
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
 def test_a_model_in_training_is_copied_and_compiled(name: str) -> None:
     model: Any = nn.Sequential(getattr(nn, name)(6, 10))
