@@ -28,6 +28,7 @@ from llm_ext.cli.data.tokenizer import tokenizer_from_texts  # noqa: E402
 from llm_ext.cli.inference import Translator  # noqa: E402
 from llm_ext.cli.inference.hugging_face import export, fast_line_tokenizer, fast_tokenizer  # noqa: E402
 from llm_ext.cli.training import train  # noqa: E402
+from llm_ext.models.beam_search import length_limits  # noqa: E402
 
 V, END = 13, 12
 # An id outside of the vocabulary: padding is never read.
@@ -244,6 +245,12 @@ def test_the_vocabulary_is_resized() -> None:
     shared.resize_token_embeddings(20)
     assert_same_bits(shared(ids, labels=ids).logits[..., :V], before)
     assert shared.model.head.weight is shared.get_input_embeddings().weight
+    shared.resize_token_embeddings(500, mean_resizing=False)
+    head = shared.get_output_embeddings()
+    assert 0.9 < float(head.weight.detach()[20:].std()) * head.in_features**0.5 < 1.1
+    embedding = llm_ext.nn.AffineEmbedding(500, head.in_features)
+    shared.set_input_embeddings(embedding)
+    assert shared.model.target_embedding is shared.model.source_embedding is embedding
     with pytest.raises(ValueError, match="must share one embedding"):
         translator()[1].resize_token_embeddings(20)
 
@@ -266,6 +273,7 @@ def test_resizing_leaves_everything_else(mean: bool) -> None:
         theirs.resize_token_embeddings(20, mean_resizing=mean)
         assert dict(theirs.named_modules()) == modules
         assert not theirs.get_input_embeddings().training
+        assert theirs.get_output_embeddings().out_features == theirs.get_input_embeddings().num_embeddings == 20
         assert not theirs.get_input_embeddings().weight.requires_grad
         assert theirs.config.build().state_dict().keys() == theirs.model.state_dict().keys()
         for name, tensor in theirs.config.build().state_dict().items():
@@ -430,6 +438,8 @@ def test_an_exported_translator(runs: dict[str, Path], vocabularies: str, tmp_pa
         assert fast(line).input_ids == [*translate.source.encode(line.strip()), translate.source.end]
     found = theirs.generate(**fast(lines, padding=True, return_tensors="pt"))
     most = theirs.generation_config.max_length - 1
+    assert translate.longest is not None
+    assert most == length_limits(torch.empty(1, translate.longest), None, None)
     expected = translate.translate([translate.source.encode(line.strip()).tolist() for line in lines], max_length=most)
     assert target.batch_decode(found, skip_special_tokens=True) == [row[0] for row in expected]
     assert len({row[0] for row in expected}) > 1

@@ -12,6 +12,7 @@ from support.seq2seq import CELLS, END, LENGTHS, VOCAB, model, search_model, sou
 from torch import Tensor
 
 import llm_ext
+from llm_ext.models.beam_search import BeamSearch
 
 feeding = pytest.mark.parametrize("input_feeding", [False, True])
 every_model = parametrize_pairwise(cell=CELLS, input_feeding=(False, True))
@@ -67,6 +68,18 @@ def test_a_source_alone_and_in_a_batch(cell: str, beam: int) -> None:
         assert [h.score for h in hypotheses] == pytest.approx([h.score for h in together[row]])
         ids = greedy(m, alone)[0]
         assert streamed[row].tolist() == ids.tolist() + [END] * (streamed.shape[1] - len(ids))
+
+
+def test_targets_that_end_leave_a_full_beam() -> None:
+    """In 16 bits, sums of log-probabilities are those in float32."""
+    searches = [BeamSearch(1, 2, 2, torch.tensor([9]), 0.0, 0, torch.device("cpu")) for _ in range(2)]
+    scores = torch.tensor([0.3, 0.1, 0.6]).log().bfloat16().expand(1, 2, 3)
+    for beams, given in zip(searches, (scores, scores.float()), strict=True):
+        beams.advance(given)
+        assert beams.ids.tolist() == [[0, 1]]
+        torch.testing.assert_close(beams.log_probabilities.exp(), torch.tensor([[0.3, 0.1]]), atol=1e-3, rtol=0)
+        beams.advance(given)
+    assert torch.equal(searches[0].log_probabilities, searches[1].log_probabilities)
 
 
 @feeding

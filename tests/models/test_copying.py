@@ -57,6 +57,14 @@ def test_the_mixture_and_its_gradients() -> None:
         assert_close("model", ours, theirs, "gradient")
 
 
+def test_the_mixture_of_16_bits_is_computed_in_float32() -> None:
+    ids = torch.randint(5, (6, 8))
+    scores, gate, weights = torch.randn(6, 5).bfloat16(), torch.randn(6).bfloat16(), torch.rand(6, 8).bfloat16()
+    found = pointer_generator(scores, gate, weights, ids, first_positions(ids))
+    expected = pointer_generator(scores.float(), gate.float(), weights.float(), ids, first_positions(ids))
+    assert torch.equal(found, expected.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_scores_and_no_source(dtype: torch.dtype) -> None:
     """A token that only copying can write, a gate that is shut, and weights of 0."""

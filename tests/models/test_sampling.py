@@ -64,8 +64,8 @@ def test_distribution(dtype: torch.dtype) -> None:
     torch.testing.assert_close(frequencies(impossible), torch.tensor([1, 4, 0, 3]) / 8, atol=0.02, rtol=0)
     # Equal scores at the border of top_k: still no more than k ids.
     assert (frequencies(torch.zeros(1, 4, dtype=dtype), top_k=2) > 0).sum() == 2
-    # Many equal scores are drawn equally often.
-    many = frequencies(torch.zeros(1, 500, dtype=dtype))
+    # Many equal scores are drawn equally often, large ones too, beside which noise in 16 bits would be rounded.
+    many = frequencies(torch.full((1, 500), 200, dtype=dtype))
     assert abs(many[:250].sum() - 0.5) < 0.015
     assert many.max() < 90 / 20000
 

@@ -173,6 +173,14 @@ def test_dropout_masks() -> None:
         hook.remove()
     m.eval()
     assert torch.equal(m(source, target, LENGTHS), m(source, target, LENGTHS))
+    # With input feeding each step is a call of its own.
+    m = model(dropout=0.5, n_layers=1, input_feeding=True).train()
+    inputs.clear()
+    m.readout.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    m(source, target, LENGTHS)
+    assert len(inputs) == target.shape[1]
+    assert 0.2 < (inputs[0] == 0).double().mean() < 0.8
+    assert all(torch.equal(features == 0, inputs[0] == 0) for features in inputs)
 
 
 def test_input_projections_are_for_inference() -> None:
@@ -257,6 +265,8 @@ def test_sharing_and_tying() -> None:
     separate = llm_ext.Seq2Seq(VOCAB, VOCAB, E, H)
     sizes = [sum(parameter.numel() for parameter in m.parameters()) for m in (shared, separate)]
     assert sizes[1] - sizes[0] == 2 * VOCAB * E + E
+    # Scores of a tied head are not of the order of the root of the size of the embedding.
+    assert 0.9 / 8 < llm_ext.Seq2Seq(9, 99, 64, H, tie_head=True).head.weight.std() < 1.1 / 8
     with pytest.raises(ValueError, match="share_embedding needs one vocabulary, got sizes 3 and 4"):
         llm_ext.Seq2Seq(3, 4, E, H, share_embedding=True)
 
