@@ -136,10 +136,11 @@ def test_translate_and_eval_a_translator(translator: Path, run: CommandLine, tmp
     assert "nats per token, over " in said
     assert "BLEU        100.00 over 128 lines (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in said
     columns = [line.split("\t") for line in pairs.read_text().splitlines()]
+    columns += [["", "six"], ["six", ""]]  # no pairs
     for side, name in enumerate(("en", "fr")):
-        (tmp_path / name).write_text("\n".join(row[side] for row in columns))
+        (tmp_path / name).write_text("\n".join(row[side] for row in columns) + "\n")
     sides = ("--source", tmp_path / "en", "--target", tmp_path / "fr")
-    assert run("eval", translator, *sides) == (0, said, "")
+    assert run("eval", translator, *sides)[:2] == (0, said)
 
 
 def test_search_options(translator: Path, run: CommandLine) -> None:
@@ -154,6 +155,10 @@ def test_search_options(translator: Path, run: CommandLine) -> None:
     assert lines[2] == lines[3] == ""
     assert lines[1] != lines[0]
     assert run("translate", translator) == (0, "", "")
+    # One line alone is not streamed where n-grams are blocked.
+    blocked = [run("translate", translator, "--batch", n, "--no-repeat-ngram-size", 1, stdin=text) for n in (1, 2)]
+    assert blocked[0] == blocked[1]
+    assert "dix, dix." not in blocked[0][1]
     assert run("translate", translator, "--max-length", 3, stdin=b"one two\n")[1] == "deu\n"
 
 
@@ -396,6 +401,14 @@ def test_a_bug_is_reported_in_one_line(language_model: Path, run: CommandLine, m
     assert (code, errors) == (1, "llm-ext: ZeroDivisionError: oops (--traceback shows where)\n")
     with pytest.raises(ZeroDivisionError):
         run("generate", language_model, "--traceback")
+
+
+def test_an_interrupt_exits_with_130(language_model: Path, run: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "load_language_model", interrupt)
+    assert run("generate", language_model) == (130, "", "llm-ext: interrupted\n")
 
 
 def test_a_missing_package_is_named() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from llm_ext.cli import main
 from llm_ext.cli.checkpoint import Run
+from llm_ext.cli.data import FeatureReader, encode_samples, read_samples
 from llm_ext.cli.training import read_log
 
 soundfile = pytest.importorskip("soundfile")
@@ -58,6 +59,12 @@ def test_classify(recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "nats per sample, accuracy" in said
     best = [each for each in read_log(out / "log.jsonl") if each["event"] == "validation"][-1]
     assert best["accuracy"] == 1
+    # Features are normalized by the samples of the training alone.
+    reader = FeatureReader.load(out / "features.json", None)
+    encoded = encode_samples(read_samples(manifest, "audio", "label"), FeatureReader(reader.front_end), out / "cache")
+    for found, expected in zip((reader.mean, reader.std), encoded.normalization(np.arange(45)), strict=True):
+        assert found is not None
+        np.testing.assert_allclose(found, expected)
 
     assert run("eval", out, manifest, "--confusion", tmp_path / "confusion.png") == 0
     assert "accuracy    100.00 % (60 of 60)" in capsys.readouterr().out

@@ -60,6 +60,8 @@ def test_a_pass_reads_every_pair_in_batches_of_similar_length(pairs: Path) -> No
     real = sum(lengths[rows].sum() for rows in first)
     assert real / sum(lengths[rows].max() * len(rows) for rows in first) > 0.9
     assert real / sum(lengths[rows].max() * len(rows) for rows in np.array_split(chosen, 13)) < 0.75
+    # The batches are shuffled: they do not come longest first.
+    assert (np.diff([lengths[rows].max() for rows in first]) > 0).any()
     second = [batches.indices(step) for step in range(13, 26)]
     assert not all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 

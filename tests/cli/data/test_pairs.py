@@ -84,10 +84,10 @@ def test_pairs_that_are_left_out_are_reported(tmp_path: Path) -> None:
 
 def test_long_sources_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "pairs.tsv"
-    path.write_text("one two three\tone\none\ttwo\n" + "x" * 30 + "\t" + "y" * 9 + "\n")
+    path.write_text("one two x three\tone\none\ttwo\n" + "x" * 30 + "\t" + "y" * 9 + "\n")
     notes: list[str] = []
     pairs = encode_pairs(PairFiles(path), BYTES, BYTES, tmp_path / "cache", 8, notes.append, 10)
-    assert [BYTES.decode(pairs.source(i).tolist()) for i in range(len(pairs))] == ["one two", "one"]
+    assert [BYTES.decode(pairs.source(i).tolist()) for i in range(len(pairs))] == ["one two x", "one"]
     assert notes == [
         f"{path}: left out 1 with a side of more than 8 tokens (line 3)",
         f"{path}: cut 1 of 2 sources, those of more than 10 tokens",

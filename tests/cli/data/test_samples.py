@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,15 @@ def test_encoded_samples_and_normalization(tmp_path: Path) -> None:
     assert not x[1, 1:].any()
     with pytest.raises(CommandError, match="z: has 3 features, but the training had 4"):
         reader.read(Sample("z", np.ones((2, 3)), None))
+
+
+def test_a_changed_file_is_encoded_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    for number in (1, 2):
+        np.save(path, np.full((2, 3), number))
+        os.utime(path, (number, number))
+        encoded = encode_samples([Sample("x", path, None)], FeatureReader(FrontEnd("array")), tmp_path)
+        assert (encoded.rows(0) == number).all()
 
 
 def test_augmentation() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from llm_ext import LLM
-from llm_ext.cli.data import CharTokenizer, Corpus, encode_text
-from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text, evaluation
+from llm_ext.cli.data import CharTokenizer, Corpus, FeatureReader, FrontEnd, Sample, encode_samples, encode_text
+from llm_ext.cli.inference import Score, StatefulLLM, evaluate_labels, evaluate_text, evaluation
 from llm_ext.cli.inference.evaluation import EvaluationStoppedError, Processes, shared_batches
 
 CPU = torch.device("cpu")
@@ -102,3 +103,16 @@ def test_the_values_of_a_score() -> None:
     assert [score.bits(per) for per in (10, 30, 60)] == pytest.approx([3, 1, 0.5])
     assert Score(1e9, 1, 1, 1).perplexity == math.inf
     assert math.isnan(score.bits(0))
+
+
+def test_a_row_of_the_table_of_labels_is_the_true_class(tmp_path: Path) -> None:
+    taken = [1, 0, 1, 0, 0]
+    arrays = [np.eye(3, dtype=np.float32)[[label] * (1 + n)] for n, label in enumerate(taken)]
+    reader = FeatureReader(FrontEnd("array"), torch.zeros(3), torch.ones(3))
+    encoded = encode_samples([Sample("x", rows, None) for rows in arrays], reader, tmp_path)
+    classes = np.array([0, 0, 1, 2])
+    model: Any = lambda x, lengths: 50 * x[:, 0]  # noqa: E731
+    score, table = evaluate_labels(model, encoded, reader, np.arange(1, 5), classes, 3, CPU)
+    assert table.tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0]]
+    assert score.correct == 1
+    assert score.loss == pytest.approx(3 / 4 * 50)

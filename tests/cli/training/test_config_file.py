@@ -43,6 +43,9 @@ def test_every_setting_is_read_as_it_was_written(task: str, tmp_path: Path) -> N
     write_config(tmp_path / "all.toml", task, settings, "all")
     assert read_config(tmp_path / "all.toml", None) == (task, settings)
     assert read_config(tmp_path / "all.toml", task) == (task, settings)
+    empty = {field.name: None for field in dataclasses.fields(CONFIGS[task]) if field.default is None}
+    write_config(tmp_path / "few.toml", task, empty, "few")
+    assert read_config(tmp_path / "few.toml", task) == (task, {})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.cli_runs import language_config, translation_config
@@ -96,6 +97,30 @@ def test_a_translator_and_a_step_without_samples(pairs: Path, tmp_path: Path, mo
     # Each of about 8 pairs adds at most the largest norm.
     assert min(norms[::2]) > 0.005
     assert max(norms[::2]) < 0.01 * 25
+
+
+def test_each_pair_counts_once(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair that is drawn n times has the same loss, and n times the gradient, over the expected number of pairs."""
+    found: list[tuple[float, float]] = []
+    gradients = Trainer._gradients
+
+    def recorded(self: Trainer, loss: torch.Tensor) -> torch.Tensor:
+        assert self.privacy is not None
+        self.privacy.optimizer.noise_multiplier = 1e-9
+        found.append((loss.item(), gradients(self, loss).item()))
+        return torch.zeros(())
+
+    def draw(self: PrivateTask) -> Any:
+        self.drawn = len(found) + 1
+        return np.zeros(self.drawn, dtype=np.int64)
+
+    monkeypatch.setattr(Trainer, "_gradients", recorded)
+    monkeypatch.setattr(PrivateTask, "draw", draw)
+    options = {"steps": 3, "dp_max_norm": 100.0, "lr": 1e-9, "dropout": 0.0}
+    assert train(translation_config(**PRIVATE | options), [pairs], tmp_path / "run").signal == 0
+    losses, norms = zip(*found, strict=True)
+    assert losses == pytest.approx([losses[0]] * 3)
+    assert norms == pytest.approx([n * norms[0] for n in (1, 2, 3)])
 
 
 @pytest.mark.parametrize(

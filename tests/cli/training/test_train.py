@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,7 +35,7 @@ from llm_ext.cli import CommandError, checkpoint
 from llm_ext.cli.checkpoint import STATE, WEIGHTS, Run
 from llm_ext.cli.data import encode_text
 from llm_ext.cli.inference import Score, StatefulLLM, evaluate_text
-from llm_ext.cli.training import Config, language, resume, train, trainer
+from llm_ext.cli.training import Config, language, pipeline, resume, train, trainer
 from llm_ext.cli.training.trainer import Progress, Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
@@ -249,6 +251,38 @@ def test_what_cannot_be_resumed(config: Config, files: list[Path], tmp_path: Pat
         resume(out, {"steps": 40})
 
 
+def test_a_run_that_begins_meanwhile_is_refused(
+    language_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, lock = tmp_path / "run", pipeline._locked
+
+    def begun(*arguments: Any) -> Any:
+        shutil.copytree(language_model, out)
+        return lock(*arguments)
+
+    monkeypatch.setattr(pipeline, "_locked", begun)
+    with pytest.raises(CommandError, match="holds a run already"):
+        train(language_config(steps=1), [text], out)
+
+
+@pytest.mark.parametrize("config", [classification_config(), translation_config()], ids=lambda config: config.task)
+def test_labels_are_smoothed(config: Config, files: list[Path], tmp_path: Path) -> None:
+    found = []
+    for smoothing in (0.0, 0.5):
+        changed: dict[str, Any] = {"steps": 1, "log_every": 1, "label_smoothing": smoothing}
+        train(replace(config, **changed), files, tmp_path / f"{smoothing}")
+        found.append(next(record["loss"] for record in log_without_times(tmp_path / f"{smoothing}")))
+    assert found[0] != found[1]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "evaluate_text", lambda *_: Score(math.nan, 10, 10, 10))
+    with pytest.raises(CommandError, match="the validation loss is nan"):
+        train(language_config(steps=1), [text], tmp_path / "run")
+
+
 def test_the_loss_falls_and_the_best_checkpoint_has_the_logged_loss(text: Path, tmp_path: Path) -> None:
     outcome = train(language_config(steps=200, validate_every=50, lr=1e-2), [text], tmp_path / "run")
     validation = [r["loss"] for r in log_without_times(tmp_path / "run") if r["event"] == "validation"]
@@ -281,6 +315,22 @@ def test_a_record_has_the_mean_loss_since_the_one_before(text: Path, tmp_path: P
         train(language_config(steps=6, log_every=log_every), [text], out)
         found.append([record["loss"] for record in log_without_times(out) if record["event"] == "training"])
     assert found[1] == pytest.approx([sum(found[0][:3]) / 3, sum(found[0][3:]) / 3])
+
+
+def test_the_speed_is_that_since_the_last_validation(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = []
+    validate = Trainer._validate
+
+    def recorded(self: Trainer, done: float) -> None:
+        tokens.append(self.tokens)
+        validate(self, done)
+
+    monkeypatch.setattr(Trainer, "_validate", recorded)
+    config = language_config(steps=6, validate_every=2)
+    train(config, [text], tmp_path / "run")
+    assert tokens == [2 * config.batch * config.chunk] * 3
 
 
 def test_a_clip_of_0_disables_clipping(text: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from llm_ext.cli.inference import Score
 from llm_ext.cli.training import train
 from llm_ext.cli.training.trainer import Trainer
 from llm_ext.cli.tuning import Study
+from llm_ext.cli.tuning.results import table
 from llm_ext.cli.tuning.search import _Watcher
 
 pytestmark = pytest.mark.usefixtures("no_plot")
@@ -109,6 +110,32 @@ def test_the_lowest_loss_of_each_fold_counts() -> None:
     for fold, done, loss in ((0, 0.4, 3.0), (0, 1.0, 4.0), (1, 1.0, 5.0)):
         _Watcher(search, trial, fold).validated(done, Score(10 * loss, 10, 10, 10))
     assert study.trial(0).intermediate_values == {1: 3.0, 3: 3.0, 6: 4.0}
+
+
+def test_the_table_has_the_last_losses_best_first() -> None:
+    COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
+    records = [(COMPLETE, {1: 2.0, 3: 5.0}), (PRUNED, {1: 1.0, 3: 9.0}), (COMPLETE, {1: 3.0, 3: 4.0})]
+    records += [(PRUNED, {1: 8.0}), (TrialState.FAIL, {1: 7.0}), (TrialState.RUNNING, {}), (TrialState.WAITING, {})]
+    found = []
+    for number, (state, losses_of_trial) in enumerate(records):
+        space: dict[str, Any] = (
+            {} if state == TrialState.WAITING else {"lr": optuna.distributions.FloatDistribution(0, 1)}
+        )
+        value = losses_of_trial[3] if state == COMPLETE else None
+        values = dict.fromkeys(space, 0.5)
+        trial = optuna.trial.create_trial(
+            state=state, value=value, params=values, distributions=space, intermediate_values=losses_of_trial
+        )
+        trial.number = number
+        found.append(trial)
+    definition: Any = SimpleNamespace(task="translate", space={"lr": {"low": 0, "high": 1}})
+    rows = [re.split("  +", line.strip()) for line in table(found, definition).splitlines()]
+    assert rows[0] == ["trial", "result", "nats per token", "lr"]
+    assert rows[2:6] == [
+        [f"{number}", result, f"{loss}.0000", "0.5"]
+        for number, result, loss in ((2, "complete", 4), (0, "complete", 5), (3, "pruned", 8), (1, "pruned", 9))
+    ]
+    assert rows[6:] == [["4", "failed", "0.5"], ["5", "under way", "0.5"]]
 
 
 def test_results(text: Path, tmp_path: Path, tune: Tune) -> None:
