@@ -74,6 +74,7 @@ def test_arrays_and_directories(tmp_path: Path) -> None:
     (tmp_path / "files/cat/1.txt").write_text("a cat\n")
     assert [each.target for each in read_samples(tmp_path / "files", "image", "text")] == ["a cat"]
     (tmp_path / "files/cat/1.txt").unlink()
+    (tmp_path / "files/cat/.1.png").touch()
     assert [each.target for each in read_samples(tmp_path / "files", "image", "label")] == ["cat"]
     (tmp_path / "c.npz").write_bytes(b"PK\x03\x04 damaged")
     with pytest.raises(CommandError, match=r"c.npz: expected arrays of numpy, got something else"):
@@ -240,6 +241,12 @@ def test_encoded_samples_and_normalization(tmp_path: Path) -> None:
     assert not x[1, 1:].any()
     with pytest.raises(CommandError, match="z: has 3 features, but the training had 4"):
         reader.read(Sample("z", np.ones((2, 3)), None))
+
+
+def test_each_feature_is_centered() -> None:
+    rows = np.random.default_rng(0).normal((1, 2, 3), 1, (50, 3))
+    found = FrontEnd("array", center=True).read(Sample("x", rows, None))
+    np.testing.assert_allclose(found, rows - rows.mean(0), atol=1e-6)
 
 
 def test_a_changed_file_is_encoded_again(tmp_path: Path) -> None:

@@ -105,6 +105,16 @@ def test_the_values_of_a_score() -> None:
     assert math.isnan(score.bits(0))
 
 
+def test_the_state_of_a_training_outlasts_a_validation(case: tuple[LLM, Corpus, CharTokenizer]) -> None:
+    model, corpus, tokenizer = case
+    stateful = StatefulLLM(model)
+    stateful(torch.zeros(2, 5, dtype=torch.int64))
+    state = stateful.state
+    with stateful.fresh_state():
+        evaluate_text(stateful, corpus, 0, 50, tokenizer, CPU)
+    assert stateful.state is state
+
+
 def test_a_row_of_the_table_of_labels_is_the_true_class(tmp_path: Path) -> None:
     taken = [1, 0, 1, 0, 0]
     arrays = [np.eye(3, dtype=np.float32)[[label] * (1 + n)] for n, label in enumerate(taken)]

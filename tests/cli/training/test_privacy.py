@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from llm_ext.cli import main
 from llm_ext.cli.checkpoint import Run
 from llm_ext.cli.errors import CommandError
 from llm_ext.cli.training import read_log, resume, train
-from llm_ext.cli.training.privacy import PrivateLanguageTask, PrivateTask
+from llm_ext.cli.training.privacy import Privacy, PrivateLanguageTask, PrivateTask
 from llm_ext.cli.training.trainer import Trainer
 
 pytest.importorskip("opacus")
@@ -45,6 +46,17 @@ def test_the_batches_do_not_follow_from_the_seed() -> None:
         task.prepare_sampling(1000)
         drawn.append(task.draw().tolist())
     assert drawn[0] != drawn[1]
+
+
+def test_a_resumed_training_adds_the_noise_of_the_account() -> None:
+    """Fewer steps than before would need less noise."""
+    from opacus.accountants import create_accountant
+
+    privacy: Any = object.__new__(Privacy)
+    privacy.steps, privacy.rate, privacy.delta, privacy.epsilon = 20, 0.1, 1e-3, 100.0
+    privacy.optimizer, privacy.accountant = SimpleNamespace(noise_multiplier=0.5), create_accountant("rdp")
+    privacy.restore({"noise": 2.0, "history": [[2.0, 0.1, 5]]}, 5)
+    assert privacy.noise == privacy.optimizer.noise_multiplier == 2.0
 
 
 def test_a_resumed_training_continues_the_account(text: Path, tmp_path: Path, signal_at: Any, capsys: Any) -> None:
