@@ -181,6 +181,12 @@ def test_dropout_masks() -> None:
     assert len(inputs) == target.shape[1]
     assert 0.2 < (inputs[0] == 0).double().mean() < 0.8
     assert all(torch.equal(features == 0, inputs[0] == 0) for features in inputs)
+    # Without gradients a step in training mode drops features between its layers all the same.
+    m = model(dropout=0.5, n_layers=2).train()
+    with torch.no_grad():
+        encoder_output, state = m.encode(source, LENGTHS)
+        first, second = (m.step(target[:, :1], state, encoder_output)[0] for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_input_projections_are_for_inference() -> None:
