@@ -97,8 +97,13 @@ def test_block_serves_similar_sizes() -> None:
     assert llm_ext.cpu_cache_bytes() == 0
     kept.clear()
     assert llm_ext.cpu_cache_bytes() == (50 + 46) * MB  # in whole huge pages
+    y = large(42)  # takes the smaller of two that fit, which was freed first
+    assert llm_ext.cpu_cache_bytes() == 50 * MB
+    del y
     large(100)  # larger than either
     assert llm_ext.cpu_cache_bytes() == (50 + 46 + 100) * MB
+    large(36)  # all are too large
+    assert llm_ext.cpu_cache_bytes() == (50 + 46 + 100 + 36) * MB
     assert large(32).data_ptr() % (2 * MB) == 0
 
 
@@ -113,6 +118,8 @@ def test_limit() -> None:
         results.pop(0)
         assert llm_ext.cpu_cache_bytes() <= 512 * MB
     assert llm_ext.cpu_cache_bytes() == (140 + 160 + 180) * MB  # the least recently freed are gone
+    large(520)  # larger than the limit
+    assert llm_ext.cpu_cache_bytes() == (140 + 160 + 180) * MB
     llm_ext.empty_cpu_cache()
     assert llm_ext.cpu_cache_bytes() == 0
 
@@ -166,10 +173,10 @@ def test_threads() -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_memory_returns_to_the_system() -> None:
-    """After larger results too, for whose sake malloc keeps memory."""
+    """After larger results too, for whose sake malloc keeps memory; and where the process gets no more."""
     check_python(
         """
-import os, torch, llm_ext
+import os, resource, torch, llm_ext
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -185,6 +192,11 @@ for megabytes in (20, 5, 12, 19):
     assert resident() - before >= 7 * megabytes
     llm_ext.empty_cpu_cache()
     assert resident() - before < megabytes, (megabytes, before, resident())
+llm_ext.ops.linear(torch.ones(256 * 200, 1), w)
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (size + (50 << 20),) * 2)
+llm_ext.ops.linear(torch.ones(256 * 220, 1), w)
 """
     )
 

@@ -106,6 +106,20 @@ def test_functional_calls(name: str) -> None:
         assert torch.equal(evaluate(layer, x), own)
 
 
+def test_every_part_of_every_weight() -> None:
+    """A number at the edges of the 64 KiB that are hashed at a time, and in the last, incomplete line of a weight."""
+    layer: Any = llm_ext.LSTM(301, 70, proj_size=51)
+    x = torch.randn(20, 2, 301)
+    before = evaluate(layer, x)
+    for weight in (layer.weight_ih_l0, layer.weight_hh_l0, layer.weight_hr_l0):
+        numbers = weight.data.view(-1)
+        for index in {*range(0, len(numbers), 1 << 14), *range((1 << 14) - 1, len(numbers), 1 << 14), len(numbers) - 1}:
+            numbers[index] += 1
+            after = evaluate(layer, x)
+            assert not torch.equal(after, before)
+            before = after
+
+
 @given(index=st.integers(0, 1 << 30), bit=st.integers(0, 31))
 def test_one_bit(index: int, bit: int) -> None:
     """Any changed bit of W or U changes the result."""
@@ -128,14 +142,21 @@ def test_one_bit(index: int, bit: int) -> None:
 def test_key_is_more_than_the_bytes() -> None:
     """The same bytes are weights of another cell, of other sizes, and of another dtype."""
     x, w_ih, w_hh = torch.randn(40, 2, 12), torch.randn(12, 12), torch.randn(12, 12)
-    u_hh = torch.randn(12, 4)
+    u_hh, numbers = torch.randn(12, 4), torch.randn(96) / 4
+    # Finite in both types of 16 bits.
+    bits = (torch.randint(0x3000, 0x3C00, (2, 12, 12)) - 0x8000 * torch.randint(2, (2, 12, 12))).to(torch.int16)
     for _ in range(3):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            a, b = (w.view(dtype)[:, :12].contiguous().nan_to_num(0, 0, 0).clamp(-1, 1) for w in (w_ih, w_hh))
+        for dtype in (torch.float16, torch.bfloat16):
+            a, b = bits.view(dtype)
             y, _ = ops.rnn(x.to(dtype), None, a, b)
-            expected, _ = reference.rnn(x.double(), None, a.double(), b.double())
-            tolerance = 1e-5 if dtype == torch.float32 else 0.2
-            torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=0)
+            expected, _ = reference.rnn(x.to(dtype).double(), None, a.double(), b.double())
+            torch.testing.assert_close(y.double(), expected, atol=0.2, rtol=0)
+        for I, H, P in ((4, 6, 2), (6, 4, 3)):  # noqa: E741
+            w, u, v = numbers.view(4 * H, I), numbers[: 4 * H * P].view(4 * H, P), numbers[: P * H].view(P, H)
+            values = torch.randn(40, 2, I)
+            y, _ = ops.lstm(values, None, w, u, w_hr=v)
+            expected, _ = reference.lstm(values.double(), None, w.double(), u.double(), w_hr=v.double())
+            torch.testing.assert_close(y, expected.float(), atol=1e-5, rtol=0)
         for name, gates in (("gru", 3), ("lstm", 4)):
             size = 12 // gates
             y, _ = getattr(ops, name)(x, None, w_ih, u_hh[:, :size].contiguous())
@@ -170,6 +191,27 @@ def test_limit_and_clear() -> None:
     assert 200 << 20 < llm_ext.packed_weight_cache_bytes() <= 256 << 20
     llm_ext.clear_packed_weight_cache()
     assert llm_ext.packed_weight_cache_bytes() == 0
+
+
+def test_limit_of_entries() -> None:
+    """Of 64 entries the least recently used leaves first; weights of a single call take no place."""
+
+    def use(size: int, number: float, calls: int) -> int:
+        weights = torch.full((size, 8), number), torch.full((size, size), number)
+        for _ in range(calls):
+            ops.rnn(x, None, *weights)
+        return llm_ext.packed_weight_cache_bytes()
+
+    x = torch.randn(40, 1, 8)
+    large = use(100, 0.5, 2)
+    small = use(20, 0.5, 2) - large
+    for i in range(70):
+        assert use(20, 1e-3 * i, 1) == large + small
+    for i in range(70, 132):
+        use(20, 1e-3 * i, 2)
+    assert use(100, 0.5, 1) == large + 63 * small
+    for i in range(132, 160):
+        assert use(20, 1e-3 * i, 2) == large + 63 * small
 
 
 def test_threads() -> None:
