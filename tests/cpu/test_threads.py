@@ -74,6 +74,13 @@ check(run(), expected)
     )
 
 
+def test_fewer_threads_than_asked_for() -> None:
+    """A thread team has as many threads as OpenMP gives, and waits for no other."""
+    limit = "import os\nos.environ['OMP_THREAD_LIMIT'] = '1'\n"
+    code = "\ntorch.set_num_threads(4)\ncheck(run(), expected)\nprint('done')"
+    assert check_python(limit + SETUP + code, timeout=TIMEOUT) == "done\n"
+
+
 def test_calls_from_several_threads() -> None:
     """Together the calls have more threads than there are cores: threads that wait yield to the others."""
     run_code(

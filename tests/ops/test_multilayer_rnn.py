@@ -287,6 +287,21 @@ def test_threads(threads: int, bidirectional: bool) -> None:
         assert_all_close(recurrence.op, results[0], reference(**in_double(inputs)))
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_threads_round_no_state_of_16_bits(dtype: torch.dtype) -> None:
+    """Cell states that grow by less than half a unit in the last place in a piece of a wavefront still add up."""
+    T, H, start = 640, 40, 64.0
+    step = start * torch.finfo(dtype).eps / 32 / 3
+    zeros, bias = torch.zeros(4 * H, H, dtype=dtype), torch.zeros(4 * H, dtype=dtype)
+    bias[H : 2 * H], bias[2 * H : 3 * H] = 20, 2 * step  # the forget gate is 1, the input gate 1/2
+    state = torch.zeros(2, 1, H, dtype=dtype), torch.full((2, 1, H), start, dtype=dtype)
+    with num_threads(2), torch.no_grad():
+        _, (_, c_n) = ops.multilayer_rnn(
+            "LSTM", zeros[:1, None].expand(T, 1, H), state, [(zeros, zeros, bias, 0 * bias)] * 2
+        )
+    torch.testing.assert_close(c_n, torch.full_like(c_n, start + T * step))
+
+
 def test_changed_weights_are_noticed() -> None:
     inputs = evaluated(multilayer_inputs(GRU, (90, 1, 6), 1, 40, torch.float32, layers=2))
     function, reference = multilayer_functions(GRU)
