@@ -87,6 +87,13 @@ WRAPPING = torch.tensor([1 << 62] * 4 + [2] * 4)  # as many steps as rows
         lambda: ops.rnn(E(8, 2), E(1, 3), E(3, 2), E(3, 3), batch_sizes=WRAPPING),
         lambda: OPS.rnn_forward(E(8, 2), E(1, 3), E(3, 2), E(3, 3), None, None, WRAPPING, None, "tanh", *[False] * 2),
         lambda: OPS.recurrence_tangent("RNN_TANH", E(3, 3), None, None, E(8, 3), E(1, 3), *[None] * 6, WRAPPING, False),
+        # So does the sum of an expanded one.
+        lambda: ops.rnn(
+            E(1 << 40, 0),
+            E((1 << 32) + (1 << 8), 0),
+            *[E(0, 0)] * 2,
+            batch_sizes=torch.tensor([(1 << 32) + (1 << 8)]).expand(1 << 32),
+        ),
     ],
 )
 def test_sizes_that_wrap(call: Callable[[], object]) -> None:
@@ -94,6 +101,38 @@ def test_sizes_that_wrap(call: Callable[[], object]) -> None:
         memory_limit(2000),
         pytest.raises((RuntimeError, ValueError), match=r"too large sizes|must sum|never rise|out of memory"),
     ):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: OPS.rnn_forward(
+                *(E(4, 2), E(2, 3), E(3, 2), E(3, 3), None, None),
+                *(torch.tensor([2, 1, 1]), torch.tensor([3, 1]), "tanh", False, False),
+            ),
+            "lengths and batch_sizes exclude each other",
+        ),
+        (
+            lambda: OPS.multilayer_rnn_forward(
+                *("GRU", torch.zeros(3, 2, 4), None, None, [E(9, 4), E(9, 3), E(9, 4), E(9, 3), E(9, 6), E(9, 3)]),
+                *(False, True, [], None, False),
+            ),
+            "weights must be 2 tensors for each of the 2 directions of each layer, got 6",
+        ),
+        (
+            lambda: OPS.attention_step(
+                *("GRU", E(1, 5, 4), E(1, 5, 3), None, [E(9, 4), E(9, 3)], False, None),
+                *(E(2, 3), E(2, 7, 2), E(2), E(2, 7, 6), None, E(6, 3), None),
+            ),
+            "the N = 5 rows of x a multiple of B",
+        ),
+    ],
+    ids=["lengths", "weights", "rows"],
+)
+def test_ops_refuse_without_explanations(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
         call()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.comparison import assert_close, check_gradients, check_same_bits, compare
+from support.comparison import assert_close, assert_same_bits, check_gradients, check_same_bits, compare
 from support.devices import every_device, num_threads
 from support.pairwise import parametrize_pairwise
 from support.pooling import (
@@ -114,6 +115,19 @@ def test_masked_positions_may_hold_nan(prefix: bool, device: str) -> None:
     check_masked_positions(prefix, device)
 
 
+@every_pool
+@pytest.mark.parametrize("folded", [False, True])
+def test_nan_propagates(prefix: bool, folded: bool) -> None:
+    """Where every number of a row is NaN, too: that row is not masked."""
+    inputs = {name: t.detach() for name, t in pool_inputs(3, 20, 5, torch.float32, folded=folded).items()}
+    for t in (inputs["e"], inputs.get("scores", inputs["e"])):
+        t[0] = t[1, 9] = float("nan")
+    c = pool_functions(prefix)[0](**inputs)[0]
+    assert c[0].isnan().all()
+    assert c[1].isnan().all() if not prefix else c[1, :9].isfinite().all() and c[1, 9:].isnan().all()
+    assert c[2].isfinite().all()
+
+
 @every_device
 def test_empty_rows(device: str) -> None:
     check_empty_rows(device)
@@ -156,6 +170,38 @@ def test_outweighing_state(dtype: torch.dtype, device: str) -> None:
     check_outweighing_state(dtype, device)
     with num_threads(3):  # which share the positions
         check_outweighing_state(dtype, device)
+
+
+@every_pool
+def test_scores_of_minus_infinity(prefix: bool) -> None:
+    """They mask their positions, all of a row, too."""
+    inputs = pool_inputs(3, 20, 5, torch.float64, folded=False)
+    masked = torch.rand(3, 20) < 0.4
+    masked[1] = True
+    infinite = inputs | {"scores": inputs["scores"].detach().masked_fill(masked, -math.inf).requires_grad_()}
+    results = pool_functions(prefix)[0](**infinite), pool_functions(prefix, mask=~masked)[0](**inputs)
+    assert_same_bits(*results)
+    gradients = [
+        torch.autograd.grad(r[0].sum(), list(i.values())) for r, i in zip(results, (infinite, inputs), strict=True)
+    ]
+    assert_same_bits(*gradients)
+
+
+def test_state_with_a_small_sum() -> None:
+    """L is m and z; that of m + 87 and z exp(-87) counts as much, though exponentials relative to it underflow."""
+    inputs = {name: t.detach() for name, t in pool_inputs(3, 20, 5, torch.float32, folded=True, state=True).items()}
+    function, reference = pool_functions(True)
+    expected = reference(**{name: t.double() for name, t in inputs.items()})[0]
+    inputs["l"] = torch.stack((inputs["l"][:, 0] + 87, inputs["l"][:, 1] * math.exp(-87)), 1)
+    torch.testing.assert_close(function(**inputs)[0].double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_vectors_far_from_zero(dtype: torch.dtype) -> None:
+    """The rounding of c does not reach the gradient of u, in which it would be multiplied with c."""
+    inputs = pool_inputs(2, 50, 130, dtype, folded=True)
+    inputs["e"] = (inputs["e"].detach() + 10).requires_grad_()
+    compare("attention_pool", pool_functions(False), inputs)
 
 
 @every_device

@@ -42,6 +42,7 @@ SIZES = [  # T, B, I, H: one row, tiles, panels of 16 and their rests, odd depth
     (4, 3, 0, 17),
     (3, 40, 64, 130),  # large enough for two threads, by rows
     (2, 300, 9, 20),
+    (2, 90, 600, 16),  # several blocks of inputs
     (30, 2, 40, 96),  # by columns, also a projection
     (0, 2, 3, 4),
     (5, 0, 3, 4),

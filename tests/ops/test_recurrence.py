@@ -226,6 +226,18 @@ def test_many_blocks(recurrence: Recurrence, dtype: torch.dtype, reverse: bool, 
     compare(recurrence.op, recurrence_functions(recurrence, reverse=reverse), inputs)
 
 
+@every_architecture
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_step_of_several_blocks(recurrence: Recurrence, reverse: bool) -> None:
+    """A step has more rows than a block of the weight gradients, or of the pre-activations."""
+    sizes = torch.tensor([450, 450, 401, 3])
+    inputs = recurrence_inputs(recurrence, (int(sizes.sum()), 3), 450, 5, torch.float32)
+    compare(recurrence.op, recurrence_functions(recurrence, batch_sizes=sizes, reverse=reverse), inputs)
+    H = 920 if recurrence.op == "gru" else 690
+    inputs = recurrence_inputs(recurrence, (2, 230, 3), 230, H, torch.bfloat16)
+    compare(recurrence.op, recurrence_functions(recurrence, reverse=reverse), inputs, gradients=False)
+
+
 @every_device
 @every_architecture
 def test_layouts(recurrence: Recurrence, device: str) -> None:

@@ -109,7 +109,21 @@ def check_layouts(dtype: torch.dtype, prefix: bool) -> None:
     c = function(**contiguous)[0]
     from_sum = torch.autograd.grad(c.sum(), list(contiguous.values()), retain_graph=True)
     transposed = torch.ones_like(c.mT, memory_format=torch.contiguous_format).mT
-    assert_same_bits(from_sum, torch.autograd.grad(c, list(contiguous.values()), transposed))
+    assert_same_bits(from_sum, torch.autograd.grad(c, list(contiguous.values()), transposed, retain_graph=True))
+    of_a_row = torch.randn_like(c[0])
+    expanded, repeated = of_a_row.expand_as(c), of_a_row.expand_as(c).contiguous()
+    for_expanded, for_repeated = (
+        torch.autograd.grad(c, list(contiguous.values()), g, retain_graph=True) for g in (expanded, repeated)
+    )
+    assert_same_bits(for_expanded, for_repeated)
+    # Time first, but not dense.
+    wide = torch.zeros(42, 3, 40, dtype=dtype)
+    wide[::2] = contiguous["e"].detach().transpose(0, 1)
+    of_wide = function(**contiguous | {"e": wide[::2].transpose(0, 1).requires_grad_()})[0]
+    assert_same_bits(of_wide, c)
+    assert of_wide.is_contiguous()
+    others = [contiguous[name] for name in contiguous if name != "e"]
+    assert_same_bits(torch.autograd.grad(of_wide.sum(), others), from_sum[1:])
 
 
 def composed_pool(prefix: bool, e: Tensor, u: Tensor | None = None, scores: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -151,10 +165,11 @@ def check_masked_positions(prefix: bool, device: str = "cpu") -> None:
     dirty = e.masked_fill(~mask[..., None], math.nan)
     function = pool_functions(prefix, mask=mask)[0]
     assert_same_bits(function(e, u), function(dirty, u))
-    dirty.requires_grad_()
-    (grad,) = torch.autograd.grad(function(dirty, u)[0].sum(), dirty)
-    assert grad.isfinite().all()
-    assert (grad[~mask] == 0).all()
+    leaves = (dirty.requires_grad_(), u.requires_grad_())
+    of_e, of_u = torch.autograd.grad(function(*leaves)[0].sum(), leaves)
+    assert of_e.isfinite().all()
+    assert (of_e[~mask] == 0).all()
+    assert of_u.isfinite().all()
 
 
 def check_empty_rows(device: str = "cpu") -> None:
