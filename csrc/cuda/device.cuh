@@ -27,8 +27,6 @@
 namespace llm_ext {
 namespace cuda {
 
-constexpr int kWarpThreads = 32;
-
 // Blocks are one-dimensional, grids three-dimensional. The blocks of a cluster are adjacent along x.
 LLM_EXT_DEVICE int thread_index() { return threadIdx.x; }
 LLM_EXT_DEVICE int thread_count() { return blockDim.x; }

@@ -6,6 +6,7 @@
 namespace llm_ext {
 namespace cuda {
 
+constexpr int kWarpThreads = 32;
 constexpr int kClusterSizes = 5;  // clusters of 1, 2, 4, 8 and 16 blocks
 
 struct DeviceFacts {

@@ -194,7 +194,7 @@ def test_limit_and_clear() -> None:
 
 
 def test_limit_of_entries() -> None:
-    """Of 64 entries the least recently used leaves first; weights of a single call take no place."""
+    """The cache has 64 entries and drops the least recently used one; weights of a single call take none."""
 
     def use(size: int, number: float, calls: int) -> int:
         weights = torch.full((size, 8), number), torch.full((size, size), number)

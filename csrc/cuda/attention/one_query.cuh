@@ -11,7 +11,6 @@
 #include "cuda/attention/pairs.cuh"
 #include "cuda/attention/softmax.cuh"
 #include "cuda/device.cuh"
-#include "cuda/word_pack.cuh"
 
 namespace llm_ext {
 namespace cuda {
@@ -32,18 +31,7 @@ struct OneQueryParams {
   Compute<S>* dv;        // [B, A] out: partial sums; null: not wanted
 };
 
-// The pack of a row of A numbers from `a` on; numbers beyond the end are 0.
-template <typename S>
-LLM_EXT_DEVICE void load_pack(LanePack<S>& pack, const S* row, int64_t a, int64_t A) {
-  if (A % kPackSize<S> == 0 && a < A) {
-    pack.load(row + a);
-  } else {
-#pragma unroll
-    for (int n = 0; n < kPackSize<S>; ++n) {
-      if (a + n < A) pack.set(n, row[a + n]);
-    }
-  }
-}
+// Writes the pack of a row of A numbers from `a` on, without what is beyond the end.
 template <typename S>
 LLM_EXT_DEVICE void store_pack(const LanePack<S>& pack, S* row, int64_t a, int64_t A) {
   if (A % kPackSize<S> == 0 && a < A) {

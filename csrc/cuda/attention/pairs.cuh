@@ -41,6 +41,19 @@ LLM_EXT_DEVICE void read(const T* from, T (&to)[n]) {
   }
 }
 
+// Loads the pack of a row of A numbers from `a` on, a multiple of n; numbers beyond the end stay 0.
+template <typename S, int n>
+LLM_EXT_DEVICE void load_pack(WordPack<S, n>& pack, const S* row, int64_t a, int64_t A) {
+  if (A % n == 0 && a < A) {
+    pack.load(row + a);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (a + i < A) pack.set(i, row[a + i]);
+    }
+  }
+}
+
 // Whether pairs with this number need the exponential of the sum.
 LLM_EXT_DEVICE bool is_large(float x) { return !(x <= kLargest && x >= -kLargest); }
 LLM_EXT_DEVICE bool is_large(double) { return true; }
@@ -82,15 +95,7 @@ struct Staged {
       const int index = i * kThreads + thread_index();
       const int64_t row = first + index / kPacksPerRow, a = begin + index % kPacksPerRow * kPackSize<T>;
       if (index < kRows * kPacksPerRow && row < end && rows.has(b, row)) {
-        const S* from = rows.data + (b * rows.count + row) * A + a;
-        if (A % kPackSize<T> == 0 && a < A) {
-          packs[i].load(from);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kPackSize<T>; ++j) {
-            if (a + j < A) packs[i].set(j, from[j]);
-          }
-        }
+        load_pack(packs[i], rows.data + (b * rows.count + row) * A, a, A);
       }
     }
     bool large = false;

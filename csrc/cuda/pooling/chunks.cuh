@@ -32,12 +32,13 @@ LLM_EXT_DEVICE Chunk chunk_of(const PoolPlan& plan, int64_t batch, int64_t steps
 }
 
 template <typename T, typename Params>
-int launch_blocks(void (*kernel)(Params), const Params& params, int64_t blocks, void* stream) {
+int launch_blocks(void (*kernel)(Params), const Params& params, int64_t blocks, void* stream,
+                  size_t shared_bytes = kSharedBytes<T>) {
   if (blocks == 0) return 0;
   LaunchShape shape;
   shape.grid_x = blocks;
   shape.threads = kPoolThreads;
-  shape.shared_bytes = kSharedBytes<T>;
+  shape.shared_bytes = shared_bytes;
   return launch(kernel, shape, params, stream);
 }
 

@@ -55,7 +55,7 @@ constexpr SlotsLayout slots_layout(const PoolPlan& plan, int64_t dim, int elemen
 }
 
 // Blocks that share the columns of a row, a column a lane, in scans over its chunks.
-constexpr int64_t column_blocks_of(int64_t dim) { return dim > 0 ? (dim + 31) / 32 : 1; }
+constexpr int64_t column_blocks_of(int64_t dim) { return dim > 0 ? (dim + kWarpThreads - 1) / kWarpThreads : 1; }
 
 // Elements of pooled rows in a workspace. A LogSum, whose two numbers may be accessed at once, follows: hence even.
 inline int64_t pooled_rows_size(int64_t rows, int64_t dim) { return (rows * dim + 1) / 2 * 2; }

@@ -9,12 +9,11 @@ namespace {
 
 constexpr int64_t kPackBytes = 16;
 constexpr int kMaxPacks = 4;
-constexpr int kMaxGradientPacks = 2;  // backward: with more the kernels of the prefix form would not load ahead
-constexpr int kWarpThreads = 32;
+constexpr int kMaxGradientPacks = 2;    // backward: with more the kernels of the prefix form would not load ahead
 constexpr int64_t kShortestChunk = 32;  // positions; its summary has a quarter of its bytes in 16 bits
 constexpr int64_t kChunkMultiple = 8;   // positions; chunks are whole tiles
 
-// Backward in one pass: slots are whole tiles, and not longer than gains anything.
+// Backward in one pass, in positions. Slots are whole tiles; longer ones save no bytes worth counting.
 constexpr int64_t kSlotMultiple = 2;
 constexpr int64_t kLongestSlot = 64;
 constexpr int64_t kReservedShared = 1024;  // bytes of a multiprocessor's shared memory that a block takes in addition

@@ -170,10 +170,10 @@ int prefix_pool_forward(const PrefixPoolForwardParams<S>& call, const PoolPlan& 
     int error = pool_chunks(ChunkSummaries<S>{in, plan, nullptr, c, l, nullptr, scores}, stream);
     if (error != 0) return error;
     const int64_t column_blocks = column_blocks_of(in.dim);
-    error = launch_scan<T>(
+    error = launch_blocks<T>(
         prefix_scan<S>,
         ScanParams<S>{column_blocks, plan.chunks, in.dim, l, l_before, c, call.l0, call.c0, call.l_n, call.c_n},
-        in.batch * column_blocks, stream);
+        in.batch * column_blocks, stream, kScanBytes<T>);
     if (error != 0) return error;
     p.scores = scores;
     p.l_before = l_before;

@@ -352,9 +352,9 @@ int prefix_pool_backward(const PrefixPoolBackwardParams<S>& call, const PoolPlan
     return launch_chunks<T>(prefix_gradient_summaries<S, packs()>, p, plan, in.batch, stream);
   });
   if (error != 0) return error;
-  error = launch_scan<T>(prefix_gradient_scan<S>, p, in.batch * p.column_blocks, stream);
+  error = launch_blocks<T>(prefix_gradient_scan<S>, p, in.batch * p.column_blocks, stream, kScanBytes<T>);
   if (error != 0) return error;
-  error = launch_scan<T>(prefix_gradient_k<S>, p, in.batch, stream);
+  error = launch_blocks<T>(prefix_gradient_k<S>, p, in.batch, stream, kScanBytes<T>);
   if (error != 0) return error;
   error = with_packs(
       plan, [&](auto packs) { return launch_chunks<T>(prefix_gradients<S, packs()>, p, plan, in.batch, stream); });

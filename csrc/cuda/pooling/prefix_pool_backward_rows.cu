@@ -23,7 +23,7 @@ struct RowGradientParams {
   PrefixPoolBackwardParams<S> call;
   PoolPlan plan;
   SlotsLayout layout;
-  int segments;
+  int segments;            // of a row
   Compute<S>* partial_du;  // [B, D] out; null: not wanted
 };
 

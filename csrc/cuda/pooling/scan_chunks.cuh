@@ -12,19 +12,9 @@
 namespace llm_ext {
 namespace cuda {
 
-// Shared memory beyond that of sums over threads: the effect of each range on each column.
+// Shared memory of a block: that of sums over threads, and the effect of each range on each column.
 template <typename T>
-constexpr size_t kScanBytes = kPoolWarps * (kWarpThreads + 1) * sizeof(T);
-
-template <typename T, typename Params>
-int launch_scan(void (*kernel)(Params), const Params& params, int64_t blocks, void* stream) {
-  if (blocks == 0) return 0;
-  LaunchShape shape;
-  shape.grid_x = blocks;
-  shape.threads = kPoolThreads;
-  shape.shared_bytes = kSharedBytes<T> + kScanBytes<T>;
-  return launch(kernel, shape, params, stream);
-}
+constexpr size_t kScanBytes = kSharedBytes<T> + kPoolWarps * (kWarpThreads + 1) * sizeof(T);
 
 // The chunks of this warp, of `count`.
 struct ChunkRange {

@@ -22,7 +22,7 @@ from llm_ext.nn import quantized
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
-# Of each command and task: the settings of the model, if it is trained here.
+# The commands and tasks, and the settings of the model where it is trained here.
 CASES: dict[tuple[str, str], Callable[..., Config] | None] = {
     ("eval", "lm"): None,
     ("generate", "lm"): None,

@@ -22,8 +22,6 @@
 namespace llm_ext {
 namespace cuda {
 
-constexpr int kWarpThreads = 32;
-
 inline int thread_index() { return static_cast<int>(emulator::position().index); }
 inline int thread_count() { return static_cast<int>(emulator::launch().threads); }
 inline int lane_index() { return thread_index() % kWarpThreads; }
